@@ -1,0 +1,1 @@
+"""Interlock's public package: the stubs of the contract, for clients with grpcio and protobuf alone."""
