@@ -1,0 +1,16 @@
+"""Announcements. Owns: how a process tells its supervisor that it listens, and where."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+
+def write(path: Path | None, *, id: str, address: str) -> None:  # noqa: A002 - the field's name
+    """Writes `{"id", "address", "pid"}` to `path` in one step; None: nobody wants to know."""
+    if path is None:
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({"id": id, "address": address, "pid": os.getpid()}))
+    temporary.replace(path)

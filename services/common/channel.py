@@ -1,0 +1,29 @@
+"""Client channels. Owns: the options of every connection that a mesh process opens."""
+
+from __future__ import annotations
+
+import grpc
+
+# Chunks, steps and manifests stay far below; what exceeds it is a defect or an attack.
+MESSAGE_BYTES_MAX = 4 * 1024 * 1024
+
+OPTIONS: tuple[tuple[str, int | str], ...] = (
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    # A peer that vanished without a FIN is noticed within a quarter of a minute.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A restarted peer is found again quickly; the library's default grows to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # A mesh speaks to itself; a proxy from the environment would only be in the way.
+    ("grpc.enable_http_proxy", 0),
+    # Two channels to one address share no connection, so that one stalled stream stalls no other.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+def connect(address: str) -> grpc.aio.Channel:
+    """Opens a channel to `host:port` inside the mesh. It connects lazily; close it when done."""
+    return grpc.aio.insecure_channel(address, options=list(OPTIONS))

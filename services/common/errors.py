@@ -1,0 +1,237 @@
+"""The one error tree. Owns: which gRPC code and machine-readable reason each failure has.
+
+Pure: cores raise these, and `services.common.status` translates them at the edge of a process.
+A message is for the caller: it says what is wrong and what to do, and holds no secret, prompt, path or
+address.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Code(StrEnum):
+    """The gRPC status codes that Interlock ends calls with, by their canonical names."""
+
+    CANCELLED = "CANCELLED"
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    NOT_FOUND = "NOT_FOUND"
+    ALREADY_EXISTS = "ALREADY_EXISTS"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+    FAILED_PRECONDITION = "FAILED_PRECONDITION"
+    ABORTED = "ABORTED"
+    UNIMPLEMENTED = "UNIMPLEMENTED"
+    INTERNAL = "INTERNAL"
+    UNAVAILABLE = "UNAVAILABLE"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+
+
+class InterlockError(Exception):
+    """A failure with a code, a reason from `ErrorReason`, and whether trying again can help.
+
+    Attributes:
+        code: The gRPC status code that the call ends with.
+        reason: The name of the `interlock.v1.ErrorReason` value, without its prefix.
+        retryable: Whether the same call may succeed later.
+        retry_after_s: Seconds to wait before trying again; None where no estimate exists.
+    """
+
+    code: Code = Code.INTERNAL
+    reason: str = "INTERNAL"
+    retryable: bool = False
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+
+class InternalError(InterlockError):
+    """A defect of ours; the caller learns the request id and nothing else."""
+
+
+class TokenMissing(InterlockError):
+    """The call carries no bearer token."""
+
+    code = Code.UNAUTHENTICATED
+    reason = "TOKEN_MISSING"
+
+
+class TokenInvalid(InterlockError):
+    """The token breaks a rule."""
+
+    code = Code.UNAUTHENTICATED
+    reason = "TOKEN_INVALID"
+
+
+class TokenExpired(InterlockError):
+    """The token was valid once."""
+
+    code = Code.UNAUTHENTICATED
+    reason = "TOKEN_EXPIRED"
+
+
+class ScopeMissing(InterlockError):
+    """The token does not allow the call."""
+
+    code = Code.PERMISSION_DENIED
+    reason = "SCOPE_MISSING"
+
+
+class MeshCredentialInvalid(InterlockError):
+    """A call between services lacks the mesh credential."""
+
+    code = Code.UNAUTHENTICATED
+    reason = "MESH_CREDENTIAL_INVALID"
+
+
+class ArgumentInvalid(InterlockError):
+    """A field is missing, malformed or out of bounds."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "ARGUMENT_INVALID"
+
+
+class ContextExceeded(InterlockError):
+    """Prompt and output do not fit the model's context."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "CONTEXT_EXCEEDED"
+
+
+class ModelUnknown(InterlockError):
+    """No such model is served."""
+
+    code = Code.NOT_FOUND
+    reason = "MODEL_UNKNOWN"
+
+
+class RequestUnknown(InterlockError):
+    """The subject has no such request."""
+
+    code = Code.NOT_FOUND
+    reason = "REQUEST_UNKNOWN"
+
+
+class RequestExists(InterlockError):
+    """The subject uses the id already."""
+
+    code = Code.ALREADY_EXISTS
+    reason = "REQUEST_EXISTS"
+
+
+class FeatureUnsupported(InterlockError):
+    """Part of the contract, not served by this version."""
+
+    code = Code.UNIMPLEMENTED
+    reason = "FEATURE_UNSUPPORTED"
+
+
+class MessageTooLarge(InterlockError):
+    """More bytes than the server reads."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "MESSAGE_TOO_LARGE"
+
+
+class QueueFull(InterlockError):
+    """The queue is at its bound."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "QUEUE_FULL"
+    retryable = True
+
+
+class DeadlineExceeded(InterlockError):
+    """The request's deadline passed, or cannot be met."""
+
+    code = Code.DEADLINE_EXCEEDED
+    reason = "DEADLINE_EXCEEDED"
+
+
+class NoWorker(InterlockError):
+    """Nobody can take the request now."""
+
+    code = Code.UNAVAILABLE
+    reason = "NO_WORKER"
+    retryable = True
+
+
+class WorkerLost(InterlockError):
+    """The worker went away while it answered."""
+
+    code = Code.UNAVAILABLE
+    reason = "WORKER_LOST"
+    retryable = True
+
+
+class Draining(InterlockError):
+    """The server is shutting down."""
+
+    code = Code.UNAVAILABLE
+    reason = "DRAINING"
+    retryable = True
+
+
+class StoreUnavailable(InterlockError):
+    """The queue's store cannot be reached."""
+
+    code = Code.UNAVAILABLE
+    reason = "STORE_UNAVAILABLE"
+    retryable = True
+
+
+class RequestCancelled(InterlockError):
+    """The caller ended the request."""
+
+    code = Code.CANCELLED
+    reason = "CANCELLED"
+
+
+class ClientStalled(InterlockError):
+    """The client stopped reading."""
+
+    code = Code.ABORTED
+    reason = "CLIENT_STALLED"
+
+
+class RevisionUnknown(InterlockError):
+    """No such revision is registered."""
+
+    code = Code.NOT_FOUND
+    reason = "REVISION_UNKNOWN"
+
+
+class ArtifactInvalid(InterlockError):
+    """A model file breaks a rule."""
+
+    code = Code.INVALID_ARGUMENT
+    reason = "ARTIFACT_INVALID"
+
+
+class WorkerUnknown(InterlockError):
+    """No such worker is attached."""
+
+    code = Code.NOT_FOUND
+    reason = "WORKER_UNKNOWN"
+
+
+class ForeignError(InterlockError):
+    """An error of another system (a proxy, a lost connection), known by its gRPC code alone."""
+
+    reason = "UNSPECIFIED"
+
+    def __init__(self, code: Code, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.code = code
+        self.retryable = code is Code.UNAVAILABLE
+
+
+def every_error() -> list[type[InterlockError]]:
+    """All classes of the tree that stand here, the root included: what a reason from the wire may mean."""
+    found: list[type[InterlockError]] = [InterlockError]
+    for error in found:
+        found.extend(kind for kind in error.__subclasses__() if kind.__module__ == __name__)
+    return found

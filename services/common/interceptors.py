@@ -1,0 +1,159 @@
+"""What every RPC passes through. Owns: the canonical log line and the translation of errors.
+
+One line per RPC, at its end: method, code, reason, duration and whatever the handler added with
+`logs.annotate`. A handler raises `InterlockError`; anything else is a defect, is logged with its
+traceback and reaches the caller as INTERNAL without detail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from services.common import logs, status
+from services.common.clock import Clock
+from services.common.credential import check_mesh_token
+from services.common.errors import MeshCredentialInvalid
+from services.common.grpc_types import Context, Handler, Interceptor
+
+Details = grpc.HandlerCallDetails
+Continuation = Callable[[Details], Awaitable[Handler | None]]
+
+# Probes and tools call these every few seconds; a line for each would drown the rest.
+_QUIET = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+
+
+class CallLog(Interceptor):
+    """Logs each RPC once and turns what its handler raises into a status."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: Details
+    ) -> Handler | None:
+        """Wraps the handler, whichever of the four kinds it is."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith(_QUIET):
+            return handler
+        wrap = self._streaming if handler.response_streaming else self._unary
+        return _rebuilt(handler, wrap(method, _behaviour(handler)))
+
+    def _unary(self, method: str, inner: Any) -> Any:
+        async def handle(request: Any, context: Context) -> Any:
+            call = _Call(method, self._clock)
+            try:
+                response = await inner(request, context)
+            except BaseException as error:  # noqa: BLE001 - translated or raised again by `failed`
+                await call.failed(error, context)
+            else:
+                call.log("OK")
+                return response
+
+        return handle
+
+    def _streaming(self, method: str, inner: Any) -> Any:
+        async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
+            call = _Call(method, self._clock)
+            responses = inner(request, context)
+            try:
+                async for response in responses:
+                    yield response
+            except BaseException as error:  # noqa: BLE001 - translated or raised again by `failed`
+                await call.failed(error, context)
+            else:
+                call.log("OK")
+            finally:
+                # A generator that is left half way cleans up now, not when it is collected.
+                await responses.aclose()
+
+        return handle
+
+
+class MeshOnly(Interceptor):
+    """Refuses callers without the mesh credential on the named services or methods.
+
+    Args:
+        token: The join token of the mesh.
+        prefixes: Method paths or their beginnings, such as `/interlock.v1.WorkerService/`.
+    """
+
+    def __init__(self, token: str, prefixes: tuple[str, ...]) -> None:
+        self._token = token
+        self._prefixes = prefixes
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: Details
+    ) -> Handler | None:
+        """Puts a handler that refuses in the place of the one that was called."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(self._prefixes):
+            return handler
+        try:
+            check_mesh_token(tuple(handler_call_details.invocation_metadata or ()), self._token)
+        except MeshCredentialInvalid as error:
+            return _rebuilt(handler, _refusing(handler, error))
+        return handler
+
+
+class _Call:
+    """One RPC on its way to its log line."""
+
+    def __init__(self, method: str, clock: Clock) -> None:
+        self._method = method
+        self._clock = clock
+        self._started_s = clock.monotonic()
+
+    def log(self, code: str, **fields: object) -> None:
+        duration_ms = round((self._clock.monotonic() - self._started_s) * 1000, 3)
+        logger = logs.get_logger()
+        emit = logger.warning if code == "INTERNAL" else logger.info
+        emit("rpc.finished", method=self._method, code=code, duration_ms=duration_ms, **fields)
+
+    async def failed(self, error: BaseException, context: Context) -> None:
+        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+            self.log("CANCELLED")
+            raise error
+        if isinstance(error, grpc.aio.AbortError):
+            self.log("ABORTED")
+            raise error
+        told = status.as_interlock_error(error)
+        if told is not error:
+            logs.get_logger().error("rpc.crashed", method=self._method, exc_info=error)
+        self.log(told.code.value, reason=told.reason)
+        await status.abort(context, told)
+
+
+def _behaviour(handler: Handler) -> Any:
+    """The function inside a handler, whichever of the four kinds it is."""
+    kinds = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+    return next(function for function in kinds if function is not None)
+
+
+def _rebuilt(handler: Handler, behaviour: Any) -> Handler:
+    """A handler of the same kind around another function."""
+    make: Any = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[handler.request_streaming, handler.response_streaming]
+    rebuilt: Handler = make(behaviour, handler.request_deserializer, handler.response_serializer)
+    return rebuilt
+
+
+def _refusing(handler: Handler, error: MeshCredentialInvalid) -> Any:
+    """A function of the handler's kind that raises `error`."""
+
+    async def unary(*_: Any) -> Any:
+        raise error
+
+    async def streaming(*_: Any) -> AsyncIterator[Any]:
+        raise error
+        yield  # makes this a generator
+
+    return streaming if handler.response_streaming else unary

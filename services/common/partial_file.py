@@ -1,0 +1,102 @@
+"""A file on its way. Owns: that a name appears only over complete, checked and durable content.
+
+Must not know: where bytes come from, or what they are for. Everything here blocks; callers use a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from services.common.errors import ArtifactInvalid
+
+# One step of reading: large enough for full speed, small enough to stay in cache.
+READ_BYTES = 1 << 20
+
+
+class PartialFile:
+    """A file under a temporary name beside its final one, which it bears once its digest is right.
+
+    Args:
+        path: The final path; its directory exists.
+        size_bytes: How long the content must be.
+        sha256: What its digest must be, in lower-case hexadecimal.
+    """
+
+    def __init__(self, path: Path, size_bytes: int, sha256: str) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.partial")
+        self._wanted_bytes = size_bytes
+        self._wanted_sha256 = sha256
+        self._stream: IO[bytes] | None = None
+        self._digest = hashlib.sha256()
+        self._size_bytes = 0
+
+    def open(self) -> int:
+        """Begins, or goes on where an earlier attempt ended; returns the number of bytes that are there."""
+        # O_NOFOLLOW: a link that somebody placed here must not lead the writes elsewhere.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        self._stream = os.fdopen(os.open(self._temporary, flags, 0o600), "r+b")
+        if os.fstat(self._stream.fileno()).st_size > self._wanted_bytes:
+            self._stream.truncate(0)
+        while block := self._stream.read(READ_BYTES):
+            self._digest.update(block)
+            self._size_bytes += len(block)
+        return self._size_bytes
+
+    def append(self, chunk: bytes) -> int:
+        """Writes the next bytes; returns how many are there now.
+
+        Raises:
+            ArtifactInvalid: They are more than the file shall have.
+        """
+        assert self._stream is not None
+        if self._size_bytes + len(chunk) > self._wanted_bytes:
+            raise ArtifactInvalid(f"{self._path.name}: more bytes came than the manifest says.")
+        self._stream.write(chunk)
+        self._digest.update(chunk)
+        self._size_bytes += len(chunk)
+        return self._size_bytes
+
+    def finish(self) -> None:
+        """Checks size and digest, makes the content durable, and gives the file its name.
+
+        Raises:
+            ArtifactInvalid: It is not the content that was wanted.
+        """
+        assert self._stream is not None
+        if self._size_bytes < self._wanted_bytes:
+            raise ArtifactInvalid(f"{self._path.name}: fewer bytes came than the manifest says.")
+        if self._digest.hexdigest() != self._wanted_sha256:
+            raise ArtifactInvalid(f"{self._path.name}: the content does not have the manifest's digest.")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._temporary.replace(self._path)
+        # The name is durable only when its directory is.
+        with directory_descriptor(self._path.parent) as descriptor:
+            os.fsync(descriptor)
+
+    def discard(self) -> None:
+        """Removes the temporary file."""
+        self._temporary.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Releases the descriptor; what was written so far stays for the next attempt."""
+        if self._stream is not None:
+            # A full disk was told already, or is told by the next attempt.
+            with contextlib.suppress(OSError):
+                self._stream.close()
+
+
+@contextlib.contextmanager
+def directory_descriptor(directory: Path) -> Iterator[int]:
+    """An open descriptor of `directory`, for fsync and locks."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

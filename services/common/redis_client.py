@@ -1,0 +1,175 @@
+"""The connection to Redis. Owns: which URLs it understands, how a script is run, and what a call may take.
+
+Gateway and controller alone use it. It knows no key and no script.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError
+
+from services.common.config import ConfigInvalid
+from services.common.errors import StoreUnavailable
+
+Client: TypeAlias = Redis | RedisCluster
+
+# Redis answers within a millisecond or two; after a second it is gone, and callers must learn that.
+SOCKET_TIMEOUT_S = 1.0
+# A call with its one repetition on a fresh connection, and its wait for a connection, ends within this.
+CALL_TIMEOUT_S = 2.0
+# Scripts run one after another anyway; more connections only lengthen the line inside Redis.
+CALLS_AT_ONCE_MAX = 32
+# Finds a connection that a firewall has forgotten.
+HEALTH_CHECK_INTERVAL_S = 10
+RETRY_AFTER_S = 1.0
+
+SCHEMES = (
+    "redis://, rediss://, unix://, redis+sentinel://HOST:PORT,.../SERVICE or redis+cluster://HOST:PORT,..."
+)
+DEFAULT_PORT = 6379
+DEFAULT_SENTINEL_PORT = 26379
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A Lua script: its text, and the digest by which Redis remembers it."""
+
+    text: str
+    sha1: str
+
+
+def read_script(*files: Path) -> Script:
+    """Reads a script from one or more files, in their order: shared parts come before the operation."""
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+class RedisStore:
+    """A connection to Redis in any of its forms. Build it with `connect`; close it when done."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._calls = asyncio.Semaphore(CALLS_AT_ONCE_MAX)
+
+    async def run_script(self, script: Script, keys: Sequence[str], args: Iterable[str | int | float]) -> Any:
+        """Runs a script and returns its reply, with text for bytes.
+
+        Scripts must be safe to repeat: a call whose connection broke is sent once more.
+
+        Raises:
+            StoreUnavailable: Redis cannot be reached, did not answer in time, or refused.
+        """
+        return await self._call(lambda: self._evaluate(script, [*keys, *args], len(keys)))
+
+    async def fetch(self, *command: str) -> Any:
+        """Runs a command that only reads, and returns its reply. Raises StoreUnavailable as `run_script`."""
+        return await self._call(lambda: self._client.execute_command(*command))
+
+    async def open_pubsub(self) -> PubSub:
+        """Returns a subscription on a connection of its own; the caller closes it.
+
+        Raises:
+            RedisError, OSError, TimeoutError: Redis cannot be reached.
+        """
+        # In a cluster the nodes must be known before a channel can be looked up.
+        await self._client.initialize()
+        return self._client.pubsub()  # type: ignore[no-any-return, unused-ignore]
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        await self._client.aclose()
+
+    async def _evaluate(self, script: Script, values: list[str | int | float], key_count: int) -> Any:
+        try:
+            return await self._client.execute_command("EVALSHA", script.sha1, key_count, *values)
+        except NoScriptError:
+            return await self._client.execute_command("EVAL", script.text, key_count, *values)
+
+    async def _call(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S), self._calls:
+                return await call()
+        except (RedisError, OSError, TimeoutError) as error:
+            raise StoreUnavailable(
+                "The queue's store does not answer. Try again in a moment.", retry_after_s=RETRY_AFTER_S
+            ) from error
+
+
+def connect(url: str) -> RedisStore:
+    """Returns a store for a URL; the connection is made with the first call.
+
+    Raises:
+        ConfigInvalid: The URL is of no known form.
+    """
+    try:
+        return RedisStore(_client(url))
+    except ValueError as error:
+        # The URL stays out of the message: it may hold a password.
+        raise ConfigInvalid(f"redis_url: not usable; expected {SCHEMES}") from error
+
+
+def _client(url: str) -> Client:
+    parts = urlsplit(url)
+    if parts.scheme in {"redis", "rediss", "unix"}:
+        return Redis.from_url(url, **_options())
+    if parts.scheme == "redis+sentinel":
+        return _sentinel_client(parts)
+    if parts.scheme == "redis+cluster":
+        nodes = [ClusterNode(host, port) for host, port in _hosts(parts, DEFAULT_PORT)]
+        return RedisCluster(startup_nodes=nodes, **_credentials(parts), **_options())
+    raise ValueError("unknown scheme")
+
+
+def _sentinel_client(parts: SplitResult) -> Redis:
+    service, _, database = parts.path.strip("/").partition("/")
+    if not service:
+        raise ValueError("no service name")
+    sentinel = Sentinel(  # type: ignore[no-untyped-call]
+        _hosts(parts, DEFAULT_SENTINEL_PORT),
+        sentinel_kwargs={"socket_timeout": SOCKET_TIMEOUT_S},
+        db=int(database or 0),
+        **_credentials(parts),
+        **_options(),
+    )
+    return sentinel.master_for(service)  # type: ignore[no-any-return, unused-ignore]
+
+
+def _options() -> dict[str, Any]:
+    return {
+        "decode_responses": True,
+        "socket_timeout": SOCKET_TIMEOUT_S,
+        "socket_connect_timeout": SOCKET_TIMEOUT_S,
+        "health_check_interval": HEALTH_CHECK_INTERVAL_S,
+        # A pooled connection that broke while idle is replaced once; a timeout is not tried again.
+        "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
+    }
+
+
+def _hosts(parts: SplitResult, default_port: int) -> list[tuple[str, int]]:
+    hosts = []
+    for address in parts.netloc.rpartition("@")[2].split(","):
+        one = urlsplit(f"//{address}")
+        if not one.hostname:
+            raise ValueError("no host")
+        hosts.append((one.hostname, one.port or default_port))
+    return hosts
+
+
+def _credentials(parts: SplitResult) -> dict[str, Any]:
+    user, _, password = parts.netloc.rpartition("@")[0].partition(":")
+    found = {"username": unquote(user), "password": unquote(password)}
+    return {name: value for name, value in found.items() if value}
