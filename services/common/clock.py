@@ -1,8 +1,7 @@
-"""Time as an argument. Owns: the port through which shells read clocks; cores receive plain numbers."""
+"""Time as an argument. Owns: the port through which time is read. Pure: cores may name it."""
 
 from __future__ import annotations
 
-import time
 from typing import Protocol
 
 
@@ -16,15 +15,3 @@ class Clock(Protocol):
     def now(self) -> float:
         """Seconds since the epoch, for what other machines and people read."""
         ...
-
-
-class SystemClock:
-    """The machine's own clocks."""
-
-    def monotonic(self) -> float:
-        """See `Clock.monotonic`."""
-        return time.monotonic()
-
-    def now(self) -> float:
-        """See `Clock.now`."""
-        return time.time()

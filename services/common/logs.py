@@ -14,6 +14,11 @@ from typing import Any
 
 import structlog
 
+# Locals of a frame may be prompts or secrets; a traceback without them says enough.
+_TRACEBACKS = structlog.processors.ExceptionRenderer(
+    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+)
+
 Logger = structlog.stdlib.BoundLogger
 
 
@@ -30,7 +35,7 @@ def configure(service: str, instance: str, *, level: str = "info") -> None:
             structlog.processors.add_log_level,
             stamp,
             structlog.processors.StackInfoRenderer(),
-            *([] if human else [structlog.processors.dict_tracebacks]),
+            *([] if human else [_TRACEBACKS]),
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),

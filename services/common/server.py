@@ -47,7 +47,7 @@ class Server:
 
     Attributes:
         grpc_server: The server; add servicers to it before `bind`.
-        health: `grpc.health.v1`, NOT_SERVING for every service until `set_serving`.
+        health: `grpc.health.v1`; NOT_SERVING for every service from `start` until `set_serving`.
         services: Full names of the services, as health and reflection list them.
     """
 
@@ -59,6 +59,11 @@ class Server:
         """Tells health checks whether calls are welcome."""
         for name in ("", *self.services):
             await self.health.set(name, SERVING if serving else NOT_SERVING)
+
+    async def start(self) -> None:
+        """Starts to answer: health with NOT_SERVING, until `set_serving` says otherwise."""
+        await self.set_serving(False)
+        await self.grpc_server.start()
 
     def bind(self, address: str) -> str:
         """Binds `host:port` (port 0: a free one) and returns the address with the actual port.

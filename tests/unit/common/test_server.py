@@ -19,11 +19,11 @@ from interlock.v1 import worker_service_pb2_grpc
 from structlog.testing import capture_logs
 
 from services.common import channel, logs, server
-from services.common.clock import SystemClock
 from services.common.credential import mesh_metadata
 from services.common.errors import InterlockError, MeshCredentialInvalid, NoWorker, QueueFull
 from services.common.interceptors import MeshOnly
 from services.common.status import read_error
+from services.common.system_clock import SystemClock
 
 SERVICE = "interlock.v1.WorkerService"
 MESH_TOKEN = "m" * 32
@@ -64,7 +64,7 @@ async def running(servicer: Echo, *, mesh_only: bool = False) -> AsyncIterator[t
     made = server.create([SERVICE], SystemClock(), interceptors=guards)
     worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, made.grpc_server)
     address = made.bind("127.0.0.1:0")
-    await made.grpc_server.start()
+    await made.start()
     async with channel.connect(address) as connection:
         health = health_pb2_grpc.HealthStub(connection)
         yield worker_service_pb2_grpc.WorkerServiceStub(connection), (made, health)
@@ -171,7 +171,7 @@ async def test_a_taken_port_is_named() -> None:
     """`so_reuseport` would hide it: two servers would share the port and halve the calls."""
     first = server.create([SERVICE], SystemClock())
     address = first.bind("127.0.0.1:0")
-    await first.grpc_server.start()
+    await first.start()
     second = server.create([SERVICE], SystemClock())
     with pytest.raises(server.PortTaken, match=address.rpartition(":")[2]):
         second.bind(address)

@@ -1,0 +1,44 @@
+"""Errors as HTTP clients see them."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.common import http_errors
+from services.common.errors import (
+    ForeignError,
+    InterlockError,
+    MessageTooLarge,
+    QueueFull,
+    TokenMissing,
+    every_error,
+)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in every_error() if kind is not ForeignError])
+def test_each_error_has_a_status_of_its_own_kind(kind: type[InterlockError]) -> None:
+    """A caller's mistake is 4xx, a server's failure 5xx."""
+    status = http_errors.status_of(kind("told"))
+    assert 400 <= status < 600
+    assert (status >= 500) is (
+        kind.code.value in {"INTERNAL", "UNIMPLEMENTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"}
+    )
+
+
+def test_a_full_queue_is_429_with_whole_seconds_and_exact_milliseconds() -> None:
+    """The header rounds up, so that nobody comes back too early; the body is exact."""
+    error = QueueFull("The queue is full.", retry_after_s=1.2)
+    assert http_errors.headers(error) == [("x-interlock-status", "429"), ("retry-after", "2")]
+    assert http_errors.fields(error, "request-1") == {
+        "code": "RESOURCE_EXHAUSTED",
+        "reason": "ERROR_REASON_QUEUE_FULL",
+        "message": "The queue is full.",
+        "request_id": "request-1",
+        "retry_after_ms": 1200,
+    }
+
+
+def test_http_tells_apart_what_grpc_does_not() -> None:
+    """Too large and too many share a gRPC code, not a status; an error without a delay has no header."""
+    assert http_errors.status_of(MessageTooLarge("Too large.")) == 413
+    assert http_errors.headers(TokenMissing("No token.")) == [("x-interlock-status", "401")]
