@@ -1,0 +1,1 @@
+"""The controller: which revisions exist, who holds them, and where new requests go. Sees no prompt."""

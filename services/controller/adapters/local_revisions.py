@@ -1,0 +1,110 @@
+"""Revisions in directories of this machine. Owns: how a model's directory becomes a revision and is read.
+
+Must not know who asks for the files, or why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import IO
+
+from services.common.artifacts import describe, tokenizer_digest
+from services.common.errors import ArgumentInvalid, ArtifactInvalid
+from services.controller.core.catalog import Catalog, Manifest, ModelFile, Revision
+
+# The contract's bound of a chunk.
+CHUNK_BYTES_MAX = 1 << 20
+
+# How the families of models name the longest sequence that they were trained for.
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+
+
+def read_revision(
+    directory: Path,
+    *,
+    model: str,
+    quantization: str,
+    compute_dtype: str,
+    context_tokens: int,
+    now_s: float,
+) -> Revision:
+    """Describes the model in `directory`; reads every byte of it, so call it in a thread.
+
+    Args:
+        directory: A model in Hugging Face format.
+        model: The name that requests give.
+        quantization: How the weights are held; `auto`: the worker's device decides.
+        compute_dtype: The format of activations; `auto`: the worker's device decides.
+        context_tokens: Most tokens of prompt and output; 0: as many as the model was made for.
+        now_s: Seconds since the epoch.
+
+    Raises:
+        ArtifactInvalid: The directory is no model, or a file of it breaks a rule.
+    """
+    files = describe(directory)
+    names = {file.path for file in files}
+    if "config.json" not in names:
+        raise ArtifactInvalid("The model's directory has no config.json.")
+    if not any(name.endswith(".safetensors") for name in names):
+        raise ArtifactInvalid("The model's directory has no weights in safetensors format.")
+    manifest = Manifest(
+        model=model,
+        revision="",
+        files=tuple(ModelFile(file.path, file.size_bytes, file.sha256) for file in files),
+        quantization=quantization,
+        compute_dtype=compute_dtype,
+        context_tokens=_context_tokens(directory / "config.json", context_tokens),
+        tokenizer_sha256=tokenizer_digest(files),
+    )
+    return Revision(manifest.named(), str(directory.resolve()), now_s)
+
+
+def _context_tokens(config_file: Path, asked: int) -> int:
+    config = json.loads(config_file.read_bytes())
+    found = [config.get(key) for key in _CONTEXT_KEYS] if isinstance(config, dict) else []
+    lengths = [value for value in found if isinstance(value, int) and value > 0]
+    if not lengths:
+        if asked == 0:
+            raise ArtifactInvalid("config.json does not say how long a context may be; set context_tokens.")
+        return asked
+    if asked > lengths[0]:
+        raise ArtifactInvalid(f"context_tokens is {asked}; the model was made for at most {lengths[0]}.")
+    return asked or lengths[0]
+
+
+class LocalRevisionFiles:
+    """`RevisionFiles` over the directories that the catalog names."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    async def read(self, model: str, revision: str, path: str, offset: int) -> AsyncIterator[bytes]:
+        """See `RevisionFiles.read`. Only names of the manifest are opened, so no path can lead elsewhere."""
+        found = self._catalog.revision(model, revision)
+        file = next((file for file in found.manifest.files if file.path == path), None)
+        if file is None:
+            raise ArgumentInvalid(f"The revision has no file {path[:255]!a}.")
+        if offset > file.size_bytes:
+            raise ArgumentInvalid(
+                f"The file has {file.size_bytes} bytes; the offset {offset} is behind them."
+            )
+        left = file.size_bytes - offset
+        stream = await asyncio.to_thread(_open_at, Path(found.local_path) / path, offset)
+        try:
+            while left and (chunk := await asyncio.to_thread(stream.read, min(left, CHUNK_BYTES_MAX))):
+                left -= len(chunk)
+                yield chunk
+        finally:
+            stream.close()
+
+
+def _open_at(path: Path, offset: int) -> IO[bytes]:
+    try:
+        stream = path.open("rb")
+    except OSError:
+        raise ArtifactInvalid(f"{path.name}: the file is gone from the controller's directory.") from None
+    stream.seek(offset)
+    return stream

@@ -1,0 +1,214 @@
+"""What travels on the stream of a member. Owns: how messages become the core's data, and the other way.
+
+What a member says is checked here, so that the core never sees a malformed id or a negative number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from google.protobuf.duration_pb2 import Duration
+from interlock.v1 import controller_service_pb2 as pb
+from interlock.v1 import model_pb2, worker_pb2
+
+from services.common.errors import ArgumentInvalid
+from services.common.ids import is_valid_id
+from services.controller.core.catalog import Catalog, Revision
+from services.controller.core.commands import (
+    Command,
+    SendAbort,
+    SendActivate,
+    SendDrain,
+    SendLease,
+    SendPrepare,
+)
+from services.controller.core.member import (
+    Activated,
+    Device,
+    Failed,
+    Hello,
+    Kind,
+    Load,
+    LoadReport,
+    Progress,
+    Ready,
+    Report,
+    Retired,
+)
+from services.controller.core.residency import Phase, Resident
+
+# A member's reason is a sentence; more would only fill records and logs.
+REASON_CHARS_MAX = 500
+# Host and port, with room for a long DNS name.
+ADDRESS_CHARS_MAX = 300
+# Memory holds a handful of revisions at a time; more is a defect of the member.
+RESIDENTS_MAX = 64
+
+_KINDS = {pb.MEMBER_KIND_WORKER: Kind.WORKER, pb.MEMBER_KIND_GATEWAY: Kind.GATEWAY}
+
+QUANTIZATIONS: Mapping[str, model_pb2.Quantization.ValueType] = MappingProxyType(
+    {
+        "auto": model_pb2.QUANTIZATION_UNSPECIFIED,
+        "none": model_pb2.QUANTIZATION_NONE,
+        "int8": model_pb2.QUANTIZATION_INT8,
+        "nf4": model_pb2.QUANTIZATION_NF4,
+        "fp4": model_pb2.QUANTIZATION_FP4,
+    }
+)
+
+_DTYPES: Mapping[str, model_pb2.ComputeDtype.ValueType] = MappingProxyType(
+    {
+        "auto": model_pb2.COMPUTE_DTYPE_UNSPECIFIED,
+        "fp32": model_pb2.COMPUTE_DTYPE_FP32,
+        "bf16": model_pb2.COMPUTE_DTYPE_BF16,
+    }
+)
+
+STEPS: Mapping[worker_pb2.RevisionPhase.ValueType, str] = MappingProxyType(
+    {
+        worker_pb2.REVISION_PHASE_FETCH: "fetch",
+        worker_pb2.REVISION_PHASE_VERIFY: "verify",
+        worker_pb2.REVISION_PHASE_LOAD: "load",
+        worker_pb2.REVISION_PHASE_WARM: "warm",
+    }
+)
+
+# What a member holds when it attaches; what it is about to unload counts as gone.
+_RESIDENT_PHASES: Mapping[int, Phase] = MappingProxyType(
+    {
+        **dict.fromkeys(STEPS, Phase.PREPARING),
+        worker_pb2.REVISION_PHASE_READY: Phase.READY,
+        worker_pb2.REVISION_PHASE_ACTIVE: Phase.ACTIVE,
+        worker_pb2.REVISION_PHASE_FAILED: Phase.FAILED,
+    }
+)
+
+
+def read_hello(request: pb.AttachRequest) -> Hello:
+    """The first message of a member.
+
+    Raises:
+        ArgumentInvalid: It is another message, or a field is malformed.
+    """
+    if request.WhichOneof("event") != "hello":
+        raise ArgumentInvalid("The first message of a member is `hello`.")
+    hello = request.hello
+    kind = _KINDS.get(hello.kind)
+    if kind is None:
+        raise ArgumentInvalid("`hello.kind` must be worker or gateway.")
+    for name, value in (("id", hello.id), ("incarnation", hello.incarnation)):
+        if not is_valid_id(value):
+            raise ArgumentInvalid(f"`hello.{name}` must be 1 to 64 of the characters A-Z a-z 0-9 . _ -")
+    if len(hello.address) > ADDRESS_CHARS_MAX or not hello.address.isprintable():
+        raise ArgumentInvalid("`hello.address` must be a host and a port.")
+    if kind is Kind.WORKER and (not hello.address or not hello.slots):
+        raise ArgumentInvalid("A worker's `hello` needs an address and at least one slot.")
+    if len(hello.revisions) > RESIDENTS_MAX:
+        raise ArgumentInvalid(f"`hello.revisions` has more than {RESIDENTS_MAX} entries.")
+    return Hello(
+        kind=kind,
+        id=hello.id,
+        incarnation=hello.incarnation,
+        address=hello.address,
+        slots=hello.slots,
+        devices=tuple(Device(each.kind, each.name, each.memory_bytes) for each in hello.devices),
+        residents=_read_residents(hello),
+        epoch=hello.epoch,
+        fence=hello.fence,
+    )
+
+
+def read_report(request: pb.AttachRequest) -> Report:
+    """Any later message of a member.
+
+    Raises:
+        ArgumentInvalid: It is empty, a second hello, or a field is malformed.
+    """
+    match request.WhichOneof("event"):
+        case "load":
+            return LoadReport(_read_load(request.load))
+        case "progress":
+            progress = request.progress
+            step = STEPS.get(progress.phase, "")
+            return Progress(_name(progress.revision), step, progress.done_bytes, progress.total_bytes)
+        case "ready":
+            return Ready(_name(request.ready.revision), request.ready.weights_bytes)
+        case "activated":
+            return Activated(_name(request.activated.revision), request.activated.epoch)
+        case "failed":
+            failed = request.failed
+            return Failed(_name(failed.revision), STEPS.get(failed.phase, ""), _reason(failed.reason))
+        case "retired":
+            return Retired(_name(request.retired.revision))
+    raise ArgumentInvalid(
+        "After its `hello` a member sends load, progress, ready, activated, failed, retired."
+    )
+
+
+def command_message(command: Command, catalog: Catalog) -> pb.AttachResponse:
+    """What travels to a member."""
+    match command:
+        case SendLease(ttl_s, fence):
+            return pb.AttachResponse(lease=pb.Lease(ttl=_duration(ttl_s), fence=fence))
+        case SendPrepare(model, revision, rollout_id):
+            manifest = manifest_message(catalog.revision(model, revision))
+            return pb.AttachResponse(prepare=pb.Prepare(rollout_id=rollout_id, manifest=manifest))
+        case SendActivate(model, revision, epoch):
+            activate = pb.Activate(model=model, revision=revision, epoch=epoch)
+            return pb.AttachResponse(activate=activate)
+        case SendAbort(revision):
+            return pb.AttachResponse(abort=pb.Abort(revision=revision))
+        case SendDrain(grace_s):
+            return pb.AttachResponse(drain=pb.Drain(grace=_duration(grace_s)))
+
+
+def manifest_message(revision: Revision) -> model_pb2.Manifest:
+    """A revision as members receive it."""
+    manifest = revision.manifest
+    return model_pb2.Manifest(
+        model=manifest.model,
+        revision=manifest.revision,
+        files=[
+            model_pb2.ArtifactFile(path=file.path, size_bytes=file.size_bytes, sha256=file.sha256)
+            for file in manifest.files
+        ],
+        quantization=QUANTIZATIONS[manifest.quantization],
+        compute_dtype=_DTYPES[manifest.compute_dtype],
+        context_tokens=manifest.context_tokens,
+        tokenizer_sha256=manifest.tokenizer_sha256,
+        local_path=revision.local_path,
+    )
+
+
+def _read_residents(hello: pb.Hello) -> dict[str, Resident]:
+    return {
+        _name(found.revision): Resident(
+            phase=_RESIDENT_PHASES[found.phase],
+            step=STEPS.get(found.phase, ""),
+            weights_bytes=found.weights_bytes,
+            failure=_reason(found.failure),
+        )
+        for found in hello.revisions
+        if found.phase in _RESIDENT_PHASES
+    }
+
+
+def _read_load(load: worker_pb2.WorkerLoad) -> Load:
+    return Load(load.running, load.slots, load.memory_bytes, load.steps, load.generated_tokens)
+
+
+def _name(revision: str) -> str:
+    if not is_valid_id(revision):
+        raise ArgumentInvalid("A revision's name has 1 to 64 of the characters A-Z a-z 0-9 . _ -")
+    return revision
+
+
+def _reason(text: str) -> str:
+    return "".join(character for character in text[:REASON_CHARS_MAX] if character.isprintable())
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromMilliseconds(round(seconds * 1000))
+    return duration

@@ -1,0 +1,48 @@
+"""The controller's settings: `INTERLOCK_CONTROLLER_<FIELD>`, or a YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr
+
+REDIS_URL_DEFAULT = SecretStr("redis://127.0.0.1:6379/0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerConfig:
+    """What one controller process is told at its start."""
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Name in the mesh.")] = (
+        "controller-1"
+    )
+    bind: Annotated[str, Field(description="host:port to listen on; port 0 takes a free one.")] = (
+        "127.0.0.1:50052"
+    )
+    announce_file: Annotated[
+        Path | None, Field(description='Written when the port is bound: {"id", "address", "pid"}.')
+    ] = None
+    redis_url: Annotated[SecretStr, Field(description="redis://, rediss:// or unix:// URL.")] = (
+        REDIS_URL_DEFAULT
+    )
+    mesh_token: Annotated[SecretStr, Field(min_length=32, description="Join token of the mesh.")]
+    jwt_secret: Annotated[SecretStr, Field(description="HS256 secret, 32 bytes or more.")]
+    jwt_issuer: str = "interlock"
+    jwt_audience: str = "interlock"
+    jwt_lifetime_max_s: Annotated[int, Field(ge=60)] = 86_400
+    jwt_leeway_s: Annotated[int, Field(ge=0, le=300)] = 30
+    model_path: Annotated[Path, Field(description="Directory of the model, in Hugging Face format.")]
+    model_name: Annotated[
+        str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="Name that requests give.")
+    ]
+    quantization: Annotated[str, Field(pattern="^(auto|none|int8|nf4|fp4)$")] = "auto"
+    compute_dtype: Annotated[str, Field(pattern="^(auto|fp32|bf16)$")] = "auto"
+    context_tokens: Annotated[
+        int, Field(ge=0, description="Most tokens of prompt and output; 0: the model's.")
+    ] = 0
+    # Members report every second; five missed reports are a loss, not a hiccup.
+    lease_ttl_s: Annotated[float, Field(gt=1)] = 5.0
+    prepare_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"

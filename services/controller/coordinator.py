@@ -1,0 +1,370 @@
+"""The controller at work. Owns: the members, the route, and the order in which the store learns of both.
+
+Decisions are the core's; this performs their effects. Members are heard at once and never wait for the
+store: what the store shall hold is derived from the members, and one loop brings the store to it, again
+and again. So an outage of the store costs nothing but time, and a lost write is written again.
+
+Must not know: gRPC, Redis, protobuf.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import replace
+from typing import NamedTuple
+
+from services.common import logs
+from services.common.clock import Clock
+from services.common.errors import Draining, StoreUnavailable, WorkerUnknown
+from services.controller.core import membership, routing
+from services.controller.core.catalog import Catalog
+from services.controller.core.commands import Effect, EndStream, Note, RemoveWorker, WriteWorker
+from services.controller.core.member import (
+    DrainAsked,
+    Event,
+    Farewell,
+    Goal,
+    Hello,
+    Kind,
+    Member,
+    Presence,
+    Report,
+    Silence,
+    StreamBroken,
+    Tick,
+)
+from services.controller.core.ports import FenceStale, MemberStream, RouteStore
+from services.controller.core.records import WorkerRecord
+from services.controller.core.routing import Plan
+
+# Members report every second, and gateways look as often: a slower tick would delay both.
+TICK_S = 1.0
+# When this much time passed between two ticks, we slept (a stopped process, a suspended machine), and the
+# silence of the members proves nothing.
+SLEPT_S = 3.0
+# We remove lost workers ourselves; this only bounds what a dead controller leaves behind. It is longer than a
+# controller needs to be restarted, because serving goes on without one meanwhile.
+RECORD_TTL_S = 30.0
+# A worker that is gone stays visible to operators for a while.
+LOST_KEPT_S = 600.0
+# Far more than one controller is meant for; beyond it, something attaches under ever new names.
+MEMBERS_MAX = 10_000
+
+
+class MemberKey(NamedTuple):
+    """A worker and a gateway may bear the same id."""
+
+    kind: Kind
+    id: str
+
+
+class Coordinator:
+    """Leads the members of one model.
+
+    Args:
+        catalog: The registered revisions; it has a default model.
+        store: Where gateways read workers and route.
+        clock: The time.
+        lease_ttl_s: How long a member may be silent.
+        prepare_timeout_s: How long one preparation may take.
+
+    Attributes:
+        led: Set once the store knows us as the controller.
+        deposed: Set once another controller has taken over; nothing is written from then on.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        store: RouteStore,
+        clock: Clock,
+        *,
+        lease_ttl_s: float,
+        prepare_timeout_s: float,
+    ) -> None:
+        self._model = catalog.default_model()
+        self._catalog = catalog
+        self._store = store
+        self._clock = clock
+        self._rules = membership.Rules(lease_ttl_s, prepare_timeout_s, fence=0)
+        self._members: dict[MemberKey, Member] = {}
+        self._streams: dict[MemberKey, MemberStream] = {}
+        self._plan: Plan | None = None
+        self._plan_stored = False
+        self._changed_workers: set[str] = set()
+        self._changed = asyncio.Event()
+        self.led = asyncio.Event()
+        self.deposed = asyncio.Event()
+        self._store_lost = False
+        self._ticked_s = clock.monotonic()
+
+    @property
+    def leading(self) -> bool:
+        """Whether the store knows us as the controller; members may attach, and health is SERVING."""
+        return self.led.is_set() and not self.deposed.is_set()
+
+    @property
+    def plan(self) -> Plan | None:
+        """What the route shall be; None until the store was read."""
+        return self._plan
+
+    def members(self, kind: Kind) -> tuple[Member, ...]:
+        """The members of a kind, by id; those that were lost lately included."""
+        return tuple(self._members[key] for key in sorted(self._members) if key.kind is kind)
+
+    def attach(self, hello: Hello, stream: MemberStream) -> MemberKey:
+        """Takes a member in; a stream of the same member before it ends.
+
+        Raises:
+            StoreUnavailable: We do not lead yet: the store was not reached.
+            Draining: Another controller leads, or there are too many members.
+        """
+        key = MemberKey(hello.kind, hello.id)
+        self._check_welcome(key)
+        assert self._plan is not None
+        self._learn(self._plan, hello)
+        earlier = self._streams.pop(key, None)
+        if earlier is not None:
+            earlier.end("The same member attached again.")
+        self._streams[key] = stream
+        self._members.setdefault(key, Member(hello.kind, hello.id))
+        self._advance(key, hello)
+        return key
+
+    def hear(self, key: MemberKey, stream: MemberStream, report: Report) -> None:
+        """Takes in what a member said; nothing that came by a replaced stream.
+
+        Raises:
+            EventIllegal: It cannot follow what the member said before.
+        """
+        if self._streams.get(key) is stream:
+            self._advance(key, report)
+
+    def detach(self, key: MemberKey, stream: MemberStream, *, farewell: bool) -> None:
+        """A stream has ended, with the member's goodbye or without."""
+        if self._streams.get(key) is stream:
+            del self._streams[key]
+            self._advance(key, Farewell() if farewell else StreamBroken())
+
+    def drain(self, worker_id: str, grace_s: float) -> Member:
+        """Takes a worker out of service until its process is replaced.
+
+        Raises:
+            WorkerUnknown: No such worker is here.
+        """
+        key = MemberKey(Kind.WORKER, worker_id)
+        member = self._members.get(key)
+        if member is None or member.presence is Presence.LOST:
+            raise WorkerUnknown(f"No worker {worker_id!a} is attached.")
+        self._advance(key, DrainAsked(grace_s))
+        return self._members[key]
+
+    def close(self, reason: str) -> None:
+        """Ends every stream; the members attach again, here or elsewhere."""
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.end(reason)
+
+    async def run(self) -> None:
+        """Watches leases and keeps the store, until it is cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch(), name="controller.watch")
+            tasks.create_task(self._keep(), name="controller.keep")
+
+    def tick(self) -> None:
+        """Judges leases and deadlines; once a second."""
+        now_s = self._clock.monotonic()
+        slept = now_s - self._ticked_s > SLEPT_S
+        self._ticked_s = now_s
+        for key, member in list(self._members.items()):
+            if slept:
+                lease_end_s = max(member.lease_end_s, now_s + self._rules.lease_ttl_s)
+                self._members[key] = replace(member, lease_end_s=lease_end_s)
+            elif member.presence is Presence.LOST:
+                if member.lease_end_s + LOST_KEPT_S < now_s:
+                    del self._members[key]
+                continue
+            elif member.lease_end_s <= now_s:
+                self._advance(key, Silence())
+                continue
+            self._advance(key, Tick())
+
+    async def keep_store(self, *, renew: bool = True) -> None:
+        """Brings the store to what the members are; with `renew` every lease is written too.
+
+        An unreachable store is logged once, and tried again by the next call.
+        """
+        if self.deposed.is_set():
+            return
+        try:
+            await self._keep_route()
+            await self._keep_workers(renew=renew)
+        except StoreUnavailable as error:
+            if not self._store_lost:
+                logs.get_logger().warning("store.lost", model=self._model, reason=error.message)
+            self._store_lost = True
+        except FenceStale:
+            self.deposed.set()
+            logs.get_logger().error("controller.deposed", model=self._model, fence=self._rules.fence)
+            self.close("Another controller leads.")
+        else:
+            if self._store_lost:
+                logs.get_logger().info("store.recovered", model=self._model)
+            self._store_lost = False
+
+    async def _watch(self) -> None:
+        while True:
+            self.tick()
+            await asyncio.sleep(TICK_S)
+
+    async def _keep(self) -> None:
+        renew_s = self._clock.monotonic()
+        task = asyncio.current_task()
+        assert task is not None
+        # A store's library may swallow a cancellation that meets its answer; the task still knows of it.
+        while not task.cancelling():
+            now_s = self._clock.monotonic()
+            renew = now_s >= renew_s
+            if renew:
+                renew_s = now_s + TICK_S
+            self._changed.clear()
+            await self.keep_store(renew=renew)
+            if self._store_lost:
+                # Nothing is gained by trying again before the next tick, whatever changes.
+                await asyncio.sleep(TICK_S)
+                continue
+            # Not `wait_for`: before Python 3.12 it loses a cancellation that meets the event.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(renew_s - self._clock.monotonic()):
+                    await self._changed.wait()
+
+    def _check_welcome(self, key: MemberKey) -> None:
+        if self.deposed.is_set():
+            raise Draining("Another controller leads; attach there.")
+        if not self.led.is_set():
+            raise StoreUnavailable("The controller has not reached its store yet.", retry_after_s=TICK_S)
+        if key not in self._members and len(self._members) >= MEMBERS_MAX:
+            raise Draining("The controller has as many members as it can lead.")
+
+    def _learn(self, plan: Plan, hello: Hello) -> None:
+        """Rises above every epoch and fence that a member has seen, whatever the store forgot."""
+        if hello.fence > self._rules.fence:
+            self._rules = replace(self._rules, fence=hello.fence + 1)
+            self._plan_stored = False
+        if hello.epoch > plan.serving_epoch:
+            self._plan = routing.raised(plan, None, hello.epoch, self._now_ms())
+            self._plan_stored = False
+
+    def _advance(self, key: MemberKey, event: Event) -> None:
+        now_s = self._clock.monotonic()
+        taken = membership.step(self._members[key], event, self._goal(), now_s, self._rules)
+        self._members[key] = taken.member
+        for effect in taken.effects:
+            self._perform(key, effect)
+        # A mere sign of life changes nothing, and looking at every member for each would cost their square.
+        if (
+            taken.effects
+            and self._plan is not None
+            and routing.may_switch(self._plan, self._members.values())
+        ):
+            self._plan = routing.switch(self._plan)
+            self._plan_stored = False
+        if not self._plan_stored:
+            self._changed.set()
+
+    def _tell_goal(self) -> None:
+        """Lets every member hear of a goal that has changed, now and not at the next tick."""
+        for key in list(self._streams):
+            self._advance(key, Tick())
+
+    def _goal(self) -> Goal | None:
+        if self._plan is None:
+            return None
+        return Goal(self._model, self._plan.wanted, self._plan.serving_epoch)
+
+    def _perform(self, key: MemberKey, effect: Effect) -> None:
+        stream = self._streams.get(key)
+        match effect:
+            case Note(event, revision, reason):
+                self._log(key, event, revision, reason)
+            case WriteWorker(worker_id) | RemoveWorker(worker_id):
+                self._changed_workers.add(worker_id)
+                self._changed.set()
+            case EndStream(reason):
+                if stream is not None:
+                    del self._streams[key]
+                    stream.end(reason)
+            case _:
+                if stream is not None:
+                    stream.send(effect)
+
+    def _log(self, key: MemberKey, event: str, revision: str, reason: str) -> None:
+        fields = {f"{key.kind}_id": key.id, "model": self._model}
+        if revision:
+            fields["revision"] = revision
+        if reason:
+            fields["reason"] = reason
+        emit = logs.get_logger().warning if reason else logs.get_logger().info
+        emit(event, **fields)
+
+    async def _keep_route(self) -> None:
+        """Reads the route, and writes it where it is not what it shall be."""
+        stored = await self._store.read_route(self._model)
+        if self._plan is None:
+            fence = 1 + (stored.fence if stored else 0)
+            self._rules = replace(self._rules, fence=fence)
+            self._plan = routing.claim(self._catalog.wanted(self._model), stored, 0, self._now_ms())
+        plan, fence = self._plan, self._rules.fence
+        if routing.agrees(plan, fence, stored):
+            # A write whose answer was lost counts as well.
+            self._plan_stored = True
+            self.led.set()
+            return
+        if stored is not None and stored.fence > fence:
+            raise FenceStale
+        if self._plan_stored:
+            # It was there and is gone or altered: the store lost its memory. Workers are written again too.
+            plan = self._plan = routing.raised(plan, stored, 0, self._now_ms())
+            self._plan_stored = False
+            self._changed_workers.update(key.id for key in self._members if key.kind is Kind.WORKER)
+            self._tell_goal()
+        await self._store.write_route(self._model, plan.epoch, fence, plan.weights)
+        self.led.set()
+        # Members may have moved the plan on while we wrote; then it is written again.
+        self._plan_stored = self._plan is plan and self._rules.fence == fence
+        logs.get_logger().info(
+            "route.written", model=self._model, epoch=plan.epoch, fence=fence, weights=dict(plan.weights)
+        )
+
+    async def _keep_workers(self, *, renew: bool) -> None:
+        due, self._changed_workers = self._changed_workers, set()
+        if renew:
+            due |= {key.id for key, member in self._members.items() if member.listing is not None}
+        while due:
+            worker_id = due.pop()
+            try:
+                await self._keep_worker(worker_id)
+            except BaseException:
+                self._changed_workers |= {worker_id, *due}
+                raise
+
+    async def _keep_worker(self, worker_id: str) -> None:
+        member = self._members.get(MemberKey(Kind.WORKER, worker_id))
+        listing = member.listing if member is not None else None
+        if listing is None:
+            await self._store.remove_worker(self._model, worker_id, self._rules.fence)
+            return
+        record = WorkerRecord(
+            worker_id=worker_id,
+            address=listing.address,
+            incarnation=listing.incarnation,
+            slots=listing.slots,
+            draining=listing.draining,
+            ready=listing.revisions,
+            lease_ttl_s=RECORD_TTL_S,
+        )
+        await self._store.write_worker(self._model, record, self._rules.fence)
+
+    def _now_ms(self) -> int:
+        return int(self._clock.now() * 1000)

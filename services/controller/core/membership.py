@@ -1,0 +1,269 @@
+"""One member's life. Owns: the table of its presence, and what follows from everything that it says.
+
+`step` takes a member, an event, the goal and the time, and returns the member after it with the effects.
+Two rules: an event that a table does not list raises `EventIllegal` and changes nothing; and a worker is
+listed for gateways exactly while it is there with an ACTIVE revision: the listing is derived, never set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from services.controller.core.commands import (
+    Effect,
+    EndStream,
+    Note,
+    RemoveWorker,
+    SendAbort,
+    SendActivate,
+    SendDrain,
+    SendLease,
+    SendPrepare,
+    WriteWorker,
+)
+from services.controller.core.member import (
+    Activated,
+    DrainAsked,
+    Event,
+    Failed,
+    Farewell,
+    Goal,
+    Hello,
+    Kind,
+    LoadReport,
+    Member,
+    Presence,
+    Progress,
+    Ready,
+    Retired,
+    Silence,
+    StreamBroken,
+    Tick,
+)
+from services.controller.core.residency import EventIllegal, Phase, Resident, Turn
+
+# A preparation that failed for a passing cause (a full disk, a lost download) is tried again, ever more
+# slowly, and then left alone until the member's process is replaced.
+RETRY_AFTER_S = (5.0, 15.0, 45.0, 120.0)
+
+_SPEECH = (LoadReport, Progress, Ready, Activated, Failed, Retired)
+
+_A, _D, _L, _U = Presence.ATTACHED, Presence.DETACHED, Presence.LOST, Presence.UNKNOWN
+
+TABLE = MappingProxyType(
+    {
+        (_U, Hello): _A,
+        (_A, Hello): _A,
+        (_D, Hello): _A,
+        (_L, Hello): _A,
+        **{(_A, kind): _A for kind in _SPEECH},
+        (_A, StreamBroken): _D,
+        (_A, Farewell): _L,
+        (_A, Silence): _L,
+        (_D, Silence): _L,
+        (_A, DrainAsked): _A,
+        (_D, DrainAsked): _D,
+        (_A, Tick): _A,
+        (_D, Tick): _D,
+        (_L, Tick): _L,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How patient the controller is.
+
+    Attributes:
+        lease_ttl_s: How long a member may be silent.
+        prepare_timeout_s: How long one preparation may take.
+        fence: Fencing number of this controller.
+    """
+
+    lease_ttl_s: float
+    prepare_timeout_s: float
+    fence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A member after an event, and what must be done, in this order."""
+
+    member: Member
+    effects: tuple[Effect, ...]
+
+
+def step(member: Member, event: Event, goal: Goal | None, now_s: float, rules: Rules) -> Step:
+    """What follows from `event`.
+
+    Args:
+        member: The member before it.
+        event: What happened.
+        goal: What the member shall hold; None: nothing yet.
+        now_s: The monotonic time.
+        rules: How patient we are.
+
+    Raises:
+        EventIllegal: The event cannot follow what was before.
+    """
+    presence = TABLE.get((member.presence, type(event)))
+    if presence is None:
+        raise EventIllegal(f"A member that is {member.presence} cannot send {type(event).__name__!r}.")
+    effects: list[Effect] = []
+    after = _apply(replace(member, presence=presence), event, now_s, rules, effects)
+    if isinstance(event, (Hello, *_SPEECH)):
+        after = replace(after, lease_end_s=now_s + rules.lease_ttl_s)
+    if after.presence is Presence.ATTACHED:
+        after = _pursue(after, goal, now_s, rules, effects)
+    return Step(after, (*effects, *_listing_effects(member, after)))
+
+
+def _apply(member: Member, event: Event, now_s: float, rules: Rules, effects: list[Effect]) -> Member:
+    match event:
+        case Hello():
+            return _greet(member, event, now_s, rules, effects)
+        case LoadReport(load):
+            return replace(member, load=load, slots=load.slots)
+        case Progress() | Ready() | Activated() | Failed() | Retired():
+            return _hear(member, event, now_s, effects)
+        case DrainAsked(grace_s):
+            effects += [SendDrain(grace_s), Note("member.draining")]
+            return replace(member, drain_grace_s=grace_s)
+        case StreamBroken():
+            effects.append(Note("member.detached"))
+        case Farewell():
+            effects.append(Note("member.left"))
+        case Silence():
+            effects += [Note("member.lost"), EndStream("The lease ran out.")]
+        case Tick():
+            pass
+    return member
+
+
+def _greet(member: Member, hello: Hello, now_s: float, rules: Rules, effects: list[Effect]) -> Member:
+    """A member after its hello: what it says of itself replaces all that was known, but for the drain."""
+    same_process = member.incarnation == hello.incarnation
+    event = "member.reattached" if same_process else "member.attached"
+    effects += [SendLease(rules.lease_ttl_s, rules.fence), Note(event)]
+    drain_grace_s = member.drain_grace_s if same_process else None
+    if drain_grace_s is not None:
+        effects.append(SendDrain(drain_grace_s))
+    known = member.residents if same_process else {}
+    return Member(
+        kind=hello.kind,
+        id=hello.id,
+        incarnation=hello.incarnation,
+        address=hello.address,
+        slots=hello.slots,
+        devices=hello.devices,
+        presence=member.presence,
+        drain_grace_s=drain_grace_s,
+        residents={
+            name: _resume(found, known.get(name), now_s, rules) for name, found in hello.residents.items()
+        },
+        epoch=hello.epoch,
+        attached_s=now_s,
+    )
+
+
+def _resume(found: Resident, known: Resident | None, now_s: float, rules: Rules) -> Resident:
+    """A revision that a member brings along; a reconnection neither prolongs a wait nor forgets attempts."""
+    if known is not None and known.phase is found.phase:
+        return replace(found, due_s=known.due_s, attempts=known.attempts)
+    patience_s = RETRY_AFTER_S[0] if found.phase is Phase.FAILED else rules.prepare_timeout_s
+    return replace(found, due_s=now_s + patience_s, attempts=known.attempts if known else 1)
+
+
+def _hear(
+    member: Member,
+    event: Progress | Ready | Activated | Failed | Retired,
+    now_s: float,
+    effects: list[Effect],
+) -> Member:
+    """A member after it spoke of one revision."""
+    before = member.residents.get(event.revision, Resident())
+    resident = _resident_after(before, event, now_s)
+    if resident.phase is not before.phase:
+        effects.append(Note(f"revision.{_PAST[resident.phase]}", event.revision, resident.failure))
+    if isinstance(event, Activated):
+        member = replace(member, epoch=max(member.epoch, event.epoch))
+    if isinstance(event, Retired):
+        # Nobody asked for it: the member is leaving, and asking it to prepare again would hold it up.
+        effects.append(Note("member.draining"))
+        member = replace(member, drain_grace_s=0.0)
+    return _with(member, event.revision, resident)
+
+
+def _resident_after(
+    before: Resident, event: Progress | Ready | Activated | Failed | Retired, now_s: float
+) -> Resident:
+    match event:
+        case Progress(_, step_name, done_bytes, total_bytes):
+            resident = before.after(Turn.PROGRESS)
+            return replace(resident, step=step_name, done_bytes=done_bytes, total_bytes=total_bytes)
+        case Ready(_, weights_bytes):
+            return replace(before.after(Turn.READY), weights_bytes=weights_bytes, failure="")
+        case Failed(_, step_name, reason):
+            return _fail(before, Turn.FAIL, step_name, reason, now_s)
+        case Activated():
+            return before.after(Turn.ACTIVATED)
+        case _:
+            return before.after(Turn.RETIRED)
+
+
+_PAST = {
+    Phase.ABSENT: "retired",
+    Phase.PREPARING: "requested",
+    Phase.READY: "prepared",
+    Phase.ACTIVATING: "announced",
+    Phase.ACTIVE: "activated",
+    Phase.FAILED: "failed",
+}
+
+
+def _fail(before: Resident, turn: Turn, step_name: str, reason: str, now_s: float) -> Resident:
+    """A revision that failed; `due_s` becomes the moment of the next attempt."""
+    resident = before.after(turn)
+    tried = min(max(before.attempts, 1), len(RETRY_AFTER_S))
+    return replace(resident, step=step_name, failure=reason, due_s=now_s + RETRY_AFTER_S[tried - 1])
+
+
+def _pursue(member: Member, goal: Goal | None, now_s: float, rules: Rules, effects: list[Effect]) -> Member:
+    """Brings an attached member one step nearer to the goal."""
+    if goal is None or member.draining:
+        return member
+    resident = member.residents.get(goal.revision, Resident())
+    if resident.phase is Phase.PREPARING and resident.due_s <= now_s:
+        resident = _fail(resident, Turn.TIMEOUT, resident.step, "It took longer than it may.", now_s)
+        effects += [SendAbort(goal.revision), Note("revision.failed", goal.revision, resident.failure)]
+    elif resident.phase is Phase.ABSENT or _is_due_again(resident, now_s):
+        # Without `due_s` a member that never answers would be waited for without end.
+        due_s, attempts = now_s + rules.prepare_timeout_s, resident.attempts + 1
+        resident = replace(resident.after(Turn.PREPARE), due_s=due_s, attempts=attempts, failure="")
+        effects += [SendPrepare(goal.model, goal.revision, ""), Note("revision.requested", goal.revision)]
+    elif resident.phase in {Phase.READY, Phase.ACTIVATING, Phase.ACTIVE} and resident.epoch < goal.epoch:
+        resident = replace(resident.after(Turn.ACTIVATE), epoch=goal.epoch)
+        effects.append(SendActivate(goal.model, goal.revision, goal.epoch))
+    return _with(member, goal.revision, resident)
+
+
+def _is_due_again(resident: Resident, now_s: float) -> bool:
+    failed = resident.phase is Phase.FAILED and resident.due_s <= now_s
+    return failed and resident.attempts <= len(RETRY_AFTER_S)
+
+
+def _with(member: Member, revision: str, resident: Resident) -> Member:
+    others = {name: other for name, other in member.residents.items() if name != revision}
+    if resident.phase is Phase.ABSENT:
+        return replace(member, residents=others)
+    return replace(member, residents={**others, revision: resident})
+
+
+def _listing_effects(before: Member, after: Member) -> tuple[Effect, ...]:
+    """The difference between what gateways read and what they shall read."""
+    # An earlier controller may have left a record of a worker that is new to us.
+    inherited = before.presence is Presence.UNKNOWN and after.kind is Kind.WORKER
+    if after.listing == before.listing and not inherited:
+        return ()
+    return (RemoveWorker(after.id),) if after.listing is None else (WriteWorker(after.id),)

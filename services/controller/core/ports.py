@@ -1,0 +1,64 @@
+"""The ports of the controller: what its coordinator needs of the world, in as few verbs as it takes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Protocol
+
+from services.controller.core.commands import Command
+from services.controller.core.records import Route, WorkerRecord
+
+
+class FenceStale(Exception):
+    """A write was refused: the store has seen a controller with a higher fencing number."""
+
+
+class RouteStore(Protocol):
+    """Where gateways read which workers exist and which revisions serve.
+
+    Every method raises StoreUnavailable when the store cannot be reached. A write raises FenceStale, and
+    changes nothing, when its fence is below the one that the route bears; the route keeps the highest
+    fence that it was written with. The same write again has the same effect.
+    """
+
+    async def read_route(self, model: str) -> Route | None:
+        """The route with its epoch and fence; None where nothing was written."""
+        ...
+
+    async def write_route(self, model: str, epoch: int, fence: int, weights: Mapping[str, int]) -> None:
+        """Replaces the route in one step; an empty `weights` routes nothing."""
+        ...
+
+    async def write_worker(self, model: str, record: WorkerRecord, fence: int) -> None:
+        """Replaces one worker's record, or renews its lease."""
+        ...
+
+    async def remove_worker(self, model: str, worker_id: str, fence: int) -> None:
+        """Removes one worker's record; without effect where there is none."""
+        ...
+
+
+class MemberStream(Protocol):
+    """The way from the controller to one member. Neither verb waits."""
+
+    def send(self, command: Command) -> None:
+        """Sends `command` after those before it."""
+        ...
+
+    def end(self, reason: str) -> None:
+        """Ends the stream; the member may attach again. `reason` is for people."""
+        ...
+
+
+class RevisionFiles(Protocol):
+    """The content of revisions."""
+
+    def read(self, model: str, revision: str, path: str, offset: int) -> AsyncIterator[bytes]:
+        """Yields a file from `offset` on, in pieces of at most 1 MiB.
+
+        Raises:
+            ModelUnknown: No such model is registered.
+            RevisionUnknown: The model has no such revision.
+            ArgumentInvalid: The revision has no such file, or the offset lies behind its end.
+        """
+        ...

@@ -1,0 +1,111 @@
+"""A revision inside a member. Owns: the table of its phases, from the request to prepare it to serving.
+
+Two rules: an event that the table does not list raises `EventIllegal` and changes nothing; and a revision
+becomes ACTIVE only after it was READY. Must not know whether the member is there: that is `membership`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from types import MappingProxyType
+
+
+class EventIllegal(Exception):
+    """A member said something that cannot follow what it said before."""
+
+
+class Phase(StrEnum):
+    """Where a revision is inside a member."""
+
+    ABSENT = "ABSENT"
+    PREPARING = "PREPARING"
+    READY = "READY"
+    ACTIVATING = "ACTIVATING"
+    ACTIVE = "ACTIVE"
+    FAILED = "FAILED"
+
+
+class Turn(StrEnum):
+    """What moves a revision from phase to phase."""
+
+    PREPARE = "prepare"  # we ask for it
+    PROGRESS = "progress"
+    READY = "ready"
+    ACTIVATE = "activate"  # we tell the epoch
+    ACTIVATED = "activated"
+    FAIL = "fail"
+    TIMEOUT = "timeout"  # we stop waiting
+    RETIRED = "retired"
+
+
+# Messages cross: what a member sent before it read our last word is legal, and changes nothing.
+TABLE = MappingProxyType(
+    {
+        (Phase.ABSENT, Turn.PREPARE): Phase.PREPARING,
+        (Phase.PREPARING, Turn.PROGRESS): Phase.PREPARING,
+        (Phase.PREPARING, Turn.READY): Phase.READY,
+        (Phase.PREPARING, Turn.FAIL): Phase.FAILED,
+        (Phase.PREPARING, Turn.TIMEOUT): Phase.FAILED,
+        (Phase.PREPARING, Turn.RETIRED): Phase.ABSENT,
+        (Phase.READY, Turn.PROGRESS): Phase.READY,
+        (Phase.READY, Turn.READY): Phase.READY,
+        (Phase.READY, Turn.ACTIVATE): Phase.ACTIVATING,
+        (Phase.READY, Turn.FAIL): Phase.FAILED,
+        (Phase.READY, Turn.RETIRED): Phase.ABSENT,
+        (Phase.ACTIVATING, Turn.READY): Phase.ACTIVATING,
+        (Phase.ACTIVATING, Turn.ACTIVATE): Phase.ACTIVATING,
+        (Phase.ACTIVATING, Turn.ACTIVATED): Phase.ACTIVE,
+        (Phase.ACTIVATING, Turn.FAIL): Phase.FAILED,
+        (Phase.ACTIVATING, Turn.RETIRED): Phase.ABSENT,
+        (Phase.ACTIVE, Turn.READY): Phase.ACTIVE,
+        (Phase.ACTIVE, Turn.ACTIVATE): Phase.ACTIVE,
+        (Phase.ACTIVE, Turn.ACTIVATED): Phase.ACTIVE,
+        (Phase.ACTIVE, Turn.FAIL): Phase.FAILED,
+        (Phase.ACTIVE, Turn.RETIRED): Phase.ABSENT,
+        (Phase.FAILED, Turn.PREPARE): Phase.PREPARING,
+        (Phase.FAILED, Turn.PROGRESS): Phase.FAILED,
+        (Phase.FAILED, Turn.READY): Phase.READY,
+        (Phase.FAILED, Turn.ACTIVATED): Phase.FAILED,
+        (Phase.FAILED, Turn.FAIL): Phase.FAILED,
+        (Phase.FAILED, Turn.RETIRED): Phase.ABSENT,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """One revision inside one member.
+
+    Attributes:
+        phase: Where it is.
+        step: The member's own word for it while it prepares: `fetch`, `verify`, `load` or `warm`.
+        done_bytes: Progress of the step.
+        total_bytes: Size of the step; 0: not known.
+        weights_bytes: Memory of the weights, measured by the member; 0: not loaded.
+        failure: Why it failed; empty otherwise.
+        epoch: The highest epoch that we told for it; 0: none.
+        attempts: How often we asked for it.
+        due_s: While PREPARING: when we stop waiting. While FAILED: when we ask again.
+    """
+
+    phase: Phase = Phase.ABSENT
+    step: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
+    weights_bytes: int = 0
+    failure: str = ""
+    epoch: int = 0
+    attempts: int = 0
+    due_s: float = 0.0
+
+    def after(self, turn: Turn) -> Resident:
+        """The same revision after `turn`.
+
+        Raises:
+            EventIllegal: The table has no such step.
+        """
+        phase = TABLE.get((self.phase, turn))
+        if phase is None:
+            raise EventIllegal(f"A revision that is {self.phase} cannot take the event {turn.value!r}.")
+        return replace(self, phase=phase)

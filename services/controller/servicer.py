@@ -1,0 +1,214 @@
+"""The ControllerService. Owns: what travels on a member's stream, and who may call what.
+
+Decides nothing: members are the coordinator's, revisions the catalog's.
+"""
+
+# ruff: noqa: ARG002 - the contract fixes which parameters a method has.
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import NoReturn
+
+from interlock.v1 import controller_service_pb2 as pb
+from interlock.v1 import controller_service_pb2_grpc
+
+from services.common import logs
+from services.common.clock import Clock
+from services.common.errors import ArgumentInvalid, FeatureUnsupported, InterlockError
+from services.common.grpc_types import Context
+from services.common.tokens import TokenVerifier, bearer_token
+from services.controller.adapters import admin_messages
+from services.controller.adapters.member_messages import command_message, read_hello, read_report
+from services.controller.adapters.member_outbox import MemberOutbox
+from services.controller.coordinator import Coordinator, MemberKey
+from services.controller.core.catalog import Catalog
+from services.controller.core.member import Kind
+from services.controller.core.ports import RevisionFiles
+from services.controller.core.residency import EventIllegal
+
+SERVICE = "interlock.v1.ControllerService"
+
+# These carry the mesh credential; everything else carries a token with the scope `admin`.
+MESH_METHODS = (f"/{SERVICE}/Attach", f"/{SERVICE}/DownloadRevision")
+
+# A member speaks at once; who connects and says nothing is none.
+HELLO_TIMEOUT_S = 10.0
+# As long as the gateways' own default; what runs for longer is lost to the drain.
+DRAIN_GRACE_S = 30.0
+# The cancellation of a broken call follows the end of its requests within a few milliseconds.
+GOODBYE_S = 0.1
+
+Requests = AsyncIterator[pb.AttachRequest]
+
+
+class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
+    """Serves members by the mesh credential, and operators by their tokens.
+
+    Args:
+        coordinator: Leads the members.
+        catalog: The registered revisions.
+        files: Their content.
+        verifier: Believes the operators' tokens.
+        clock: The time.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        catalog: Catalog,
+        files: RevisionFiles,
+        verifier: TokenVerifier,
+        clock: Clock,
+    ) -> None:
+        self._coordinator = coordinator
+        self._catalog = catalog
+        self._files = files
+        self._verifier = verifier
+        self._clock = clock
+
+    async def Attach(self, request_iterator: Requests, context: Context) -> AsyncIterator[pb.AttachResponse]:
+        """One member, from its hello to the end of its stream."""
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                hello = read_hello(await anext(request_iterator))
+        except (TimeoutError, StopAsyncIteration):
+            raise ArgumentInvalid("A member says hello first, and at once.") from None
+        logs.annotate(**{f"{hello.kind}_id": hello.id})
+        outbox = MemberOutbox()
+        key = self._coordinator.attach(hello, outbox)
+        listening = asyncio.create_task(self._listen(key, request_iterator, outbox))
+        try:
+            async for command in outbox:
+                yield command_message(command, self._catalog)
+        finally:
+            listening.cancel()
+            await asyncio.wait({listening})
+            self._coordinator.detach(key, outbox, farewell=False)
+
+    async def _listen(self, key: MemberKey, requests: Requests, outbox: MemberOutbox) -> None:
+        """Takes in what a member says; its half-close is a goodbye."""
+        try:
+            async for request in requests:
+                self._coordinator.hear(key, outbox, read_report(request))
+        except EventIllegal as error:
+            outbox.fail(ArgumentInvalid(str(error)))
+        except InterlockError as error:
+            outbox.fail(error)
+        except Exception as error:  # noqa: BLE001 - a defect here must end this stream, not leave it deaf
+            logs.get_logger().error("member.unheard", exc_info=error)
+            outbox.end("The controller could not take in a message.")
+        else:
+            # A broken call looks like a half-close for a moment, until its handler is cancelled.
+            await asyncio.sleep(GOODBYE_S)
+            self._coordinator.detach(key, outbox, farewell=True)
+            outbox.fail(None)
+
+    async def DownloadRevision(
+        self, request: pb.DownloadRevisionRequest, context: Context
+    ) -> AsyncIterator[pb.DownloadRevisionResponse]:
+        """A file of a revision, from an offset on."""
+        logs.annotate(model=request.model, revision=request.revision)
+        async for data in self._files.read(request.model, request.revision, request.path, request.offset):
+            yield pb.DownloadRevisionResponse(data=data)
+
+    async def ListModels(
+        self, request: pb.ControllerServiceListModelsRequest, context: Context
+    ) -> pb.ControllerServiceListModelsResponse:
+        """The models that are registered."""
+        self._require(context, "admin", "models:read")
+        workers = self._coordinator.members(Kind.WORKER)
+        return admin_messages.models_message(self._catalog, workers, self._coordinator.plan)
+
+    async def ListWorkers(self, request: pb.ListWorkersRequest, context: Context) -> pb.ListWorkersResponse:
+        """The workers of the mesh."""
+        self._require(context, "admin")
+        workers = self._coordinator.members(Kind.WORKER)
+        return admin_messages.workers_message(workers, self._catalog.default_model(), self._clock)
+
+    async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Context) -> pb.DrainWorkerResponse:
+        """Takes a worker out of service until its process is replaced."""
+        self._require(context, "admin")
+        worker = self._coordinator.drain(request.worker_id, DRAIN_GRACE_S)
+        model = self._catalog.default_model()
+        return pb.DrainWorkerResponse(worker=admin_messages.worker_message(worker, model, self._clock))
+
+    async def ListRevisions(
+        self, request: pb.ListRevisionsRequest, context: Context
+    ) -> pb.ListRevisionsResponse:
+        """The revisions of a model."""
+        self._require(context, "admin")
+        workers, plan = self._coordinator.members(Kind.WORKER), self._coordinator.plan
+        found = self._catalog.revisions(request.model)
+        return pb.ListRevisionsResponse(
+            revisions=[admin_messages.revision_message(revision, workers, plan) for revision in found]
+        )
+
+    async def GetRevision(self, request: pb.GetRevisionRequest, context: Context) -> pb.GetRevisionResponse:
+        """One revision."""
+        self._require(context, "admin")
+        workers, plan = self._coordinator.members(Kind.WORKER), self._coordinator.plan
+        found = self._catalog.revision(request.model, request.revision)
+        return pb.GetRevisionResponse(revision=admin_messages.revision_message(found, workers, plan))
+
+    async def PlanUpload(self, request: pb.PlanUploadRequest, context: Context) -> NoReturn:
+        """Not served by this version."""
+        self._refuse(context, "PlanUpload")
+
+    async def UploadRevision(self, request_iterator: object, context: Context) -> NoReturn:
+        """Not served by this version."""
+        self._refuse(context, "UploadRevision")
+
+    async def DeleteRevision(self, request: pb.DeleteRevisionRequest, context: Context) -> NoReturn:
+        """Not served by this version."""
+        self._refuse(context, "DeleteRevision")
+
+    async def CreateRollout(self, request: pb.CreateRolloutRequest, context: Context) -> NoReturn:
+        """Not served by this version."""
+        self._refuse(context, "CreateRollout")
+
+    async def GetRollout(self, request: pb.GetRolloutRequest, context: Context) -> NoReturn:
+        """Not served by this version."""
+        self._refuse(context, "GetRollout")
+
+    async def ListRollouts(self, request: pb.ListRolloutsRequest, context: Context) -> NoReturn:
+        """Not served by this version."""
+        self._refuse(context, "ListRollouts")
+
+    async def WatchRollout(
+        self, request: pb.WatchRolloutRequest, context: Context
+    ) -> AsyncIterator[pb.WatchRolloutResponse]:
+        """Not served by this version."""
+        self._refuse(context, "WatchRollout")
+        yield pb.WatchRolloutResponse()  # makes this a generator
+
+    async def PromoteRollout(self, request: pb.PromoteRolloutRequest, context: Context) -> NoReturn:
+        """Not served by this version."""
+        self._refuse(context, "PromoteRollout")
+
+    async def RollBackRollout(self, request: pb.RollBackRolloutRequest, context: Context) -> NoReturn:
+        """Not served by this version."""
+        self._refuse(context, "RollBackRollout")
+
+    async def CancelRollout(self, request: pb.CancelRolloutRequest, context: Context) -> NoReturn:
+        """Not served by this version."""
+        self._refuse(context, "CancelRollout")
+
+    async def ListBreakers(self, request: pb.ListBreakersRequest, context: Context) -> NoReturn:
+        """Not served by this version."""
+        self._refuse(context, "ListBreakers")
+
+    async def ForceBreaker(self, request: pb.ForceBreakerRequest, context: Context) -> NoReturn:
+        """Not served by this version."""
+        self._refuse(context, "ForceBreaker")
+
+    def _require(self, context: Context, *scopes: str) -> None:
+        """Raises unless the call carries a token with one of `scopes`."""
+        token = bearer_token(tuple(context.invocation_metadata() or ()))
+        self._verifier.verify(token).require(*scopes)
+
+    def _refuse(self, context: Context, method: str) -> NoReturn:
+        # Who may not call it learns that first.
+        self._require(context, "admin")
+        raise FeatureUnsupported(f"{method} is not served by this version.")
