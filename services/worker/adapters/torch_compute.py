@@ -1,0 +1,58 @@
+"""Devices. Owns: where a worker computes, on how many threads, and the memory of its KV cache."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from services.worker.adapters.process_memory import available_bytes
+from services.worker.adapters.torch_loader import TorchLoader, TorchSettings
+from services.worker.config import WorkerConfig
+
+# The rest is for weights of the next revision, activations and other processes.
+KV_CACHE_SHARE = 4
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device for `auto`, `cpu` or `cuda`.
+
+    Raises:
+        RuntimeError: `cuda` was asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise RuntimeError("device is cuda, and torch finds none; install a driver, or choose auto or cpu.")
+    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
+
+
+def describe_device(device: torch.device) -> tuple[str, str, int]:
+    """Kind, name and memory in bytes."""
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        return device.type, str(facts.name), int(facts.total_memory)
+    return device.type, _processor(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def make_loader(config: WorkerConfig, device: torch.device) -> TorchLoader:
+    """The loader for this worker's settings."""
+
+    def kv_bytes() -> int:
+        if config.kv_cache_bytes:
+            return config.kv_cache_bytes
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+        return int(free) // KV_CACHE_SHARE
+
+    threads = config.threads or len(os.sched_getaffinity(0))
+    return TorchLoader(TorchSettings(device, threads, config.slots, kv_bytes))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())

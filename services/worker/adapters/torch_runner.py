@@ -1,0 +1,166 @@
+"""The runner. Owns: the forward passes of one loaded model over its slot cache.
+
+Performs what a batch says and decides nothing. Prefill takes one row at a time, so that a sequence's
+numbers do not depend on who else begins; decode takes all rows together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from services.worker.adapters.torch_cache import SlotCache
+from services.worker.adapters.torch_sampler import sample
+from services.worker.core.batch import Batch, Chunk, Decode
+from services.worker.core.revision import ModelFacts
+from services.worker.core.scheduler import NO_TOKEN
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderModel:
+    """A Hugging Face decoder and how it is called.
+
+    Attributes:
+        module: The module, in evaluation mode.
+        layers: Layers that have keys and values.
+        attention: The kinds of attention in it: FULL, SLIDING or both.
+        window: Positions that sliding attention sees; 0 where there is none.
+        device: Where it computes.
+        dtype: Of activations, masks and the KV cache.
+        threads: CPU threads of a forward pass.
+    """
+
+    module: Any
+    layers: int
+    attention: frozenset[str]
+    window: int
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+
+
+class TorchRunner:
+    """Runs one revision."""
+
+    def __init__(self, model: DecoderModel) -> None:
+        self._model = model
+        self._cache = SlotCache(model.layers, model.device)
+        self._facts = ModelFacts(0, 0, frozenset(), 0, 0)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """See `ModelRunner.facts`."""
+        return self._facts
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Memory of one position of one row; known after the first pass."""
+        return self._cache.bytes_per_token
+
+    def settle(self, facts: ModelFacts) -> None:
+        """Takes in what was found out while loading; from now on the cache may grow to its budget."""
+        self._facts = facts
+        self._cache.area_tokens = facts.kv_tokens
+
+    def step(self, batch: Batch) -> Sequence[int]:
+        """See `ModelRunner.step`."""
+        # The setting belongs to a thread, and steps may come from any one.
+        if self._model.device.type == "cpu" and torch.get_num_threads() != self._model.threads:
+            torch.set_num_threads(self._model.threads)
+        with torch.inference_mode():
+            for move in batch.moves:
+                self._cache.move(move.source, move.target, move.tokens)
+            self._cache.ensure(batch.rows, batch.capacity)
+            logits, rows = self._forward(batch)
+            tokens = sample(torch.cat(logits), batch.draws) if logits else []
+            for row, token in zip(rows, tokens, strict=True):
+                if token == NO_TOKEN:
+                    self._cache.clear(row)
+            return tokens
+
+    def close(self) -> None:
+        """See `ModelRunner.close`."""
+        self._cache = SlotCache(0, self._model.device)
+        self._model = DecoderModel(
+            None, 0, frozenset(), 0, self._model.device, self._model.dtype, self._model.threads
+        )
+
+    def prefill(self, chunk: Chunk) -> torch.Tensor:
+        """Passes several tokens of one row; returns the last one's logits, `[1, vocabulary]`."""
+        return self._pass([chunk.row], [chunk.position], [chunk.token_ids])
+
+    def decode(self, decodes: Sequence[Decode]) -> torch.Tensor:
+        """Passes one token of each row; returns their logits, `[rows, vocabulary]`."""
+        rows = [decode.row for decode in decodes]
+        positions = [decode.position for decode in decodes]
+        return self._pass(rows, positions, [(decode.token_id,) for decode in decodes])
+
+    def _forward(self, batch: Batch) -> tuple[list[torch.Tensor], list[int]]:
+        logits: list[torch.Tensor] = []
+        rows: list[int] = []
+        for chunk in batch.chunks:
+            last = self.prefill(chunk)
+            if chunk.draw:
+                logits.append(last)
+                rows.append(chunk.row)
+        if batch.decodes:
+            logits.append(self.decode(batch.decodes))
+            rows.extend(decode.row for decode in batch.decodes)
+        return logits, rows
+
+    def _pass(
+        self, rows: list[int], positions: list[int], token_ids: Sequence[tuple[int, ...]]
+    ) -> torch.Tensor:
+        device, tokens = self._model.device, len(token_ids[0])
+        length = self._cache.look(rows, positions, tokens)
+        starts = torch.tensor(positions, device=device).unsqueeze(1)
+        places = starts + torch.arange(tokens, device=device).unsqueeze(0)
+        with self._kernels(len(rows) * tokens):
+            output = self._model.module(
+                input_ids=torch.tensor(token_ids, device=device),
+                attention_mask=self._masks(places, length),
+                position_ids=places,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    def _masks(self, places: torch.Tensor, length: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Additive masks `[rows, 1, tokens, length]`, one for each kind of attention in the model."""
+        masks = {kind: self._mask(kind, places, length) for kind in self._model.attention}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _mask(self, kind: str, places: torch.Tensor, length: int) -> torch.Tensor:
+        keys = torch.arange(length, device=places.device)
+        queries = places.unsqueeze(-1)
+        visible = keys <= queries
+        if kind == SLIDING:
+            visible &= keys > queries - self._model.window
+        mask = torch.zeros(visible.shape, dtype=self._model.dtype, device=places.device)
+        mask.masked_fill_(~visible, torch.finfo(self._model.dtype).min)
+        return mask.unsqueeze(1)
+
+    def _kernels(self, rows: int) -> contextlib.AbstractContextManager[None]:
+        """Chooses matrix kernels by row count: oneDNN is slow for a single bfloat16 row on CPU."""
+        single = rows == 1 and self._model.device.type == "cpu" and self._model.dtype == torch.bfloat16
+        return _without_onednn() if single else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    # The library's own context manager also sets TF32, which warns on machines without it.
+    onednn: Any = torch.backends.mkldnn
+    before = onednn.set_flags(_enabled=False, _fp32_precision=None)[0]
+    try:
+        yield
+    finally:
+        onednn.set_flags(_enabled=before, _fp32_precision=None)

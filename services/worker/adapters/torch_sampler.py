@@ -1,0 +1,89 @@
+"""The sampler. Owns: how logits become tokens, for all rows of a step at once.
+
+Every row's result depends on that row's logits and draw alone. Filters are thresholds on probability, in
+the order of transformers: temperature, top-k, top-p, min-p. The token is the inverse of the cumulative
+distribution, in the order of ids, at the draw's own noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from services.worker.core.batch import Draw
+from services.worker.core.noise import uniform
+from services.worker.core.scheduler import NO_TOKEN
+
+# The likeliest tokens nearly always hold the mass that top-p asks for; sorting them all takes ten times
+# as long.
+SHORTLIST_TOKENS = 1_024
+
+
+def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+    """Chooses a token for each row of `logits`, `[rows, vocabulary]`; NO_TOKEN where a row is not finite."""
+    best, greedy = logits.max(dim=-1)
+    tokens = torch.where(best.isfinite(), greedy, NO_TOKEN)
+    drawn = [row for row, draw in enumerate(draws) if not draw.sampling.greedy]
+    if drawn:
+        rows = torch.tensor(drawn, device=logits.device)
+        chosen = _draw(logits[rows].float(), [draws[row] for row in drawn])
+        tokens[rows] = torch.where(best[rows].isfinite(), chosen, NO_TOKEN)
+    result: list[int] = tokens.tolist()
+    return result
+
+
+def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    column = _column([draw.sampling.temperature for draw in draws], logits)
+    # Double precision: the smallest tail must not be lost in the sum over the vocabulary.
+    kept = torch.softmax(logits / column, dim=-1, dtype=torch.float64)
+    kept = _keep_top_k(kept, [draw.sampling.top_k for draw in draws])
+    kept = _keep_top_p(kept, [draw.sampling.top_p for draw in draws])
+    kept = _keep_min_p(kept, [draw.sampling.min_p for draw in draws])
+    cumulative = kept.cumsum(dim=-1)
+    noise = _column([uniform(draw.sampling.seed, draw.sequence, draw.index) for draw in draws], kept)
+    total = cumulative[:, -1:]
+    # Rounding may lift the product to the total itself, behind the last token.
+    target = torch.minimum(noise * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+
+
+def _keep_top_k(kept: torch.Tensor, limits: Sequence[int]) -> torch.Tensor:
+    vocabulary = kept.shape[-1]
+    wanted = [limit if 0 < limit < vocabulary else vocabulary for limit in limits]
+    if min(wanted) == vocabulary:
+        return kept
+    largest = max(limit for limit in wanted if limit < vocabulary)
+    ranked = kept.topk(largest, dim=-1).values
+    rank = torch.tensor([min(limit, largest) - 1 for limit in wanted], device=kept.device)
+    threshold = ranked.gather(1, rank.unsqueeze(1))
+    unlimited = torch.tensor([limit == vocabulary for limit in wanted], device=kept.device).unsqueeze(1)
+    return torch.where(unlimited | (kept >= threshold), kept, 0.0)
+
+
+def _keep_top_p(kept: torch.Tensor, masses: Sequence[float]) -> torch.Tensor:
+    if min(masses) >= 1:
+        return kept
+    mass = _column(masses, kept)
+    target = mass * kept.sum(dim=-1, keepdim=True)
+    ranked = kept.topk(min(SHORTLIST_TOKENS, kept.shape[-1]), dim=-1).values
+    cumulative = ranked.cumsum(dim=-1)
+    short = (cumulative[:, -1:] < target) & (mass < 1)
+    if bool(short.any()):
+        ranked = kept.sort(dim=-1, descending=True).values
+        cumulative = ranked.cumsum(dim=-1)
+    # The first token that reaches the mass is kept, and all that are as likely.
+    rank = torch.searchsorted(cumulative, target).clamp(max=ranked.shape[-1] - 1)
+    threshold = ranked.gather(1, rank)
+    return torch.where((mass >= 1) | (kept >= threshold), kept, 0.0)
+
+
+def _keep_min_p(kept: torch.Tensor, ratios: Sequence[float]) -> torch.Tensor:
+    if max(ratios) <= 0:
+        return kept
+    threshold = _column(ratios, kept) * kept.max(dim=-1, keepdim=True).values
+    return torch.where(kept >= threshold, kept, 0.0)
+
+
+def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)

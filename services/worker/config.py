@@ -1,0 +1,46 @@
+"""The worker's settings: `INTERLOCK_WORKER_<FIELD>`, or a YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """What one worker process is told at its start."""
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Name in the mesh.")] = "worker-1"
+    bind: Annotated[str, Field(description="host:port to listen on; port 0 takes a free one.")] = (
+        "127.0.0.1:50061"
+    )
+    announce_file: Annotated[
+        Path | None, Field(description='Written when the port is bound: {"id", "address", "pid"}.')
+    ] = None
+    controllers: Annotated[
+        tuple[str, ...], Field(min_length=1, description="host:port of each controller.")
+    ] = ("127.0.0.1:50052",)
+    cache_dir: Annotated[Path, Field(description="Where downloaded revisions are kept.")] = Path(
+        ".interlock/cache"
+    )
+    mesh_token: Annotated[SecretStr, Field(min_length=32, description="Join token of the mesh.")]
+    device: Annotated[str, Field(pattern="^(auto|cpu|cuda)$", description="Where to compute.")] = "auto"
+    slots: Annotated[int, Field(ge=1, le=1024, description="Sequences that run at once.")] = 32
+    threads: Annotated[int, Field(ge=0, description="CPU threads of the model; 0: all cores.")] = 0
+    prefill_chunk_tokens: Annotated[
+        int, Field(ge=16, le=65_536, description="Most prompt tokens in one step.")
+    ] = 512
+    # Streams wait for it between two of their tokens, so it is a fraction of the above.
+    prefill_chunk_shared_tokens: Annotated[
+        int, Field(ge=16, le=65_536, description="Most prompt tokens in a step that also decodes.")
+    ] = 128
+    kv_cache_bytes: Annotated[
+        int, Field(ge=0, description="Memory of the KV cache; 0: a share of what is free.")
+    ] = 0
+    # The slowest step on a busy laptop takes a few seconds; beyond this it hangs.
+    watchdog_s: Annotated[float, Field(gt=0, description="A step that takes longer ends the process.")] = 30.0
+    drain_grace_s: Annotated[float, Field(ge=0)] = 30.0
+    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"

@@ -1,0 +1,82 @@
+"""Batches. Owns: what one step of the model is told to do. Data alone; runners obey it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.worker.core.sequence import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One token to be chosen.
+
+    Attributes:
+        sampling: How.
+        sequence: Which continuation, from 0.
+        index: The token's index in it; with seed and sequence it names the noise.
+    """
+
+    sampling: Sampling
+    sequence: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Row `source` becomes row `target`: its first `tokens` positions are copied."""
+
+    source: int
+    target: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Part of a prompt for one row.
+
+    Attributes:
+        row: The row.
+        position: Where the first of `token_ids` stands.
+        token_ids: At least one.
+        draw: Set when the chunk reaches the end of what is known: a token follows from it.
+    """
+
+    row: int
+    position: int
+    token_ids: tuple[int, ...]
+    draw: Draw | None
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """The last known token of one row; a token follows from it."""
+
+    row: int
+    position: int
+    token_id: int
+    draw: Draw
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: first the moves in order, then the chunks one by one, then all decodes together.
+
+    Attributes:
+        rows: Rows that must exist.
+        capacity: Positions that every row must have.
+        moves: Rows to copy.
+        chunks: Prefill.
+        decodes: Decode, by ascending row.
+    """
+
+    rows: int
+    capacity: int
+    moves: tuple[Move, ...]
+    chunks: tuple[Chunk, ...]
+    decodes: tuple[Decode, ...]
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        """The tokens that the step yields, in this order: of the chunks, then of the decodes."""
+        return (*(chunk.draw for chunk in self.chunks if chunk.draw), *(one.draw for one in self.decodes))

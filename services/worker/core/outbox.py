@@ -1,0 +1,72 @@
+"""The outbox of a session. Owns: what waits to be written to one gateway, and that it stays bounded.
+
+While the writer is behind, outputs of one sequence join into one; so the outbox holds at most what credit
+allows, however slow the reader is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.worker.core.admission import Refusal
+from services.worker.core.sequence import Output, SequenceKey
+
+# One message stays far below the 4 MiB that peers read: a token id takes at most five bytes.
+STEP_TOKENS_MAX = 65_536
+
+# A gateway that starts this many refused jobs while it reads nothing is broken; its session ends.
+REFUSALS_MAX = 4_096
+
+
+class OutboxFull(Exception):
+    """The reader is too far behind for the session to go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """What is written next: outputs for one Step message, and refusals of one message each."""
+
+    outputs: tuple[Output, ...]
+    refusals: tuple[Refusal, ...]
+
+
+class Outbox:
+    """Joins what a session has to say until its writer comes for it."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[SequenceKey, Output] = {}
+        self._refusals: list[Refusal] = []
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to write."""
+        return not self._outputs and not self._refusals
+
+    def put_output(self, output: Output) -> None:
+        """Adds what a sequence produced."""
+        earlier = self._outputs.get(output.key)
+        self._outputs[output.key] = output if earlier is None else earlier.followed_by(output)
+
+    def put_refusal(self, refusal: Refusal) -> None:
+        """Adds a refusal.
+
+        Raises:
+            OutboxFull: There are too many unread ones.
+        """
+        if len(self._refusals) >= REFUSALS_MAX:
+            raise OutboxFull
+        self._refusals.append(refusal)
+
+    def take(self) -> Letter:
+        """Removes and returns as much as one message carries, oldest first."""
+        taken: list[Output] = []
+        tokens = 0
+        for output in self._outputs.values():
+            if taken and tokens + len(output.token_ids) > STEP_TOKENS_MAX:
+                break
+            taken.append(output)
+            tokens += len(output.token_ids)
+        for output in taken:
+            del self._outputs[output.key]
+        refusals, self._refusals = tuple(self._refusals), []
+        return Letter(tuple(taken), refusals)

@@ -1,0 +1,83 @@
+"""The ports of the worker: what its engine and its preparation need of the world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from services.worker.core.batch import Batch
+from services.worker.core.revision import ModelFacts, RevisionSpec
+
+Progress = Callable[[int, int], None]
+"""Is told how many bytes are done, of how many; 0 of 0 where nobody can know."""
+
+
+@runtime_checkable
+class ModelRunner(Protocol):
+    """A loaded revision. One thread at a time calls it."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What its scheduler and its callers must know of it."""
+        ...
+
+    def step(self, batch: Batch) -> Sequence[int]:
+        """Performs one batch and returns a token for each of `batch.draws`, NO_TOKEN where none exists."""
+        ...
+
+    def close(self) -> None:
+        """Frees the memory; nothing is called afterwards."""
+        ...
+
+
+class ArtifactStore(Protocol):
+    """Where the files of revisions come from."""
+
+    async def fetch(self, spec: RevisionSpec, progress: Progress) -> Path:
+        """Returns a directory that holds the revision's files, every digest checked.
+
+        Raises:
+            InterlockError: They cannot be had, or break a rule.
+        """
+        ...
+
+
+class RevisionLoader(Protocol):
+    """How files become a runner. Both verbs block; they are called in a thread of their own."""
+
+    def verify(self, directory: Path, spec: RevisionSpec) -> None:
+        """Checks configuration and headers without reading a weight.
+
+        Raises:
+            ArtifactInvalid: This revision cannot be served; the message names why, and no path.
+        """
+        ...
+
+    def load(self, directory: Path, spec: RevisionSpec) -> ModelRunner:
+        """Reads and quantizes the weights.
+
+        Raises:
+            ArtifactInvalid: The weights do not make the model that the configuration describes.
+        """
+        ...
+
+
+class RevisionHandshake(Protocol):
+    """What a controller asks of a worker; each verb returns at once and is answered by reports."""
+
+    def prepare(self, spec: RevisionSpec) -> None:
+        """Makes a revision ready; one that is ready already says so again."""
+        ...
+
+    def activate(self, revision: str, epoch: int) -> None:
+        """Lets jobs name the revision, from this epoch on."""
+        ...
+
+    def retire(self, revision: str) -> None:
+        """Ends what the revision runs and frees it."""
+        ...
+
+    def abort(self, revision: str) -> None:
+        """Stops preparing it."""
+        ...

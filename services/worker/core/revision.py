@@ -1,0 +1,233 @@
+"""Revisions. Owns: what one is, which phases it passes through in a worker, and what is resident.
+
+The phases are a table; an illegal step raises and changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from services.common.errors import InternalError
+
+
+class Quantization(StrEnum):
+    """How weights are held."""
+
+    AUTO = "auto"
+    NONE = "none"
+    INT8 = "int8"
+    NF4 = "nf4"
+    FP4 = "fp4"
+
+
+class ComputeDtype(StrEnum):
+    """The number format of activations."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class Phase(StrEnum):
+    """Where a revision is; the names are those of `interlock.v1.RevisionPhase`."""
+
+    FETCH = "FETCH"
+    VERIFY = "VERIFY"
+    LOAD = "LOAD"
+    WARM = "WARM"
+    READY = "READY"
+    ACTIVE = "ACTIVE"
+    RETIRING = "RETIRING"
+    FAILED = "FAILED"
+
+
+# From each phase, where a revision may go next. FAILED may be prepared again; RETIRING ends in removal.
+NEXT: dict[Phase, frozenset[Phase]] = {
+    Phase.FETCH: frozenset({Phase.VERIFY, Phase.FAILED}),
+    Phase.VERIFY: frozenset({Phase.LOAD, Phase.FAILED}),
+    Phase.LOAD: frozenset({Phase.WARM, Phase.FAILED}),
+    Phase.WARM: frozenset({Phase.READY, Phase.FAILED}),
+    Phase.READY: frozenset({Phase.ACTIVE, Phase.RETIRING}),
+    Phase.ACTIVE: frozenset({Phase.ACTIVE, Phase.RETIRING}),
+    Phase.RETIRING: frozenset(),
+    Phase.FAILED: frozenset({Phase.FETCH}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RevisionFile:
+    """One file of a revision: its name, its length in bytes and its SHA-256 in hexadecimal."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class RevisionSpec:
+    """What shall be prepared.
+
+    Attributes:
+        model: The model's name.
+        revision: The revision's name.
+        files: Its files.
+        quantization: How its weights shall be held.
+        compute_dtype: The format of activations.
+        context_tokens: Most tokens of prompt and output; 0: what the model allows.
+        local_path: A directory that may hold the files already; empty: none.
+    """
+
+    model: str
+    revision: str
+    files: tuple[RevisionFile, ...] = ()
+    quantization: Quantization = Quantization.AUTO
+    compute_dtype: ComputeDtype = ComputeDtype.AUTO
+    context_tokens: int = 0
+    local_path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is known of a loaded model.
+
+    Attributes:
+        vocabulary: Token ids are below it.
+        context_tokens: Most tokens of prompt and output together.
+        end_ids: Tokens that end an answer.
+        kv_tokens: Area of the KV cache that its budget of bytes allows, in row positions.
+        weights_bytes: Memory of the weights, measured.
+    """
+
+    vocabulary: int
+    context_tokens: int
+    end_ids: frozenset[int]
+    kv_tokens: int
+    weights_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A revision inside the worker.
+
+    Attributes:
+        model: The model's name.
+        revision: The revision's name.
+        phase: Where it is.
+        weights_bytes: Memory of the weights; 0 before it is loaded.
+        failure: Why it failed; empty otherwise.
+    """
+
+    model: str
+    revision: str
+    phase: Phase
+    weights_bytes: int = 0
+    failure: str = ""
+
+
+class Residency:
+    """What is resident, and the highest epoch and fence that were seen. One thread owns it.
+
+    Attributes:
+        epoch: What an older epoch granted is refused.
+        fence: Commands of a controller with a lower fence are ignored.
+        draining: Nothing new is taken.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.fence = 0
+        self.draining = False
+        self._by_name: dict[str, Resident] = {}
+
+    @property
+    def all(self) -> tuple[Resident, ...]:
+        """Every resident revision, failed ones included, in the order in which they came."""
+        return tuple(self._by_name.values())
+
+    @property
+    def serving(self) -> bool:
+        """Whether a job could be taken: some revision is active, and the worker is not draining."""
+        return not self.draining and any(one.phase is Phase.ACTIVE for one in self.all)
+
+    def find(self, revision: str) -> Resident | None:
+        """The revision, or None."""
+        return self._by_name.get(revision)
+
+    def begin(self, model: str, revision: str) -> None:
+        """Enters FETCH; a failed revision may begin again.
+
+        Raises:
+            InternalError: It is here already.
+        """
+        known = self._by_name.get(revision)
+        if known is not None and Phase.FETCH not in NEXT[known.phase]:
+            raise InternalError(f"Revision {revision} is here already.")
+        self._by_name[revision] = Resident(model, revision, Phase.FETCH)
+
+    def enter(self, revision: str, phase: Phase, *, weights_bytes: int = 0, failure: str = "") -> None:
+        """Moves a revision to its next phase.
+
+        Raises:
+            InternalError: The table has no such step.
+        """
+        known = self._by_name.get(revision)
+        if known is None or phase not in NEXT[known.phase]:
+            raise InternalError(f"Revision {revision} cannot enter {phase}.")
+        weights_bytes = weights_bytes or known.weights_bytes
+        self._by_name[revision] = replace(known, phase=phase, weights_bytes=weights_bytes, failure=failure)
+
+    def activate(self, revision: str, epoch: int) -> None:
+        """The revision serves, from this epoch on; epochs never go back."""
+        self.enter(revision, Phase.ACTIVE)
+        self.epoch = max(self.epoch, epoch)
+
+    def remove(self, revision: str) -> None:
+        """Forgets a revision."""
+        self._by_name.pop(revision, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """A preparation came further: bytes done of bytes to do, 0 where not known."""
+
+    revision: str
+    phase: Phase
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BecameReady:
+    """A revision has generated a token; `phases_s` holds the duration of each phase in seconds."""
+
+    revision: str
+    weights_bytes: int
+    phases_s: tuple[tuple[Phase, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BecameActive:
+    """A switch is known."""
+
+    revision: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreparationFailed:
+    """A preparation ended in `phase`; the reason is for people and holds no path."""
+
+    revision: str
+    phase: Phase
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BecameRetired:
+    """A revision's memory is free."""
+
+    revision: str
+
+
+Report = Progressed | BecameReady | BecameActive | PreparationFailed | BecameRetired

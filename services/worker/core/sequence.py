@@ -1,0 +1,136 @@
+"""Sequences. Owns: what a sequence was asked to be, how far it is, and what it has to say.
+
+Pure data: knows neither slots' tensors nor sessions' streams.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Finish(StrEnum):
+    """Why a sequence ended; the names are those of `interlock.v1.FinishReason`."""
+
+    STOP = "STOP"
+    LENGTH = "LENGTH"
+    CANCELLED = "CANCELLED"
+    ERROR = "ERROR"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: Divides the logits; 0 is greedy, and then nothing below matters.
+        top_k: Keeps the k most likely tokens; 0 keeps all.
+        top_p: Keeps the smallest set with at least this mass; 1 keeps all.
+        min_p: Keeps tokens at least this many times as likely as the likeliest; 0 keeps all.
+        seed: Names the noise, 0..2**64-1.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceKey:
+    """Names one continuation of one job of one session.
+
+    Attributes:
+        session: The session's number within this process.
+        job: The job; unique within the session.
+        attempt: Tells late tokens of an earlier grant apart.
+        sequence: Which continuation, from 0.
+    """
+
+    session: int
+    job: str
+    attempt: int = 1
+    sequence: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStart:
+    """What shall be generated.
+
+    Attributes:
+        key: Its name.
+        prompt_ids: The prompt, at least one id.
+        emitted_ids: What earlier workers have emitted; generation goes on behind it.
+        max_tokens: Most tokens, the emitted ones included.
+        credit_tokens: Tokens that may be produced before credit is added.
+        sampling: How tokens are chosen.
+    """
+
+    key: SequenceKey
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    emitted_ids: tuple[int, ...] = ()
+    credit_tokens: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Positions of the KV cache that it may come to fill."""
+        return len(self.prompt_ids) + max(self.max_tokens, len(self.emitted_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one sequence produced.
+
+    Attributes:
+        key: The sequence.
+        index: Position of the first of `token_ids` in the continuation.
+        token_ids: The tokens; an end token is never among them.
+        finish: Set when the sequence has ended.
+    """
+
+    key: SequenceKey
+    index: int
+    token_ids: tuple[int, ...] = ()
+    finish: Finish | None = None
+
+    def followed_by(self, later: Output) -> Output:
+        """Both as one; `later` begins where this one ends."""
+        return Output(self.key, self.index, self.token_ids + later.token_ids, later.finish)
+
+
+@dataclass(slots=True, eq=False)
+class LiveSequence:
+    """A sequence that holds a slot.
+
+    Attributes:
+        start: What was asked.
+        row: Its slot; rows are dense, so it changes when a sequence with a lower row leaves.
+        history: Prompt and everything emitted, in order.
+        filled: Positions whose keys and values are in the cache. The rest of `history` is pending: one
+            token is a decode, more are a prefill. Setting it back recomputes.
+        credit: Tokens that it may still produce; at 0 it is paused and keeps its slot.
+    """
+
+    start: SequenceStart
+    row: int
+    history: list[int]
+    credit: int
+    filled: int = 0
+
+    @property
+    def pending(self) -> int:
+        """Tokens that must pass the model before the next one is known."""
+        return len(self.history) - self.filled
+
+    @property
+    def emitted(self) -> int:
+        """The index of the next token."""
+        return len(self.history) - len(self.start.prompt_ids)

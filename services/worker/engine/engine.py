@@ -1,0 +1,244 @@
+"""The engine. Owns: the step thread, and how commands reach it and tokens leave it.
+
+The stepper runs on a thread of its own; everything else is on the event loop. Commands cross in one
+bounded mailbox; what a step produced crosses back in one call. Knows ports, never torch or gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.common import logs
+from services.common.clock import Clock
+from services.common.errors import InternalError
+from services.worker.core.admission import JobStart, Refusal, judge
+from services.worker.core.ports import ModelRunner
+from services.worker.core.revision import ModelFacts, Phase, Residency
+from services.worker.core.sequence import Output
+from services.worker.core.stepper import (
+    CloseSession,
+    Command,
+    Event,
+    Host,
+    Pulse,
+    StepFailed,
+    Stepper,
+    Unload,
+    Unloaded,
+)
+from services.worker.engine.mailbox import Mailbox
+from services.worker.engine.session import EngineSession
+
+# A runner that fails this often in a row will not recover; a fresh process may.
+FAILURES_MAX = 3
+
+# How much finer than its limit the watchdog looks.
+WATCHDOG_PARTS = 10
+
+
+class EngineOverloaded(InternalError):
+    """The step thread does not take commands; the session that sent one ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What the engine stays within.
+
+    Attributes:
+        slots: Sequences at once.
+        chunk_tokens: Most prompt tokens of a step in which nothing decodes.
+        shared_chunk_tokens: Most prompt tokens of a step that also decodes.
+        watchdog_s: A step that takes longer hangs.
+    """
+
+    slots: int
+    chunk_tokens: int = 512
+    shared_chunk_tokens: int = 128
+    watchdog_s: float = 30.0
+
+
+class Engine:
+    """Runs sequences of all sessions on all active revisions.
+
+    Args:
+        residency: What is resident, and whether the worker drains; owned by the event loop.
+        settings: The limits.
+        clock: For the watchdog.
+        on_fatal: Called once, on the event loop, when the step thread hangs or keeps failing.
+    """
+
+    def __init__(
+        self, residency: Residency, settings: EngineSettings, clock: Clock, on_fatal: Callable[[str], None]
+    ) -> None:
+        self._residency = residency
+        self._settings = settings
+        self._clock = clock
+        self._on_fatal = on_fatal
+        self._stepper = Stepper(
+            settings.slots,
+            clock,
+            chunk_tokens=settings.chunk_tokens,
+            shared_chunk_tokens=settings.shared_chunk_tokens,
+        )
+        self._mailbox = Mailbox()
+        self._sessions: dict[int, EngineSession] = {}
+        self._numbers = itertools.count(1)
+        self._facts: dict[str, ModelFacts] = {}
+        self._unloads: dict[str, asyncio.Future[None]] = {}
+        self._step_began_s: float | None = None
+        self._became_idle = asyncio.Event()
+        self._failures = 0
+        self._dead = False
+        self._pulse = Pulse(free_slots=settings.slots)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._watchdog: asyncio.Task[None] | None = None
+
+    @property
+    def pulse(self) -> Pulse:
+        """What is carried now, as of the last step."""
+        return self._pulse
+
+    @property
+    def slots(self) -> int:
+        """Sequences at once."""
+        return self._settings.slots
+
+    def start(self) -> None:
+        """Starts the step thread and its watchdog; call it on the event loop."""
+        self._loop = asyncio.get_running_loop()
+        # Daemon: a step that hangs must not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name="step", daemon=True)
+        self._thread.start()
+        self._watchdog = asyncio.create_task(self._watch(), name="watchdog")
+
+    async def stop(self) -> None:
+        """Ends the sessions and the thread, after the step under way."""
+        self.end_sessions()
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            await asyncio.gather(self._watchdog, return_exceptions=True)
+        self._mailbox.close()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, self._settings.watchdog_s)
+
+    def open_session(self) -> EngineSession:
+        """A session for one gateway's stream; close it when the stream ends."""
+        session = EngineSession(next(self._numbers), self)
+        self._sessions[session.number] = session
+        return session
+
+    def judge(self, job: JobStart) -> Refusal | None:
+        """Why a job cannot be taken, as far as is known before its turn."""
+        return judge(job, self._residency, self._facts.get(job.revision))
+
+    def post(self, command: Command) -> None:
+        """Hands a command to the step thread.
+
+        Raises:
+            EngineOverloaded: The thread does not take them.
+        """
+        if not self._mailbox.put(command):
+            raise EngineOverloaded("The worker does not keep up with its commands.")
+
+    def host(self, revision: str, runner: ModelRunner) -> None:
+        """Takes in a loaded revision; it serves once it is active in the residency."""
+        self._facts[revision] = runner.facts
+        self.post(Host(revision, runner))
+
+    async def unload(self, revision: str) -> None:
+        """Ends a revision when its last sequence has ended; returns when its memory is free."""
+        if self._facts.pop(revision, None) is None:
+            return
+        ended = asyncio.get_running_loop().create_future()
+        self._unloads[revision] = ended
+        self.post(Unload(revision))
+        await ended
+
+    async def drained(self) -> None:
+        """Returns when no session has a job or an unwritten word."""
+        while not all(session.idle for session in self._sessions.values()):
+            self._became_idle.clear()
+            await self._became_idle.wait()
+
+    def end_sessions(self) -> None:
+        """Closes every session: their streams end."""
+        for session in tuple(self._sessions.values()):
+            session.close()
+
+    def note_idle(self) -> None:
+        """A session has nothing left to do or to say."""
+        self._became_idle.set()
+
+    def forget(self, session: EngineSession) -> None:
+        """Lets a closed session's sequences end."""
+        self.note_idle()
+        if self._sessions.pop(session.number, None) is not None:
+            # Room for it is certain: the mailbox takes the ends of sessions over its bound.
+            self._mailbox.put(CloseSession(session.number), urgent=True)
+
+    def _run(self) -> None:
+        """The step thread."""
+        while (commands := self._mailbox.take(wait=not self._stepper.has_work)) is not None:
+            self._step_began_s = self._clock.monotonic()
+            events: list[Event] = []
+            for command in commands:
+                events.extend(self._stepper.handle(command))
+            events.extend(self._stepper.step())
+            self._pulse = self._stepper.pulse
+            self._step_began_s = None
+            self._cross(events)
+
+    def _cross(self, events: list[Event]) -> None:
+        assert self._loop is not None
+        try:
+            if events:
+                self._loop.call_soon_threadsafe(self._deliver, events)
+        except RuntimeError:
+            # The loop is closed: nobody listens any more.
+            self._mailbox.close()
+
+    def _deliver(self, events: list[Event]) -> None:
+        touched: set[EngineSession] = set()
+        for event in events:
+            match event:
+                case Output() | Refusal():
+                    if (session := self._sessions.get(event.key.session)) is not None:
+                        session.put(event)
+                        touched.add(session)
+                case Unloaded(revision):
+                    self._unloads.pop(revision).set_result(None)
+                case StepFailed(revision, error):
+                    self._note_failure(revision, error)
+        if not any(isinstance(event, StepFailed) for event in events):
+            self._failures = 0
+        for session in touched:
+            session.wake()
+
+    def _note_failure(self, revision: str, error: Exception) -> None:
+        logs.get_logger().error("step.failed", revision=revision, exc_info=error)
+        self._failures += 1
+        if self._failures >= FAILURES_MAX:
+            self._die("The model's steps keep failing.")
+
+    async def _watch(self) -> None:
+        limit_s = self._settings.watchdog_s
+        while not self._dead:
+            await asyncio.sleep(limit_s / WATCHDOG_PARTS)
+            began_s = self._step_began_s
+            if began_s is not None and self._clock.monotonic() - began_s > limit_s:
+                self._die("A step does not end.")
+
+    def _die(self, cause: str) -> None:
+        if not self._dead:
+            self._dead = True
+            logs.get_logger().critical("engine.died", cause=cause, phase=_phases(self._residency))
+            self._on_fatal(cause)
+
+
+def _phases(residency: Residency) -> dict[str, Phase]:
+    return {one.revision: one.phase for one in residency.all}

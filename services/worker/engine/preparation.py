@@ -1,0 +1,221 @@
+"""Preparation. Owns: how a revision gets into the engine, phase by phase, and out of it again.
+
+FETCH, VERIFY, LOAD and WARM run beside serving: what blocks is in a thread. One revision is prepared at a
+time, for two would compete for the same memory and disk. Knows ports; who asks is the controller link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from services.common import logs
+from services.common.clock import Clock
+from services.common.errors import InterlockError
+from services.worker.core.ports import ArtifactStore, ModelRunner, RevisionLoader
+from services.worker.core.revision import (
+    BecameActive,
+    BecameReady,
+    BecameRetired,
+    Phase,
+    PreparationFailed,
+    Progressed,
+    Report,
+    Residency,
+    RevisionSpec,
+)
+from services.worker.core.warmup import warm
+from services.worker.engine.engine import Engine
+
+T = TypeVar("T")
+
+
+class Preparation:
+    """Performs a controller's commands on revisions.
+
+    Args:
+        engine: Hosts what is loaded.
+        residency: Where each revision's phase is kept.
+        store: Where files come from.
+        loader: What makes runners of files.
+        clock: Measures the phases.
+        report: Hears what came of the commands.
+        on_change: Hears that the residency changed, for health.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        residency: Residency,
+        store: ArtifactStore,
+        loader: RevisionLoader,
+        clock: Clock,
+        *,
+        report: Callable[[Report], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._residency = residency
+        self._store = store
+        self._loader = loader
+        self._clock = clock
+        self._report = report
+        self._on_change = on_change
+        self._one_at_a_time = asyncio.Lock()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._ready: dict[str, BecameReady] = {}
+
+    def prepare(self, spec: RevisionSpec) -> None:
+        """See `RevisionHandshake.prepare`."""
+        if (ready := self._ready.get(spec.revision)) is not None:
+            self._report(ready)
+        elif spec.revision not in self._tasks:
+            self._residency.begin(spec.model, spec.revision)
+            self._spawn(spec.revision, self._prepare(spec))
+
+    def activate(self, revision: str, epoch: int) -> None:
+        """See `RevisionHandshake.activate`."""
+        if revision not in self._ready:
+            self._report(PreparationFailed(revision, Phase.READY, "The revision is not ready here."))
+            return
+        self._residency.activate(revision, epoch)
+        logs.get_logger().info("revision.activated", revision=revision, epoch=epoch)
+        self._report(BecameActive(revision, epoch))
+        self._on_change()
+
+    def retire(self, revision: str) -> None:
+        """See `RevisionHandshake.retire`."""
+        if self._ready.pop(revision, None) is None:
+            self._report(BecameRetired(revision))
+            return
+        self._residency.enter(revision, Phase.RETIRING)
+        self._on_change()
+        self._spawn(revision, self._retire(revision))
+
+    def abort(self, revision: str) -> None:
+        """See `RevisionHandshake.abort`."""
+        if (task := self._tasks.get(revision)) is not None and revision not in self._ready:
+            task.cancel()
+
+    async def stop(self) -> None:
+        """Ends what is under way. A thread that loads ends with the process."""
+        tasks = tuple(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _spawn(self, revision: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name=f"revision-{revision}")
+        self._tasks[revision] = task
+        task.add_done_callback(lambda done: self._forget(revision, done))
+
+    def _forget(self, revision: str, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(revision) is task:
+            del self._tasks[revision]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logs.get_logger().error("revision.crashed", revision=revision, exc_info=error)
+
+    async def _prepare(self, spec: RevisionSpec) -> None:
+        stages = _Stages(self._clock)
+        try:
+            async with self._one_at_a_time:
+                runner = await self._load(spec, stages)
+        except asyncio.CancelledError:
+            self._residency.remove(spec.revision)
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it was, the controller must hear of it
+            self._fail(spec, stages.phase, error)
+            return
+        weights_bytes = runner.facts.weights_bytes
+        self._engine.host(spec.revision, runner)
+        self._residency.enter(spec.revision, Phase.READY, weights_bytes=weights_bytes)
+        ready = BecameReady(spec.revision, weights_bytes, stages.durations_s())
+        self._ready[spec.revision] = ready
+        logs.get_logger().info(
+            "revision.prepared",
+            model=spec.model,
+            revision=spec.revision,
+            weights_bytes=weights_bytes,
+            kv_tokens=runner.facts.kv_tokens,
+            **{f"{phase.value.lower()}_s": round(duration_s, 3) for phase, duration_s in ready.phases_s},
+        )
+        self._report(ready)
+
+    async def _load(self, spec: RevisionSpec, stages: _Stages) -> ModelRunner:
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            self._report(Progressed(spec.revision, stages.phase, done_bytes, total_bytes))
+
+        stages.enter(Phase.FETCH)
+        progress(0, 0)
+        directory = await self._store.fetch(spec, progress)
+        self._advance(spec, stages, Phase.VERIFY)
+        await _finished(asyncio.to_thread(self._loader.verify, directory, spec))
+        self._advance(spec, stages, Phase.LOAD)
+        runner = await _finished(asyncio.to_thread(self._loader.load, directory, spec))
+        try:
+            self._advance(spec, stages, Phase.WARM)
+            await _finished(asyncio.to_thread(warm, runner))
+        except BaseException:
+            runner.close()
+            raise
+        return runner
+
+    def _advance(self, spec: RevisionSpec, stages: _Stages, phase: Phase) -> None:
+        stages.enter(phase)
+        self._residency.enter(spec.revision, phase)
+        self._report(Progressed(spec.revision, phase))
+
+    def _fail(self, spec: RevisionSpec, phase: Phase, error: Exception) -> None:
+        if isinstance(error, InterlockError):
+            reason = error.message
+        elif isinstance(error, MemoryError):
+            reason = "The worker has not enough memory for it."
+        else:
+            reason = "Something went wrong in the worker. Its log has the details."
+        logs.get_logger().error(
+            "revision.failed", revision=spec.revision, phase=phase.value, reason=reason, exc_info=error
+        )
+        self._residency.enter(spec.revision, Phase.FAILED, failure=reason)
+        self._report(PreparationFailed(spec.revision, phase, reason))
+
+    async def _retire(self, revision: str) -> None:
+        await self._engine.unload(revision)
+        self._residency.remove(revision)
+        logs.get_logger().info("revision.retired", revision=revision)
+        self._report(BecameRetired(revision))
+
+
+async def _finished(work: Coroutine[Any, Any, T]) -> T:
+    """Awaits work in a thread to its end, even when cancelled: what it allocates must not go astray."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        with contextlib.suppress(Exception):
+            result = await task
+            if isinstance(result, ModelRunner):
+                result.close()
+        raise
+
+
+class _Stages:
+    """Which phase runs, and how long each took."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._entered: list[tuple[Phase, float]] = []
+
+    @property
+    def phase(self) -> Phase:
+        return self._entered[-1][0] if self._entered else Phase.FETCH
+
+    def enter(self, phase: Phase) -> None:
+        self._entered.append((phase, self._clock.monotonic()))
+
+    def durations_s(self) -> tuple[tuple[Phase, float], ...]:
+        ends = [*(began_s for _, began_s in self._entered[1:]), self._clock.monotonic()]
+        return tuple(
+            (phase, end_s - began_s) for (phase, began_s), end_s in zip(self._entered, ends, strict=True)
+        )

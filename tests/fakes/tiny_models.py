@@ -1,0 +1,70 @@
+"""Tiny random models: real architectures of transformers, small enough to make in a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from services.worker.core.revision import ComputeDtype, Quantization, RevisionFile, RevisionSpec
+
+VOCABULARY = 96
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    # Large weights make confident logits: ties between tokens would test rounding, not the cache.
+    "initializer_range": 0.4,
+}
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**_COMMON),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.4,
+    ),
+    "qwen2": lambda: transformers.Qwen2Config(**_COMMON),
+    "qwen3": lambda: transformers.Qwen3Config(**_COMMON, head_dim=16),
+    "gemma": lambda: transformers.GemmaConfig(**_COMMON, head_dim=16),
+    "gemma2": lambda: transformers.Gemma2Config(**_COMMON, head_dim=16, sliding_window=24),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**_COMMON, head_dim=16, sliding_window=24),
+    "mistral": lambda: transformers.MistralConfig(**_COMMON, sliding_window=24),
+    "phi": lambda: transformers.PhiConfig(**_COMMON),
+}
+
+
+def save(name: str, directory: Path, *, seed: int = 0) -> RevisionSpec:
+    """Makes a random model of an architecture in `directory`, and the specification that names it."""
+    torch.manual_seed(seed)
+    config = CONFIGS[name]()
+    factory: Any = transformers.AutoModelForCausalLM
+    model = factory.from_config(config)
+    model.save_pretrained(directory)
+    return spec_of(directory)
+
+
+def spec_of(
+    directory: Path,
+    quantization: Quantization = Quantization.NONE,
+    compute_dtype: ComputeDtype = ComputeDtype.FP32,
+) -> RevisionSpec:
+    """The specification of what lies in `directory`."""
+    files = tuple(RevisionFile(path.name, path.stat().st_size, "0" * 64) for path in directory.iterdir())
+    return RevisionSpec("tiny", "r1", files, quantization, compute_dtype, local_path=str(directory))

@@ -1,0 +1,141 @@
+"""Fakes of the worker's ports: a runner without a model, a store without files, a loader without weights."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from services.common.errors import ArtifactInvalid
+from services.worker.core.batch import Batch, Chunk, Decode
+from services.worker.core.ports import ModelRunner, Progress
+from services.worker.core.revision import ModelFacts, RevisionSpec
+from services.worker.core.scheduler import NO_TOKEN
+
+VOCABULARY = 1_000
+FACTS = ModelFacts(
+    vocabulary=VOCABULARY, context_tokens=256, end_ids=frozenset(), kv_tokens=8 * 256, weights_bytes=1_000
+)
+
+
+def next_token(history: Sequence[int]) -> int:
+    """What the fake model says after `history`: a function of all of it, and of nothing else."""
+    state = 17
+    for token in history:
+        state = (state * 31 + token + 7) % 1_000_003
+    return state % VOCABULARY
+
+
+def continuation(prompt: Sequence[int], tokens: int) -> list[int]:
+    """The fake model's answer of so many tokens."""
+    history = list(prompt)
+    for _ in range(tokens):
+        history.append(next_token(history))
+    return history[len(prompt) :]
+
+
+class FakeRunner:
+    """Keeps the tokens that real rows would hold keys of, and fails when a batch contradicts them.
+
+    Attributes:
+        batches: What was stepped.
+        gate: When set to an event, each step waits for it.
+        error: Raised by the next step when set.
+        poisoned: Rows' first tokens for which NO_TOKEN is returned.
+        closed: Whether `close` was called.
+    """
+
+    def __init__(self, facts: ModelFacts = FACTS) -> None:
+        self._facts = facts
+        self._rows: dict[int, list[int]] = {}
+        self.batches: list[Batch] = []
+        self.gate: threading.Event | None = None
+        self.entered = threading.Event()
+        self.error: Exception | None = None
+        self.poisoned: frozenset[int] = frozenset()
+        self.closed = False
+
+    @property
+    def facts(self) -> ModelFacts:
+        """See `ModelRunner.facts`."""
+        return self._facts
+
+    def step(self, batch: Batch) -> Sequence[int]:
+        """See `ModelRunner.step`."""
+        self.batches.append(batch)
+        self.entered.set()
+        if self.gate is not None:
+            self.gate.wait(30)
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        assert batch.rows * batch.capacity <= self._facts.kv_tokens
+        for move in batch.moves:
+            self._rows[move.target] = self._rows[move.source][: move.tokens]
+        tokens = [self._chunk(chunk) for chunk in batch.chunks]
+        drawn = [token for token, chunk in zip(tokens, batch.chunks, strict=True) if chunk.draw]
+        assert [decode.row for decode in batch.decodes] == sorted({decode.row for decode in batch.decodes})
+        return [*drawn, *(self._decode(decode, batch) for decode in batch.decodes)]
+
+    def close(self) -> None:
+        """See `ModelRunner.close`."""
+        self.closed = True
+
+    def _chunk(self, chunk: Chunk) -> int:
+        return self._write(chunk.row, chunk.position, chunk.token_ids)
+
+    def _decode(self, decode: Decode, batch: Batch) -> int:
+        assert decode.row < batch.rows
+        assert decode.position < batch.capacity
+        return self._write(decode.row, decode.position, (decode.token_id,))
+
+    def _write(self, row: int, position: int, token_ids: Sequence[int]) -> int:
+        held = self._rows.setdefault(row, [])
+        assert position <= len(held), "a position was skipped"
+        self._rows[row] = [*held[:position], *token_ids]
+        return NO_TOKEN if self._rows[row][0] in self.poisoned else next_token(self._rows[row])
+
+
+class FakeStore:
+    """A store that has everything; `error` is raised instead when set."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.fetched: list[RevisionSpec] = []
+
+    async def fetch(self, spec: RevisionSpec, progress: Progress) -> Path:
+        """See `ArtifactStore.fetch`."""
+        self.fetched.append(spec)
+        if self.error is not None:
+            raise self.error
+        progress(10, 10)
+        return Path("/nowhere")
+
+
+class FakeLoader:
+    """Loads FakeRunners.
+
+    Attributes:
+        flaw: The message with which `verify` refuses, when set.
+        error: Raised by `load` when set.
+        runners: What was loaded.
+        facts: Of the runners.
+    """
+
+    def __init__(self, facts: ModelFacts = FACTS) -> None:
+        self.flaw = ""
+        self.error: Exception | None = None
+        self.runners: list[FakeRunner] = []
+        self.facts = facts
+
+    def verify(self, directory: Path, spec: RevisionSpec) -> None:  # noqa: ARG002 - the port's signature
+        """See `RevisionLoader.verify`."""
+        if self.flaw:
+            raise ArtifactInvalid(self.flaw)
+
+    def load(self, directory: Path, spec: RevisionSpec) -> ModelRunner:  # noqa: ARG002 - as above
+        """See `RevisionLoader.load`."""
+        if self.error is not None:
+            raise self.error
+        self.runners.append(FakeRunner(self.facts))
+        return self.runners[-1]

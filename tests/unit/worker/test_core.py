@@ -1,0 +1,112 @@
+"""The worker's small pure parts: noise, admission, phases, and the outbox."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.common.errors import InternalError
+from services.worker.core.admission import Reason, Refusal
+from services.worker.core.noise import uniform
+from services.worker.core.outbox import REFUSALS_MAX, STEP_TOKENS_MAX, Outbox, OutboxFull
+from services.worker.core.revision import NEXT, Phase, Residency
+from services.worker.core.scheduler import PREFILL_STEP_S_MAX, Limits, Scheduler
+from services.worker.core.sequence import Finish, Output, SequenceKey, SequenceStart
+
+KEY = SequenceKey(1, "a")
+
+
+@given(seed=st.integers(0, 2**64 - 1), sequence=st.integers(0, 3), index=st.integers(0, 2**20))
+def test_noise_is_a_function_of_its_three_names(seed: int, sequence: int, index: int) -> None:
+    """Equal names give equal numbers in [0, 1); a neighbour's name gives another."""
+    value = uniform(seed, sequence, index)
+    assert 0 <= value < 1
+    assert value == uniform(seed, sequence, index)
+    others = {uniform(seed ^ 1, sequence, index), uniform(seed, sequence + 1, index)}
+    assert value not in others | {uniform(seed, sequence, index + 1)}
+
+
+def test_noise_is_uniform() -> None:
+    """Mean and deviation of many draws are those of the uniform distribution."""
+    values = [uniform(7, 0, index) for index in range(20_000)]
+    assert statistics.mean(values) == pytest.approx(0.5, abs=0.01)
+    assert statistics.pstdev(values) == pytest.approx(12**-0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+@pytest.mark.parametrize("following", list(Phase))
+def test_phases_follow_their_table(phase: Phase, following: Phase) -> None:
+    """A step that the table lacks raises and changes nothing."""
+    residency = Residency()
+    residency.begin("m", "r")
+    known = residency.find("r")
+    assert known is not None
+    residency._by_name["r"] = type(known)("m", "r", phase)
+    if following in NEXT[phase]:
+        residency.enter("r", following)
+        assert residency.all[0].phase is following
+    else:
+        with pytest.raises(InternalError):
+            residency.enter("r", following)
+        assert residency.all[0].phase is phase
+
+
+def test_the_epoch_never_goes_back() -> None:
+    """An activation with an older epoch leaves the newer one."""
+    residency = Residency()
+    residency.begin("m", "r")
+    for phase in (Phase.VERIFY, Phase.LOAD, Phase.WARM, Phase.READY):
+        residency.enter("r", phase)
+    residency.activate("r", 9)
+    residency.activate("r", 4)
+    assert residency.epoch == 9
+    assert residency.serving
+
+
+def test_outputs_of_a_sequence_join_while_nobody_reads() -> None:
+    """However many steps pass, one sequence has one output, with its first index and its finish."""
+    outbox = Outbox()
+    for index in range(5):
+        outbox.put_output(Output(KEY, index, (index,)))
+    outbox.put_output(Output(KEY, 5, (), Finish.STOP))
+    assert outbox.take().outputs == (Output(KEY, 0, (0, 1, 2, 3, 4), Finish.STOP),)
+    assert outbox.empty
+
+
+def test_a_letter_stays_inside_one_message() -> None:
+    """More tokens than a message carries go into several letters, none lost."""
+    outbox = Outbox()
+    for number in range(3):
+        key = SequenceKey(1, str(number))
+        outbox.put_output(Output(key, 0, (1,) * (STEP_TOKENS_MAX // 2)))
+    assert [len(outbox.take().outputs) for _ in range(2)] == [2, 1]
+
+
+def test_unread_refusals_are_bounded() -> None:
+    """A gateway that is refused without end and reads nothing overflows its outbox."""
+    outbox = Outbox()
+    for _ in range(REFUSALS_MAX):
+        outbox.put_refusal(Refusal(KEY, Reason.BUSY))
+    with pytest.raises(OutboxFull):
+        outbox.put_refusal(Refusal(KEY, Reason.BUSY))
+
+
+def test_slow_prefill_steps_shorten_chunks_and_fast_ones_lengthen_them() -> None:
+    """A step over its time halves the next chunk; fast steps restore it."""
+    scheduler = Scheduler(Limits(4, 10_000, chunk_tokens=512, shared_chunk_tokens=128), frozenset())
+    scheduler.admit(SequenceStart(KEY, tuple(range(2_000)), 5, credit_tokens=5))
+
+    def chunk() -> int:
+        batch = scheduler.schedule()
+        assert batch is not None
+        scheduler.apply([])
+        return len(batch.chunks[0].token_ids)
+
+    assert chunk() == 512
+    scheduler.pace(PREFILL_STEP_S_MAX * 2)
+    assert chunk() == 256
+    scheduler.pace(PREFILL_STEP_S_MAX / 10)
+    assert chunk() == 512

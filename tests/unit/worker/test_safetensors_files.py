@@ -1,0 +1,91 @@
+"""Weight files: headers that lie, and files that could run code, are refused before anything is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.common.errors import ArtifactInvalid
+from services.worker.adapters.safetensors_files import check_files, read_config
+from services.worker.core.revision import RevisionFile, RevisionSpec
+
+GOOD = {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
+
+
+def write(path: Path, header: Any, data: bytes) -> RevisionSpec:
+    """Writes a file with this header, true or not."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return RevisionSpec("m", "r", (RevisionFile(path.name, path.stat().st_size, ""),))
+
+
+def test_a_true_header_passes(tmp_path: Path) -> None:
+    """Metadata is allowed, and every byte is accounted for."""
+    spec = write(tmp_path / "model.safetensors", {"__metadata__": {"format": "pt"}, **GOOD}, b"0" * 24)
+    check_files(tmp_path, spec)
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        (GOOD, b"0" * 23),
+        (GOOD, b"0" * 25),
+        ({"w": {**GOOD["w"], "shape": [2, 4]}}, b"0" * 24),
+        ({"w": {**GOOD["w"], "shape": [-2, -3]}}, b"0" * 24),
+        ({"w": {**GOOD["w"], "dtype": "F3"}}, b"0" * 24),
+        ({"w": {**GOOD["w"], "data_offsets": [8, 32]}}, b"0" * 32),
+        ({"w": GOOD["w"], "v": GOOD["w"]}, b"0" * 24),
+        ({"w": 5}, b""),
+        ([], b""),
+        (b"{", b""),
+        (b"\xff", b""),
+    ],
+)
+def test_a_lying_header_is_refused(header: Any, data: bytes, tmp_path: Path) -> None:
+    """Sizes, shapes, offsets and types that do not fit each other or the file."""
+    spec = write(tmp_path / "model.safetensors", header, data)
+    with pytest.raises(ArtifactInvalid, match=r"model\.safetensors"):
+        check_files(tmp_path, spec)
+
+
+def test_an_impossible_header_length_is_refused(tmp_path: Path) -> None:
+    """A length beyond the format's bound is not read."""
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    spec = RevisionSpec("m", "r", (RevisionFile("model.safetensors", 64, ""),))
+    with pytest.raises(ArtifactInvalid, match="too long"):
+        check_files(tmp_path, spec)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "modeling.py", "MODEL.PKL"])
+def test_files_that_could_run_code_are_refused(name: str, tmp_path: Path) -> None:
+    """Pickle in any guise, and Python."""
+    spec = RevisionSpec("m", "r", (RevisionFile(name, 1, ""),))
+    with pytest.raises(ArtifactInvalid, match="run code"):
+        check_files(tmp_path, spec)
+
+
+def test_a_revision_without_weights_is_refused(tmp_path: Path) -> None:
+    """There must be a safetensors file."""
+    with pytest.raises(ArtifactInvalid, match="no safetensors"):
+        check_files(tmp_path, RevisionSpec("m", "r"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"model_type": "../x"}',
+        '{"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}',
+        "[" * 100_000,
+    ],
+)
+def test_a_configuration_that_is_none_is_refused(content: str, tmp_path: Path) -> None:
+    """Missing type, foreign code, no JSON, or JSON too deep to read."""
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ArtifactInvalid, match=r"config\.json"):
+        read_config(tmp_path)
