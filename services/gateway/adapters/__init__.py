@@ -1,0 +1,1 @@
+"""The gateway's ports put to work: Redis, the workers' sessions, the controller's stream, tokenizers."""

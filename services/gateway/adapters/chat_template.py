@@ -1,0 +1,159 @@
+"""Chat templates. Owns: how a conversation becomes text, with bounds on time, size and reach.
+
+Must not know: token ids. A template comes with a revision and is a program of somebody else's: it runs in
+Jinja's immutable sandbox, in a thread, and is stopped when it takes too long or writes too much.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from types import FrameType
+from typing import Any
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from services.common.errors import ArgumentInvalid, ArtifactInvalid
+from services.gateway.core.params import Message
+
+# Templates in use take under a millisecond for each message, and a conversation has at most 1,024.
+RENDER_LIMIT_S = 2.0
+# The prompt's bound is 1 MiB; a template adds its own words, some per message.
+RENDERED_CHARS_MAX = 4 << 20
+# The largest templates in use have about 20 KB.
+TEMPLATE_CHARS_MAX = 256 << 10
+# A template repeats a few characters to indent; one that builds megabytes is broken.
+REPEATED_CHARS_MAX = 10_000
+
+Trace = Callable[[FrameType, str, Any], Any]
+
+
+class _Refused(Exception):
+    """The template called `raise_exception`."""
+
+
+class _TooLong(BaseException):
+    """The template ran out of time. Not an Exception, so that no filter of its own can catch it."""
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which also keeps `'x' * 10**9` from filling the memory."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        numbers = all(isinstance(value, int | float) for value in (left, right))
+        if operator == "**" and (not numbers or abs(left) > 1_000 or abs(right) > 10):
+            raise jinja2.exceptions.SecurityError("the operands of ** are too large")
+        if operator == "*" and not numbers and not _repeats_little(left, right):
+            raise jinja2.exceptions.SecurityError("the result of * is too large")
+        if operator == "%" and isinstance(left, str):
+            raise jinja2.exceptions.SecurityError("formatting with % is not available")
+        return super().call_binop(context, operator, left, right)
+
+
+class ChatTemplate:
+    """One model's template.
+
+    Args:
+        source: Its text.
+        variables: What the tokenizer's configuration offers to it, such as `bos_token`.
+        limit_s: How long one rendering may take.
+
+    Raises:
+        ArtifactInvalid: It is too large, or no Jinja.
+    """
+
+    def __init__(self, source: str, variables: dict[str, str], *, limit_s: float = RENDER_LIMIT_S) -> None:
+        if len(source) > TEMPLATE_CHARS_MAX:
+            raise ArtifactInvalid(f"chat template: {len(source)} characters; at most {TEMPLATE_CHARS_MAX}.")
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        # What the template may not have: the names of Jinja's own helpers that make text from nothing.
+        for name in ("lipsum", "cycler", "joiner"):
+            environment.globals.pop(name, None)
+        try:
+            self._template = environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise ArtifactInvalid(f"chat template: not usable: {type(error).__name__}.") from None
+        self._variables = variables
+        self._limit_s = limit_s
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Returns the conversation as text, ready for the model's answer. Blocks; bounded in time and size.
+
+        Raises:
+            ArgumentInvalid: The template refuses the conversation, or fails on it.
+        """
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return self._render_bounded(turns)
+        except _Refused as error:
+            raise ArgumentInvalid(f"messages: the model's chat template says: {error}") from None
+        except _TooLong:
+            raise ArgumentInvalid("messages: the model's chat template took too long over them.") from None
+        except jinja2.TemplateError as error:
+            raise ArgumentInvalid(
+                f"messages: the model's chat template failed on them: {type(error).__name__}."
+            ) from None
+        except (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+            raise ArgumentInvalid(
+                f"messages: the model's chat template failed on them: {type(error).__name__}."
+            ) from None
+
+    def _render_bounded(self, turns: list[dict[str, str]]) -> str:
+        pieces: list[str] = []
+        chars = 0
+        stream = self._template.generate(messages=turns, add_generation_prompt=True, **self._variables)
+        previous = sys.gettrace()
+        sys.settrace(_deadline(time.monotonic() + self._limit_s))
+        try:
+            for piece in stream:
+                chars += len(piece)
+                if chars > RENDERED_CHARS_MAX:
+                    raise _TooLong
+                pieces.append(piece)
+        finally:
+            sys.settrace(previous)
+        return "".join(pieces)
+
+
+def _deadline(end_s: float) -> Trace:
+    """A trace function that ends whatever runs in this thread when the time is over.
+
+    Nothing else stops a loop without output: a thread cannot be killed.
+    """
+
+    def trace(_frame: FrameType, _event: str, _argument: Any) -> Trace:
+        if time.monotonic() > end_s:
+            raise _TooLong
+        return trace
+
+    return trace
+
+
+def _repeats_little(left: Any, right: Any) -> bool:
+    sequence, times = (left, right) if isinstance(right, int) else (right, left)
+    if not isinstance(times, int) or not hasattr(sequence, "__len__"):
+        return False
+    return len(sequence) * times <= REPEATED_CHARS_MAX
+
+
+def _raise_exception(message: object) -> str:
+    raise _Refused(str(message)[:200])
+
+
+def _strftime_now(pattern: object) -> str:
+    return datetime.now(tz=UTC).strftime(str(pattern)[:100])
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """JSON as models were trained on it: Jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)

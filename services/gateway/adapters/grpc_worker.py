@@ -1,0 +1,348 @@
+"""Workers over gRPC. Owns: one session per worker, and who hears what comes out of it.
+
+Must not know: queues, text or clients. All requests of this gateway at one worker share one stream: a message
+a step for all of them. A session that ends, or falls silent, is lost for every attempt on it at once; the
+next order opens another one. What a worker says of an attempt that is over is dropped here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from interlock.v1 import generation_pb2, worker_service_pb2, worker_service_pb2_grpc
+
+from services.common import channel, logs
+from services.common.clock import Clock
+from services.common.credential import mesh_metadata
+from services.gateway.core.attempts import Output, RefusalReason, WorkOrder
+from services.gateway.core.events import FinishReason
+from services.gateway.core.params import SamplingParams
+from services.gateway.core.ports import Attempt, AttemptSink
+
+# A worker says something every second; twice that is silence, not a hiccup.
+SILENCE_S = 2.0
+# Looking this often finds a silence at most a tenth late.
+WATCH_S = 0.2
+# If this process itself stood still for so long, the worker may have spoken all the while.
+OWN_PAUSE_S = 1.0
+# Both processes run on one network; a connection takes milliseconds, or is refused.
+CONNECT_LIMIT_S = 2.0
+# Two steps of a busy worker on a small machine; a slot is never held longer for a polite goodbye.
+CANCEL_WAIT_S = 0.08
+
+Key = tuple[str, int]
+
+_FINISHES = {
+    generation_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    generation_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+}
+_REFUSALS = {
+    worker_service_pb2.REFUSAL_REASON_BUSY: RefusalReason.BUSY,
+    worker_service_pb2.REFUSAL_REASON_REVISION_NOT_READY: RefusalReason.REVISION_NOT_READY,
+    worker_service_pb2.REFUSAL_REASON_EPOCH_STALE: RefusalReason.EPOCH_STALE,
+    worker_service_pb2.REFUSAL_REASON_DRAINING: RefusalReason.DRAINING,
+    worker_service_pb2.REFUSAL_REASON_INVALID: RefusalReason.INVALID,
+}
+
+
+class GrpcWorkerPool:
+    """The workers that were granted to this gateway, each behind a session.
+
+    Args:
+        gateway_id: How this gateway introduces itself.
+        mesh_token: The join token of the mesh.
+        clock: Measures silence.
+        silence_s: How long a worker with requests may say nothing.
+    """
+
+    def __init__(
+        self, gateway_id: str, mesh_token: str, clock: Clock, *, silence_s: float = SILENCE_S
+    ) -> None:
+        self._metadata = mesh_metadata(mesh_token, **{"x-interlock-gateway-id": gateway_id})
+        self._clock = clock
+        self._silence_s = silence_s
+        self._sessions: dict[str, _Session] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def start(self, worker_id: str, address: str, order: WorkOrder, sink: AttemptSink) -> Attempt:
+        """See `WorkerPool.start`."""
+        return self._session(worker_id, address).start(order, sink)
+
+    async def close(self) -> None:
+        """Ends every session; attempts on them are lost."""
+        for session in tuple(self._sessions.values()):
+            self._end(session, "the gateway stops")
+        await asyncio.gather(*self._closing, return_exceptions=True)
+
+    def _session(self, worker_id: str, address: str) -> _Session:
+        """The session with a worker; one to an address that it has left is ended."""
+        session = self._sessions.get(worker_id)
+        if session is not None and session.address != address:
+            self._end(session, "the worker came back elsewhere")
+            session = None
+        if session is None:
+            session = _Session(worker_id, address, self._metadata, self._clock, self._silence_s, self._end)
+            self._sessions[worker_id] = session
+        return session
+
+    def _end(self, session: _Session, cause: str) -> None:
+        if self._sessions.get(session.worker_id) is session:
+            del self._sessions[session.worker_id]
+        session.lose(cause)
+        task = asyncio.get_running_loop().create_task(session.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+
+@dataclass(slots=True)
+class _Session:
+    """One stream to one worker, with everything that runs on it."""
+
+    worker_id: str
+    address: str
+    metadata: tuple[tuple[str, str], ...]
+    clock: Clock
+    silence_s: float
+    on_end: Callable[[_Session, str], None]
+    _sinks: dict[Key, AttemptSink] = field(default_factory=dict)
+    # Attempts that were cancelled and not yet confirmed; bounded by the time that each may stay.
+    _ending: dict[Key, asyncio.Future[None]] = field(default_factory=dict)
+    _outgoing: deque[worker_service_pb2.SessionRequest] = field(default_factory=deque)
+    _has_outgoing: asyncio.Event = field(default_factory=asyncio.Event)
+    _heard_s: float = 0.0
+    _task: asyncio.Task[None] | None = None
+    # Set when nothing can be sent any more; `_ended_itself` when no one has to cancel the task for it.
+    _over: bool = False
+    # Until then no order has left this process, so none can be to blame for a loss.
+    _connected: bool = False
+    _ended_itself: bool = False
+
+    def start(self, order: WorkOrder, sink: AttemptSink) -> Attempt:
+        """Sends an order, opening the stream with the first."""
+        key = (order.job_id, order.attempt)
+        if not self._sinks:
+            self._heard_s = self.clock.monotonic()
+        self._sinks[key] = sink
+        self.send(worker_service_pb2.SessionRequest(start=_start_job(order)))
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+        return _SessionAttempt(self, key)
+
+    def send(self, request: worker_service_pb2.SessionRequest) -> None:
+        """Puts a message behind those that wait for the wire."""
+        # Bounded by the requests under way: each has one order, one cancellation and its credit.
+        self._outgoing.append(request)
+        self._has_outgoing.set()
+
+    def add_credit(self, key: Key, tokens: int) -> None:
+        """Sends credit for an attempt that is under way."""
+        if key in self._sinks:
+            credit = worker_service_pb2.AddCredit(job=key[0], tokens=tokens)
+            self.send(worker_service_pb2.SessionRequest(credit=credit))
+
+    def cancel(self, key: Key) -> asyncio.Future[None]:
+        """Sends a cancellation; the future is done when the worker has ended the attempt."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+        if self._sinks.pop(key, None) is None or self._over:
+            ended.set_result(None)
+            return ended
+        self._ending[key] = ended
+        loop.call_later(CANCEL_WAIT_S, self._ended, key)
+        self.send(worker_service_pb2.SessionRequest(cancel=worker_service_pb2.CancelJob(job=key[0])))
+        return ended
+
+    def lose(self, cause: str) -> None:
+        """Tells every attempt that the worker is gone, or that it was never reached."""
+        self._over = True
+        sinks = tuple(self._sinks.values())
+        self._sinks.clear()
+        for key in tuple(self._ending):
+            self._ended(key)
+        for sink in sinks:
+            if self._connected:
+                sink.lost(cause)
+            else:
+                sink.refused(RefusalReason.UNREACHABLE, cause)
+
+    async def close(self) -> None:
+        """Ends the stream."""
+        if self._task is not None:
+            if not self._ended_itself:
+                self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        connection, cause = channel.connect(self.address), "its session was cancelled"
+        try:
+            cause = await self._converse(connection)
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            code = error.code() if isinstance(error, grpc.aio.AioRpcError) else "closed"
+            cause = f"its session failed: {code}"
+        except Exception:  # noqa: BLE001 - a defect here must reach the attempts as a loss, not as silence
+            logs.get_logger().error("session.crashed", worker_id=self.worker_id, exc_info=True)
+            cause = "the gateway could not read its session"
+        else:
+            logs.get_logger().info("session.ended", worker_id=self.worker_id, cause=cause)
+        finally:
+            self._ended_itself = not self._over
+            if self._ended_itself:
+                # Before anything is awaited, so that no new order comes onto a session that is over.
+                self.on_end(self, cause)
+            await connection.close()
+
+    async def _converse(self, connection: grpc.aio.Channel) -> str:
+        """Speaks until one side has enough; returns why."""
+        if not await _connects(connection):
+            return "it cannot be reached"
+        self._connected = True
+        self._heard_s = self.clock.monotonic()
+        stub = worker_service_pb2_grpc.WorkerServiceStub(connection)
+        call = stub.Session(metadata=self.metadata)
+        reader = asyncio.ensure_future(self._read(call))
+        writer = asyncio.ensure_future(self._write(call))
+        watch = asyncio.ensure_future(self._watch())
+        try:
+            first = await _first_done(reader, writer, watch)
+        finally:
+            call.cancel()
+        return f"it said nothing for {self.silence_s:g} s" if first is watch else "its session ended"
+
+    async def _write(self, call: Any) -> None:
+        while True:
+            while self._outgoing:
+                await call.write(self._outgoing.popleft())
+            self._has_outgoing.clear()
+            await self._has_outgoing.wait()
+
+    async def _read(self, call: Any) -> None:
+        async for response in call:
+            self._heard_s = self.clock.monotonic()
+            match response.WhichOneof("event"):
+                case "step":
+                    for output in response.step.outputs:
+                        self._deliver(output)
+                case "refused":
+                    self._refuse(response.refused)
+
+    async def _watch(self) -> None:
+        """Returns when the worker is silent although it has work."""
+        looked_s = self.clock.monotonic()
+        while True:
+            await asyncio.sleep(WATCH_S)
+            now_s = self.clock.monotonic()
+            if now_s - looked_s > OWN_PAUSE_S:
+                self._heard_s = now_s
+            looked_s = now_s
+            if self._sinks and now_s - self._heard_s > self.silence_s:
+                return
+
+    def _deliver(self, output: worker_service_pb2.StepOutput) -> None:
+        key = (output.job, output.attempt)
+        sink = self._sinks.get(key)
+        ends = output.finish != generation_pb2.FINISH_REASON_UNSPECIFIED
+        if sink is None:
+            if ends:
+                self._ended(key)
+            return
+        if ends:
+            del self._sinks[key]
+        reason = _FINISHES.get(output.finish)
+        if not ends or reason is not None:
+            ids = tuple(output.token_ids)
+            sink.output(Output(output.index, ids, reason, output.cached_prompt_tokens))
+            return
+        if output.token_ids:
+            sink.output(Output(output.index, tuple(output.token_ids), None, output.cached_prompt_tokens))
+        sink.lost("it ended the sequence without finishing it")
+
+    def _refuse(self, refused: worker_service_pb2.Refused) -> None:
+        sink = self._sinks.pop((refused.job, refused.attempt), None)
+        self._ended((refused.job, refused.attempt))
+        if sink is not None:
+            sink.refused(_REFUSALS.get(refused.reason, RefusalReason.BUSY), refused.message)
+
+    def _ended(self, key: Key) -> None:
+        ended = self._ending.pop(key, None)
+        if ended is not None and not ended.done():
+            ended.set_result(None)
+
+
+@dataclass(frozen=True, slots=True)
+class _SessionAttempt:
+    """One attempt on a session."""
+
+    session: _Session
+    key: Key
+
+    def add_credit(self, tokens: int) -> None:
+        """See `Attempt.add_credit`."""
+        self.session.add_credit(self.key, tokens)
+
+    def cancel(self) -> asyncio.Future[None]:
+        """See `Attempt.cancel`."""
+        return self.session.cancel(self.key)
+
+
+async def _connects(connection: grpc.aio.Channel) -> bool:
+    """Whether the channel is ready in time; a refused connection is not tried again."""
+    try:
+        async with asyncio.timeout(CONNECT_LIMIT_S):
+            state = connection.get_state(try_to_connect=True)
+            while state not in {grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.TRANSIENT_FAILURE}:
+                await connection.wait_for_state_change(state)
+                state = connection.get_state()
+    except TimeoutError:
+        return False
+    return state is grpc.ChannelConnectivity.READY
+
+
+async def _first_done(*tasks: asyncio.Future[None]) -> asyncio.Future[None]:
+    """Waits for the first task, cancels the others, raises what it raised, and returns it."""
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    # The reader knows best why a session ended: it is looked at first.
+    first = next(task for task in tasks if task in done)
+    first.result()
+    return first
+
+
+def _start_job(order: WorkOrder) -> worker_service_pb2.StartJob:
+    emitted = [worker_service_pb2.EmittedTokens(sequence=0, token_ids=order.emitted_ids)]
+    return worker_service_pb2.StartJob(
+        job=order.job_id,
+        attempt=order.attempt,
+        model=order.model,
+        revision=order.revision,
+        epoch=order.epoch,
+        prompt_ids=order.prompt_ids,
+        emitted=emitted if order.emitted_ids else [],
+        max_tokens=order.max_tokens,
+        sampling=sampling_message(order.sampling),
+        n=1,
+        credit_tokens=order.credit_tokens,
+        request_id=order.request_id,
+    )
+
+
+def sampling_message(sampling: SamplingParams) -> generation_pb2.SamplingParams:
+    """The parameters on the wire; what the caller left out stays absent."""
+    return generation_pb2.SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        seed=sampling.seed,
+    )

@@ -1,0 +1,189 @@
+"""Hugging Face tokenizers without transformers. Owns: a revision's text to ids and back.
+
+Must not know: which model serves, or who asks. Special tokens that somebody types stay text: in what callers
+send, each occurrence is broken by a private character before the template sees it. The rendered text is then
+cut at the special tokens that the template itself wrote, as the tokenizer would, and the pieces between are
+encoded, the private characters taken out, by a tokenizer that treats special tokens as text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from services.common.errors import ArgumentInvalid, ArtifactInvalid
+from services.gateway.adapters.chat_template import ChatTemplate
+from services.gateway.core.params import Message
+
+# Tokenizing a prompt of 1 MiB takes about a second of one core: more at once would starve the event loop.
+ENCODINGS_AT_ONCE = 4
+
+# Characters that no text uses by agreement; the first that a conversation does not contain breaks tokens.
+_PRIVATE = range(0xE000, 0xF8FF)
+
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class HfTokenizer:
+    """The tokenizer and chat template of one revision.
+
+    Args:
+        tokenizer: Reads special tokens as such.
+        template: The chat template; None: text is encoded as it is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._literal = Tokenizer.from_str(tokenizer.to_str())
+        self._literal.encode_special_tokens = True
+        self._specials = _special_ids(tokenizer)
+        # Longest first, so that `<|end|>` wins over a `<|` that is a token too.
+        names = sorted(self._specials, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names))) if names else None
+        self._turn = asyncio.Semaphore(ENCODINGS_AT_ONCE)
+
+    @classmethod
+    def load(cls, directory: Path) -> HfTokenizer:
+        """Reads `tokenizer.json`, and the template where there is one. Blocks.
+
+        Raises:
+            ArtifactInvalid: A file is missing or not usable.
+        """
+        try:
+            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        except Exception as error:  # noqa: BLE001 - the library raises plain Exception
+            raise ArtifactInvalid(f"tokenizer.json: not usable: {type(error).__name__}.") from None
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        config = _read_config(directory / "tokenizer_config.json")
+        source = _template_source(directory, config)
+        template = None if source is None else ChatTemplate(source, _variables(config))
+        return cls(tokenizer, template)
+
+    @property
+    def vocabulary(self) -> int:
+        """See `Tokenizer.vocabulary`."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    async def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """See `Tokenizer.encode`."""
+        async with self._turn:
+            return await asyncio.to_thread(self.encode_now, messages)
+
+    def encode_now(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Renders and encodes a conversation. Blocks.
+
+        Raises:
+            ArgumentInvalid: The template refuses the conversation, or there is none for more than a text.
+        """
+        if self._template is None:
+            return self._encode_plain(messages)
+        guard, broken = self._break_specials(messages)
+        rendered = self._template.render(broken)
+        if guard is None:
+            # Nobody typed a special token: one call, which is right for every kind of tokenizer.
+            return tuple(self._tokenizer.encode(rendered, add_special_tokens=False).ids)
+        return tuple(self._encode_pieces(rendered, guard))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def _encode_plain(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        if len(messages) != 1:
+            raise ArgumentInvalid("messages: this model has no chat template; send one text.")
+        return tuple(self._literal.encode(messages[0].content, add_special_tokens=True).ids)
+
+    def _break_specials(self, messages: Sequence[Message]) -> tuple[str | None, Sequence[Message]]:
+        """Returns the character that breaks special tokens in `messages`, and the broken messages."""
+        texts = [text for message in messages for text in (message.role, message.content)]
+        if self._special is None or not any(self._special.search(text) for text in texts):
+            return None, messages
+        guard = _unused_character(texts)
+        broken = self._breaker(guard)
+        return guard, [Message(broken(message.role), broken(message.content)) for message in messages]
+
+    def _breaker(self, guard: str) -> Callable[[str], str]:
+        special = self._special
+        assert special is not None
+
+        def broken(text: str) -> str:
+            # Breaking one token can leave another that began inside it; each round breaks at least one.
+            while special.search(text):
+                text = special.sub(lambda match: guard.join(match.group()), text)
+            return text
+
+        return broken
+
+    def _encode_pieces(self, rendered: str, guard: str) -> Iterable[int]:
+        assert self._special is not None
+        at = 0
+        for match in self._special.finditer(rendered):
+            yield from self._encode_literal(rendered[at : match.start()], guard)
+            yield self._specials[match.group()]
+            at = match.end()
+        yield from self._encode_literal(rendered[at:], guard)
+
+    def _encode_literal(self, text: str, guard: str) -> Sequence[int]:
+        plain = text.replace(guard, "")
+        return self._literal.encode(plain, add_special_tokens=False).ids if plain else ()
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Special tokens by their text. One of a single character cannot be told from that character."""
+    added = tokenizer.get_added_tokens_decoder()
+    return {
+        token.content: token_id
+        for token_id, token in added.items()
+        if token.special and len(token.content) > 1
+    }
+
+
+def _unused_character(texts: Sequence[str]) -> str:
+    used = set().union(*texts)
+    for number in _PRIVATE:
+        if chr(number) not in used:
+            return chr(number)
+    raise ArgumentInvalid("messages: use fewer private-use characters.")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes()) if path.exists() else {}
+    except (OSError, ValueError, RecursionError):
+        raise ArtifactInvalid(f"{path.name}: not readable as JSON.") from None
+    if not isinstance(config, dict):
+        raise ArtifactInvalid(f"{path.name}: not a JSON object.")
+    return config
+
+
+def _template_source(directory: Path, config: dict[str, Any]) -> str | None:
+    path = directory / "chat_template.jinja"
+    try:
+        if path.exists():
+            return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        raise ArtifactInvalid(f"{path.name}: not readable as text.") from None
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        # Older files hold several by name.
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _variables(config: dict[str, Any]) -> dict[str, str]:
+    """The special tokens that a template may name."""
+    found: dict[str, str] = {}
+    for name in _NAMED:
+        value = config.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        found[name] = value if isinstance(value, str) else ""
+    return found

@@ -1,0 +1,208 @@
+"""The queue in memory. Owns: the queue of a gateway that is alone with its workers.
+
+The working twin of `redis_queue`: the same order, places, fences and records, for one gateway. Leases of
+jobs do not lapse here, since their gateway is this process. Tests use it, and so can a gateway that has lost
+its store.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+
+from services.common.clock import Clock
+from services.common.errors import QueueFull, RequestExists
+from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
+from services.gateway.core.queue_errors import ended_error
+from services.gateway.core.queue_limits import QueueLimits
+from services.gateway.core.queue_line import LiveJob, QueueLine, QueueWorker
+
+
+class MemoryJobQueue:
+    """`JobQueue` in this process. `set_route` and `set_worker` say what it may grant."""
+
+    def __init__(self, clock: Clock, limits: QueueLimits | None = None) -> None:
+        self._clock = clock
+        self._limits = limits or QueueLimits()
+        self._lines: dict[str, QueueLine] = {}
+        self._receive: Callable[[Grant], None] = _ignore
+
+    def set_route(self, model: str, epoch: int, weights: Mapping[str, int]) -> None:
+        """Says which revisions serve; what waits is granted with the next call."""
+        line = self._line(model)
+        line.epoch, line.weights = epoch, dict(weights)
+
+    def set_worker(self, model: str, worker: QueueWorker) -> None:
+        """Adds a worker or replaces what was known of it; what waits is granted with the next call."""
+        self._line(model).workers[worker.worker_id] = worker
+
+    def remove_worker(self, model: str, worker_id: str) -> None:
+        """Forgets a worker; what runs on it ends by `settle` or `requeue`."""
+        self._line(model).workers.pop(worker_id, None)
+
+    def on_grant(self, receive: Callable[[Grant], None]) -> None:
+        """See `JobQueue.on_grant`."""
+        self._receive = receive
+
+    async def enqueue(self, job: QueuedJob) -> Grant | Waiting:
+        """See `JobQueue.enqueue`."""
+        line = self._line(job.model)
+        self._expire(line)
+        known = line.jobs.get(job.job_id)
+        if known is None:
+            self._admit(line, job)
+        elif known.job.submission != job.submission:
+            raise RequestExists("This request id is in use by a request that has not ended.")
+        self._deliver(self._grant_free(line), besides=job.job_id)
+        entry = line.jobs.get(job.job_id)
+        if entry is None:
+            raise ended_error(line.ended[job.job_id].outcome)
+        return entry.grant or line.place_of(entry)
+
+    async def renew(self, model: str, running: Mapping[str, str], waiting: frozenset[str]) -> Renewal:
+        """See `JobQueue.renew`."""
+        line = self._line(model)
+        self._expire(line)
+        unknown = line.jobs.keys() - running.keys() - waiting
+        made = self._grant_free(line)
+        known = {job_id: entry for job_id, entry in line.jobs.items() if job_id in waiting}
+        lost = {job_id for job_id, nonce in running.items() if line.current(job_id, nonce) is None}
+        missed = [entry.grant for entry in known.values() if entry.grant and entry.grant not in made]
+        return Renewal(
+            granted=(*missed, *made),
+            waiting={job_id: line.place_of(entry) for job_id, entry in known.items() if entry.grant is None},
+            lost=frozenset(lost | (waiting - known.keys())),
+            unknown=frozenset(unknown),
+        )
+
+    async def settle(
+        self,
+        model: str,
+        job_id: str,
+        nonce: str,
+        outcome: Outcome,
+        used_tokens: int,  # noqa: ARG002 - nothing is charged here
+    ) -> None:
+        """See `JobQueue.settle`."""
+        line = self._line(model)
+        entry = line.current(job_id, nonce)
+        if entry is not None:
+            if outcome is Outcome.FINISHED:
+                line.note_service(entry, self._now())
+            self._end(line, entry, outcome)
+        self._deliver(self._grant_free(line))
+
+    async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
+        """See `JobQueue.requeue`."""
+        line = self._line(model)
+        entry = line.current(job_id, nonce)
+        if entry is None or entry.grant is None:
+            return self._is_repeated(line, job_id, nonce)
+        if emitted:
+            entry.pin = entry.grant.revision
+        entry.pin_until = self._now() + self._limits.failover_wait_s
+        self._put_back(line, entry, entry.grant, self._limits.suspect_s)
+        return True
+
+    async def refused(self, model: str, job_id: str, nonce: str, *, hold_s: float) -> bool:
+        """See `JobQueue.refused`."""
+        line = self._line(model)
+        entry = line.current(job_id, nonce)
+        if entry is None or entry.grant is None:
+            return self._is_repeated(line, job_id, nonce)
+        entry.attempt -= 1
+        self._put_back(line, entry, entry.grant, hold_s)
+        return True
+
+    async def register(self, job: QueuedJob, grant: Grant) -> bool:
+        """See `JobQueue.register`."""
+        line = self._line(job.model)
+        known, ended = line.jobs.get(job.job_id), line.ended.get(job.job_id)
+        if known is not None and known.grant is not None:
+            return known.grant.nonce == grant.nonce
+        if known is not None and known.job.submission != job.submission:
+            return False
+        if ended is not None and ended.submission == job.submission:
+            return False
+        entry = line.add(job, self._now())
+        entry.grant, entry.attempt, entry.granted_at = grant, grant.attempt, self._now()
+        return True
+
+    async def cancel(self, model: str, job_id: str, submission: str) -> None:
+        """See `JobQueue.cancel`."""
+        line = self._line(model)
+        entry = line.jobs.get(job_id)
+        if entry is not None and entry.job.submission == submission:
+            self._end(line, entry, Outcome.CANCELLED)
+        self._deliver(self._grant_free(line))
+
+    async def reap(self, model: str) -> None:
+        """See `JobQueue.reap`. There is no other gateway; pinned jobs that nobody can continue end."""
+        line, now = self._line(model), self._now()
+        held = {revision for worker in line.workers.values() for revision in worker.ready}
+        for entry in line.waiting():
+            if entry.pin and entry.pin not in held and entry.pin_until <= now:
+                self._end(line, entry, Outcome.FAILED)
+        self._deliver(self._grant_free(line))
+
+    async def length(self, model: str) -> int:
+        """See `JobQueue.length`."""
+        return len(self._line(model).waiting())
+
+    def _now(self) -> float:
+        return self._clock.monotonic()
+
+    def _line(self, model: str) -> QueueLine:
+        return self._lines.setdefault(model, QueueLine())
+
+    def _admit(self, line: QueueLine, job: QueuedJob) -> None:
+        ended = line.ended.get(job.job_id)
+        if ended is not None and ended.submission == job.submission:
+            raise ended_error(ended.outcome)
+        waiting = len(line.waiting())
+        # A job that was accepted once comes back after a loss; it is not refused now.
+        if job.waited_s == 0 and waiting >= self._limits.waiting_jobs_max:
+            raise QueueFull(
+                f"The queue is full: {waiting} requests wait for this model.",
+                retry_after_s=max(1.0, line.wait_s(0) or 0.0),
+            )
+        line.add(job, self._now())
+
+    def _put_back(self, line: QueueLine, entry: LiveJob, grant: Grant, hold_s: float) -> None:
+        entry.avoid, entry.ended_nonce, entry.grant = grant.worker_id, grant.nonce, None
+        line.suspect_until[grant.worker_id] = self._now() + hold_s
+        self._deliver(self._grant_free(line))
+
+    def _is_repeated(self, line: QueueLine, job_id: str, nonce: str) -> bool:
+        """Whether a call is the repetition of one whose answer was lost; grants like every call."""
+        entry = line.jobs.get(job_id)
+        repeated = entry is not None and entry.ended_nonce == nonce
+        made = self._grant_free(line)
+        if repeated and entry is not None and entry.grant is not None and entry.grant not in made:
+            made.append(entry.grant)
+        self._deliver(made)
+        return repeated
+
+    def _end(self, line: QueueLine, entry: LiveJob, outcome: Outcome) -> None:
+        line.end(entry, outcome, self._now(), self._limits.record_ttl_s)
+
+    def _expire(self, line: QueueLine) -> None:
+        for entry in line.waiting():
+            if entry.deadline <= self._now():
+                self._end(line, entry, Outcome.EXPIRED)
+
+    def _grant_free(self, line: QueueLine) -> list[Grant]:
+        self._expire(line)
+        made: list[Grant] = []
+        while (grant := line.grant_next(secrets.token_hex(8), self._now())) is not None:
+            made.append(grant)
+        return made
+
+    def _deliver(self, grants: Iterable[Grant], *, besides: str | None = None) -> None:
+        for grant in grants:
+            if grant.job_id != besides:
+                self._receive(grant)
+
+
+def _ignore(grant: Grant) -> None:
+    """Stands in until a receiver is set; the next renewal tells of the grant again."""

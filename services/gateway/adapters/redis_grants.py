@@ -1,0 +1,82 @@
+"""Grants that others make. Owns: their form as text, and the channel on which a gateway hears of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable
+
+from redis.asyncio.client import PubSub
+from redis.exceptions import RedisError
+
+from services.common.queue_keys import gateway_channel
+from services.common.redis_client import RedisStore
+from services.gateway.core.jobs import Grant
+
+# How long a subscription waits for a message before it looks whether its connection lives.
+_LISTEN_TIMEOUT_S = 5.0
+# Pauses between attempts to subscribe: soon after a restart, and never a load.
+_RESUBSCRIBE_MIN_S = 0.1
+_RESUBSCRIBE_MAX_S = 2.0
+
+
+class GrantListener:
+    """One subscription, kept up for ever. A message that it misses is repaired by the next renewal."""
+
+    def __init__(self, store: RedisStore, gateway_id: str, receive: Callable[[Grant], None]) -> None:
+        self.subscribed = asyncio.Event()
+        self._store = store
+        self._channel = gateway_channel(gateway_id)
+        self._receive = receive
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to listen; without effect on one that does."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._listen(), name="queue-grants")
+
+    async def close(self) -> None:
+        """Ends the subscription."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def _listen(self) -> None:
+        """Receives for ever; a lost connection is made again, with growing pauses."""
+        pause_s = _RESUBSCRIBE_MIN_S
+        while True:
+            # LookupError: a cluster whose topology is not settled.
+            with contextlib.suppress(RedisError, OSError, TimeoutError, LookupError):
+                async with await self._store.open_pubsub() as pubsub:
+                    await pubsub.subscribe(self._channel)
+                    pause_s = _RESUBSCRIBE_MIN_S
+                    await self._receive_messages(pubsub)
+            self.subscribed.clear()
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _RESUBSCRIBE_MAX_S)
+
+    async def _receive_messages(self, pubsub: PubSub) -> None:
+        while True:
+            message = await pubsub.get_message(timeout=_LISTEN_TIMEOUT_S)
+            if message is None:
+                continue
+            if message["type"] == "subscribe":
+                self.subscribed.set()
+            elif message["type"] == "message":
+                self._receive(read_grant(message["data"]))
+
+
+def read_grant(text: str) -> Grant:
+    """Reads a grant as the scripts write it."""
+    fields = json.loads(text)
+    return Grant(
+        job_id=fields["job_id"],
+        attempt=fields["attempt"],
+        nonce=fields["nonce"],
+        worker_id=fields["worker_id"],
+        worker_address=fields["worker_address"],
+        revision=fields["revision"],
+        epoch=int(fields["epoch"]),
+    )

@@ -1,0 +1,272 @@
+"""The queue in Redis. Owns: the calls of its scripts.
+
+The rules live in `scripts/`, where each operation is one atomic step; `docs/queue.md` describes them. Here
+arguments are laid out and replies are read. It knows nothing of requests, sessions or texts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from services.common.errors import QueueFull, RequestExists, StoreUnavailable
+from services.common.queue_keys import ModelKeys
+from services.common.redis_client import RedisStore, Script, read_script
+from services.gateway.adapters.redis_grants import GrantListener, read_grant
+from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
+from services.gateway.core.queue_errors import ended_error
+from services.gateway.core.queue_limits import QueueLimits
+
+_COMMON = Path(__file__).parents[2] / "common" / "scripts"
+_SCRIPTS = Path(__file__).parent / "scripts"
+_SHARED = (
+    _COMMON / "clock.lua",
+    *(_SCRIPTS / "shared" / f"{part}.lua" for part in ("jobs", "workers", "grants")),
+)
+_OPERATIONS = (
+    "cancel",
+    "enqueue",
+    "grant",
+    "length",
+    "reap",
+    "refused",
+    "register",
+    "renew",
+    "requeue",
+    "settle",
+)
+
+# A refusal or failure schedules one look when the worker may be used again; more at once say nothing new.
+_LOOKS_MAX = 64
+# A hold ends inside Redis a little before the look that it was scheduled for.
+_LOOK_MARGIN_S = 0.005
+
+
+class RedisJobQueue:
+    """`JobQueue` in Redis, shared by all gateways.
+
+    `start` subscribes to the grants that other gateways make for this one; a message that is lost is found
+    by the next `renew`. `close` ends the subscription; the store is the caller's.
+    """
+
+    def __init__(self, store: RedisStore, gateway_id: str, limits: QueueLimits | None = None) -> None:
+        self._store = store
+        self._gateway_id = gateway_id
+        self._limits = limits or QueueLimits()
+        self._scripts: dict[str, Script] = {
+            name: read_script(*_SHARED, _SCRIPTS / f"{name}.lua") for name in _OPERATIONS
+        }
+        self._receive: Callable[[Grant], None] = _ignore
+        self._listener = GrantListener(store, gateway_id, self._hand_over)
+        self._looks: set[asyncio.Task[None]] = set()
+        # Jobs with a call under way; a renewal that overlaps one cannot judge that job.
+        self._busy: Counter[str] = Counter()
+        self._renewals: list[set[str]] = []
+
+    async def start(self) -> None:
+        """Begins to listen for grants. Returns at once, also while Redis is away."""
+        self._listener.start()
+
+    async def wait_subscribed(self) -> None:
+        """Waits until grants by others are heard without delay."""
+        await self._listener.subscribed.wait()
+
+    async def close(self) -> None:
+        """Ends the subscription and what is scheduled. Jobs stay as they are."""
+        looks = tuple(self._looks)
+        for look in looks:
+            look.cancel()
+        await asyncio.gather(*looks, return_exceptions=True)
+        await self._listener.close()
+
+    def on_grant(self, receive: Callable[[Grant], None]) -> None:
+        """See `JobQueue.on_grant`."""
+        self._receive = receive
+
+    async def enqueue(self, job: QueuedJob) -> Grant | Waiting:
+        """See `JobQueue.enqueue`."""
+        with self._calling(job.job_id):
+            reply = await self._run(
+                "enqueue",
+                job.model,
+                job.job_id,
+                job.submission,
+                job.tenant,
+                int(job.band),
+                job.cost_tokens,
+                _ms(job.timeout_s),
+                _ms(job.waited_s),
+                self._limits.waiting_jobs_max,
+            )
+        match reply[0]:
+            case "full":
+                raise QueueFull(
+                    f"The queue is full: {reply[1]} requests wait for this model.",
+                    retry_after_s=max(1.0, _seconds(reply[2]) or 0.0),
+                )
+            case "exists":
+                raise RequestExists("This request id is in use by a request that has not ended.")
+            case "ended":
+                raise ended_error(Outcome(reply[1]))
+        own = self._deliver(reply[3], besides=job.job_id)
+        return own or Waiting(int(reply[1]), _seconds(reply[2]))
+
+    async def renew(self, model: str, running: Mapping[str, str], waiting: frozenset[str]) -> Renewal:
+        """See `JobQueue.renew`."""
+        fences = [text for pair in running.items() for text in pair]
+        with self._renewing() as touched:
+            grants, positions, lost, unknown = await self._run(
+                "renew", model, len(running), *fences, *waiting
+            )
+        return Renewal(
+            granted=tuple(read_grant(text) for text in grants),
+            waiting={
+                job_id: Waiting(int(position), _seconds(wait_ms))
+                for job_id, position, wait_ms in zip(*[iter(positions)] * 3, strict=True)
+            },
+            lost=frozenset(lost) - touched,
+            unknown=frozenset(unknown) - touched,
+        )
+
+    async def settle(self, model: str, job_id: str, nonce: str, outcome: Outcome, used_tokens: int) -> None:
+        """See `JobQueue.settle`."""
+        with self._calling(job_id):
+            _, grants = await self._run("settle", model, job_id, nonce, outcome.value, used_tokens)
+        self._deliver(grants)
+
+    async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
+        """See `JobQueue.requeue`."""
+        suspect_s = self._limits.suspect_s
+        pin_ms = _ms(self._limits.failover_wait_s)
+        with self._calling(job_id):
+            current, grants = await self._run(
+                "requeue", model, job_id, nonce, int(emitted), _ms(suspect_s), pin_ms
+            )
+        self._deliver(grants)
+        self._look_after(model, suspect_s)
+        return bool(current)
+
+    async def refused(self, model: str, job_id: str, nonce: str, *, hold_s: float) -> bool:
+        """See `JobQueue.refused`."""
+        with self._calling(job_id):
+            current, grants = await self._run("refused", model, job_id, nonce, _ms(hold_s))
+        self._deliver(grants)
+        self._look_after(model, hold_s)
+        return bool(current)
+
+    async def register(self, job: QueuedJob, grant: Grant) -> bool:
+        """See `JobQueue.register`."""
+        with self._calling(job.job_id):
+            current = await self._run(
+                "register",
+                job.model,
+                job.job_id,
+                job.submission,
+                job.tenant,
+                int(job.band),
+                job.cost_tokens,
+                _ms(job.timeout_s),
+                _ms(job.waited_s),
+                grant.nonce,
+                grant.attempt,
+                grant.worker_id,
+                grant.worker_address,
+                grant.revision,
+                grant.epoch,
+            )
+        return bool(current)
+
+    async def cancel(self, model: str, job_id: str, submission: str) -> None:
+        """See `JobQueue.cancel`."""
+        with self._calling(job_id):
+            grants = await self._run("cancel", model, job_id, submission)
+        self._deliver(grants)
+
+    async def reap(self, model: str) -> None:
+        """See `JobQueue.reap`."""
+        self._deliver(await self._run("reap", model))
+
+    async def length(self, model: str) -> int:
+        """See `JobQueue.length`."""
+        return int(await self._run("length", model))
+
+    async def _run(self, name: str, model: str, *args: str | float) -> Any:
+        """Runs one operation; KEYS and the first five of ARGV are the same for all, see `jobs.lua`."""
+        limits = self._limits
+        header = (
+            self._gateway_id,
+            secrets.token_hex(8),
+            _ms(limits.lease_ttl_s),
+            _ms(limits.gateway_ttl_s),
+            _ms(limits.record_ttl_s),
+        )
+        return await self._store.run_script(self._scripts[name], [ModelKeys(model).prefix], [*header, *args])
+
+    def _deliver(self, grants: list[str], *, besides: str | None = None) -> Grant | None:
+        """Hands grants to the receiver; returns the one for the job `besides` instead."""
+        kept = None
+        for text in grants:
+            grant = read_grant(text)
+            if grant.job_id == besides:
+                kept = grant
+            else:
+                self._hand_over(grant)
+        return kept
+
+    def _hand_over(self, grant: Grant) -> None:
+        self._receive(grant)
+
+    @contextlib.contextmanager
+    def _calling(self, job_id: str) -> Iterator[None]:
+        self._busy[job_id] += 1
+        for touched in self._renewals:
+            touched.add(job_id)
+        try:
+            yield
+        finally:
+            self._busy[job_id] -= 1
+            if self._busy[job_id] == 0:
+                del self._busy[job_id]
+
+    @contextlib.contextmanager
+    def _renewing(self) -> Iterator[set[str]]:
+        touched = set(self._busy)
+        self._renewals.append(touched)
+        try:
+            yield touched
+        finally:
+            self._renewals.remove(touched)
+
+    def _look_after(self, model: str, delay_s: float) -> None:
+        """Grants again when a held worker may be used; otherwise its slots idle until the next renewal."""
+        if len(self._looks) >= _LOOKS_MAX:
+            return
+        task = asyncio.create_task(self._look(model, delay_s + _LOOK_MARGIN_S), name="queue-look")
+        self._looks.add(task)
+        task.add_done_callback(self._looks.discard)
+
+    async def _look(self, model: str, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        # The next renewal does the same; nobody waits for this one.
+        with contextlib.suppress(StoreUnavailable):
+            self._deliver(await self._run("grant", model))
+
+
+def _ignore(grant: Grant) -> None:
+    """Stands in until a receiver is set; the next renewal tells of the grant again."""
+
+
+def _ms(seconds: float) -> int:
+    """Whole milliseconds, rounded up: what is short is not nothing."""
+    return math.ceil(seconds * 1000)
+
+
+def _seconds(ms: int) -> float | None:
+    """Seconds; None for the scripts' -1, which means that nothing was measured."""
+    return None if ms < 0 else ms / 1000

@@ -1,0 +1,4 @@
+-- length()
+-- Returns how many jobs wait.
+
+return count_waiting()

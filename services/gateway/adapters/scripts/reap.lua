@@ -1,0 +1,41 @@
+-- reap()
+-- Ends what vanished gateways left behind, and pinned jobs whose revision nobody holds any more. The
+-- caller's own jobs are skipped: it may have slept, and is about to renew them.
+-- Returns the caller's grants.
+
+-- A call looks at this many jobs of each kind, so that it stays short after the loss of a large gateway.
+local JOBS_MAX = 32
+-- Gateways that were silent for a minute are no longer counted as members.
+local GATEWAYS_KEPT_MS = 60000
+
+local function reap_leases()
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', PREFIX .. 'lease', '-inf', NOW, 'LIMIT', 0, JOBS_MAX)) do
+    local job = load_job(id)
+    if job.owner ~= CALLER and has_vanished(job.owner) then finish_job(job, 'failed') end
+  end
+end
+
+local function is_held(revision)
+  for _, worker_id in ipairs(redis.call('SMEMBERS', PREFIX .. 'workers')) do
+    if redis.call('HEXISTS', PREFIX .. 'worker:' .. worker_id, 'r:' .. revision) == 1 then return true end
+  end
+  return false
+end
+
+-- A worker that was lost may be on its way back with the revision, so that a job waits a while first.
+local function reap_pinned()
+  for _, revision in ipairs(redis.call('SMEMBERS', PREFIX .. 'pins')) do
+    if not is_held(revision) then
+      for _, id in ipairs(redis.call('ZRANGE', PREFIX .. 'pinned:' .. revision, 0, JOBS_MAX - 1)) do
+        local job = load_job(id)
+        if tonumber(job.pin_until) <= NOW then finish_job(job, 'failed') end
+      end
+    end
+  end
+end
+
+reap_leases()
+reap_pinned()
+redis.call('ZREMRANGEBYSCORE', PREFIX .. 'gateways', '-inf', NOW - GATEWAYS_KEPT_MS)
+grant_free()
+return GRANTED

@@ -1,0 +1,109 @@
+"""The answer to one request. Owns: its tokens and text so far, and the numbers that are told at its end.
+
+Must not know: clocks. The moments of a request arrive as seconds on one monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.gateway.core.attempts import Output
+from services.gateway.core.detokenizer import Piece, Transcript
+from services.gateway.core.events import Finished, FinishReason, Timings, Usage
+from services.gateway.core.params import Decode
+
+
+@dataclass(slots=True)
+class _Moments:
+    accepted_s: float
+    granted_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+
+
+class Answer:
+    """One sequence from acceptance to its end.
+
+    Args:
+        prompt_tokens: Length of the prompt.
+        max_tokens: Most tokens that it may get.
+        decode: The tokenizer's way back to text.
+        stops: Strings before which the text ends.
+        accepted_s: When the request was accepted.
+    """
+
+    def __init__(
+        self, prompt_tokens: int, max_tokens: int, decode: Decode, stops: Sequence[str], *, accepted_s: float
+    ) -> None:
+        self._prompt_tokens = prompt_tokens
+        self._max_tokens = max_tokens
+        self._transcript = Transcript(decode, stops)
+        self._cached_prompt_tokens = 0
+        self._moments = _Moments(accepted_s)
+        self._stop_text = ""
+        self._reason = FinishReason.STOP
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All tokens so far."""
+        return tuple(self._transcript.token_ids)
+
+    @property
+    def used_tokens(self) -> int:
+        """Tokens of prompt and answer: what is charged."""
+        return self._prompt_tokens + len(self._transcript.token_ids)
+
+    @property
+    def index(self) -> int:
+        """Position of the next token."""
+        return len(self._transcript.token_ids)
+
+    @property
+    def queue_s(self) -> float:
+        """How long the request waited for its first grant; 0 while it waits."""
+        moments = self._moments
+        return 0.0 if moments.granted_s is None else moments.granted_s - moments.accepted_s
+
+    def grant(self, now_s: float) -> None:
+        """Notes a grant; the first one ends the time in the queue."""
+        if self._moments.granted_s is None:
+            self._moments.granted_s = now_s
+
+    def continues(self, output: Output) -> bool:
+        """Whether `output` begins where the answer ends, and stays within what was asked for."""
+        return output.index == self.index and self.index + len(output.token_ids) <= self._max_tokens
+
+    def push(self, output: Output, now_s: float) -> Piece:
+        """Takes the tokens of `output`; returns what they added to the text."""
+        self._moments.last_token_s = now_s
+        if self._moments.first_token_s is None:
+            self._moments.first_token_s = now_s
+            self._cached_prompt_tokens = output.cached_prompt_tokens
+        piece = self._transcript.push(output.token_ids)
+        self._stop_text = piece.stop or ""
+        return piece
+
+    def flush(self, reason: FinishReason) -> Piece:
+        """Ends the text for the worker's `reason`; returns what was held back."""
+        piece = self._transcript.flush()
+        self._stop_text = piece.stop or ""
+        self._reason = FinishReason.STOP if piece.stop else reason
+        return piece
+
+    def finished(self, now_s: float) -> Finished:
+        """The last event of the request."""
+        usage = Usage(self._prompt_tokens, self._cached_prompt_tokens, len(self._transcript.token_ids))
+        return Finished(self._reason, self._stop_text, usage, self._timings(now_s))
+
+    def _timings(self, now_s: float) -> Timings:
+        moments = self._moments
+        granted_s = now_s if moments.granted_s is None else moments.granted_s
+        first_s = now_s if moments.first_token_s is None else moments.first_token_s
+        last_s = first_s if moments.last_token_s is None else moments.last_token_s
+        return Timings(
+            queue_s=granted_s - moments.accepted_s,
+            prefill_s=first_s - granted_s,
+            decode_s=last_s - first_s,
+            total_s=now_s - moments.accepted_s,
+        )

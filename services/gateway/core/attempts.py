@@ -1,0 +1,88 @@
+"""Attempts. Owns: what gateway and worker tell each other about one attempt at a job. Data alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from services.gateway.core.events import FinishReason
+from services.gateway.core.jobs import Grant
+from services.gateway.core.params import GenerationJob, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkOrder:
+    """What a worker needs to begin a job, or to go on with it.
+
+    Attributes:
+        job_id: The job.
+        attempt: Tells this start from every earlier one of the job.
+        request_id: For the worker's log.
+        model: The model's name.
+        revision: The granted revision.
+        epoch: The route's epoch at the grant.
+        prompt_ids: The prompt.
+        emitted_ids: What earlier workers generated.
+        max_tokens: Most tokens, the emitted ones included.
+        sampling: How tokens are chosen.
+        credit_tokens: How many tokens may be sent before more credit comes.
+    """
+
+    job_id: str
+    attempt: int
+    request_id: str
+    model: str
+    revision: str
+    epoch: int
+    prompt_ids: tuple[int, ...]
+    emitted_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams
+    credit_tokens: int
+
+
+def work_order(
+    job: GenerationJob, grant: Grant, number: int, *, emitted_ids: tuple[int, ...], credit_tokens: int
+) -> WorkOrder:
+    """What the granted worker is told: start number `number` of the job, after `emitted_ids`."""
+    return WorkOrder(
+        job_id=job.job_id,
+        attempt=number,
+        request_id=job.request_id,
+        model=job.model,
+        revision=grant.revision,
+        epoch=grant.epoch,
+        prompt_ids=job.prompt_ids,
+        emitted_ids=emitted_ids,
+        max_tokens=job.params.max_tokens,
+        sampling=job.params.sampling,
+        credit_tokens=credit_tokens,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a worker produced for one attempt.
+
+    Attributes:
+        index: Position of the first of `token_ids`.
+        token_ids: The tokens; empty when only the end is told.
+        finish: Set when the sequence ended as it should.
+        cached_prompt_tokens: Prompt tokens found in a cache; told with the first output.
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    finish: FinishReason | None = None
+    cached_prompt_tokens: int = 0
+
+
+class RefusalReason(StrEnum):
+    """Why a worker did not take an attempt. UNREACHABLE: nothing of it has reached the worker."""
+
+    BUSY = "busy"
+    REVISION_NOT_READY = "revision_not_ready"
+    EPOCH_STALE = "epoch_stale"
+    DRAINING = "draining"
+    UNREACHABLE = "unreachable"
+    INVALID = "invalid"

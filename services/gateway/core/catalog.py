@@ -1,0 +1,80 @@
+"""The models that can be asked. Owns: which revision and tokenizer a name means at this moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from services.common.errors import ModelUnknown, NoWorker
+from services.gateway.core.ports import Tokenizer
+
+# A mesh that has just started learns its models within seconds.
+RETRY_UNTIL_ATTACHED_S = 2.0
+# A model's name has at most 63 characters; a caller's mistake is repeated up to that length.
+NAME_CHARS_SHOWN = 65
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """One model as it serves now.
+
+    Attributes:
+        model: Its name.
+        revision: The revision that new requests get.
+        epoch: The route's epoch that made it so.
+        context_tokens: Most tokens of prompt and output together.
+        quantization: How its weights are held: the number of `interlock.v1.Quantization`.
+        tokenizer: Text to ids and back, with the chat template.
+    """
+
+    model: str
+    revision: str
+    epoch: int
+    context_tokens: int
+    quantization: int
+    tokenizer: Tokenizer
+
+
+@dataclass(slots=True)
+class Catalog:
+    """What serves. One assignment replaces the whole table, so that no reader sees half a change."""
+
+    _entries: Mapping[str, CatalogEntry] = field(default_factory=lambda: MappingProxyType({}))
+
+    def activate(self, entry: CatalogEntry) -> None:
+        """Lets new requests use `entry`, unless a later epoch is known already."""
+        known = self._entries.get(entry.model)
+        if known is not None and known.epoch > entry.epoch:
+            return
+        self._entries = MappingProxyType({**self._entries, entry.model: entry})
+
+    def find(self, name: str | None) -> CatalogEntry:
+        """Returns the entry of a model; None names the default.
+
+        Raises:
+            NoWorker: Nothing is served yet.
+            ModelUnknown: No model has that name.
+        """
+        if not self._entries:
+            raise NoWorker("No model is ready yet; try again shortly.", retry_after_s=RETRY_UNTIL_ATTACHED_S)
+        entry = self._entries.get(self.default if name is None else name)
+        if entry is None:
+            named, served = ascii(name)[:NAME_CHARS_SHOWN], ", ".join(self.models)
+            raise ModelUnknown(f"model: {named} is not served; {served} can be asked.")
+        return entry
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names, sorted."""
+        return tuple(sorted(self._entries))
+
+    @property
+    def default(self) -> str:
+        """The model that was served first; empty: none is."""
+        return next(iter(self._entries), "")
+
+    @property
+    def entries(self) -> tuple[CatalogEntry, ...]:
+        """The entries, by name."""
+        return tuple(self._entries[name] for name in self.models)

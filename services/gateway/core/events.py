@@ -1,0 +1,101 @@
+"""What a client hears of its request. Owns: the events of a generation, as `interlock.v1` names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """The request waits.
+
+    Attributes:
+        position: Estimated number of jobs before it.
+        estimated_wait_s: Estimated time until it starts; None: not known.
+    """
+
+    position: int
+    estimated_wait_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A worker took the request; said again after a failover.
+
+    Attributes:
+        request_id: The request.
+        model: The model that answers.
+        revision: Its revision.
+        worker_id: The worker.
+        attempt: 1 for the first.
+        queue_s: How long the request has waited.
+    """
+
+    request_id: str
+    model: str
+    revision: str
+    worker_id: str
+    attempt: int
+    queue_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some text.
+
+    Attributes:
+        index: Position of the first of `token_ids`.
+        text: The text that became certain; may be empty.
+        token_ids: The tokens since the last chunk.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of the request: of the prompt, of it those found in a cache, and generated ones."""
+
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time went, in seconds; the parts are those of `interlock.v1.Timings`."""
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end.
+
+    Attributes:
+        reason: Why.
+        stop_text: The stop string that was reached; empty: none.
+        usage: Tokens used.
+        timings: Where the time went.
+    """
+
+    reason: FinishReason
+    stop_text: str = ""
+    usage: Usage = field(default_factory=Usage)
+    timings: Timings = field(default_factory=Timings)
+
+
+Event = Queued | Started | Chunk | Finished

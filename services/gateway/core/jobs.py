@@ -1,0 +1,116 @@
+"""What the gateway's core speaks of: principals, jobs, grants and their outcomes. Data alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+
+
+class Band(IntEnum):
+    """Priority bands; a higher one goes first. The values are those of `interlock.v1.Priority`."""
+
+    BATCH = 1
+    INTERACTIVE = 2
+    SYSTEM = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who calls.
+
+    Attributes:
+        subject: The token's `sub`: the tenant.
+        scopes: What the token allows.
+    """
+
+    subject: str
+    scopes: frozenset[str] = field(default_factory=frozenset)
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedJob:
+    """A job on its way into the queue.
+
+    Attributes:
+        job_id: Hash of subject and request id: 64 hexadecimal digits.
+        model: The model's name; it selects the queue.
+        tenant: The subject that is charged.
+        band: How urgent it is.
+        cost_tokens: Prompt plus `max_tokens`: the estimate that is charged until it is settled.
+        timeout_s: Time until its deadline.
+        submission: Nonce of this submission; a repeated call with it is recognised.
+        waited_s: Time since it arrived. Above 0 where an accepted job comes back after the store lost
+            it: it takes its old place, and the queue's bound does not refuse it.
+    """
+
+    job_id: str
+    model: str
+    tenant: str
+    band: Band
+    cost_tokens: int
+    timeout_s: float
+    submission: str
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A worker's slot, lent to a job until `settle`, `requeue` or `refused`.
+
+    Attributes:
+        job_id: The job.
+        attempt: 1 for the first.
+        nonce: The fence: names this grant alone, and with it the attempt.
+        worker_id: The worker.
+        worker_address: `host:port` of its WorkerService.
+        revision: The revision that answers.
+        epoch: The route's epoch.
+    """
+
+    job_id: str
+    attempt: int
+    nonce: str
+    worker_id: str
+    worker_address: str
+    revision: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The job waits.
+
+    Attributes:
+        position: Estimated number of jobs that start before it.
+        estimated_wait_s: Estimated time until it starts; None while nothing was measured.
+    """
+
+    position: int
+    estimated_wait_s: float | None = None
+
+
+class Outcome(StrEnum):
+    """How a job ended, for the queue."""
+
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """What a renewal found out.
+
+    Attributes:
+        granted: Grants of waiting jobs whose message was lost, or that this call made.
+        waiting: Positions of the jobs that wait.
+        lost: Jobs that the caller named and the queue does not give to it: unknown to it (it was
+            emptied), ended, expired, or another gateway's.
+        unknown: Job ids that the queue gives to this gateway and the caller did not name.
+    """
+
+    granted: tuple[Grant, ...] = ()
+    waiting: dict[str, Waiting] = field(default_factory=dict)
+    lost: frozenset[str] = frozenset()
+    unknown: frozenset[str] = frozenset()

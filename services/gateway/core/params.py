@@ -1,0 +1,137 @@
+"""What a caller asks for. Owns: the shape of a request before and after validation. Data alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from services.gateway.core.jobs import Band
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: Who speaks.
+        content: What was said.
+    """
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """One user message."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation, oldest turn first."""
+
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Token ids, used as they are."""
+
+    ids: tuple[int, ...]
+
+
+Prompt = TextPrompt | ChatPrompt | TokenPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen; None: the caller said nothing.
+
+    Attributes:
+        temperature: Divides the logits; 0: greedy.
+        top_p: Probability mass that is kept.
+        top_k: Number of tokens that are kept.
+        min_p: Smallest probability that is kept, relative to the likeliest.
+        repetition_penalty: Divides scores of seen tokens; 1: none.
+        presence_penalty: Subtracted once for seen tokens; 0: none.
+        frequency_penalty: Subtracted per occurrence; 0: none.
+        seed: Names the noise.
+        biased_tokens: Entries of the logit bias.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    biased_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """A request as it came in; None: absent. The fields are those of `interlock.v1.GenerateRequest`."""
+
+    request_id: str | None = None
+    model: str | None = None
+    prompt: Prompt | None = None
+    max_tokens: int | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    n: int | None = None
+    formatted: bool = False
+    priority: int = 0
+    resumable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationParams:
+    """What is asked of the worker, validated.
+
+    Attributes:
+        max_tokens: Most tokens to generate, at least 1.
+        sampling: How they are chosen; the seed is set.
+        stop: Strings before which the text ends.
+    """
+
+    max_tokens: int
+    sampling: SamplingParams
+    stop: tuple[str, ...] = ()
+
+
+Decode = Callable[[Sequence[int]], str]
+"""Turns token ids into text; special tokens become nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationJob:
+    """A request that is ready to queue.
+
+    Attributes:
+        job_id: Hash of subject and request id.
+        request_id: The caller's name for it, or the one that was drawn.
+        tenant: The subject that is charged.
+        model: The model's name.
+        prompt_ids: The prompt's tokens.
+        params: What is asked of the worker.
+        band: How urgent it is.
+        timeout_s: Time until its deadline.
+        submission: Nonce of this submission.
+        decode: The tokenizer's way back to text.
+    """
+
+    job_id: str
+    request_id: str
+    tenant: str
+    model: str
+    prompt_ids: tuple[int, ...]
+    params: GenerationParams
+    band: Band
+    timeout_s: float
+    submission: str
+    decode: Decode

@@ -1,0 +1,140 @@
+"""The ports of the gateway: what its dispatcher needs of the world, in as few verbs as it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Protocol
+
+from services.gateway.core.attempts import Output, RefusalReason, WorkOrder
+from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
+from services.gateway.core.params import Message
+
+
+class JobQueue(Protocol):
+    """The queue that all gateways share. Every method raises StoreUnavailable when it cannot be reached.
+
+    A job is this gateway's from `enqueue` until `settle`, `cancel` or the loss of its lease.
+    """
+
+    async def enqueue(self, job: QueuedJob) -> Grant | Waiting:
+        """Accepts a job, and grants it a slot at once where one is free and nobody is before it.
+
+        Raises:
+            QueueFull: The model's bound is reached.
+            RequestExists: The id is in use by a job that has not ended; or this submission was
+                repeated after it had finished.
+            DeadlineExceeded, RequestCancelled, WorkerLost: This submission was repeated after it had
+                ended so. It never runs twice.
+        """
+        ...
+
+    def on_grant(self, receive: Callable[[Grant], None]) -> None:
+        """Sets who hears of grants that were made by another call or another gateway.
+
+        A grant may arrive before the call that enqueued its job has returned, and more than once.
+        """
+        ...
+
+    async def renew(self, model: str, running: Mapping[str, str], waiting: frozenset[str]) -> Renewal:
+        """Prolongs the leases of `running` (job -> nonce), tells of `waiting`, and grants what can be.
+
+        Called every second; it is the sign of life of this gateway. The caller compares `lost` and
+        `unknown` with what it knows when the answer arrives, which may be more than when it asked. A job
+        that stays unnamed until its lease has passed is ended.
+        """
+        ...
+
+    async def settle(self, model: str, job_id: str, nonce: str, outcome: Outcome, used_tokens: int) -> None:
+        """Ends a granted job and frees its slot. Without effect unless the grant is current."""
+        ...
+
+    async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
+        """Puts a job back at its old place after its worker failed; pinned to its revision if `emitted`.
+
+        Returns whether the grant was current; if not, the job is somebody else's or gone.
+        """
+        ...
+
+    async def refused(self, model: str, job_id: str, nonce: str, *, hold_s: float) -> bool:
+        """Puts a job back that its worker refused, at no cost in attempts; the worker is held a moment."""
+        ...
+
+    async def register(self, job: QueuedJob, grant: Grant) -> bool:
+        """Enters a job that runs already, after the queue lost it, so that its slot counts again.
+
+        What the queue knows wins: another attempt, an end, or a namesake. Returns whether `grant` is
+        current now; if not, the job is somebody else's or has ended.
+        """
+        ...
+
+    async def cancel(self, model: str, job_id: str, submission: str) -> None:
+        """Withdraws a submission: ends the job if it waits, or was granted without the caller's knowing."""
+        ...
+
+    async def reap(self, model: str) -> None:
+        """Ends what vanished gateways left behind: running jobs whose lease ended, waiting ones too."""
+        ...
+
+    async def length(self, model: str) -> int:
+        """How many jobs wait."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back, with one model's chat template."""
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids there are."""
+        ...
+
+    async def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Renders a conversation and returns its ids; special tokens typed as text stay text.
+
+        Raises:
+            ArgumentInvalid: The template refuses the conversation.
+        """
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of some ids; special tokens become nothing."""
+        ...
+
+
+class AttemptSink(Protocol):
+    """Who hears of one attempt. Every method returns at once; after an end nothing more is said."""
+
+    def output(self, output: Output) -> None:
+        """Tokens, and with the last of them the end."""
+        ...
+
+    def refused(self, reason: RefusalReason, message: str) -> None:
+        """The worker did not take it: an end."""
+        ...
+
+    def lost(self, cause: str) -> None:
+        """The worker is gone or broke the protocol: an end."""
+        ...
+
+
+class Attempt(Protocol):
+    """One attempt under way at a worker."""
+
+    def add_credit(self, tokens: int) -> None:
+        """Lets the worker send so many tokens more."""
+        ...
+
+    def cancel(self) -> Awaitable[None]:
+        """Tells the worker to stop, at once, and says nothing more to the sink.
+
+        What is returned is done when the worker has ended it, or a moment has passed; nobody needs to wait.
+        """
+        ...
+
+
+class WorkerPool(Protocol):
+    """The workers, each behind one session that carries all its requests."""
+
+    def start(self, worker_id: str, address: str, order: WorkOrder, sink: AttemptSink) -> Attempt:
+        """Sends an order to a worker, connecting where needed. Never fails: the sink hears of a loss."""
+        ...

@@ -1,0 +1,280 @@
+"""The life of a request: one table, two rules.
+
+Owns: which events a request may meet in which phase, and what has to be done then. Must not know: clocks,
+queues, workers or wires. Time-outs arrive as events, and what must happen leaves as effects.
+
+1. Every accepted request reaches exactly one terminal phase; nothing leaves a terminal phase.
+2. An event that its phase does not know raises `IllegalEvent` and changes nothing.
+
+    QUEUED -> GRANTED -> RUNNING -> FINISHED | FAILED | CANCELLED | EXPIRED
+       ^---------'----------'   (the worker refused, or was lost)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from services.common.errors import (
+    DeadlineExceeded,
+    InterlockError,
+    InternalError,
+    StoreUnavailable,
+    WorkerLost,
+)
+from services.gateway.core.attempts import RefusalReason
+from services.gateway.core.jobs import Grant, Outcome
+from services.gateway.core.request_events import (
+    AttemptLost,
+    AwaitWorker,
+    CancelAttempt,
+    Close,
+    Completed,
+    DeadlinePassed,
+    Decline,
+    Effect,
+    Enqueue,
+    Forgotten,
+    Granted,
+    LeaseLost,
+    Progressed,
+    Refused,
+    Rejected,
+    RequestEvent,
+    Requeue,
+    Settle,
+    StartAttempt,
+    StopReached,
+    WaitedOut,
+    Withdraw,
+    Withdrawn,
+)
+
+# How long a refusing worker is left alone: a slot frees within steps, a revision loads for longer, a worker
+# that drains does not come back, and one that cannot be reached restarts or is soon struck off.
+HOLD_S = {
+    RefusalReason.BUSY: 0.1,
+    RefusalReason.REVISION_NOT_READY: 0.5,
+    RefusalReason.EPOCH_STALE: 0.1,
+    RefusalReason.DRAINING: 2.0,
+    RefusalReason.UNREACHABLE: 0.5,
+}
+
+# A supervisor restarts a worker within seconds; sooner, a client would only meet the same loss.
+RETRY_AFTER_LOSS_S = 2.0
+
+
+class Phase(StrEnum):
+    """Where a request is."""
+
+    QUEUED = "queued"
+    GRANTED = "granted"
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+TERMINAL = frozenset({Phase.FINISHED, Phase.FAILED, Phase.CANCELLED, Phase.EXPIRED})
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the table needs to know of a request.
+
+    Attributes:
+        attempts_max: Workers that it may use up.
+        phase: Where it is.
+        starts: How often a worker was asked; refusals count.
+        failures: Workers that it has used up; refusals do not count.
+        emitted: Tokens that were generated so far.
+        revision: The revision of the latest grant; once tokens were emitted, of all of them.
+        waited_out: Whether, since the last loss, workers were waited for as long as is allowed.
+        grant: The slot that it holds; None while it waits or has ended.
+    """
+
+    attempts_max: int = 3
+    phase: Phase = Phase.QUEUED
+    starts: int = 0
+    failures: int = 0
+    emitted: int = 0
+    revision: str = ""
+    waited_out: bool = False
+    grant: Grant | None = None
+
+
+Step = tuple[Request, tuple[Effect, ...]]
+
+
+class IllegalEvent(Exception):
+    """The phase does not know the event: a defect of the caller."""
+
+
+def step(request: Request, event: RequestEvent) -> Step:
+    """Returns the request after `event`, and what must be done now, in this order.
+
+    Raises:
+        IllegalEvent: The table has no such entry; nothing changed.
+    """
+    transition = TABLE.get((request.phase, type(event)))
+    if transition is None:
+        raise IllegalEvent(f"{type(event).__name__} in {request.phase}")
+    return transition(request, event)
+
+
+# --- transitions --------------------------------------------------------------------------------------------
+
+
+def _start(request: Request, event: Granted) -> Step:
+    if request.emitted and event.grant.revision != request.revision:
+        # One response, one revision: another one would continue somebody else's sentence.
+        lost = WorkerLost(
+            "The revision that answered is gone, and no other one may continue its text. Ask again.",
+            retry_after_s=RETRY_AFTER_LOSS_S,
+        )
+        return _end(replace(request, grant=event.grant), Phase.FAILED, lost)
+    number = request.starts + 1
+    granted = replace(
+        request, phase=Phase.GRANTED, grant=event.grant, starts=number, revision=event.grant.revision
+    )
+    return granted, (StartAttempt(event.grant, number),)
+
+
+def _enqueue_again(request: Request, _: Forgotten) -> Step:
+    return request, (Enqueue(),)
+
+
+def _reject(request: Request, event: Rejected) -> Step:
+    # Where the store did not answer, the call may have worked all the same.
+    doubt: tuple[Effect, ...] = (Withdraw(),) if isinstance(event.error, StoreUnavailable) else ()
+    return replace(request, phase=Phase.FAILED), (*doubt, Close(event.error))
+
+
+def _progress(request: Request, event: Progressed) -> Step:
+    return replace(request, phase=Phase.RUNNING, emitted=request.emitted + event.tokens), ()
+
+
+def _complete(request: Request, _: Completed) -> Step:
+    return _end(request, Phase.FINISHED, None)
+
+
+def _stop(request: Request, _: StopReached) -> Step:
+    ended, effects = _end(request, Phase.FINISHED, None)
+    return ended, (CancelAttempt(), *effects)
+
+
+def _refuse(request: Request, event: Refused) -> Step:
+    assert request.grant is not None
+    if event.reason is RefusalReason.INVALID:
+        # What passed our own validation and not the worker's is our mistake, and another worker's too.
+        error = InternalError("The worker could not make sense of the request. The log has the details.")
+        return _end(request, Phase.FAILED, error)
+    if request.waited_out:
+        return _end(request, Phase.FAILED, _nobody_goes_on())
+    waiting = replace(request, phase=Phase.QUEUED, grant=None)
+    return waiting, (Decline(request.grant, HOLD_S[event.reason]),)
+
+
+def _fail_over(request: Request, _: AttemptLost | Refused) -> Step:
+    assert request.grant is not None
+    failures = request.failures + 1
+    if failures >= request.attempts_max:
+        error = WorkerLost(
+            f"{failures} workers were lost one after the other while they answered.",
+            retry_after_s=RETRY_AFTER_LOSS_S,
+        )
+        return _end(replace(request, failures=failures), Phase.FAILED, error)
+    waiting = replace(request, phase=Phase.QUEUED, grant=None, failures=failures, waited_out=False)
+    return waiting, (Requeue(request.grant, request.emitted > 0), AwaitWorker())
+
+
+def _lose_lease(request: Request, _: LeaseLost) -> Step:
+    error = WorkerLost(
+        "The queue gave this request's slot away while the gateway was not heard of.",
+        retry_after_s=RETRY_AFTER_LOSS_S,
+    )
+    ended = replace(request, phase=Phase.FAILED, grant=None)
+    return ended, (CancelAttempt(), Close(error))
+
+
+def _withdraw(request: Request, event: Withdrawn) -> Step:
+    return _abandon(request, Phase.CANCELLED, event.error)
+
+
+def _expire(request: Request, _: DeadlinePassed) -> Step:
+    where = "while it waited in the queue" if request.phase is Phase.QUEUED else "before it was done"
+    return _abandon(request, Phase.EXPIRED, DeadlineExceeded(f"The request's deadline passed {where}."))
+
+
+def _wait_out(request: Request, _: WaitedOut) -> Step:
+    return _end(request, Phase.FAILED, _nobody_goes_on())
+
+
+def _note_wait(request: Request, _: WaitedOut) -> Step:
+    # A worker was asked in time; only if it refuses has nobody come.
+    return replace(request, waited_out=True), ()
+
+
+def _ignore_wait(request: Request, _: WaitedOut) -> Step:
+    return request, ()
+
+
+def _nobody_goes_on() -> WorkerLost:
+    return WorkerLost(
+        "The worker was lost while it answered, and no other one could go on in its place.",
+        retry_after_s=RETRY_AFTER_LOSS_S,
+    )
+
+
+_OUTCOMES = {
+    Phase.FINISHED: Outcome.FINISHED,
+    Phase.FAILED: Outcome.FAILED,
+    Phase.CANCELLED: Outcome.CANCELLED,
+    Phase.EXPIRED: Outcome.EXPIRED,
+}
+
+
+def _abandon(request: Request, phase: Phase, error: InterlockError) -> Step:
+    """Ends the request while a worker may still be busy with it."""
+    ended, effects = _end(request, phase, error)
+    return ended, effects if request.grant is None else (CancelAttempt(), *effects)
+
+
+def _end(request: Request, phase: Phase, error: InterlockError | None) -> Step:
+    """Ends the request: its slot, or its place in the queue, is given back; the client is told."""
+    ended = replace(request, phase=phase, grant=None)
+    leave: Effect = Withdraw() if request.grant is None else Settle(request.grant, _OUTCOMES[phase])
+    return ended, (leave, Close(error))
+
+
+Transition = Callable[[Request, Any], Step]
+
+TABLE: dict[tuple[Phase, type], Transition] = {
+    (Phase.QUEUED, Granted): _start,
+    (Phase.QUEUED, Forgotten): _enqueue_again,
+    (Phase.QUEUED, Rejected): _reject,
+    (Phase.QUEUED, Withdrawn): _withdraw,
+    (Phase.QUEUED, DeadlinePassed): _expire,
+    (Phase.QUEUED, WaitedOut): _wait_out,
+    (Phase.GRANTED, Progressed): _progress,
+    (Phase.GRANTED, Completed): _complete,
+    (Phase.GRANTED, Refused): _refuse,
+    (Phase.GRANTED, AttemptLost): _fail_over,
+    (Phase.GRANTED, LeaseLost): _lose_lease,
+    (Phase.GRANTED, Withdrawn): _withdraw,
+    (Phase.GRANTED, DeadlinePassed): _expire,
+    (Phase.GRANTED, WaitedOut): _note_wait,
+    (Phase.RUNNING, Progressed): _progress,
+    (Phase.RUNNING, Completed): _complete,
+    (Phase.RUNNING, StopReached): _stop,
+    # A worker that refuses what it has begun broke the protocol.
+    (Phase.RUNNING, Refused): _fail_over,
+    (Phase.RUNNING, AttemptLost): _fail_over,
+    (Phase.RUNNING, LeaseLost): _lose_lease,
+    (Phase.RUNNING, Withdrawn): _withdraw,
+    (Phase.RUNNING, DeadlinePassed): _expire,
+    (Phase.RUNNING, WaitedOut): _ignore_wait,
+}

@@ -1,0 +1,208 @@
+"""What may be asked. Owns: the documented bound of every field, and how a breach is told.
+
+Pure checks on what a caller sent; the same for gRPC and HTTP. What the contract knows and this version does
+not serve is refused by name, never ignored.
+"""
+
+from __future__ import annotations
+
+import math
+
+from services.common.errors import ArgumentInvalid, ContextExceeded, FeatureUnsupported, ScopeMissing
+from services.common.ids import is_valid_id
+from services.gateway.core.jobs import Band, Principal
+from services.gateway.core.params import (
+    ChatPrompt,
+    GenerationRequest,
+    Message,
+    Prompt,
+    SamplingParams,
+    TextPrompt,
+    TokenPrompt,
+)
+
+MAX_TOKENS_DEFAULT = 50
+STOPS_MAX = 4
+STOP_BYTES_MAX = 256
+MESSAGES_MAX = 1_024
+ROLE_BYTES_MAX = 64
+# The largest contexts served hold about 100,000 tokens of 4 to 5 bytes. More cannot fit, and would only
+# occupy the tokenizer for seconds.
+PROMPT_BYTES_MAX = 1 << 20
+
+# (field, lowest, whether the lowest itself is allowed, highest)
+_RANGES: tuple[tuple[str, float, bool, float], ...] = (
+    ("temperature", 0.0, True, 2.0),
+    ("top_p", 0.0, False, 1.0),
+    ("min_p", 0.0, True, 1.0),
+    ("repetition_penalty", 0.0, False, 10.0),
+    ("presence_penalty", -2.0, True, 2.0),
+    ("frequency_penalty", -2.0, True, 2.0),
+)
+# What leaves the distribution as it is may be said; anything else is not served yet.
+_NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+PRIORITY_SCOPE = "priority:system"
+
+
+def check_request(request: GenerationRequest) -> Prompt:
+    """Checks everything that needs no tokenizer; returns the prompt, which is there.
+
+    Raises:
+        ArgumentInvalid: A field is missing or out of its bounds; the message begins with its name.
+        FeatureUnsupported: The field is part of the contract and not served by this version.
+    """
+    if request.request_id is not None:
+        check_request_id(request.request_id)
+    check_max_tokens(request.max_tokens)
+    check_sampling(request.sampling)
+    check_stop(request.stop)
+    _check_unsupported(request)
+    return check_prompt(request.prompt)
+
+
+def check_request_id(request_id: str) -> None:
+    """Raises ArgumentInvalid unless the id is well-formed."""
+    if not is_valid_id(request_id):
+        raise ArgumentInvalid("request_id: 1 to 64 of the characters A-Z a-z 0-9 . _ - are allowed.")
+
+
+def check_max_tokens(max_tokens: int | None) -> None:
+    """Raises ArgumentInvalid for zero and below."""
+    if max_tokens is not None and max_tokens < 1:
+        raise ArgumentInvalid(f"max_tokens: {max_tokens} is below 1.")
+
+
+def check_prompt(prompt: Prompt | None) -> Prompt:
+    """Returns the prompt; raises ArgumentInvalid when it is missing, empty or too large."""
+    if prompt is None:
+        raise ArgumentInvalid("text, chat or tokens: exactly one of them is needed.")
+    if isinstance(prompt, TextPrompt):
+        _check_text("text", prompt.text)
+        if not prompt.text:
+            raise ArgumentInvalid("text: is empty.")
+    elif isinstance(prompt, ChatPrompt):
+        _check_messages(prompt.messages)
+    elif not prompt.ids:
+        raise ArgumentInvalid("tokens: at least one id is needed.")
+    return prompt
+
+
+def check_sampling(sampling: SamplingParams) -> None:
+    """Raises ArgumentInvalid for a number out of its range, NaN and infinity included."""
+    for name, lowest, inclusive, highest in _RANGES:
+        value: float | None = getattr(sampling, name)
+        if value is None:
+            continue
+        above = value >= lowest if inclusive else value > lowest
+        if not (math.isfinite(value) and above and value <= highest):
+            low = f"{lowest:g}" if inclusive else f"over {lowest:g}"
+            raise ArgumentInvalid(f"{name}: must be {low} to {highest:g}.")
+    if sampling.top_k is not None and not 1 <= sampling.top_k < 2**31:
+        raise ArgumentInvalid("top_k: must be at least 1.")
+    if sampling.seed is not None and not 0 <= sampling.seed < 2**64:
+        raise ArgumentInvalid("seed: must be an unsigned number of 64 bits.")
+
+
+def check_stop(stop: tuple[str, ...]) -> None:
+    """Raises ArgumentInvalid for too many stop strings, or one that is empty or too long."""
+    if len(stop) > STOPS_MAX:
+        raise ArgumentInvalid(f"stop: at most {STOPS_MAX} strings.")
+    if any(not 1 <= _size("stop", text) <= STOP_BYTES_MAX for text in stop):
+        raise ArgumentInvalid(f"stop: each string has 1 to {STOP_BYTES_MAX} bytes.")
+
+
+def band_of(priority: int, principal: Principal) -> Band:
+    """Returns the band of a `Priority`; 0 means INTERACTIVE.
+
+    Raises:
+        ArgumentInvalid: No such priority.
+        ScopeMissing: SYSTEM without its scope.
+    """
+    if priority not in {0, *Band}:
+        raise ArgumentInvalid("priority: BATCH, INTERACTIVE or SYSTEM.")
+    band = Band(priority) if priority else Band.INTERACTIVE
+    if band is Band.SYSTEM and PRIORITY_SCOPE not in principal.scopes:
+        raise ScopeMissing(f"priority: SYSTEM needs the scope '{PRIORITY_SCOPE}'.")
+    return band
+
+
+def check_token_ids(ids: tuple[int, ...], vocabulary: int) -> None:
+    """Raises ArgumentInvalid for an id that the model does not have."""
+    if any(not 0 <= token_id < vocabulary for token_id in ids):
+        raise ArgumentInvalid(f"tokens: ids are 0 to {vocabulary - 1}.")
+
+
+def fit_max_tokens(max_tokens: int | None, prompt_tokens: int, context_tokens: int) -> int:
+    """Returns how many tokens may be generated: what was asked for, or 50, or what the context leaves.
+
+    Raises:
+        ContextExceeded: The prompt, or prompt and `max_tokens`, do not fit.
+    """
+    left = context_tokens - prompt_tokens
+    if left < 1:
+        raise ContextExceeded(
+            f"The prompt has {prompt_tokens} tokens; the model's context holds {context_tokens}, "
+            "the answer included."
+        )
+    if max_tokens is None:
+        return min(MAX_TOKENS_DEFAULT, left)
+    if max_tokens > left:
+        raise ContextExceeded(
+            f"max_tokens: {max_tokens} is more than the {left} that a prompt of {prompt_tokens} tokens "
+            f"leaves of a context of {context_tokens}."
+        )
+    return max_tokens
+
+
+def _check_messages(messages: tuple[Message, ...]) -> None:
+    if not 1 <= len(messages) <= MESSAGES_MAX:
+        raise ArgumentInvalid(f"messages: 1 to {MESSAGES_MAX} are allowed.")
+    for at, message in enumerate(messages):
+        if not 1 <= _size(f"messages[{at}].role", message.role) <= ROLE_BYTES_MAX:
+            raise ArgumentInvalid(f"messages[{at}].role: 1 to {ROLE_BYTES_MAX} bytes.")
+    if sum(_size("messages", message.content) for message in messages) > PROMPT_BYTES_MAX:
+        raise ArgumentInvalid(f"messages: together at most {PROMPT_BYTES_MAX} bytes.")
+
+
+def _check_text(name: str, text: str) -> None:
+    if _size(name, text) > PROMPT_BYTES_MAX:
+        raise ArgumentInvalid(f"{name}: at most {PROMPT_BYTES_MAX} bytes.")
+
+
+def _size(name: str, text: str) -> int:
+    """Bytes of `text` in UTF-8; half of a surrogate pair, which JSON can spell, is no text."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        raise ArgumentInvalid(f"{name}: is not valid Unicode text.") from None
+
+
+def _check_unsupported(request: GenerationRequest) -> None:
+    if request.n is not None and not 1 <= request.n <= 4:
+        raise ArgumentInvalid("n: 1 to 4 are allowed.")
+    if request.logprobs is not None and not 0 <= request.logprobs <= 20:
+        raise ArgumentInvalid("logprobs: 0 to 20 are allowed.")
+    asked = {
+        "n": request.n not in {None, 1},
+        "logprobs": request.logprobs is not None,
+        "logit_bias": request.sampling.biased_tokens > 0,
+        "format": request.formatted,
+        "resumable": request.resumable,
+        **{
+            name: getattr(request.sampling, name) not in {None, neutral} for name, neutral in _NEUTRAL.items()
+        },
+    }
+    for name, used in asked.items():
+        if used:
+            raise FeatureUnsupported(f"{name}: is not served by this version yet.")
+
+
+def prompt_ids_of(prompt: Prompt) -> tuple[int, ...] | None:
+    """The ids of a prompt that is tokenized already; None for one that is not."""
+    return prompt.ids if isinstance(prompt, TokenPrompt) else None
+
+
+def messages_of(prompt: TextPrompt | ChatPrompt) -> tuple[Message, ...]:
+    """The conversation that a prompt means: a text is one user message."""
+    return (Message("user", prompt.text),) if isinstance(prompt, TextPrompt) else prompt.messages

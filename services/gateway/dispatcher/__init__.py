@@ -1,0 +1,1 @@
+"""The gateway's orchestrator: receives requests of every API and looks after each until it is settled."""

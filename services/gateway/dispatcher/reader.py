@@ -1,0 +1,55 @@
+"""The client's side of a stream. Owns: when a client that does not read counts as stalled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from services.common.clock import Clock
+
+
+class ReaderWatch:
+    """Watches how long a reader is away between two events.
+
+    One timer serves many events: it looks when the first of them would be too old, and sets itself again.
+
+    Args:
+        clock: Measures.
+        stall_s: How long a reader may be away.
+        on_stall: Is called once it is away longer.
+    """
+
+    def __init__(self, clock: Clock, stall_s: float, on_stall: Callable[[], None]) -> None:
+        self._clock = clock
+        self._stall_s = stall_s
+        self._on_stall = on_stall
+        self._left_s: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def returned(self) -> None:
+        """The reader asks for an event."""
+        self._left_s = None
+
+    def left(self) -> None:
+        """The reader goes away with an event."""
+        self._left_s = self._clock.monotonic()
+        if self._timer is None:
+            self._arm(self._stall_s)
+
+    def close(self) -> None:
+        """Stops watching."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _arm(self, delay_s: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._left_s is None:
+            return
+        left_s = self._stall_s - (self._clock.monotonic() - self._left_s)
+        if left_s > 0:
+            self._arm(left_s)
+        else:
+            self._on_stall()

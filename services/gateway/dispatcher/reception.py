@@ -1,0 +1,195 @@
+"""The reception. Owns: what happens to a request of any API before it is dispatched.
+
+Who is it, may they, does it make sense, does it fit: the same for gRPC and HTTP, whose translators stand
+above. Must not know: either of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from services.common import ids, logs
+from services.common.errors import ArgumentInvalid, Draining
+from services.common.tokens import TokenVerifier, bearer_token
+from services.gateway.core import validation
+from services.gateway.core.catalog import Catalog, CatalogEntry
+from services.gateway.core.jobs import Principal
+from services.gateway.core.params import (
+    GenerationJob,
+    GenerationParams,
+    GenerationRequest,
+    Prompt,
+    SamplingParams,
+    TokenPrompt,
+)
+from services.gateway.dispatcher.dispatch import RETRY_WHEN_DRAINING_S, Dispatcher
+from services.gateway.dispatcher.generation import Generation
+
+GENERATE_SCOPE = "generate"
+MODELS_SCOPE = "models:read"
+DEADLINE_KEY = "x-interlock-deadline"
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlineLimits:
+    """How long requests may take, in seconds: where nothing is said, and at most."""
+
+    default_s: float = 240.0
+    longest_s: float = 3_600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """The size of a prompt, and the model that it was counted for."""
+
+    prompt_tokens: int
+    entry: CatalogEntry
+
+
+class Reception:
+    """Receives requests.
+
+    Args:
+        verifier: Believes bearer tokens, or not.
+        catalog: What serves.
+        dispatcher: Where requests go.
+        deadlines: Bounds of deadlines.
+        draw_seed: Draws a seed for those who name none.
+    """
+
+    def __init__(
+        self,
+        verifier: TokenVerifier,
+        catalog: Catalog,
+        dispatcher: Dispatcher,
+        deadlines: DeadlineLimits,
+        *,
+        draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
+    ) -> None:
+        self._verifier = verifier
+        self._catalog = catalog
+        self._dispatcher = dispatcher
+        self._deadlines = deadlines
+        self._draw_seed = draw_seed
+        self._draining = False
+
+    def drain(self) -> None:
+        """Refuses every request from now on."""
+        self._draining = True
+
+    def authenticate(self, metadata: Metadata, *scopes: str) -> Principal:
+        """Returns who calls, once they have at least one of `scopes`.
+
+        Raises:
+            Draining: The gateway shuts down; another one will take the call.
+            TokenMissing, TokenInvalid, TokenExpired: It is not clear who calls.
+            ScopeMissing: They may not.
+        """
+        if self._draining:
+            raise Draining("The gateway is shutting down.", retry_after_s=RETRY_WHEN_DRAINING_S)
+        claims = self._verifier.verify(bearer_token(metadata))
+        claims.require(*scopes)
+        return Principal(claims.subject, claims.scopes)
+
+    def request_id(self, given: str | None) -> str:
+        """Returns the caller's id for a request, once it is well-formed, or a new one."""
+        if given is None:
+            return ids.new_request_id()
+        validation.check_request_id(given)
+        return given
+
+    def timeout_s(self, metadata: Metadata, call_timeout_s: float | None) -> float:
+        """Returns how long a request may take: the nearer of the call's own deadline and the header's.
+
+        Raises:
+            ArgumentInvalid: The header is not a number of seconds within the bounds.
+        """
+        text = next((value for key, value in metadata if key == DEADLINE_KEY), None)
+        asked_s = self._deadlines.default_s if text is None else self._read_deadline(text)
+        if call_timeout_s is None:
+            return asked_s
+        # A client that waits for an hour gets an hour, unless its header says otherwise.
+        bound_s = self._deadlines.longest_s if text is None else asked_s
+        return max(min(call_timeout_s, bound_s), 0.001)
+
+    async def generate(
+        self, principal: Principal, request_id: str, request: GenerationRequest, timeout_s: float
+    ) -> Generation:
+        """Checks, tokenizes and submits a request; iterate over what is returned, and close it.
+
+        Raises:
+            InterlockError: One of the errors of the contract, before anything was generated.
+        """
+        prompt = validation.check_request(request)
+        band = validation.band_of(request.priority, principal)
+        entry = self._catalog.find(request.model)
+        prompt_ids = await self._tokenize(entry, prompt)
+        max_tokens = validation.fit_max_tokens(request.max_tokens, len(prompt_ids), entry.context_tokens)
+        # Only what fits is looked at one by one.
+        validation.check_token_ids(prompt_ids, entry.tokenizer.vocabulary)
+        logs.annotate(model=entry.model, prompt_tokens=len(prompt_ids), max_tokens=max_tokens)
+        job = GenerationJob(
+            job_id=job_id(principal.subject, request_id),
+            request_id=request_id,
+            tenant=principal.subject,
+            model=entry.model,
+            prompt_ids=prompt_ids,
+            params=GenerationParams(max_tokens, self._with_seed(request.sampling), request.stop),
+            band=band,
+            timeout_s=timeout_s,
+            submission=secrets.token_hex(8),
+            decode=entry.tokenizer.decode,
+        )
+        return await self._dispatcher.submit(job)
+
+    def cancel(self, principal: Principal, request_id: str) -> bool:
+        """Ends a request of the caller's own subject; returns False when it had ended before.
+
+        Raises:
+            ArgumentInvalid: The id is not well-formed.
+            RequestUnknown: The subject has no such request here.
+        """
+        validation.check_request_id(request_id)
+        return self._dispatcher.cancel(job_id(principal.subject, request_id))
+
+    async def count(self, model: str | None, prompt: Prompt | None) -> Count:
+        """Counts the tokens of a prompt after the chat template."""
+        entry = self._catalog.find(model)
+        prompt_ids = await self._tokenize(entry, validation.check_prompt(prompt))
+        return Count(len(prompt_ids), entry)
+
+    def models(self) -> tuple[CatalogEntry, ...]:
+        """What serves, the default model first."""
+        default = self._catalog.default
+        return tuple(sorted(self._catalog.entries, key=lambda entry: (entry.model != default, entry.model)))
+
+    async def _tokenize(self, entry: CatalogEntry, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, TokenPrompt):
+            return prompt.ids
+        return await entry.tokenizer.encode(validation.messages_of(prompt))
+
+    def _with_seed(self, sampling: SamplingParams) -> SamplingParams:
+        # A failover goes on with the same noise, so the seed is fixed before the first worker sees it.
+        return sampling if sampling.seed is not None else replace(sampling, seed=self._draw_seed())
+
+    def _read_deadline(self, text: str | bytes) -> float:
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds <= self._deadlines.longest_s:
+            raise ArgumentInvalid(
+                f"{DEADLINE_KEY}: decimal seconds, over 0 and at most {self._deadlines.longest_s:g}."
+            )
+        return seconds
+
+
+def job_id(subject: str, request_id: str) -> str:
+    """The id of a request in the queue: nobody can name another subject's."""
+    return hashlib.sha256(f"{subject}\0{request_id}".encode()).hexdigest()

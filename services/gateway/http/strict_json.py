@@ -1,0 +1,82 @@
+"""JSON without surprises. Owns: which bytes count as one JSON object, and how the rest is told.
+
+Two readers of one body must never see two things: duplicate keys, NaN, and bytes that are no UTF-8 are
+refused, and so is nesting that would exhaust a parser.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NoReturn
+
+from services.common.errors import ArgumentInvalid, MessageTooLarge
+
+# A prompt of 1 MiB, with room for JSON's escapes.
+BODY_BYTES_MAX = 2 << 20
+# The API's own objects are four levels deep.
+DEPTH_MAX = 32
+
+# Strings are skipped whole, so that brackets inside them do not count. Nothing is tried twice, and a string
+# that never ends matches too: otherwise each quote inside it would be tried as the beginning of another.
+_STRUCTURE = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """Returns the JSON object in `body`.
+
+    Raises:
+        MessageTooLarge: It is longer than the server reads.
+        ArgumentInvalid: It is not exactly one JSON object.
+    """
+    if len(body) > BODY_BYTES_MAX:
+        raise MessageTooLarge(f"The body has {len(body)} bytes; at most {BODY_BYTES_MAX} are read.")
+    if not body.strip():
+        raise ArgumentInvalid("The body is empty; send a JSON object.")
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        raise ArgumentInvalid("The body is not UTF-8 text.") from None
+    _check_depth(text)
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise ArgumentInvalid(
+            f"The body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
+        ) from None
+    except (ValueError, RecursionError):
+        # A whole number of thousands of digits.
+        raise ArgumentInvalid("The body is not JSON that this server reads.") from None
+    if not isinstance(value, dict):
+        raise ArgumentInvalid("The body is JSON, but not an object; send {...}.")
+    return value
+
+
+def _check_depth(text: str) -> None:
+    depth = 0
+    for match in _STRUCTURE.finditer(text):
+        mark = match.group()[0]
+        if mark in "[{":
+            depth += 1
+            if depth > DEPTH_MAX:
+                raise ArgumentInvalid(f"The body is nested deeper than {DEPTH_MAX} levels.")
+        elif mark in "]}":
+            depth -= 1
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ArgumentInvalid(f"{shown(key)}: is given twice.")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ArgumentInvalid(f"The body is not JSON: {name} is not a JSON value.")
+
+
+def shown(key: str) -> str:
+    """A caller's key as it may stand in a message: short, and without control characters."""
+    return ascii(key[:64])[1:-1]

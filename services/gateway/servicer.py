@@ -1,0 +1,233 @@
+"""The gRPC face. Owns: the translation between `interlock.v1` and the reception; it decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from google.protobuf import duration_pb2
+from interlock.v1 import gateway_service_pb2 as pb
+from interlock.v1 import gateway_service_pb2_grpc, generation_pb2, model_pb2
+
+from services.common import logs
+from services.common.errors import FeatureUnsupported
+from services.common.grpc_types import Context
+from services.gateway.core.catalog import CatalogEntry
+from services.gateway.core.events import Chunk, Event, Finished, FinishReason, Queued, Started
+from services.gateway.core.params import (
+    ChatPrompt,
+    GenerationRequest,
+    Message,
+    Prompt,
+    SamplingParams,
+    TextPrompt,
+    TokenPrompt,
+)
+from services.gateway.dispatcher.reception import GENERATE_SCOPE, MODELS_SCOPE, Reception
+
+REQUEST_ID_KEY = "x-request-id"
+REVISION_KEY = "x-interlock-revision"
+WORKER_KEY = "x-interlock-worker"
+
+_REASONS = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class GatewayServicer(gateway_service_pb2_grpc.GatewayServiceServicer):
+    """`interlock.v1.GatewayService` over a reception."""
+
+    def __init__(self, reception: Reception) -> None:
+        self._reception = reception
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """See the contract."""
+        metadata = tuple(context.invocation_metadata() or ())
+        principal = self._reception.authenticate(metadata, GENERATE_SCOPE)
+        asked = read_request(request)
+        request_id = self._reception.request_id(asked.request_id)
+        logs.annotate(request_id=request_id, subject=principal.subject)
+        timeout_s = self._reception.timeout_s(metadata, context.time_remaining())
+        generation = await self._reception.generate(principal, request_id, asked, timeout_s)
+        async with aclosing(generation):
+            # A client of gRPC hears of its place in the queue at once; only what is known is named here.
+            await context.send_initial_metadata(response_metadata(request_id, generation.started))
+            cursor = 0
+            async for event in generation:
+                cursor += 1
+                note_worker(event)
+                yield _response(cursor, event)
+
+    async def ResumeGeneration(
+        self, request: pb.ResumeGenerationRequest, context: Context
+    ) -> AsyncIterator[pb.ResumeGenerationResponse]:
+        """See the contract; not served yet."""
+        del request
+        self._authenticate(context, GENERATE_SCOPE)
+        raise FeatureUnsupported("ResumeGeneration is not served by this version yet.")
+        yield pb.ResumeGenerationResponse()  # makes this a generator
+
+    async def CancelGeneration(
+        self, request: pb.CancelGenerationRequest, context: Context
+    ) -> pb.CancelGenerationResponse:
+        """See the contract."""
+        metadata = tuple(context.invocation_metadata() or ())
+        principal = self._reception.authenticate(metadata, GENERATE_SCOPE)
+        logs.annotate(request_id=request.request_id, subject=principal.subject)
+        cancelled = self._reception.cancel(principal, request.request_id)
+        return pb.CancelGenerationResponse(cancelled=cancelled)
+
+    async def CountTokens(self, request: pb.CountTokensRequest, context: Context) -> pb.CountTokensResponse:
+        """See the contract."""
+        self._authenticate(context, GENERATE_SCOPE)
+        model = request.model if request.HasField("model") else None
+        count = await self._reception.count(model, _read_prompt(request))
+        return pb.CountTokensResponse(
+            prompt_tokens=count.prompt_tokens,
+            context_tokens=count.entry.context_tokens,
+            model=count.entry.model,
+            revision=count.entry.revision,
+        )
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        """See the contract."""
+        del request
+        self._authenticate(context, MODELS_SCOPE, GENERATE_SCOPE)
+        models = [_model(entry, is_default=at == 0) for at, entry in enumerate(self._reception.models())]
+        return pb.ListModelsResponse(models=sorted(models, key=lambda model: model.name))
+
+    async def GetUsage(self, request: pb.GetUsageRequest, context: Context) -> pb.GetUsageResponse:
+        """See the contract; not served yet."""
+        del request
+        self._authenticate(context, GENERATE_SCOPE)
+        raise FeatureUnsupported("GetUsage is not served by this version yet.")
+
+    def _authenticate(self, context: Context, *scopes: str) -> None:
+        self._reception.authenticate(tuple(context.invocation_metadata() or ()), *scopes)
+
+
+def response_metadata(request_id: str, started: Started | None) -> tuple[tuple[str, str], ...]:
+    """What the initial metadata of every generation names, as far as it is known."""
+    known = ((REQUEST_ID_KEY, request_id),)
+    if started is None:
+        return known
+    return (*known, (REVISION_KEY, started.revision), (WORKER_KEY, started.worker_id))
+
+
+def note_worker(event: Event) -> None:
+    """Lets the call's log line name the worker that answers."""
+    if isinstance(event, Started):
+        logs.annotate(revision=event.revision, worker_id=event.worker_id)
+
+
+def read_request(request: pb.GenerateRequest) -> GenerationRequest:
+    """The request as the core speaks of it; what is absent is None."""
+    return GenerationRequest(
+        request_id=request.request_id if request.HasField("request_id") else None,
+        model=request.model if request.HasField("model") else None,
+        prompt=_read_prompt(request),
+        max_tokens=request.max_tokens if request.HasField("max_tokens") else None,
+        sampling=_read_sampling(request.sampling),
+        stop=tuple(request.stop),
+        logprobs=request.logprobs if request.HasField("logprobs") else None,
+        n=request.n if request.HasField("n") else None,
+        formatted=request.HasField("format"),
+        priority=int(request.priority),
+        resumable=request.resumable,
+    )
+
+
+def _read_prompt(request: pb.GenerateRequest | pb.CountTokensRequest) -> Prompt | None:
+    match request.WhichOneof("input"):
+        case "text":
+            return TextPrompt(request.text)
+        case "chat":
+            turns = request.chat.messages
+            return ChatPrompt(tuple(Message(turn.role, turn.content) for turn in turns))
+        case "tokens":
+            assert isinstance(request, pb.GenerateRequest)
+            return TokenPrompt(tuple(request.tokens.ids))
+    return None
+
+
+def _read_sampling(message: generation_pb2.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        temperature=message.temperature if message.HasField("temperature") else None,
+        top_p=message.top_p if message.HasField("top_p") else None,
+        top_k=message.top_k if message.HasField("top_k") else None,
+        min_p=message.min_p if message.HasField("min_p") else None,
+        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else None,
+        presence_penalty=message.presence_penalty if message.HasField("presence_penalty") else None,
+        frequency_penalty=message.frequency_penalty if message.HasField("frequency_penalty") else None,
+        seed=message.seed if message.HasField("seed") else None,
+        biased_tokens=len(message.logit_bias),
+    )
+
+
+def _response(cursor: int, event: Event) -> pb.GenerateResponse:
+    match event:
+        case Queued():
+            return pb.GenerateResponse(cursor=cursor, queued=_queued(event))
+        case Started():
+            return pb.GenerateResponse(cursor=cursor, started=_started_message(event))
+        case Chunk(index, text, token_ids):
+            chunk = generation_pb2.Chunk(index=index, text=text, token_ids=token_ids)
+            return pb.GenerateResponse(cursor=cursor, chunk=chunk)
+        case Finished():
+            return pb.GenerateResponse(cursor=cursor, finished=_finished(event))
+
+
+def _queued(event: Queued) -> generation_pb2.Queued:
+    wait_s = event.estimated_wait_s
+    return generation_pb2.Queued(
+        position=event.position, estimated_wait=None if wait_s is None else _duration(wait_s)
+    )
+
+
+def _started_message(event: Started) -> generation_pb2.Started:
+    return generation_pb2.Started(
+        request_id=event.request_id,
+        model=event.model,
+        revision=event.revision,
+        worker_id=event.worker_id,
+        attempt=event.attempt,
+        queue_time=_duration(event.queue_s),
+    )
+
+
+def _finished(event: Finished) -> generation_pb2.Finished:
+    usage, timings = event.usage, event.timings
+    return generation_pb2.Finished(
+        reason=_REASONS[event.reason],
+        stop_text=event.stop_text,
+        usage=generation_pb2.Usage(
+            prompt_tokens=usage.prompt_tokens,
+            cached_prompt_tokens=usage.cached_prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+        ),
+        timings=generation_pb2.Timings(
+            queue=_duration(timings.queue_s),
+            prefill=_duration(timings.prefill_s),
+            decode=_duration(timings.decode_s),
+            total=_duration(timings.total_s),
+        ),
+    )
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    duration = duration_pb2.Duration()
+    duration.FromMicroseconds(round(seconds * 1_000_000))
+    return duration
+
+
+def _model(entry: CatalogEntry, *, is_default: bool) -> model_pb2.Model:
+    return model_pb2.Model(
+        name=entry.model,
+        revision=entry.revision,
+        context_tokens=entry.context_tokens,
+        quantization=model_pb2.Quantization.ValueType(entry.quantization),
+        is_default=is_default,
+    )

@@ -1,0 +1,121 @@
+"""A stand-in for a running mesh, as the `interlock` command finds it: a home with a state, and one server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+from interlock.v1.controller_service_pb2 import (
+    ControllerServiceListModelsResponse,
+    ListWorkersResponse,
+)
+from interlock.v1.gateway_service_pb2 import GenerateRequest, GenerateResponse
+from interlock.v1.generation_pb2 import FINISH_REASON_STOP, Chunk, Finished
+from interlock.v1.model_pb2 import QUANTIZATION_INT8, Model
+from interlock.v1.worker_pb2 import (
+    REVISION_PHASE_ACTIVE,
+    WORKER_STATE_SERVING,
+    ResidentRevision,
+    Worker,
+    WorkerLoad,
+)
+
+from services.common.errors import InterlockError
+from services.common.status import trailing_metadata
+from services.common.tokens import TokenVerifier
+from services.local import state
+from services.local.home import Home
+from services.local.state import MeshState, Part
+
+
+def _bytes(message: Any) -> bytes:
+    data: bytes = message.SerializeToString()
+    return data
+
+
+class FakeMesh(grpc.GenericRpcHandler):
+    """Answers the calls that commands make; keeps the requests; fails with `error` when it is set."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self.requests: list[GenerateRequest] = []
+        self.answer = ("The capital", " is Paris.\x1b[31m")
+        self.error: InterlockError | None = None
+        self._verifier = TokenVerifier(home.jwt_secret)
+        self._handlers: dict[str, Callable[[], Any]] = {
+            "/interlock.v1.GatewayService/Generate": self._generate,
+            "/interlock.v1.ControllerService/ListModels": self._models,
+            "/interlock.v1.ControllerService/ListWorkers": self._workers,
+        }
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """Finds the handler, and believes nobody without a genuine token."""
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        self._verifier.verify(str(metadata["authorization"]).removeprefix("Bearer "))
+        return self._handlers[handler_call_details.method]()
+
+    def _generate(self) -> Any:
+        def answer(request: GenerateRequest, context: grpc.ServicerContext) -> Iterator[GenerateResponse]:
+            self.requests.append(request)
+            if self.error is not None:
+                context.set_trailing_metadata(trailing_metadata(self.error))
+                context.abort(getattr(grpc.StatusCode, self.error.code.value), self.error.message)
+            for text in self.answer:
+                yield GenerateResponse(chunk=Chunk(text=text))
+            yield GenerateResponse(finished=Finished(reason=FINISH_REASON_STOP))
+
+        return grpc.unary_stream_rpc_method_handler(
+            answer, request_deserializer=GenerateRequest.FromString, response_serializer=_bytes
+        )
+
+    def _models(self) -> Any:
+        model = Model(
+            name="tiny", revision="r1", context_tokens=64, ready_workers=1, quantization=QUANTIZATION_INT8
+        )
+        reply = ControllerServiceListModelsResponse(models=[model])
+        return grpc.unary_unary_rpc_method_handler(lambda _, __: reply, response_serializer=_bytes)
+
+    def _workers(self) -> Any:
+        resident = ResidentRevision(model="tiny", revision="r1", phase=REVISION_PHASE_ACTIVE)
+        worker = Worker(
+            id="worker-1",
+            address="127.0.0.1:1",
+            state=WORKER_STATE_SERVING,
+            revisions=[resident],
+            load=WorkerLoad(running=2, slots=4),
+        )
+        reply = ListWorkersResponse(workers=[worker])
+        return grpc.unary_unary_rpc_method_handler(lambda _, __: reply, response_serializer=_bytes)
+
+
+@contextmanager
+def running(home: Home) -> Iterator[FakeMesh]:
+    """A mesh in `home`, as far as commands can see: its lock is held, its state written, its port answers."""
+    with home.locked():
+        mesh = FakeMesh(home)
+        server = grpc.server(futures.ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)])
+        server.add_generic_rpc_handlers((mesh,))
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server.start()
+        part = Part("envoy", address, os.getpid())
+        found = MeshState(
+            http=f"http://{address}",
+            gateways=(Part("gateway-1", address, os.getpid()),),
+            controllers=(),
+            workers=(),
+            envoy=part,
+            redis=Part("redis", f"redis://{address}", 0),
+            token_file=str(home.token_file),
+            pid=os.getpid(),
+            model="tiny",
+            admin=address,
+        )
+        state.write(home.state_file, found)
+        try:
+            yield mesh
+        finally:
+            server.stop(None).wait()

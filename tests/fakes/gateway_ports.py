@@ -1,0 +1,173 @@
+"""Fakes of the gateway's ports: a tokenizer of one id a character; a pool and a queue that remember."""
+
+# ruff: noqa: ARG002 - a fake takes what its port gives, whether it looks at it or not
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from services.common.errors import InterlockError, StoreUnavailable
+from services.gateway.core.attempts import WorkOrder
+from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
+from services.gateway.core.params import Message
+from services.gateway.core.ports import AttemptSink
+
+# Every character below is one token; none is special.
+VOCABULARY = 0x3000
+
+
+class FakeTokenizer:
+    """One token a character; a message becomes `role:content` and a line end."""
+
+    @property
+    def vocabulary(self) -> int:
+        """See `Tokenizer.vocabulary`."""
+        return VOCABULARY
+
+    async def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """See `Tokenizer.encode`."""
+        rendered = "".join(f"{message.role}:{message.content}\n" for message in messages)
+        return tuple(map(ord, rendered))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return "".join(map(chr, token_ids))
+
+
+@dataclass
+class FakeAttempt:
+    """An attempt that a test plays the worker of."""
+
+    order: WorkOrder
+    sink: AttemptSink
+    worker_id: str
+    credit_tokens: int = 0
+    cancelled: bool = False
+
+    def add_credit(self, tokens: int) -> None:
+        """See `Attempt.add_credit`."""
+        self.credit_tokens += tokens
+
+    def cancel(self) -> asyncio.Future[None]:
+        """See `Attempt.cancel`; the worker ends it at once."""
+        self.cancelled = True
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        ended.set_result(None)
+        return ended
+
+
+@dataclass
+class FakeWorkerPool:
+    """Workers that do nothing by themselves.
+
+    Attributes:
+        attempts: What was started, in order.
+    """
+
+    attempts: list[FakeAttempt] = field(default_factory=list)
+    _started: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def start(self, worker_id: str, address: str, order: WorkOrder, sink: AttemptSink) -> FakeAttempt:
+        """See `WorkerPool.start`."""
+        assert address
+        attempt = FakeAttempt(order, sink, worker_id, order.credit_tokens)
+        self.attempts.append(attempt)
+        self._started.set()
+        return attempt
+
+    async def wait_started(self, count: int) -> FakeAttempt:
+        """Returns attempt number `count`, from 1, as soon as it was started."""
+        while len(self.attempts) < count:
+            self._started.clear()
+            await self._started.wait()
+        return self.attempts[count - 1]
+
+
+def grant(nonce: str, job_id: str = "j") -> Grant:
+    """A grant with plain values."""
+    return Grant(job_id, 1, nonce, "w1", "127.0.0.1:1", "r1", 1)
+
+
+@dataclass
+class FakeQueue:
+    """A queue that remembers what it was told and fails on cue.
+
+    Attributes:
+        calls: Verb and nonce (or submission) of each call.
+        answer: What `enqueue` answers; None: a grant of its own.
+        down: Whether every call raises StoreUnavailable.
+        registers: What `register` answers.
+        renewal: What the next `renew` answers.
+    """
+
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    answer: Grant | Waiting | InterlockError | None = None
+    down: bool = False
+    registers: bool = True
+    renewal: Renewal = field(default_factory=Renewal)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    receive: Callable[[Grant], None] = lambda _: None
+
+    def note(self, verb: str, name: str) -> None:
+        """Remembers a call, or fails."""
+        self.changed.set()
+        if self.down:
+            raise StoreUnavailable("gone")
+        self.calls.append((verb, name))
+
+    async def wait_for(self, verb: str, name: str) -> None:
+        """Returns once a call was made."""
+        async with asyncio.timeout(5):
+            while (verb, name) not in self.calls:
+                self.changed.clear()
+                await self.changed.wait()
+
+    def on_grant(self, receive: Callable[[Grant], None]) -> None:
+        """See `JobQueue.on_grant`."""
+        self.receive = receive
+
+    async def enqueue(self, job: QueuedJob) -> Grant | Waiting:
+        """See `JobQueue.enqueue`."""
+        self.note("enqueue", job.submission)
+        if isinstance(self.answer, InterlockError):
+            raise self.answer
+        return self.answer or grant(f"n{len(self.calls)}", job.job_id)
+
+    async def renew(self, model: str, running: Mapping[str, str], waiting: frozenset[str]) -> Renewal:
+        """See `JobQueue.renew`."""
+        self.note("renew", ",".join([*running, *waiting]))
+        renewal, self.renewal = self.renewal, Renewal()
+        return renewal
+
+    async def settle(self, model: str, job_id: str, nonce: str, outcome: Outcome, used_tokens: int) -> None:
+        """See `JobQueue.settle`."""
+        self.note(f"settle:{outcome}", nonce)
+
+    async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
+        """See `JobQueue.requeue`."""
+        self.note("requeue", nonce)
+        return True
+
+    async def refused(self, model: str, job_id: str, nonce: str, *, hold_s: float) -> bool:
+        """See `JobQueue.refused`."""
+        self.note("refused", nonce)
+        return True
+
+    async def register(self, job: QueuedJob, grant: Grant) -> bool:
+        """See `JobQueue.register`."""
+        self.note("register", grant.nonce)
+        return self.registers
+
+    async def cancel(self, model: str, job_id: str, submission: str) -> None:
+        """See `JobQueue.cancel`."""
+        self.note("cancel", submission)
+
+    async def reap(self, model: str) -> None:
+        """See `JobQueue.reap`."""
+        self.note("reap", model)
+
+    async def length(self, model: str) -> int:
+        """See `JobQueue.length`."""
+        return 0

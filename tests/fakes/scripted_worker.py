@@ -1,0 +1,237 @@
+"""A worker with a script: a real gRPC server that speaks `Session`, and does on cue what goes wrong in life.
+
+It needs no model: its answer is a text, one token a character, so that a test knows what every continuation
+must be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from interlock.v1 import generation_pb2, worker_service_pb2_grpc
+from interlock.v1 import worker_service_pb2 as pb
+
+from services.common.credential import check_mesh_token
+from services.common.grpc_types import Context
+
+MESH_TOKEN = "a-mesh-token-of-more-than-32-characters"
+ALIVE_S = 0.2
+
+
+@dataclass
+class Script:
+    """What the worker does; a test may change it at any time.
+
+    Attributes:
+        answer: The text that it generates; it ends with STOP after it.
+        interval_s: Pause between two tokens.
+        refusals: Reasons for which the next starts are refused, in order.
+        die_at: Index before which the session is closed; None: never. It happens once.
+        hang_at: Index before which it falls silent for good; None: never.
+        batch: Tokens in one message.
+        late_tokens: Tokens that it sends of an attempt that was cancelled.
+        deaf: Cancellations are neither obeyed nor confirmed.
+    """
+
+    answer: str = "The answer is forty-two."
+    interval_s: float = 0.0
+    refusals: list[pb.RefusalReason.ValueType] = field(default_factory=list)
+    die_at: int | None = None
+    hang_at: int | None = None
+    batch: int = 1
+    late_tokens: int = 0
+    deaf: bool = False
+
+
+@dataclass
+class Running:
+    """A job that generates."""
+
+    start: pb.StartJob
+    credit: int
+    task: asyncio.Task[None] | None = None
+    more: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
+    """Plays a worker.
+
+    Attributes:
+        worker_id: Its name.
+        script: What it does.
+        address: Where it listens.
+        starts: The orders that it got.
+        cancelled: Jobs that it was told to end.
+        sent: Tokens sent for each job, by all attempts.
+        running: Jobs that generate now.
+        gateways: Who opened sessions.
+    """
+
+    def __init__(self, worker_id: str, script: Script | None = None) -> None:
+        self.worker_id = worker_id
+        self.script = script or Script()
+        self.address = ""
+        self.starts: list[pb.StartJob] = []
+        self.cancelled: list[str] = []
+        self.sent: dict[str, int] = {}
+        self.running: dict[str, Running] = {}
+        self.gateways: list[str] = []
+        self.changed = asyncio.Condition()
+        self._server: Any = None
+        self._silent = False
+
+    async def wait_until(self, condition: Any) -> None:
+        """Returns as soon as `condition()` holds; every message in or out is an occasion to look."""
+        async with asyncio.timeout(10), self.changed:
+            await self.changed.wait_for(condition)
+
+    async def start(self, address: str = "127.0.0.1:0") -> None:
+        """Listens."""
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(self, self._server)
+        port = self._server.add_insecure_port(address)
+        self.address = f"127.0.0.1:{port}"
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Dies: every session breaks."""
+        if self._server is not None:
+            await self._server.stop(None)
+            self._server = None
+
+    async def GetState(self, request: pb.GetStateRequest, context: Context) -> pb.GetStateResponse:
+        """Its name."""
+        del request, context
+        return pb.GetStateResponse(worker_id=self.worker_id)
+
+    async def Session(
+        self, request_iterator: AsyncIterator[pb.SessionRequest], context: Context
+    ) -> AsyncIterator[pb.SessionResponse]:
+        """Plays the script for each job."""
+        metadata = tuple(context.invocation_metadata() or ())
+        check_mesh_token(metadata, MESH_TOKEN)
+        self.gateways.append(str(dict(metadata)["x-interlock-gateway-id"]))
+        outgoing: asyncio.Queue[pb.SessionResponse | None] = asyncio.Queue()
+        tasks = [
+            asyncio.create_task(self._listen(request_iterator, outgoing)),
+            asyncio.create_task(self._live(outgoing)),
+        ]
+        try:
+            while (response := await outgoing.get()) is not None:
+                yield response
+        finally:
+            jobs = [running.task for running in self.running.values() if running.task]
+            self.running.clear()
+            for task in (*tasks, *jobs):
+                task.cancel()
+            await asyncio.gather(*tasks, *jobs, return_exceptions=True)
+            await self._notify()
+
+    async def _listen(self, requests: AsyncIterator[pb.SessionRequest], outgoing: asyncio.Queue[Any]) -> None:
+        async for request in requests:
+            match request.WhichOneof("command"):
+                case "start":
+                    self._begin(request.start, outgoing)
+                case "credit":
+                    if request.credit.job in self.running:
+                        running = self.running[request.credit.job]
+                        running.credit += request.credit.tokens
+                        running.more.set()
+                case "cancel":
+                    self._cancel(request.cancel.job, outgoing)
+            await self._notify()
+
+    async def _live(self, outgoing: asyncio.Queue[Any]) -> None:
+        step = 0
+        while True:
+            step += 1
+            if not self._silent:
+                outgoing.put_nowait(pb.SessionResponse(alive=pb.Alive(step=step, free_slots=1)))
+            await asyncio.sleep(ALIVE_S)
+
+    def _begin(self, start: pb.StartJob, outgoing: asyncio.Queue[Any]) -> None:
+        self.starts.append(start)
+        if self.script.refusals:
+            refused = pb.Refused(job=start.job, attempt=start.attempt, reason=self.script.refusals.pop(0))
+            outgoing.put_nowait(pb.SessionResponse(refused=refused))
+            return
+        running = Running(start, start.credit_tokens)
+        self.running[start.job] = running
+        running.task = asyncio.create_task(self._generate(running, outgoing))
+
+    def _cancel(self, job: str, outgoing: asyncio.Queue[Any]) -> None:
+        self.cancelled.append(job)
+        running = self.running.get(job)
+        if running is None or self.script.deaf:
+            return
+        del self.running[job]
+        assert running.task is not None
+        running.task.cancel()
+        index = self.sent.get(job, 0)
+        for late in range(self.script.late_tokens):
+            self._send(running, outgoing, index + late, [ord("!")])
+        self._send(running, outgoing, index, [], generation_pb2.FINISH_REASON_CANCELLED)
+
+    async def _generate(self, running: Running, outgoing: asyncio.Queue[Any]) -> None:
+        start = running.start
+        index = sum(len(emitted.token_ids) for emitted in start.emitted)
+        end = min(len(self.script.answer), start.max_tokens)
+        while index < end:
+            if self.script.die_at is not None and index >= self.script.die_at:
+                self.script.die_at = None
+                outgoing.put_nowait(None)
+                return
+            if self.script.hang_at is not None and index >= self.script.hang_at:
+                self._silent = True
+                await asyncio.Event().wait()
+            while running.credit < 1:
+                running.more.clear()
+                await running.more.wait()
+            size = min(self.script.batch, end - index, running.credit)
+            running.credit -= size
+            self._send(
+                running, outgoing, index, [ord(text) for text in self.script.answer[index : index + size]]
+            )
+            index += size
+            await self._notify()
+            await asyncio.sleep(self.script.interval_s)
+        stopped = end == len(self.script.answer)
+        reason = generation_pb2.FINISH_REASON_STOP if stopped else generation_pb2.FINISH_REASON_LENGTH
+        self.running.pop(start.job, None)
+        self._send(running, outgoing, index, [], reason)
+        await self._notify()
+
+    def _send(
+        self,
+        running: Running,
+        outgoing: asyncio.Queue[Any],
+        index: int,
+        token_ids: list[int],
+        finish: generation_pb2.FinishReason.ValueType = generation_pb2.FINISH_REASON_UNSPECIFIED,
+    ) -> None:
+        start = running.start
+        self.sent[start.job] = max(self.sent.get(start.job, 0), index + len(token_ids))
+        output = pb.StepOutput(
+            job=start.job, attempt=start.attempt, index=index, token_ids=token_ids, finish=finish
+        )
+        outgoing.put_nowait(pb.SessionResponse(step=pb.Step(outputs=[output])))
+
+    async def _notify(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+
+@asynccontextmanager
+async def scripted_worker(worker_id: str, script: Script | None = None) -> AsyncIterator[ScriptedWorker]:
+    """A worker that listens, and is gone afterwards."""
+    worker = ScriptedWorker(worker_id, script)
+    await worker.start()
+    try:
+        yield worker
+    finally:
+        await worker.stop()

@@ -1,0 +1,164 @@
+"""The gateway's process, as `python -m services.gateway` composes it, between a controller and a worker."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from interlock.v1 import controller_service_pb2, gateway_service_pb2_grpc
+from interlock.v1 import gateway_service_pb2 as pb
+from pydantic import SecretStr
+from tokenizers import Tokenizer
+
+from services.common.system_clock import SystemClock
+from services.gateway import __main__ as gateway_main
+from services.gateway.adapters.memory_queue import MemoryJobQueue
+from services.gateway.config import GatewayConfig
+from services.gateway.core.queue_line import QueueWorker
+from tests.fakes.scripted_controller import ScriptedController, manifest_of, scripted_controller
+from tests.fakes.scripted_worker import MESH_TOKEN, Script, ScriptedWorker, scripted_worker
+from tests.fixtures.gateway_world import SECRET, bearer, joined, reason_of
+from tests.fixtures.tiny_tokenizer import BEGIN, END, write_tokenizer
+
+MODEL, REVISION = "tiny", "r1"
+
+
+@dataclass
+class Process:
+    """A gateway's process inside this one."""
+
+    controller: ScriptedController
+    worker: ScriptedWorker
+    channel: grpc.aio.Channel
+    task: asyncio.Task[None]
+    terminate: asyncio.Event
+    directory: Path
+
+    def generate(self, **fields: Any) -> Any:
+        """Begins a call."""
+        stub: Any = gateway_service_pb2_grpc.GatewayServiceStub(self.channel)
+        return stub.Generate(pb.GenerateRequest(**fields), metadata=bearer())
+
+    async def watch_health(self, status: int) -> None:
+        """Returns when the server's health is `status`."""
+        stub: Any = health_pb2_grpc.HealthStub(self.channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest())
+        async with asyncio.timeout(10):
+            async for response in watch:
+                if response.status == status:
+                    watch.cancel()
+                    return
+
+
+def script(directory: Path, text: str, **fields: Any) -> Script:
+    """A worker that answers `text` in the ids of the tokenizer in `directory`."""
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return Script(answer="".join(map(chr, tokenizer.encode(text).ids)), **fields)
+
+
+def wait_for(terminate: asyncio.Event) -> Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]:
+    """Stands in for SIGTERM."""
+
+    async def wait(drain: Callable[[], Awaitable[None]]) -> None:
+        await terminate.wait()
+        await drain()
+
+    return wait
+
+
+@pytest.fixture
+async def process(tmp_path: Path) -> AsyncIterator[Process]:
+    """A gateway that was taken in and serves a tiny model; its files are downloaded."""
+    directory = write_tokenizer(tmp_path / "model")
+    manifest = manifest_of(directory, model=MODEL, revision=REVISION, local_path=str(tmp_path / "elsewhere"))
+    announce, terminate = tmp_path / "announce.json", asyncio.Event()
+    queue = MemoryJobQueue(SystemClock())
+    queue.set_route(MODEL, 1, {REVISION: 1})
+    async with AsyncExitStack() as exits:
+        controller, address = await exits.enter_async_context(scripted_controller(manifest, directory))
+        worker = await exits.enter_async_context(scripted_worker("w1", script(directory, "hello")))
+        queue.set_worker(MODEL, QueueWorker("w1", worker.address, 2, frozenset({REVISION})))
+        settings = GatewayConfig(
+            bind="127.0.0.1:0",
+            announce_file=announce,
+            # The first one is nobody: the list is walked.
+            controllers=("127.0.0.1:1", address),
+            cache_dir=tmp_path / "cache",
+            mesh_token=SecretStr(MESH_TOKEN),
+            jwt_secret=SecretStr(SECRET),
+            drain_grace_s=5.0,
+        )
+        task = asyncio.create_task(gateway_main.run(settings, queue=queue, wait=wait_for(terminate)))
+        await controller.wait_heard("activated")
+        told = json.loads(announce.read_text())
+        assert told["id"] == settings.id
+        channel = await exits.enter_async_context(grpc.aio.insecure_channel(told["address"]))
+        yield Process(controller, worker, channel, task, terminate, directory)
+        terminate.set()
+        await task
+
+
+async def test_it_attaches_downloads_the_tokenizer_and_answers(process: Process) -> None:
+    """Hello, Ready, Activated; then text goes in and out through the downloaded tokenizer."""
+    hello = (await process.controller.wait_heard("hello")).hello
+    assert hello.kind == controller_service_pb2.MEMBER_KIND_GATEWAY
+    assert set(process.controller.downloads) == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
+    await process.watch_health(health_pb2.HealthCheckResponse.SERVING)
+    events = [event async for event in process.generate(text="hello<|end|>")]
+    assert joined(events) == "hello"
+    (order,) = process.worker.starts
+    assert (list(order.prompt_ids).count(BEGIN), list(order.prompt_ids).count(END)) == (2, 1)
+
+
+async def test_it_serves_on_while_the_controller_is_away_and_comes_back_with_what_it_holds(
+    process: Process,
+) -> None:
+    """The stream ends; requests are still answered, and the next hello names the revision and its epoch."""
+    await process.controller.commands.put(None)
+    events = [event async for event in process.generate(text="hi")]
+    assert joined(events) == "hello"
+    hello = (await process.controller.wait_heard("hello", 2)).hello
+    assert [(held.model, held.revision) for held in hello.revisions] == [(MODEL, REVISION)]
+    assert (hello.epoch, hello.fence) == (1, 3)
+
+
+async def test_sigterm_ends_what_runs_and_then_the_process(process: Process) -> None:
+    """NOT_SERVING, new calls refused, the running stream whole, and `run` returns."""
+    await process.watch_health(health_pb2.HealthCheckResponse.SERVING)
+    process.worker.script = script(process.directory, "é" * 20, interval_s=0.01)
+    running = process.generate(text="hi", max_tokens=40)
+    events = [await running.read()]
+    process.terminate.set()
+    await process.watch_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await process.generate(text="hi").read()
+    assert reason_of(caught.value) == "DRAINING"
+    while (event := await running.read()) is not grpc.aio.EOF:
+        events.append(event)
+    assert joined(events) == "é" * 20
+    async with asyncio.timeout(10):
+        await process.task
+
+
+async def test_a_tokenizer_with_the_wrong_digest_fails_the_preparation(process: Process) -> None:
+    """The controller is told why; what serves goes on serving."""
+    manifest = manifest_of(process.directory, model=MODEL, revision="r2")
+    for file in manifest.files:
+        file.sha256 = "0" * 64
+    prepare = controller_service_pb2.Prepare(manifest=manifest)
+    await process.controller.commands.put(controller_service_pb2.AttachResponse(prepare=prepare))
+    failed = (await process.controller.wait_heard("failed")).failed
+    assert (failed.revision, failed.reason != "") == ("r2", True)
+    assert joined([event async for event in process.generate(text="hi")]) == "hello"

@@ -1,0 +1,177 @@
+"""Random histories: the queue in Redis against its twin in memory, a simple model of the same rules."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from services.common.errors import InterlockError
+from services.gateway.adapters.memory_queue import MemoryJobQueue
+from services.gateway.core.jobs import Band, Grant, Outcome, Renewal, Waiting
+from services.gateway.core.ports import JobQueue
+from services.gateway.core.queue_limits import QueueLimits
+from services.gateway.core.queue_line import QueueWorker
+from tests.fixtures.queue_world import KEYS, MODEL, QueueWorld, make_job
+
+# Leases and records outlive a history: the twin has no leases, and Redis keeps records by its own time.
+LIMITS = QueueLimits(waiting_jobs_max=6, lease_ttl_s=1e5, record_ttl_s=1e5)
+JOB_IDS = tuple(f"j{number}" for number in range(10))
+WORKERS = {"w1": ("r1",), "w2": ("r1", "r2"), "w3": ("r2",)}
+
+
+class RedisClock:
+    """The clock inside Redis, for the twin."""
+
+    def __init__(self, world: QueueWorld) -> None:
+        self._world = world
+
+    def monotonic(self) -> float:
+        """Seconds of the scripts' clock."""
+        return float(self._world.client.hget(KEYS.clock, "logical") or 0) / 1000
+
+    def now(self) -> float:
+        """The same."""
+        return self.monotonic()
+
+
+@dataclass
+class Twins:
+    """Both queues, taken through the same steps, and the nonces by which each names a grant."""
+
+    world: QueueWorld
+    memory: MemoryJobQueue
+    nonces: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    async def same(self, step: Callable[[JobQueue, int], Awaitable[object]]) -> None:
+        """Takes a step in both and compares answers, errors and grants."""
+        redis_queue = self.world.gateway("g1")
+        heard: list[list[Grant]] = [[], []]
+        redis_queue.on_grant(heard[0].append)
+        self.memory.on_grant(heard[1].append)
+        answers = [await attempt(step, redis_queue, 0), await attempt(step, self.memory, 1)]
+        # What is scheduled would happen in one of them alone.
+        await redis_queue.close()
+        for side, answer in enumerate(answers):
+            heard[side] += sorted(grants_of(answer), key=lambda grant: grant.job_id)
+        assert [plain(grant) for grant in heard[0]] == [plain(grant) for grant in heard[1]]
+        assert comparable(answers[0]) == comparable(answers[1])
+        for ours, theirs in zip(*heard, strict=True):
+            self.nonces[ours.job_id] = (ours.nonce, theirs.nonce)
+        assert await redis_queue.length(MODEL) == await self.memory.length(MODEL)
+
+
+async def attempt(step: Callable[[JobQueue, int], Awaitable[object]], queue: JobQueue, side: int) -> object:
+    """The step's answer, or the class of its error."""
+    try:
+        return await step(queue, side)
+    except InterlockError as error:
+        return type(error)
+
+
+def grants_of(answer: object) -> tuple[Grant, ...]:
+    """The grants that an answer holds."""
+    if isinstance(answer, Renewal):
+        return answer.granted
+    return (answer,) if isinstance(answer, Grant) else ()
+
+
+def plain(grant: Grant) -> tuple[object, ...]:
+    """A grant without its nonce."""
+    return grant.job_id, grant.attempt, grant.worker_id, grant.revision, grant.epoch
+
+
+def comparable(answer: object) -> object:
+    """An answer without nonces and estimates."""
+    match answer:
+        case Grant():
+            return plain(answer)
+        case Waiting():
+            return answer.position
+        case Renewal():
+            waiting = {job_id: place.position for job_id, place in answer.waiting.items()}
+            return waiting, answer.lost, answer.unknown
+    return answer
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["enqueue"] * 6
+            + ["settle"] * 4
+            + ["requeue", "refused", "cancel", "renew", "reap", "worker", "remove", "route", "advance"]
+        ),
+        st.sampled_from(JOB_IDS),
+        st.sampled_from(sorted(WORKERS)),
+        st.sampled_from(list(Band)),
+        st.booleans(),
+        st.integers(0, 3),
+    ),
+    min_size=5,
+    max_size=60,
+)
+
+
+async def take(twins: Twins, step: tuple[str, str, str, Band, bool, int]) -> None:
+    """Performs one step of a history."""
+    verb, job_id, worker, band, flag, number = step
+    nonces = twins.nonces.get(job_id, ("none", "none"))
+    match verb:
+        case "enqueue":
+            job = make_job(job_id, tenant=f"t{number}", band=band, timeout_s=20.0 if flag else 3_600.0)
+            await twins.same(lambda queue, _: queue.enqueue(job))
+        case "settle":
+            await twins.same(lambda q, i: q.settle(MODEL, job_id, nonces[i], Outcome.FINISHED, 1))
+        case "requeue":
+            await twins.same(lambda q, i: q.requeue(MODEL, job_id, nonces[i], emitted=flag))
+        case "refused":
+            await twins.same(lambda q, i: q.refused(MODEL, job_id, nonces[i], hold_s=float(number)))
+        case "cancel":
+            name = f"submission-of-{job_id}" if flag else "another"
+            await twins.same(lambda queue, _: queue.cancel(MODEL, job_id, name))
+        case "renew":
+            named = {name: pair for name, pair in twins.nonces.items() if flag or name != job_id}
+            rest = frozenset(JOB_IDS) - named.keys() - ({job_id} if flag else set())
+            await twins.same(lambda q, i: q.renew(MODEL, {n: p[i] for n, p in named.items()}, rest))
+        case "reap":
+            await twins.same(lambda queue, _: queue.reap(MODEL))
+        case "advance":
+            twins.world.advance(number * 4.0)
+        case _:
+            await write(twins, verb, worker, number, flag=flag)
+
+
+async def write(twins: Twins, verb: str, worker: str, number: int, *, flag: bool) -> None:
+    """Performs one of the controller's writes on both sides."""
+    if verb == "worker":
+        ready = WORKERS[worker]
+        await twins.world.add_worker(worker, slots=number + 1, ready=ready, draining=flag and number == 0)
+        twins.memory.set_worker(
+            MODEL,
+            QueueWorker(worker, f"{worker}:1", number + 1, frozenset(ready), draining=flag and number == 0),
+        )
+    elif verb == "remove":
+        await twins.world.routes.remove_worker(MODEL, worker, 1)
+        twins.memory.remove_worker(MODEL, worker)
+    else:
+        weights = {"r1": number, "r2": 1} if flag else {"r1": 1}
+        await twins.world.routes.write_route(MODEL, number, 1, weights)
+        twins.memory.set_route(MODEL, number, weights)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(history=STEPS)
+async def test_redis_and_memory_agree_step_by_step(
+    empty_world: QueueWorld, history: list[tuple[str, str, str, Band, bool, int]]
+) -> None:
+    """Every answer, error, grant, position and count is the same, whatever the history."""
+    empty_world.client.flushall()
+    await empty_world.gateway("g1", LIMITS).length(MODEL)
+    twins = Twins(empty_world, MemoryJobQueue(RedisClock(empty_world), LIMITS))
+    await write(twins, "route", "", 1, flag=False)
+    await write(twins, "worker", "w1", 1, flag=False)
+    for step in history:
+        await take(twins, step)
+    empty_world.client.flushall()

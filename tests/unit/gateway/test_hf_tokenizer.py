@@ -1,0 +1,141 @@
+"""Tokenizers from files: what the template writes is special, what people type is text."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from services.common.errors import ArgumentInvalid, ArtifactInvalid
+from services.gateway.adapters import chat_template
+from services.gateway.adapters.chat_template import ChatTemplate
+from services.gateway.adapters.hf_tokenizer import HfTokenizer
+from services.gateway.core.params import Message
+from tests.fixtures.tiny_tokenizer import BEGIN, END, TEMPLATE, write_tokenizer
+
+TYPED = st.lists(
+    st.sampled_from([*"hel a\n<|>é🎉\ue000", "<|begin|>", "<|end|>", "<|<|end|>end|>"]), max_size=20
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer's files."""
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory: Path) -> HfTokenizer:
+    """The tokenizer in them."""
+    return HfTokenizer.load(directory)
+
+
+def user(text: str) -> list[Message]:
+    """One message."""
+    return [Message("user", text)]
+
+
+@given(TYPED, st.sampled_from(["user", "<|end|>", "a<|begin|>"]))
+def test_typed_special_tokens_stay_text(tokenizer: HfTokenizer, text: str, role: str) -> None:
+    """Whatever is typed, the template's own special tokens are all there are, and no character is lost."""
+    ids = tokenizer.encode_now([Message(role, text)])
+    assert (ids.count(BEGIN), ids.count(END)) == (2, 1)
+    assert tokenizer.decode(ids) == f"{role}\n{text}\nassistant\n"
+
+
+@given(st.text(alphabet="hel a\n<|>é🎉"))
+def test_plain_text_is_encoded_as_the_library_does_it(tokenizer: HfTokenizer, text: str) -> None:
+    """In one call, and in pieces as well: cutting at special tokens changes nothing."""
+    rendered = f"<|begin|>user\n{text}<|end|>\n<|begin|>assistant\n"
+    expected = tokenizer._tokenizer.encode(rendered, add_special_tokens=False).ids
+    assert list(tokenizer.encode_now(user(text))) == expected
+    assert list(tokenizer._encode_pieces(rendered, "\ue000")) == expected
+
+
+def test_a_text_without_a_template_is_encoded_as_it_is(tmp_path: Path) -> None:
+    """One text is possible, a conversation is not."""
+    plain = HfTokenizer.load(write_tokenizer(tmp_path, template=None))
+    assert plain.decode(plain.encode_now(user("hello"))) == "hello"
+    with pytest.raises(ArgumentInvalid, match="no chat template"):
+        plain.encode_now([*user("a"), *user("b")])
+
+
+def test_an_older_configuration_holds_the_template(tmp_path: Path) -> None:
+    """`chat_template` inside tokenizer_config.json, also as a list of named ones."""
+    for value in (TEMPLATE, [{"name": "tool", "template": "x"}, {"name": "default", "template": TEMPLATE}]):
+        write_tokenizer(tmp_path, template=None)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+        assert HfTokenizer.load(tmp_path).encode_now(user("a"))[0] == BEGIN
+
+
+def test_the_vocabulary_counts_special_tokens(tokenizer: HfTokenizer) -> None:
+    """Ids from 0 to the last special token."""
+    assert tokenizer.vocabulary == END + 1
+
+
+async def test_encoding_leaves_the_event_loop_free(tokenizer: HfTokenizer) -> None:
+    """The port's method answers with the same ids."""
+    assert await tokenizer.encode(user("hello")) == tokenizer.encode_now(user("hello"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
+    """ArtifactInvalid with the file's name, not a foreign exception."""
+    write_tokenizer(tmp_path)
+    (tmp_path / name).write_text("{")
+    with pytest.raises(ArtifactInvalid, match=name):
+        HfTokenizer.load(tmp_path)
+
+
+def test_the_literal_twin_is_a_copy(tokenizer: HfTokenizer) -> None:
+    """Treating special tokens as text in one of them does not change the other."""
+    assert isinstance(tokenizer._tokenizer, Tokenizer)
+    assert tokenizer._tokenizer.encode("<|end|>", add_special_tokens=False).ids == [END]
+    assert END not in tokenizer._literal.encode("<|end|>", add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set r = range(900)|list %}{% for a in r %}{% for b in r %}{% for c in r %}" + "{% endfor %}" * 3,
+        "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
+        "{{ 'x' * 10**9 }}",
+        "{{ 10**10**10 }}",
+        "{{ '%0999999999d' % 1 }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ 1 / 0 }}",
+        "{{ raise_exception('only users') }}",
+        "{{ undefined.attribute }}",
+    ],
+    ids=range(11),
+)
+def test_a_hostile_template_is_stopped(source: str) -> None:
+    """Loops, explosions and escapes end as errors of the call, in bounded time."""
+    started_s = time.monotonic()
+    with pytest.raises(ArgumentInvalid):
+        ChatTemplate(source, {}, limit_s=0.2).render(user("hi"))
+    assert time.monotonic() - started_s < 5
+
+
+def test_a_template_that_is_none_is_refused() -> None:
+    """Syntax errors and sizes are found when the revision is prepared."""
+    for source in ("{% for %}", "x" * (chat_template.TEMPLATE_CHARS_MAX + 1)):
+        with pytest.raises(ArtifactInvalid):
+            ChatTemplate(source, {})
+
+
+def test_what_templates_expect_is_there() -> None:
+    """bos_token, strftime_now, tojson without HTML escapes, loop controls, trimmed blocks."""
+    template = ChatTemplate(
+        "{{ bos_token }}{{ {'a': '<é>'} | tojson }}{% for i in range(9) %}\n"
+        "{% if i > 1 %}{% break %}{% endif %}{{ i }}{% endfor %}{{ strftime_now('%Y') | length }}",
+        {"bos_token": "<s>"},
+    )
+    assert template.render(user("hi")) == '<s>{"a": "<é>"}014'

@@ -1,0 +1,139 @@
+"""The queue in memory: the rules that it shares with the one in Redis are compared there, step by step."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.common.errors import DeadlineExceeded, QueueFull, RequestExists
+from services.gateway.adapters.memory_queue import MemoryJobQueue
+from services.gateway.core.jobs import Band, Grant, Outcome, QueuedJob, Waiting
+from services.gateway.core.queue_limits import QueueLimits
+from services.gateway.core.queue_line import QueueWorker
+
+MODEL = "m"
+
+
+class SteppedClock:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def monotonic(self) -> float:
+        """Seconds since some moment."""
+        return self.seconds
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return self.seconds
+
+
+def make_job(
+    job_id: str, *, submission: str = "", timeout_s: float = 60.0, waited_s: float = 0.0
+) -> QueuedJob:
+    """A job with plain values."""
+    return QueuedJob(job_id, MODEL, "tenant", Band.INTERACTIVE, 10, timeout_s, submission or job_id, waited_s)
+
+
+@pytest.fixture
+def clock() -> SteppedClock:
+    """The queue's clock."""
+    return SteppedClock()
+
+
+@pytest.fixture
+def received() -> list[Grant]:
+    """What the receiver heard."""
+    return []
+
+
+@pytest.fixture
+def queue(clock: SteppedClock, received: list[Grant]) -> MemoryJobQueue:
+    """A queue with one worker of one slot, and room for two jobs that wait."""
+    queue = MemoryJobQueue(clock, QueueLimits(waiting_jobs_max=2))
+    queue.on_grant(received.append)
+    queue.set_route(MODEL, 7, {"r1": 100})
+    queue.set_worker(MODEL, QueueWorker("w1", "w1:1", 1, frozenset({"r1"})))
+    return queue
+
+
+async def enqueue_granted(queue: MemoryJobQueue, job_id: str) -> Grant:
+    """Enqueues a job that gets a slot at once."""
+    answer = await queue.enqueue(make_job(job_id))
+    assert isinstance(answer, Grant)
+    return answer
+
+
+async def test_a_settled_slot_goes_to_the_job_that_waits(
+    queue: MemoryJobQueue, received: list[Grant]
+) -> None:
+    """The receiver hears of the grant, which names worker, revision and epoch."""
+    first = await enqueue_granted(queue, "a")
+    assert await queue.enqueue(make_job("b")) == Waiting(0)
+    await queue.settle(MODEL, "a", first.nonce, Outcome.FINISHED, 5)
+    (second,) = received
+    assert (second.job_id, second.worker_address, second.revision, second.epoch) == ("b", "w1:1", "r1", 7)
+    assert await queue.length(MODEL) == 0
+
+
+async def test_bounds_and_names_are_kept(queue: MemoryJobQueue) -> None:
+    """A full queue refuses, a namesake is refused, and an ended submission does not run again."""
+    first = await enqueue_granted(queue, "a")
+    for job_id in "bc":
+        await queue.enqueue(make_job(job_id))
+    with pytest.raises(QueueFull):
+        await queue.enqueue(make_job("d"))
+    with pytest.raises(RequestExists):
+        await queue.enqueue(make_job("a", submission="another"))
+    await queue.settle(MODEL, "a", first.nonce, Outcome.FINISHED, 5)
+    with pytest.raises(RequestExists):
+        await queue.enqueue(make_job("a"))
+
+
+async def test_a_job_expires_while_it_waits(queue: MemoryJobQueue, clock: SteppedClock) -> None:
+    """The renewal reports it as lost, and a repeated submission hears why."""
+    first = await enqueue_granted(queue, "a")
+    await queue.enqueue(make_job("b", timeout_s=5.0))
+    clock.seconds += 6
+    renewal = await queue.renew(MODEL, {"a": first.nonce}, frozenset("b"))
+    assert renewal.lost == {"b"}
+    with pytest.raises(DeadlineExceeded):
+        await queue.enqueue(make_job("b", timeout_s=5.0))
+
+
+async def test_a_failed_worker_is_left_alone_for_a_moment(
+    queue: MemoryJobQueue, clock: SteppedClock, received: list[Grant]
+) -> None:
+    """A fenced attempt cannot put the job back; the current one can, at the cost of an attempt."""
+    first = await enqueue_granted(queue, "a")
+    assert not await queue.requeue(MODEL, "a", "another", emitted=False)
+    assert await queue.requeue(MODEL, "a", first.nonce, emitted=True)
+    assert await queue.requeue(MODEL, "a", first.nonce, emitted=True)
+    assert received == []
+    clock.seconds += 1
+    (second,) = (await queue.renew(MODEL, {}, frozenset("a"))).granted
+    assert second.attempt == 2
+
+
+async def test_a_pinned_job_ends_when_nobody_can_continue_it(
+    queue: MemoryJobQueue, clock: SteppedClock
+) -> None:
+    """It waits for the worker's return first."""
+    first = await enqueue_granted(queue, "a")
+    queue.remove_worker(MODEL, "w1")
+    await queue.requeue(MODEL, "a", first.nonce, emitted=True)
+    await queue.reap(MODEL)
+    assert await queue.length(MODEL) == 1
+    clock.seconds += 16
+    await queue.reap(MODEL)
+    assert await queue.length(MODEL) == 0
+
+
+async def test_what_runs_already_can_be_registered(queue: MemoryJobQueue) -> None:
+    """It takes its slot; another attempt of the same job does not."""
+    grant = Grant("a", 2, "nonce", "w1", "w1:1", "r1", 7)
+    assert await queue.register(make_job("a"), grant)
+    assert await queue.enqueue(make_job("b")) == Waiting(0)
+    assert not await queue.register(make_job("a"), Grant("a", 1, "older", "w1", "w1:1", "r1", 7))
+    await queue.cancel(MODEL, "a", "a")
+    assert not await queue.register(make_job("a"), grant)

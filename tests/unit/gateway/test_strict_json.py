@@ -1,0 +1,53 @@
+"""One reading of every body, in bounded time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.common.errors import ArgumentInvalid
+from services.gateway.http.strict_json import DEPTH_MAX, read_object
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=40)
+@given(st.dictionaries(st.text(), VALUES, max_size=4))
+def test_every_json_object_is_read_as_it_is(value: dict[str, Any]) -> None:
+    """Strictness refuses nothing that is plain JSON."""
+    assert read_object(json.dumps(value).encode()) == value
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_an_object_or_an_error(body: bytes) -> None:
+    """Nothing else comes out."""
+    with contextlib.suppress(ArgumentInvalid):
+        assert isinstance(read_object(body), dict)
+
+
+def test_brackets_in_strings_are_no_nesting() -> None:
+    """Depth counts structure alone, to the level."""
+    assert read_object(json.dumps({"a": "[" * 1000 + '\\"'}).encode())["a"].startswith("[")
+    nested = b'{"a":' + b"[" * (DEPTH_MAX - 1) + b"]" * (DEPTH_MAX - 1) + b"}"
+    assert read_object(nested)
+    with pytest.raises(ArgumentInvalid, match="nested"):
+        read_object(b'{"a":' + b"[" * DEPTH_MAX + b"]" * DEPTH_MAX + b"}")
+
+
+@pytest.mark.parametrize("body", [b'"' + b'\\"' * 900_000, b'"' * 1_900_000, b'{"' + b"\\" * 1_900_000])
+def test_a_string_that_never_ends_costs_linear_time(body: bytes) -> None:
+    """Two megabytes of quotes are refused at once; a quadratic reader would take hours."""
+    started_s = time.monotonic()
+    with pytest.raises(ArgumentInvalid):
+        read_object(body)
+    assert time.monotonic() - started_s < 5

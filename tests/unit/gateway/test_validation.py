@@ -1,0 +1,142 @@
+"""The documented bounds, one by one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.common.errors import (
+    ArgumentInvalid,
+    ContextExceeded,
+    FeatureUnsupported,
+    ModelUnknown,
+    NoWorker,
+    ScopeMissing,
+)
+from services.gateway.core import validation
+from services.gateway.core.catalog import Catalog, CatalogEntry
+from services.gateway.core.jobs import Band, Principal
+from services.gateway.core.params import (
+    ChatPrompt,
+    GenerationRequest,
+    Message,
+    SamplingParams,
+    TextPrompt,
+    TokenPrompt,
+)
+from tests.fakes.gateway_ports import FakeTokenizer
+
+TEXT = TextPrompt("hi")
+HUGE = "x" * (validation.PROMPT_BYTES_MAX + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("temperature", [0.0, 2.0], [-0.1, 2.1]),
+        ("top_p", [0.01, 1.0], [0.0, 1.1]),
+        ("top_k", [1, 2**31 - 1], [0, -1, 2**31]),
+        ("min_p", [0.0, 1.0], [-0.1, 1.1]),
+        ("repetition_penalty", [1.0, 10.0], [0.0, 10.1]),
+        ("presence_penalty", [-2.0, 2.0], [-2.1, 2.1]),
+        ("frequency_penalty", [-2.0, 2.0], [-2.1, 2.1]),
+        ("seed", [0, 2**64 - 1], [-1, 2**64]),
+    ],
+)
+def test_sampling_is_bounded(name: str, good: list[Any], bad: list[Any]) -> None:
+    """Both ends of each range are allowed or refused as documented; NaN and infinity never are."""
+    for value in good:
+        validation.check_sampling(SamplingParams(**{name: value}))
+    numbers = [] if name in {"top_k", "seed"} else [math.nan, math.inf, -math.inf]
+    for value in [*bad, *numbers]:
+        with pytest.raises(ArgumentInvalid, match=name):
+            validation.check_sampling(SamplingParams(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"n": 0}, "n:"),
+        ({"n": 5}, "n:"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"stop": ("a",) * 5}, "stop"),
+        ({"stop": ("é" * 129,)}, "stop"),
+        ({"prompt": TextPrompt("")}, "text"),
+        ({"prompt": TextPrompt(HUGE)}, "text"),
+        ({"prompt": TextPrompt("\ud800")}, "text"),
+        ({"prompt": TokenPrompt(())}, "tokens"),
+        ({"prompt": ChatPrompt(())}, "messages"),
+        ({"prompt": ChatPrompt((Message("", "a"),))}, "messages[0].role"),
+        ({"prompt": ChatPrompt((Message("r" * 65, "a"),))}, "messages[0].role"),
+        ({"prompt": ChatPrompt((Message("user", "a"),) * 1025)}, "messages"),
+        ({"prompt": ChatPrompt((Message("user", HUGE),))}, "messages"),
+    ],
+    ids=range(14),
+)
+def test_a_breach_names_its_field(fields: dict[str, Any], named: str) -> None:
+    """ArgumentInvalid begins with the field."""
+    with pytest.raises(ArgumentInvalid) as caught:
+        validation.check_request(GenerationRequest(**{"prompt": TEXT, **fields}))
+    assert caught.value.message.startswith(named)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 2},
+        {"logprobs": 0},
+        {"resumable": True},
+        {"formatted": True},
+        {"sampling": SamplingParams(biased_tokens=1)},
+        {"sampling": SamplingParams(repetition_penalty=1.1)},
+        {"sampling": SamplingParams(presence_penalty=0.1)},
+        {"sampling": SamplingParams(frequency_penalty=-0.1)},
+    ],
+    ids=range(8),
+)
+def test_what_is_not_served_is_refused_by_name(fields: dict[str, Any]) -> None:
+    """Never silently ignored; the neutral value of each penalty is fine."""
+    with pytest.raises(FeatureUnsupported):
+        validation.check_request(GenerationRequest(prompt=TEXT, **fields))
+    neutral = SamplingParams(repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
+    assert validation.check_request(GenerationRequest(prompt=TEXT, n=1, sampling=neutral)) is TEXT
+
+
+@given(st.none() | st.integers(1, 200), st.integers(1, 200), st.integers(1, 200))
+def test_prompt_and_answer_fit_the_context(asked: int | None, prompt: int, context: int) -> None:
+    """What is returned fits and is what was asked for; what cannot fit is refused."""
+    try:
+        granted = validation.fit_max_tokens(asked, prompt, context)
+    except ContextExceeded:
+        assert prompt + (asked or 1) > context
+    else:
+        assert 1 <= granted <= context - prompt
+        assert granted == (min(50, context - prompt) if asked is None else asked)
+
+
+def test_the_system_band_needs_its_scope() -> None:
+    """Absent is INTERACTIVE; numbers that the contract does not know are refused."""
+    nobody, system = Principal("a"), Principal("a", frozenset({"priority:system"}))
+    assert validation.band_of(0, nobody) is Band.INTERACTIVE
+    assert validation.band_of(3, system) is Band.SYSTEM
+    with pytest.raises(ScopeMissing):
+        validation.band_of(3, nobody)
+    with pytest.raises(ArgumentInvalid):
+        validation.band_of(9, nobody)
+
+
+def test_the_catalog_knows_the_latest_epoch() -> None:
+    """An older activation changes nothing; the first model is the default; unknown names are told."""
+    catalog = Catalog()
+    with pytest.raises(NoWorker):
+        catalog.find(None)
+    for model, revision, epoch in (("m", "r2", 2), ("m", "r1", 1), ("a", "r1", 1)):
+        catalog.activate(CatalogEntry(model, revision, epoch, 10, 1, FakeTokenizer()))
+    assert catalog.find(None).revision == "r2"
+    assert catalog.models == ("a", "m")
+    with pytest.raises(ModelUnknown, match="'x' is not served; a, m"):
+        catalog.find("x")
