@@ -1,0 +1,101 @@
+"""Envoy's clusters. Owns: how gateways and controller are reached, checked and chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deploy.envoy.listener import address
+from deploy.envoy.parameters import Endpoint, Parameters
+from deploy.envoy.routes import CONTROLLER, GATEWAYS
+
+# What a gateway's HTTP/2 server admits on one connection. The gateway's queue is the bound that clients
+# shall meet, with its reason and delay, so Envoy's own stands above it.
+_STREAMS_PER_ENDPOINT = 4_096
+
+
+def clusters(parameters: Parameters) -> list[dict[str, Any]]:
+    """The gateways and the controller."""
+    return [_cluster(GATEWAYS, parameters.gateways), _cluster(CONTROLLER, (parameters.controller,))]
+
+
+def _cluster(name: str, endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "type": "STATIC",
+        # Everything is on one machine or in one rack.
+        "connect_timeout": "1s",
+        # Streams differ in length by orders of magnitude; turns would pile them up on one gateway.
+        "lb_policy": "LEAST_REQUEST",
+        # Only when nobody is healthy do calls go to everybody: a gateway that cannot serve says why, in the
+        # API's shape, and better than Envoy could. A draining one among healthy ones gets nothing.
+        "common_lb_config": {"healthy_panic_threshold": {"value": 1.0}},
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _http2()
+        },
+        "health_checks": [_health_check()],
+        "outlier_detection": _outlier_detection(),
+        "circuit_breakers": {"thresholds": [_threshold(len(endpoints))]},
+        "load_assignment": {
+            "cluster_name": name,
+            "endpoints": [
+                {"lb_endpoints": [{"endpoint": {"address": address(endpoint)}} for endpoint in endpoints]}
+            ],
+        },
+    }
+
+
+def _http2() -> dict[str, Any]:
+    return {
+        "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+        "explicit_http_config": {
+            "http2_protocol_options": {
+                # A gateway that vanished without a FIN is noticed; more often than 5 s the server forbids.
+                "connection_keepalive": {"interval": "30s", "timeout": "5s"},
+                # The same room a stream as downstream; a connection carries hundreds of them.
+                "initial_stream_window_size": 65_536,
+                "initial_connection_window_size": 8_388_608,
+            }
+        },
+    }
+
+
+def _health_check() -> dict[str, Any]:
+    return {
+        # A draining gateway gets no new call within a second.
+        "interval": "1s",
+        "timeout": "1s",
+        # Envoy's own default asks an idle cluster once a minute.
+        "no_traffic_interval": "1s",
+        "unhealthy_interval": "1s",
+        # One lost answer is a hiccup of a busy machine; NOT_SERVING counts at once.
+        "unhealthy_threshold": 2,
+        "healthy_threshold": 1,
+        "grpc_health_check": {},
+    }
+
+
+def _outlier_detection() -> dict[str, Any]:
+    """Failed connections count, statuses do not: UNAVAILABLE for want of a worker is no gateway's fault."""
+    return {
+        "split_external_local_origin_errors": True,
+        "consecutive_local_origin_failure": 5,
+        "enforcing_consecutive_local_origin_failure": 100,
+        "enforcing_consecutive_gateway_failure": 0,
+        "enforcing_consecutive_5xx": 0,
+        "enforcing_success_rate": 0,
+        "enforcing_local_origin_success_rate": 0,
+        "base_ejection_time": "5s",
+        # Half of the gateways stay, whatever happens.
+        "max_ejection_percent": 50,
+    }
+
+
+def _threshold(endpoints: int) -> dict[str, Any]:
+    return {
+        "max_requests": _STREAMS_PER_ENDPOINT * endpoints,
+        # Calls that wait for a connection while a gateway restarts.
+        "max_pending_requests": 256,
+        # Enough for the calls of the moment in which one gateway dies, too few for a storm.
+        "max_retries": 16,
+        "track_remaining": True,
+    }

@@ -1,0 +1,244 @@
+"""Envoy's listener. Owns: the one port, its HTTP filters and limits, and the shape of Envoy's own replies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deploy.envoy.parameters import Endpoint, Parameters
+from deploy.envoy.routes import BODY_BYTES_MAX, route_configuration
+
+_TYPE = "type.googleapis.com/envoy.extensions"
+
+# The gateway names a reply's status in a header, because a transcoded reply is always 200. Header
+# mutation may not touch `:status`; Lua may.
+_STATUS_LUA = """\
+function envoy_on_response(handle)
+  local status = handle:headers():get("x-interlock-status")
+  if status then
+    handle:headers():remove("x-interlock-status")
+    handle:headers():replace(":status", status)
+  end
+end
+"""
+
+# What Envoy answers by itself, in the gateway's shape: HTTP status -> gRPC code, reason of `ErrorReason`, and
+# a message that reveals nothing inside.
+_LOCAL_REPLIES: tuple[tuple[int, str, str, str], ...] = (
+    (400, "INVALID_ARGUMENT", "ARGUMENT_INVALID", "The request is not valid HTTP for this path."),
+    (403, "PERMISSION_DENIED", "UNSPECIFIED", "The request is not allowed."),
+    (404, "NOT_FOUND", "UNSPECIFIED", "No such path, or not with this method."),
+    (405, "UNIMPLEMENTED", "UNSPECIFIED", "The path does not have this method."),
+    (408, "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", "The request did not arrive in time."),
+    (413, "RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE", f"The body is larger than {BODY_BYTES_MAX} bytes."),
+    (
+        415,
+        "INVALID_ARGUMENT",
+        "ARGUMENT_INVALID",
+        "The content type is not supported; send application/json.",
+    ),
+    (429, "RESOURCE_EXHAUSTED", "UNSPECIFIED", "Too many requests; try again later."),
+    (431, "INVALID_ARGUMENT", "ARGUMENT_INVALID", "The headers are too large or too many."),
+    (502, "UNAVAILABLE", "UNSPECIFIED", "The mesh gave no usable answer; try again."),
+    (503, "UNAVAILABLE", "UNSPECIFIED", "The mesh cannot answer now; try again in a moment."),
+    (504, "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", "The mesh did not answer in time."),
+)
+
+# Who asked by HTTP: without gRPC's content type (an absent one counts as empty), or with the path that the
+# transcoder keeps when it makes a gRPC call of a request.
+_FROM_HTTP = [
+    {
+        "header_filter": {
+            "header": {
+                "name": "content-type",
+                "string_match": {"prefix": "application/grpc"},
+                "invert_match": True,
+                "treat_missing_header_as_empty": True,
+            }
+        }
+    },
+    {"header_filter": {"header": {"name": "x-envoy-original-path", "present_match": True}}},
+]
+
+
+def listener(parameters: Parameters) -> dict[str, Any]:
+    """HTTP/1.1, HTTP/2 with prior knowledge, gRPC and gRPC-Web on one port."""
+    manager = {
+        "name": "envoy.filters.network.http_connection_manager",
+        "typed_config": _connection_manager(parameters),
+    }
+    return {
+        "name": "interlock",
+        "address": address(parameters.listen),
+        # With SO_REUSEPORT a second Envoy would bind the same port silently and take half of the calls.
+        "enable_reuse_port": False,
+        # A client that does not read makes its stream pause here instead of filling memory.
+        "per_connection_buffer_limit_bytes": 65_536,
+        "filter_chains": [{"filters": [manager]}],
+    }
+
+
+def address(endpoint: Endpoint) -> dict[str, Any]:
+    """An endpoint as Envoy writes it."""
+    return {"socket_address": {"address": endpoint.host, "port_value": endpoint.port}}
+
+
+def _connection_manager(parameters: Parameters) -> dict[str, Any]:
+    return {
+        "@type": f"{_TYPE}.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "interlock",
+        # The first bytes decide between HTTP/1.1 and HTTP/2.
+        "codec_type": "AUTO",
+        **_trust(),
+        **_limits(),
+        "access_log": [_access_log(parameters)],
+        "local_reply_config": {"mappers": [_local_reply(*reply) for reply in _LOCAL_REPLIES]},
+        "route_config": route_configuration(parameters),
+        "http_filters": _http_filters(parameters),
+    }
+
+
+def _trust() -> dict[str, Any]:
+    """What of a request is believed."""
+    return {
+        "use_remote_address": True,
+        # Nobody is internal, loopback neither: `x-envoy-*` headers of clients could cut or repeat requests.
+        # An empty list would mean Envoy's default; from the broadcast address nobody can call.
+        "internal_address_config": {"cidr_ranges": [{"address_prefix": "255.255.255.255", "prefix_len": 32}]},
+        # A caller's request id is the contract's key for its logs; Envoy would overwrite it.
+        "preserve_external_request_id": True,
+        # One spelling of each path, so that what is denied below cannot be reached by another one.
+        "normalize_path": True,
+        "merge_slashes": True,
+        "path_with_escaped_slashes_action": "REJECT_REQUEST",
+        # Who runs what is nobody's business.
+        "server_header_transformation": "PASS_THROUGH",
+    }
+
+
+def _limits() -> dict[str, Any]:
+    return {
+        "common_http_protocol_options": {
+            # Some servers read `x_y` as `x-y`: a way around the stripped headers.
+            "headers_with_underscores_action": "REJECT_REQUEST",
+            # Vendors' clients send about 25.
+            "max_headers_count": 64,
+            # Idle keep-alive connections go after a quarter of an hour.
+            "idle_timeout": "900s",
+        },
+        "http2_protocol_options": {
+            # 100 streams a connection starve 400 clients that share one channel.
+            "max_concurrent_streams": 1_024,
+            # A stream may be 64 KiB ahead of its reader, a connection 1 MiB.
+            "initial_stream_window_size": 65_536,
+            "initial_connection_window_size": 1_048_576,
+        },
+        # Twice the longest token that the gateway reads.
+        "max_request_headers_kb": 16,
+        # Slow headers hold a connection for nothing.
+        "request_headers_timeout": "5s",
+        # For streams that found no route; routes have their own.
+        "stream_idle_timeout": "300s",
+        # Running streams get this long to end when a listener drains.
+        "drain_timeout": "5s",
+    }
+
+
+def _http_filters(parameters: Parameters) -> list[dict[str, Any]]:
+    """The filters in the order of a request; a reply passes them backwards, so Lua sees it last."""
+    return [
+        _filter("lua", "lua.v3.Lua", default_source_code={"inline_string": _STATUS_LUA}),
+        # Before everything that answers, so that a page may read an error as well.
+        _filter("cors", "cors.v3.Cors"),
+        _filter("grpc_web", "grpc_web.v3.GrpcWeb"),
+        _filter(
+            "grpc_json_transcoder", "grpc_json_transcoder.v3.GrpcJsonTranscoder", **_transcoding(parameters)
+        ),
+        # `x-envoy-*` headers would tell clients how long which part took.
+        _filter("router", "router.v3.Router", suppress_envoy_headers=True),
+    ]
+
+
+def _filter(name: str, kind: str, **config: Any) -> dict[str, Any]:
+    typed = {"@type": f"{_TYPE}.filters.http.{kind}", **config}
+    return {"name": f"envoy.filters.http.{name}", "typed_config": typed}
+
+
+def _transcoding(parameters: Parameters) -> dict[str, Any]:
+    return {
+        "proto_descriptor": parameters.descriptors,
+        "services": ["interlock.http.v1.GatewayHttpService", "interlock.http.v1.AdminHttpService"],
+        # A status that does not come from the gateway's handlers (it died, say) still is JSON.
+        "convert_grpc_status": True,
+        "print_options": {"preserve_proto_field_names": True, "always_print_primitive_fields": True},
+        # Otherwise an unknown path would go on as it is, and a typing error in a query be ignored.
+        "request_validation_options": {
+            "reject_unknown_method": True,
+            "reject_unknown_query_parameters": True,
+            "reject_binding_body_field_collisions": True,
+        },
+        # Holds for HttpBody alone, which is one reason for HttpBody: one byte more is a 413.
+        "max_request_body_size": BODY_BYTES_MAX,
+        "max_response_body_size": BODY_BYTES_MAX,
+    }
+
+
+def _local_reply(status: int, code: str, reason: str, message: str) -> dict[str, Any]:
+    """One reply of Envoy's own, in the shape of the native API. gRPC calls keep a plain message."""
+    is_status = {
+        "status_code_filter": {
+            # The runtime key is required; nothing sets it.
+            "comparison": {"op": "EQ", "value": {"default_value": status, "runtime_key": "interlock.none"}}
+        }
+    }
+    return {
+        "filter": {"and_filter": {"filters": [is_status, {"or_filter": {"filters": _FROM_HTTP}}]}},
+        "headers_to_add": [
+            {
+                "header": {"key": "x-request-id", "value": "%REQ(X-REQUEST-ID)%"},
+                "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+            }
+        ],
+        "body_format_override": {
+            "json_format": {
+                "error": {
+                    "code": code,
+                    "reason": f"ERROR_REASON_{reason}",
+                    "message": message,
+                    "request_id": "%REQ(X-REQUEST-ID)%",
+                }
+            },
+            "content_type": "application/json",
+        },
+    }
+
+
+def _access_log(parameters: Parameters) -> dict[str, Any]:
+    """One JSON line a request, with the names that the services' logs use. No query, no secret."""
+    line = {
+        "timestamp": "%START_TIME(%Y-%m-%dT%H:%M:%S.%3fZ)%",
+        "level": "info",
+        "service": "envoy",
+        "event": "http.finished",
+        "request_id": "%REQ(X-REQUEST-ID)%",
+        "method": "%REQ(:METHOD)%",
+        "path": "%PATH(NQ:ORIG_OR_PATH)%",
+        "protocol": "%PROTOCOL%",
+        "status": "%RESPONSE_CODE%",
+        "grpc_status": "%GRPC_STATUS%",
+        "flags": "%RESPONSE_FLAGS%",
+        "duration_ms": "%DURATION%",
+        "first_byte_ms": "%RESPONSE_DURATION%",
+        "request_bytes": "%BYTES_RECEIVED%",
+        "response_bytes": "%BYTES_SENT%",
+        "upstream": "%UPSTREAM_HOST%",
+    }
+    log_format = {"json_format": line, "omit_empty_values": True}
+    if parameters.access_log is None:
+        typed = {"@type": f"{_TYPE}.access_loggers.stream.v3.StdoutAccessLog", "log_format": log_format}
+        return {"name": "envoy.access_loggers.stdout", "typed_config": typed}
+    typed = {
+        "@type": f"{_TYPE}.access_loggers.file.v3.FileAccessLog",
+        "path": parameters.access_log,
+        "log_format": log_format,
+    }
+    return {"name": "envoy.access_loggers.file", "typed_config": typed}

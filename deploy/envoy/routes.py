@@ -1,0 +1,132 @@
+"""Envoy's routes. Owns: which path goes where, which headers pass, and who may call from a web page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deploy.envoy.parameters import Parameters
+
+# The only clusters: what a route can name.
+GATEWAYS = "gateways"
+CONTROLLER = "controller"
+
+# Ours to set, not a client's: the status that the Lua filter believes, and proofs of membership.
+# `x-interlock-deadline` is the client's own, so the names are listed rather than matched by prefix.
+INTERNAL_HEADERS = ("x-interlock-status", "x-interlock-mesh-token", "x-interlock-gateway-id")
+
+# Members of the mesh attach and download past Envoy; from outside these do not exist.
+_HIDDEN = (
+    "/interlock.v1.ControllerService/Attach",
+    "/interlock.v1.ControllerService/DownloadRevision",
+)
+
+# Routing happens on the path after transcoding: `GET /v1/admin/workers` arrives here as
+# `/interlock.http.v1.AdminHttpService/ListWorkers`.
+_ROUTES = (
+    ("/interlock.v1.GatewayService/", GATEWAYS),
+    ("/interlock.http.v1.GatewayHttpService/", GATEWAYS),
+    ("/interlock.v1.ControllerService/", CONTROLLER),
+    ("/interlock.http.v1.AdminHttpService/", CONTROLLER),
+    ("/grpc.health.v1.Health/", GATEWAYS),
+    # Tools of both generations ask: grpcurl before 1.9 knows v1alpha alone.
+    ("/grpc.reflection.v1alpha.ServerReflection/", GATEWAYS),
+    ("/grpc.reflection.v1.ServerReflection/", GATEWAYS),
+)
+
+# Where REST requests come in. They find a route here only for its CORS policy, which needs one that
+# forwards; the transcoder answers 404 itself or changes the path, and with it the route.
+_REST = ({"prefix": "/v1/"}, {"path": "/generate"}, {"path": "/healthz"}, {"path": "/readyz"})
+
+# The largest body, and with the content type and the framing that the transcoder puts around it. It fits
+# the gateway's 4 MiB message limit; the prompt of a small model's longest context is a tenth of it.
+BODY_BYTES_MAX = 1_048_576
+ENVELOPED_BODY_BYTES_MAX = BODY_BYTES_MAX + 65_536
+
+# What a page may send: the bearer token in either form, gRPC-Web's own, and the contract's headers.
+_CORS_REQUEST_HEADERS = (
+    "authorization",
+    "content-type",
+    "grpc-timeout",
+    "last-event-id",
+    "x-api-key",
+    "x-grpc-web",
+    "x-interlock-deadline",
+    "x-request-id",
+    "x-user-agent",
+)
+# What a page may read: a status and its reason, delays, and who answered.
+_CORS_RESPONSE_HEADERS = (
+    "grpc-message",
+    "grpc-status",
+    "grpc-status-details-bin",
+    "interlock-reason",
+    "retry-after",
+    "retry-after-ms",
+    "x-interlock-revision",
+    "x-interlock-worker",
+    "x-request-id",
+)
+
+
+def route_configuration(parameters: Parameters) -> dict[str, Any]:
+    """The one virtual host, for every name that clients may know the mesh by."""
+    routes = [_absent({"path": path}) for path in _HIDDEN]
+    routes += [_forwarded({"prefix": prefix}, cluster) for prefix, cluster in _ROUTES]
+    routes += [_forwarded(match, GATEWAYS) for match in _REST]
+    routes.append(_absent({"prefix": "/"}))
+    host = {
+        "name": "interlock",
+        "domains": ["*"],
+        "request_headers_to_remove": list(INTERNAL_HEADERS),
+        "typed_per_filter_config": {"envoy.filters.http.cors": _cors(parameters)},
+        "routes": routes,
+    }
+    return {"name": "interlock", "virtual_hosts": [host]}
+
+
+def _absent(match: dict[str, str]) -> dict[str, Any]:
+    return {"match": match, "direct_response": {"status": 404}}
+
+
+def _forwarded(match: dict[str, str], cluster: str) -> dict[str, Any]:
+    route: dict[str, Any] = {
+        "cluster": cluster,
+        # A stream lasts as long as its request; the deadline is the gateway's to keep.
+        "timeout": "0s",
+        # The longest deadline that a client may ask for is 3,600 s, and a queued request may be silent.
+        "idle_timeout": "3660s",
+        # An offset above 0 would cut streams early, a maximum a client's longer deadline.
+        "max_stream_duration": {"grpc_timeout_header_max": "0s", "grpc_timeout_header_offset": "0s"},
+        "retry_policy": {
+            # Only where the request surely reached nobody: a generation must not run twice.
+            "retry_on": "connect-failure,refused-stream",
+            # One for a restarting gateway, one for its neighbour; more would only delay the error.
+            "num_retries": 2,
+            "retry_host_predicate": [
+                {
+                    "name": "envoy.retry_host_predicates.previous_hosts",
+                    "typed_config": {
+                        "@type": "type.googleapis.com/"
+                        "envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"
+                    },
+                }
+            ],
+            "host_selection_retry_max_attempts": 3,
+        },
+    }
+    # Room for the largest body in its envelope, so that the body's own limit decides and not this one.
+    return {"match": match, "route": route, "request_body_buffer_limit": ENVELOPED_BODY_BYTES_MAX}
+
+
+def _cors(parameters: Parameters) -> dict[str, Any]:
+    return {
+        "@type": "type.googleapis.com/envoy.extensions.filters.http.cors.v3.CorsPolicy",
+        "allow_origin_string_match": [
+            {"safe_regex": {"regex": origin}} for origin in parameters.cors_origins
+        ],
+        "allow_methods": "GET, POST, OPTIONS",
+        "allow_headers": ", ".join(_CORS_REQUEST_HEADERS),
+        "expose_headers": ", ".join(_CORS_RESPONSE_HEADERS),
+        # Browsers keep the answer for at most two hours; ten minutes let a changed policy arrive.
+        "max_age": "600",
+    }

@@ -1,0 +1,1 @@
+"""The `interlock` command. One module a command group, imported when it is called: each starts fast."""

@@ -1,0 +1,75 @@
+"""`interlock chat`. Owns: a conversation in the terminal, token by token."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import unicodedata
+
+from interlock.v1.gateway_service_pb2 import GenerateRequest
+from interlock.v1.gateway_service_pb2_grpc import GatewayServiceStub
+from interlock.v1.generation_pb2 import FINISH_REASON_LENGTH, ChatInput, ChatMessage
+
+from services.cli.access import entrance, running_mesh
+from services.cli.failure import CommandFailed
+
+# The contract's default deadline: a queue of strangers may be ahead.
+_ANSWER_TIMEOUT_S = 240.0
+# What the contract allows in one conversation; the oldest turns go first.
+_TURNS_MAX = 64
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Answers one prompt, or talks until the input ends."""
+    if arguments.prompt is not None:
+        asyncio.run(_answer([ChatMessage(role="user", content=arguments.prompt)], arguments))
+        return 0
+    running_mesh()
+    print("Ctrl-C stops an answer, Ctrl-D ends the conversation.")
+    return _converse(arguments)
+
+
+def _converse(arguments: argparse.Namespace) -> int:
+    turns: list[ChatMessage] = []
+    while True:
+        try:
+            prompt = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if not prompt:
+            continue
+        asked = [*turns, ChatMessage(role="user", content=prompt)][-_TURNS_MAX:]
+        try:
+            answer = asyncio.run(_answer(asked, arguments))
+        except KeyboardInterrupt:
+            print(" [stopped]")
+            continue
+        except CommandFailed as error:
+            print(f"interlock: {error}", file=sys.stderr)
+            continue
+        turns = [*asked, ChatMessage(role="assistant", content=answer)]
+
+
+async def _answer(turns: list[ChatMessage], arguments: argparse.Namespace) -> str:
+    """Prints the answer as it comes and returns it."""
+    home, mesh = running_mesh()
+    request = GenerateRequest(chat=ChatInput(messages=turns), max_tokens=arguments.max_tokens)
+    if arguments.model:
+        request.model = arguments.model
+    spoken: list[str] = []
+    async with entrance(home, mesh) as (channel, metadata):
+        events = GatewayServiceStub(channel).Generate(request, metadata=metadata, timeout=_ANSWER_TIMEOUT_S)
+        async for event in events:
+            if event.HasField("chunk"):
+                spoken.append(event.chunk.text)
+                print(_printable(event.chunk.text), end="", flush=True)
+            elif event.HasField("finished"):
+                print(" [...]" if event.finished.reason == FINISH_REASON_LENGTH else "")
+    return "".join(spoken)
+
+
+def _printable(text: str) -> str:
+    """The text without control characters: a model's words must not steer the terminal."""
+    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")

@@ -1,0 +1,71 @@
+"""`interlock models`. Owns: the list of what is served, and the fetch of what may be."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from interlock.v1.controller_service_pb2 import ControllerServiceListModelsRequest
+from interlock.v1.controller_service_pb2_grpc import ControllerServiceStub
+
+from services.cli import table
+from services.cli.access import ANSWER_TIMEOUT_S, entrance, running_mesh
+from services.cli.failure import CommandFailed
+from services.local import progress_bar
+from services.local.home import Home, HomeUnusable
+from services.local.model_store import ModelStore, ModelUnavailable
+from services.local.process_toolbox import ProcessToolbox
+from services.local.session import ended_by_signals
+
+_COLUMNS = {
+    "name": "NAME",
+    "revision": "REVISION",
+    "quantization": "QUANTIZATION",
+    "context_tokens": "CONTEXT",
+    "ready_workers": "READY WORKERS",
+}
+
+
+def list_models(arguments: argparse.Namespace) -> int:
+    """Prints the models of the mesh."""
+    rows = asyncio.run(_models())
+    if not arguments.json:
+        rows = [{**row, "quantization": _for_people(row["quantization"])} for row in rows]
+    table.show(rows, _COLUMNS, as_json=arguments.json)
+    return 0
+
+
+def fetch(arguments: argparse.Namespace) -> int:
+    """Fetches one model and prints where it is."""
+    home = Home.of_environment(os.environ)
+    store = ModelStore(home.models, ProcessToolbox())
+    try:
+        home.prepare()
+        path = store.find(arguments.name)
+        if path is None:
+            with ended_by_signals(), progress_bar.shown(arguments.name, home.models) as progress:
+                path = store.fetch(arguments.name, progress)
+    except (ModelUnavailable, HomeUnusable) as error:
+        raise CommandFailed(str(error)) from None
+    print(path)
+    return 0
+
+
+async def _models() -> list[dict[str, Any]]:
+    home, mesh = running_mesh()
+    async with entrance(home, mesh) as (channel, metadata):
+        reply = await ControllerServiceStub(channel).ListModels(
+            ControllerServiceListModelsRequest(), metadata=metadata, timeout=ANSWER_TIMEOUT_S
+        )
+    return [
+        MessageToDict(model, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+        for model in reply.models
+    ]
+
+
+def _for_people(quantization: str) -> str:
+    """`QUANTIZATION_INT8` as it was asked for: `int8`; what the worker chose by itself is `auto`."""
+    return quantization.removeprefix("QUANTIZATION_").lower().replace("unspecified", "auto")

@@ -1,0 +1,202 @@
+"""The arguments of every command. Owns: names, defaults and help; imports nothing heavy.
+
+A command names the module and the function that run it; `__main__` imports that module alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TypeAlias
+
+_DESCRIPTION = """\
+Interlock serves a language model on your own machines, as a mesh of small services.
+
+  interlock up                              start everything on this machine
+  interlock chat "Why is the sky blue?"     ask the model
+  interlock status                          what runs, and where
+  interlock down                            stop everything
+"""
+
+_EPILOG = """\
+A local mesh lives in $INTERLOCK_HOME (default .interlock): its state, logs, secrets and models.
+Exit codes: 0 it worked, 1 it failed, 2 it was called wrongly.
+"""
+
+QUANTIZATIONS = ("auto", "none", "int8", "nf4", "fp4")
+DTYPES = ("auto", "fp32", "bf16")
+SCOPES = ("generate", "models:read", "admin", "priority:system")
+
+# Each process takes a core or a gigabyte; beyond this a typing error is likelier than a wish.
+_PROCESSES_MAX = 64
+
+# What argparse returns for commands; it has no public name.
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001 - see above
+
+
+def build() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="interlock",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_up, _down, _status, _token, _chat, _models, _workers, _envoy):
+        add(commands)
+    return parser
+
+
+def _command(
+    commands: _Commands, name: str, summary: str, *, run: str, examples: str = ""
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"examples:\n{examples}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module, _, function = run.partition(":")
+    parser.set_defaults(module=module, function=function or "run")
+    return parser
+
+
+def _up(commands: _Commands) -> None:
+    parser = _command(
+        commands,
+        "up",
+        "Start the whole mesh on this machine; Ctrl-C stops it.",
+        run="up",
+        examples="""\
+  interlock up                                  the demo model, fetched at the first time
+  interlock up --workers 2 --quantization int8  two workers with eight-bit weights
+  interlock up --model ./my-model --detach      a directory in Hugging Face format, in the background
+  interlock up --port 0                         beside another mesh, on free ports""",
+    )
+    parser.add_argument("--workers", type=_count, default=1, metavar="N", help="workers (%(default)s)")
+    parser.add_argument("--gateways", type=_count, default=1, metavar="N", help="gateways (%(default)s)")
+    parser.add_argument(
+        "--model",
+        default="smollm2-135m-instruct",
+        metavar="NAME|PATH",
+        help="a model to fetch, or a directory in Hugging Face format (%(default)s)",
+    )
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="auto", help="of the weights")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the computation")
+    parser.add_argument(
+        "--port",
+        type=_port,
+        default=8080,
+        help="for clients; 0 takes free ports for everything (%(default)s)",
+    )
+    parser.add_argument("--detach", action="store_true", help="return when it is ready, and leave it running")
+
+
+def _down(commands: _Commands) -> None:
+    _command(commands, "down", "Stop the mesh of this home.", run="down")
+
+
+def _status(commands: _Commands) -> None:
+    parser = _command(commands, "status", "Show what runs, and where.", run="status")
+    _add_json(parser)
+
+
+def _token(commands: _Commands) -> None:
+    parser = _command(
+        commands,
+        "token",
+        "Print a bearer token for the mesh of this home.",
+        run="token",
+        examples="""\
+  interlock token                                          every scope, eight hours
+  interlock token --sub alice --scope generate --ttl 15m   for somebody else
+  curl -H "authorization: Bearer $(interlock token)" http://127.0.0.1:8080/v1/admin/workers""",
+    )
+    parser.add_argument("--sub", default="local", help="whom it is for: the tenant (%(default)s)")
+    parser.add_argument("--scope", default=" ".join(SCOPES), help='what it allows ("%(default)s")')
+    parser.add_argument("--ttl", type=_duration_s, default="8h", help="how long, at most 24h (%(default)s)")
+
+
+def _chat(commands: _Commands) -> None:
+    parser = _command(
+        commands,
+        "chat",
+        "Talk with the model; without a prompt, in a conversation.",
+        run="chat",
+        examples="""\
+  interlock chat "Name three rivers."
+  interlock chat                        a conversation; Ctrl-D ends it""",
+    )
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="one question; absent: a conversation")
+    parser.add_argument("--model", help="name of a model (the mesh's default)")
+    parser.add_argument(
+        "--max-tokens",
+        type=_count_of(1_000_000),
+        default=256,
+        metavar="N",
+        help="longest answer (%(default)s)",
+    )
+
+
+def _models(commands: _Commands) -> None:
+    group = commands.add_parser("models", help="List or fetch models.", description="List or fetch models.")
+    inner = group.add_subparsers(metavar="COMMAND", required=True)
+    _add_json(_command(inner, "list", "Show the models that the mesh serves.", run="models:list_models"))
+    fetch = _command(
+        inner,
+        "fetch",
+        "Fetch a model to this machine, once.",
+        run="models:fetch",
+        examples="  interlock models fetch smollm2-135m-instruct",
+    )
+    fetch.add_argument(
+        "name", nargs="?", default="smollm2-135m-instruct", metavar="NAME", help="(%(default)s)"
+    )
+
+
+def _workers(commands: _Commands) -> None:
+    group = commands.add_parser("workers", help="List workers.", description="List workers.")
+    inner = group.add_subparsers(metavar="COMMAND", required=True)
+    _add_json(_command(inner, "list", "Show the workers of the mesh.", run="workers:list_workers"))
+
+
+def _envoy(commands: _Commands) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "envoy", help="Print an Envoy configuration for a mesh.", add_help=False, prefix_chars=" "
+    )
+    # The generator has its own arguments and help.
+    parser.add_argument("rest", nargs="*")
+    parser.set_defaults(module="envoy", function="run")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="a JSON list instead of a table")
+
+
+def _count_of(most: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {most}")
+        return int(text)
+
+    return count
+
+
+_count = _count_of(_PROCESSES_MAX)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
+def _duration_s(text: str) -> float:
+    """Reads `45`, `90s`, `15m` or `8h`."""
+    unit_s = {"s": 1, "m": 60, "h": 3_600}.get(text[-1:], 0)
+    number = text[:-1] if unit_s else text
+    if not number.isdecimal() or not 1 <= int(number) * (unit_s or 1) <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time from 1s to 24h, such as 15m")
+    return float(int(number) * (unit_s or 1))

@@ -1,0 +1,78 @@
+"""`interlock status`. Owns: what a command can see of the local mesh from outside, without asking it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from pathlib import Path
+
+from services.cli import table
+from services.cli.failure import CommandFailed
+from services.local import state
+from services.local.home import Home
+from services.local.state import MeshState, Part
+
+# On one machine a listener answers at once.
+_CONNECT_TIMEOUT_S = 0.5
+
+_COLUMNS = {"kind": "KIND", "id": "ID", "state": "STATE", "address": "ADDRESS", "pid": "PID"}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints one line a process. Returns 1 when one of them does not run."""
+    home = Home.of_environment(os.environ)
+    holder = home.holder()
+    mesh = state.read(home.state_file) if holder is not None else None
+    if mesh is None:
+        starting = "" if holder is None else f" (process {holder} is starting or stopping one)"
+        raise CommandFailed(f"no mesh runs in {home.path}{starting}. Start one with `interlock up`.")
+    rows = [_row(kind, part) for kind, part in mesh.parts()]
+    if not arguments.json:
+        _headline(home, mesh)
+    table.show(rows, _COLUMNS, as_json=arguments.json)
+    return 0 if all(row["state"] == "running" for row in rows) else 1
+
+
+def _headline(home: Home, mesh: MeshState) -> None:
+    print(f"{mesh.model} at {mesh.http} (home {home.path}, supervisor {mesh.pid})\n")
+
+
+def _row(kind: str, part: Part) -> dict[str, str | int]:
+    return {
+        "kind": kind,
+        "id": part.id,
+        "state": _state(part),
+        "address": part.address,
+        "pid": part.pid,
+    }
+
+
+def _state(part: Part) -> str:
+    if part.pid == 0:
+        return "running" if _listens(part.address) else "unreachable"
+    if not Path(f"/proc/{part.pid}").exists():
+        return "restarting"
+    return "running" if _listens(part.address) else "starting"
+
+
+def _listens(address: str) -> bool:
+    family, target = _target(address)
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_CONNECT_TIMEOUT_S)
+        try:
+            probe.connect(target)
+        except OSError:
+            return False
+    return True
+
+
+def _target(address: str) -> tuple[socket.AddressFamily, str | tuple[str, int]]:
+    """Where to knock: a Unix socket's path, or host and port of `host:port` or of a URL."""
+    scheme, separator, rest = address.partition("://")
+    if scheme == "unix":
+        return socket.AF_UNIX, rest.partition("?")[0]
+    place = (rest if separator else address).partition("/")[0]
+    # A list of sentinels or cluster nodes: the first one stands for all.
+    host, _, port = place.partition(",")[0].rpartition(":")
+    return socket.AF_INET, (host or place, int(port) if port.isdecimal() else 6379)

@@ -1,0 +1,60 @@
+"""`interlock workers`. Owns: the list of workers as the controller sees them."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from interlock.v1.controller_service_pb2 import ListWorkersRequest
+from interlock.v1.controller_service_pb2_grpc import ControllerServiceStub
+
+from services.cli import table
+from services.cli.access import ANSWER_TIMEOUT_S, entrance, running_mesh
+
+_COLUMNS = {
+    "id": "ID",
+    "state": "STATE",
+    "address": "ADDRESS",
+    "revisions": "REVISIONS",
+    "running": "RUNNING",
+    "slots": "SLOTS",
+}
+
+
+def list_workers(arguments: argparse.Namespace) -> int:
+    """Prints the workers of the mesh."""
+    rows = asyncio.run(_workers())
+    if not arguments.json:
+        rows = [_for_people(row) for row in rows]
+    table.show(rows, _COLUMNS, as_json=arguments.json)
+    return 0
+
+
+async def _workers() -> list[dict[str, Any]]:
+    home, mesh = running_mesh()
+    async with entrance(home, mesh) as (channel, metadata):
+        reply = await ControllerServiceStub(channel).ListWorkers(
+            ListWorkersRequest(), metadata=metadata, timeout=ANSWER_TIMEOUT_S
+        )
+    return [
+        MessageToDict(worker, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+        for worker in reply.workers
+    ]
+
+
+def _for_people(row: dict[str, Any]) -> dict[str, Any]:
+    load = row.get("load", {})
+    revisions = (
+        f"{found['model']}@{found['revision']} {found['phase'].removeprefix('REVISION_PHASE_').lower()}"
+        for found in row["revisions"]
+    )
+    return {
+        "id": row["id"],
+        "state": row["state"].removeprefix("WORKER_STATE_").lower(),
+        "address": row["address"],
+        "revisions": ", ".join(revisions),
+        "running": load.get("running", 0),
+        "slots": load.get("slots", 0),
+    }

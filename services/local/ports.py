@@ -1,0 +1,87 @@
+"""Ports of a local mesh. Owns: which ones are wanted, and the check that nobody else listens on them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+HTTP_PORT = 8080
+ADMIN_PORT = 9901
+GATEWAY_PORT = 50051
+CONTROLLER_PORT = 50052
+WORKER_PORT = 50061
+
+
+class PortsTaken(Exception):
+    """Somebody else listens; the message names every taken port and says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """The ports of a mesh; 0 is a free one, which its owner announces.
+
+    Attributes:
+        http: Envoy, for clients.
+        admin: Envoy's admin interface.
+        gateways: One a gateway.
+        controller: The controller.
+        workers: One a worker.
+    """
+
+    http: int
+    admin: int
+    gateways: tuple[int, ...]
+    controller: int
+    workers: tuple[int, ...]
+
+    def by_user(self) -> Mapping[str, int]:
+        """Every port that is fixed, by who wants it."""
+        named = {"envoy": self.http, "envoy's admin interface": self.admin, "controller-1": self.controller}
+        named |= {f"gateway-{number}": port for number, port in enumerate(self.gateways, 1)}
+        named |= {f"worker-{number}": port for number, port in enumerate(self.workers, 1)}
+        return {user: port for user, port in named.items() if port}
+
+
+def plan(http: int, *, gateways: int, workers: int) -> Ports:
+    """The ports of a mesh that clients reach at `http`; 0 makes every one a free one."""
+    if http == 0:
+        return Ports(0, 0, (0,) * gateways, 0, (0,) * workers)
+    # The controller sits right after the first gateway; further gateways come after it.
+    beside = tuple(CONTROLLER_PORT + number for number in range(1, gateways))
+    return Ports(
+        http=http,
+        admin=ADMIN_PORT,
+        gateways=(GATEWAY_PORT, *beside),
+        controller=CONTROLLER_PORT,
+        workers=tuple(WORKER_PORT + number for number in range(workers)),
+    )
+
+
+def check_free(ports: Ports) -> None:
+    """Raises PortsTaken when somebody listens on a fixed port, on loopback or on all addresses."""
+    taken = {user: port for user, port in ports.by_user().items() if not _is_free(port)}
+    if not taken:
+        return
+    names = ", ".join(f"{port} ({user})" for user, port in taken.items())
+    raise PortsTaken(
+        f"Taken: port {names}. Stop what listens there (`ss -ltnp` shows it; another mesh: "
+        "`interlock down`), or take free ports for everything with `--port 0`."
+    )
+
+
+def _is_free(port: int) -> bool:
+    # Loopback finds who listens there, the wildcard who listens on any other address of the machine.
+    return all(_can_listen(host, port) for host in ("127.0.0.1", "0.0.0.0"))  # noqa: S104 - closed at once
+
+
+def _can_listen(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # SO_REUSEADDR ignores connections that are over, never a listener. SO_REUSEPORT would: it stays off.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,228 @@
+"""The `interlock` command: what each command prints, how it fails, and that the light ones stay light."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from services.cli.__main__ import main
+from services.common.errors import QueueFull
+from services.common.tokens import TokenVerifier
+from services.local import state
+from services.local.home import Home
+from tests.fakes import cli_mesh
+from tests.fakes.cli_mesh import FakeMesh
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """An empty home that the commands find."""
+    monkeypatch.setenv("INTERLOCK_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("INTERLOCK_JWT_SECRET", raising=False)
+    return Home(tmp_path / "home", {})
+
+
+@pytest.fixture
+def mesh(home: Home) -> Iterator[FakeMesh]:
+    """A mesh that seems to run in the home."""
+    with cli_mesh.running(home) as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    "command", ["status", "down", "chat hello", "models list", "workers list --json"], ids=str.split
+)
+def test_without_a_mesh_commands_say_what_to_do(command: str, home: Home, capsys: Capture) -> None:
+    """They fail with 1, name the home, and print nothing that could pass for a result."""
+    assert main(command.split()) == 1
+    told = capsys.readouterr()
+    assert str(home.path) in told.err
+    assert told.out == ""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "fly",
+        "up --workers 0",
+        "up --workers 65",
+        "up --port 65536",
+        "up --port x",
+        "up --quantization int3",
+        "token --ttl 25h",
+        "token --ttl 0",
+        "token --ttl later",
+        "chat hi --max-tokens 0",
+        "models",
+    ],
+)
+def test_misuse_exits_with_2(command: str, capsys: Capture) -> None:
+    """The usage is printed, and nothing is done."""
+    with pytest.raises(SystemExit) as caught:
+        main(command.split())
+    assert caught.value.code == 2
+    assert "usage: interlock" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", ["", "up", "down", "status", "token", "chat", "models fetch", "workers list"]
+)
+def test_every_command_explains_itself(command: str, capsys: Capture) -> None:
+    """`--help` works everywhere and exits with 0."""
+    with pytest.raises(SystemExit) as caught:
+        main([*command.split(), "--help"])
+    assert caught.value.code == 0
+    assert "usage: interlock" in capsys.readouterr().out
+
+
+def test_a_token_says_what_was_asked_for(home: Home, capsys: Capture) -> None:
+    """Subject, scopes and lifetime of the arguments; the services of this home believe it."""
+    assert main(["token", "--sub", "alice", "--scope", "generate models:read", "--ttl", "15m"]) == 0
+    token = capsys.readouterr().out.strip()
+    claims = TokenVerifier(home.jwt_secret).verify(token)
+    assert claims.subject == "alice"
+    assert claims.scopes == {"generate", "models:read"}
+    lifetime = TokenVerifier(home.jwt_secret, lifetime_max_s=15 * 60)
+    assert lifetime.verify(token).expires_s == claims.expires_s
+
+
+@pytest.mark.parametrize("scope", ["", "generate fly"])
+def test_an_unknown_scope_is_refused(scope: str, home: Home, capsys: Capture) -> None:
+    """A token that allows nothing real is a mistake; the scopes there are get listed."""
+    assert home.path.name == "home"
+    assert main(["token", "--scope", scope]) == 1
+    assert "models:read" in capsys.readouterr().err
+
+
+def test_status_shows_every_process(mesh: FakeMesh, capsys: Capture) -> None:
+    """One line a process with kind, id, state, address and pid; the same as JSON."""
+    assert main(["status"]) == 0
+    assert "gateway-1" in capsys.readouterr().out
+    assert main(["status", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["kind"] for row in rows] == ["redis", "gateway", "envoy"]
+    assert {row["state"] for row in rows} == {"running"}
+    assert mesh.requests == []
+
+
+def test_status_fails_when_a_process_is_gone(mesh: FakeMesh, capsys: Capture) -> None:
+    """A process that does not exist is restarting, and the exit code says that not all is well."""
+    file = mesh.home.state_file
+    found = state.read(file)
+    assert found is not None
+    state.write(file, found.with_pid("gateway-1", 2**22 + 1))
+    assert main(["status", "--json"]) == 1
+    states = {row["id"]: row["state"] for row in json.loads(capsys.readouterr().out)}
+    assert states == {"redis": "running", "gateway-1": "restarting", "envoy": "running"}
+
+
+def test_chat_prints_the_answer(mesh: FakeMesh, capsys: Capture) -> None:
+    """The chunks come out as one text, without control characters that would steer the terminal."""
+    assert main(["chat", "Where?", "--model", "tiny", "--max-tokens", "7"]) == 0
+    assert capsys.readouterr().out == "The capital is Paris.[31m\n"
+    (request,) = mesh.requests
+    assert (request.model, request.max_tokens) == ("tiny", 7)
+    assert [(turn.role, turn.content) for turn in request.chat.messages] == [("user", "Where?")]
+
+
+def test_a_conversation_is_remembered(
+    mesh: FakeMesh, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second question is sent with the first one and its answer; the end of input ends it."""
+    lines = iter(["First?", "", "Second?"])
+
+    def read(_: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    assert main(["chat"]) == 0
+    assert capsys.readouterr().out.count("Paris") == 2
+    roles = [turn.role for turn in mesh.requests[1].chat.messages]
+    assert roles == ["user", "assistant", "user"]
+    assert mesh.requests[1].chat.messages[2].content == "Second?"
+
+
+def test_a_refusal_is_told_with_its_delay(mesh: FakeMesh, capsys: Capture) -> None:
+    """The server's message and its delay reach the user, and the exit code is 1."""
+    mesh.error = QueueFull("The queue is full.", retry_after_s=1.5)
+    assert main(["chat", "hi"]) == 1
+    assert "The queue is full. Try again in 1.5 s." in capsys.readouterr().err
+
+
+def test_models_and_workers_are_listed(mesh: FakeMesh, capsys: Capture) -> None:
+    """A table for people, and JSON with the fields of the contract."""
+    assert mesh.home.holder() is not None
+    assert main(["models", "list"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["tiny", "r1", "int8", "64", "1"]
+    assert main(["workers", "list"]) == 0
+    assert "tiny@r1 active" in capsys.readouterr().out
+    assert main(["models", "list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["quantization"] == "QUANTIZATION_INT8"
+    assert main(["workers", "list", "--json"]) == 0
+    (worker,) = json.loads(capsys.readouterr().out)
+    assert worker["state"] == "WORKER_STATE_SERVING"
+    assert worker["load"]["slots"] == 4
+
+
+def test_up_in_a_home_in_use_is_refused(mesh: FakeMesh, capsys: Capture) -> None:
+    """Neither in front nor in the background does a second mesh start; the first one's process is named."""
+    for command in (["up"], ["up", "--detach"]):
+        assert main(command) == 1
+        told = capsys.readouterr().err
+        assert f"process {mesh.home.holder()}" in told
+        assert "interlock down" in told
+
+
+def test_up_needs_a_model(home: Home, tmp_path: Path, capsys: Capture) -> None:
+    """A directory without a model, and a name that nobody knows, end the command before anything starts."""
+    assert main(["up", "--port", "0", "--model", str(tmp_path)]) == 1
+    assert "config.json" in capsys.readouterr().err
+    assert main(["up", "--port", "0", "--model", "huge"]) == 1
+    assert "smollm2-135m-instruct" in capsys.readouterr().err
+    assert home.holder() is None
+
+
+def test_envoy_prints_a_configuration(tmp_path: Path, capsys: Capture) -> None:
+    """The generator's own flags work, and the descriptor set is named by its absolute path."""
+    assert main(["envoy", "--port", "81", "--gateway", "127.0.0.1:7"]) == 0
+    document = yaml.safe_load(capsys.readouterr().out)
+    (listener,) = document["static_resources"]["listeners"]
+    assert listener["address"]["socket_address"]["port_value"] == 81
+    assert "/deploy/envoy/interlock.binpb" in str(document)
+    out = tmp_path / "envoy.yaml"
+    assert main(["envoy", "--out", str(out)]) == 0
+    assert out.read_text().startswith("# Made by")
+
+
+@pytest.mark.parametrize("command", [["token"], ["status"]])
+def test_light_commands_import_nothing_heavy(command: list[str], home: Home) -> None:
+    """What is typed often starts fast: neither gRPC nor rich nor a model's libraries are loaded for it."""
+    script = (
+        "import sys\n"
+        "from services.cli.__main__ import main\n"
+        f"main({command!r})\n"
+        "heavy = {'grpc', 'rich', 'torch', 'transformers', 'redis', 'yaml', 'pydantic'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)\n"
+    )
+    environment = {"INTERLOCK_HOME": str(home.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert done.returncode == 0, done.stderr

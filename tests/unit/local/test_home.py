@@ -1,0 +1,142 @@
+"""The home: private, of one mesh at a time, and clean after a mesh that died."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from services.local.home import Home, HomeInUse, HomeUnusable
+from services.local.owner_token import owner_token, renewed_token
+
+
+def _home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home", {})
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_everything_is_private(tmp_path: Path) -> None:
+    """Directories are 0700 and files with secrets 0600, whatever the umask."""
+    home = _home(tmp_path)
+    before = os.umask(0)
+    try:
+        home.prepare()
+        home.write_token("secret")
+        assert len(home.jwt_secret) == len(home.mesh_token) == 64
+    finally:
+        os.umask(before)
+    assert [_mode(path) for path in (home.path, home.run, home.logs, home.models)] == [0o700] * 4
+    files = [path for path in home.path.iterdir() if path.is_file()]
+    assert {path.name for path in files} == {"token", "jwt_secret", "mesh_token"}
+    assert {_mode(path) for path in files} == {0o600}
+
+
+def test_secrets_are_drawn_once(tmp_path: Path) -> None:
+    """Every reader gets the same secret, also those who come at the same moment; the two differ."""
+    seen: set[str] = set()
+    threads = [threading.Thread(target=lambda: seen.add(_home(tmp_path).jwt_secret)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {_home(tmp_path).jwt_secret}
+    assert _home(tmp_path).mesh_token not in seen
+
+
+def test_the_environment_may_give_the_secret(tmp_path: Path) -> None:
+    """`INTERLOCK_JWT_SECRET` wins over the home's own, and nothing is written."""
+    home = Home(tmp_path / "home", {"INTERLOCK_JWT_SECRET": "s" * 40})
+    assert home.jwt_secret == "s" * 40
+    assert not home.path.exists()
+
+
+def test_two_meshes_in_one_home_are_refused(tmp_path: Path) -> None:
+    """The second one is told which process holds the home; afterwards the home is free."""
+    home = _home(tmp_path)
+    with home.locked():
+        assert home.holder() == os.getpid()
+        with (
+            pytest.raises(HomeInUse, match=rf"process {os.getpid()}.*interlock down"),
+            _home(tmp_path).locked(),
+        ):
+            raise AssertionError("two meshes in one home")
+        assert home.holder() == os.getpid()
+    assert home.holder() is None
+    assert list(home.run.iterdir()) == []
+
+
+def test_a_dead_mesh_is_cleaned_up(tmp_path: Path) -> None:
+    """State, announcements and socket of a killed supervisor are gone for the next one."""
+    home = _home(tmp_path)
+    home.prepare()
+    script = (
+        "import os, pathlib, signal, sys\n"
+        "from services.local.home import Home\n"
+        "home = Home(pathlib.Path(sys.argv[1]), {})\n"
+        "with home.locked():\n"
+        "    home.state_file.write_text('{}')\n"
+        "    (home.run / 'worker-1.json').write_text('{}')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(home.path)], check=False, timeout=30)
+    assert home.state_file.exists()
+    assert home.holder() is None
+    with home.locked():
+        assert not home.state_file.exists()
+        assert [path.name for path in home.run.iterdir()] == ["lock"]
+
+
+def test_a_deep_home_gets_a_short_socket(tmp_path: Path) -> None:
+    """Where a Unix socket's path would be too long, a private directory elsewhere holds it for a while."""
+    home = Home(tmp_path / ("d" * 60) / ("e" * 60), {})
+    with home.locked():
+        socket = home.socket_path()
+        assert len(os.fsencode(socket)) <= 107
+        assert _mode(socket.parent) == 0o700
+        socket.touch()
+    assert not socket.parent.exists()
+
+
+def test_a_usual_home_keeps_its_socket(tmp_path: Path) -> None:
+    """The socket lies in the home's own run directory where the path fits."""
+    home = Home(Path("/tmp/home"), {})
+    assert home.socket_path() == Path("/tmp/home/run/redis.sock")
+    assert tmp_path.exists()
+
+
+def test_a_home_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    """The error names the place."""
+    (tmp_path / "home").write_text("")
+    with pytest.raises(HomeUnusable, match=str(tmp_path)):
+        _home(tmp_path).prepare()
+
+
+def test_the_owner_token_is_renewed_near_its_end(tmp_path: Path) -> None:
+    """A missing, broken or ending token is replaced in the file; one with time left is kept."""
+    home = _home(tmp_path)
+    first = renewed_token(home)
+    assert renewed_token(home) == first == home.token_file.read_text().strip()
+    for stale in (owner_token(home, 60), "no token", "a.b.c"):
+        home.write_token(stale)
+        fresh = renewed_token(home)
+        assert fresh != stale
+        assert home.token_file.read_text().strip() == fresh
+
+
+def test_the_owner_token_is_believed_by_the_services(tmp_path: Path) -> None:
+    """It carries every scope and the lifetime that services accept."""
+    from services.common.tokens import SCOPES, TokenVerifier  # noqa: PLC0415 - used here alone
+
+    home = _home(tmp_path)
+    claims = TokenVerifier(home.jwt_secret).verify(renewed_token(home))
+    assert claims.scopes == frozenset(SCOPES)
+    assert json.dumps(claims.subject) == '"local"'

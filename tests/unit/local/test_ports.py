@@ -1,0 +1,71 @@
+"""Ports: who wants which, and that a taken one is named."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from services.local import ports
+
+
+@contextmanager
+def _listener(host: str, *, reuse_port: bool = False) -> Iterator[int]:
+    with socket.socket() as taken:
+        if reuse_port:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind((host, 0))
+        taken.listen(1)
+        yield taken.getsockname()[1]
+
+
+def test_the_defaults_are_the_documented_ports() -> None:
+    """8080 and 9901 for Envoy, gateways around the controller's 50052, workers from 50061."""
+    planned = ports.plan(8080, gateways=3, workers=2)
+    assert planned == ports.Ports(8080, 9901, (50051, 50053, 50054), 50052, (50061, 50062))
+    assert len(set(planned.by_user().values())) == len(planned.by_user())
+
+
+def test_port_0_frees_every_port() -> None:
+    """No port is fixed, so nothing can be taken."""
+    planned = ports.plan(0, gateways=2, workers=2)
+    assert planned.by_user() == {}
+    ports.check_free(planned)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "127.0.0.7"])  # noqa: S104 - a test's listener
+@pytest.mark.parametrize("reuse_port", [False, True])
+def test_a_taken_port_is_named(host: str, reuse_port: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    """A listener is found on whatever address, also one that shares its port with whoever asks so."""
+    with _listener(host, reuse_port=reuse_port) as port:
+        wanted = ports.Ports(port, 0, (0,), 0, (0,))
+        with pytest.raises(ports.PortsTaken, match=rf"{port} \(envoy\).*--port 0"):
+            ports.check_free(wanted)
+
+
+def test_every_taken_port_is_named_at_once() -> None:
+    """Whoever frees ports wants the whole list."""
+    with _listener("127.0.0.1") as first, _listener("127.0.0.1") as second:
+        wanted = ports.Ports(0, 0, (first,), 0, (second,))
+        with pytest.raises(ports.PortsTaken) as caught:
+            ports.check_free(wanted)
+    assert f"{first} (gateway-1)" in str(caught.value)
+    assert f"{second} (worker-1)" in str(caught.value)
+
+
+def test_a_closed_connection_does_not_hold_its_port() -> None:
+    """A port whose last connection the server closed may be bound again at once."""
+    with socket.socket() as server:
+        # As every server of the mesh does.
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("127.0.0.1", 0))
+        server.listen(1)
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = server.accept()
+            # The side that closes first keeps the port in TIME_WAIT.
+            accepted.close()
+            client.recv(1)
+    ports.check_free(ports.Ports(port, 0, (), 0, ()))

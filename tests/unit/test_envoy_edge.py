@@ -1,0 +1,263 @@
+"""What clients meet at the edge: the generated configuration in a real Envoy, before stand-ins."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from deploy.envoy.parameters import Endpoint, Parameters
+from deploy.envoy.routes import BODY_BYTES_MAX
+from services.local import leash, probes
+from services.local.envoy_proxy import EnvoyProxy
+from tests.fakes.edge import FakeBackend
+
+GENERATE = "/interlock.v1.GatewayService/Generate"
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A running Envoy and what is behind it."""
+
+    address: str
+    gateway: FakeBackend
+    controller: FakeBackend
+    log: Path
+
+    def ask(
+        self, method: str, path: str, body: bytes | str = b"", headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        """One HTTP/1.1 request: status, headers and body of the reply."""
+        connection = http.client.HTTPConnection(self.address, timeout=10)
+        try:
+            connection.request(method, path, body or None, headers or {})
+            reply = connection.getresponse()
+            return reply.status, {key.lower(): value for key, value in reply.getheaders()}, reply.read()
+        finally:
+            connection.close()
+
+    def call(self, method: str, request: bytes = b"x", metadata: dict[str, str] | None = None) -> bytes:
+        """One unary gRPC call over HTTP/2."""
+        with grpc.insecure_channel(self.address) as channel:
+            pairs = tuple((metadata or {}).items())
+            # Without a serializer bytes go as they are; the types know only the other case.
+            ask: Any = channel.unary_unary(method)
+            answer: bytes = ask(request, metadata=pairs, timeout=10)
+            return answer
+
+
+@pytest.fixture(scope="module")
+def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    """Envoy with the local configuration on free ports."""
+    run = tmp_path_factory.mktemp("edge")
+    gateway, controller = FakeBackend("gateway"), FakeBackend("controller")
+    for backend in (gateway, controller):
+        backend.start()
+        backend.set_serving(serving=True)
+    parameters = Parameters(
+        listen=Endpoint("127.0.0.1", 0),
+        admin=Endpoint("127.0.0.1", 0),
+        gateways=(Endpoint.parse(gateway.address),),
+        controller=Endpoint.parse(controller.address),
+    )
+    proxy, log = EnvoyProxy(run, parameters), run / "envoy.log"
+    leashed = (sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), *proxy.command())
+    with log.open("wb") as output, subprocess.Popen(leashed, stdout=output, stderr=output) as process:
+        try:
+            bound = asyncio.run(asyncio.wait_for(probes.until(proxy.bound), 20))
+            yield Edge(str(bound.http), gateway, controller, log)
+        finally:
+            process.terminate()
+            process.wait(10)
+            for backend in (gateway, controller):
+                backend.stop()
+
+
+def _error(body: bytes) -> dict[str, Any]:
+    error: dict[str, Any] = json.loads(body)["error"]
+    assert set(error) == {"code", "reason", "message", "request_id"}
+    return error
+
+
+def test_rest_reaches_the_gateway_with_its_exact_bytes(edge: Edge) -> None:
+    """`POST /v1/generate` and its short form arrive as HttpBody, whatever the content type."""
+    for path in ("/v1/generate", "/generate"):
+        status, headers, body = edge.ask("POST", path, b"\x00\xff {", {"content-type": "text/odd"})
+        assert (status, body) == (200, b"gateway 4")
+        assert headers["content-type"] == "text/plain"
+
+
+def test_admin_rest_reaches_the_controller(edge: Edge) -> None:
+    """`/v1/admin/` is transcoded and then routed by the method that it became."""
+    assert edge.ask("GET", "/v1/admin/workers")[2] == b"controller 0"
+    assert "/interlock.http.v1.AdminHttpService/ListWorkers" in edge.controller.seen
+
+
+def test_a_status_that_the_gateway_names_becomes_the_status(edge: Edge) -> None:
+    """The header becomes `:status` and is gone; the body stays the gateway's own."""
+    status, headers, body = edge.ask("POST", "/v1/generate", "status 429")
+    assert (status, body) == (429, b'{"error":{}}')
+    assert not [name for name in headers if name.startswith(("x-interlock-status", "x-envoy-"))]
+
+
+def test_events_stream_through(edge: Edge) -> None:
+    """Server-sent events arrive byte for byte, `id:` lines too."""
+    status, headers, body = edge.ask("POST", "/v1/generate", "events")
+    assert (status, headers["content-type"]) == (200, "text/event-stream")
+    assert body == b"".join(f"id: {number}\ndata: {{}}\n\n".encode() for number in range(3))
+
+
+def test_internal_headers_are_stripped_and_the_deadline_passes(edge: Edge) -> None:
+    """A client cannot pretend to be of the mesh; its deadline and its request id arrive as sent."""
+    sent = {
+        "x-interlock-status": "200",
+        "x-interlock-mesh-token": "guess",
+        "x-interlock-gateway-id": "gateway-9",
+        "x-interlock-deadline": "3",
+        "x-request-id": "mine",
+        "authorization": "Bearer t",
+    }
+    edge.ask("POST", "/v1/generate", "x", sent)
+    edge.call(GENERATE, metadata=sent)
+    for method in ("/interlock.http.v1.GatewayHttpService/Generate", GENERATE):
+        seen = edge.gateway.seen[method]
+        assert {"x-interlock-status", "x-interlock-mesh-token", "x-interlock-gateway-id"}.isdisjoint(seen)
+        assert (seen["x-interlock-deadline"], seen["x-request-id"]) == ("3", "mine")
+        assert seen["authorization"] == "Bearer t"
+
+
+def test_a_body_at_the_limit_passes_and_one_byte_more_is_413(edge: Edge) -> None:
+    """The limit is exact, and the reply has the API's shape."""
+    assert edge.ask("POST", "/v1/generate", b"a" * BODY_BYTES_MAX)[2] == f"gateway {BODY_BYTES_MAX}".encode()
+    status, _, body = edge.ask("POST", "/v1/generate", b"a" * (BODY_BYTES_MAX + 1))
+    assert status == 413
+    assert _error(body)["reason"] == "ERROR_REASON_MESSAGE_TOO_LARGE"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/nowhere"),
+        ("GET", "/v1/generate"),
+        ("POST", "/interlock.v1.WorkerService/GetState"),
+        ("POST", "/interlock.v1.ControllerService/Attach"),
+        ("POST", "/interlock.v1.ControllerService//Attach"),
+        ("POST", "/x/../interlock.v1.ControllerService/DownloadRevision"),
+    ],
+)
+def test_what_is_not_there_is_404_in_our_shape(edge: Edge, method: str, path: str) -> None:
+    """Unknown paths, wrong methods and the mesh's own methods answer alike, with the caller's request id."""
+    status, headers, body = edge.ask(method, path, headers={"x-request-id": "mine"})
+    assert status == 404
+    assert _error(body)["code"] == "NOT_FOUND"
+    assert headers["content-type"] == "application/json"
+    assert headers["x-request-id"] == "mine"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "/interlock.v1.WorkerService/GetState",
+        "/interlock.v1.ControllerService/Attach",
+        "/interlock.v1.ControllerService/DownloadRevision",
+    ],
+)
+def test_the_mesh_methods_do_not_exist_for_grpc(edge: Edge, method: str) -> None:
+    """gRPC clients get UNIMPLEMENTED with a message for people, and nothing arrives behind."""
+    with pytest.raises(grpc.RpcError) as caught:
+        edge.call(method)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert "{" not in (caught.value.details() or "")
+    assert method not in edge.gateway.seen | edge.controller.seen
+
+
+def test_native_grpc_goes_to_its_service(edge: Edge) -> None:
+    """GatewayService goes to the gateway, admin RPCs to the controller, untouched."""
+    listing = "/interlock.v1.ControllerService/ListWorkers"
+    assert edge.call(GENERATE, b"\x08\x01") == b"\x08\x01"
+    assert edge.call(listing, b"\x08\x02") == b"\x08\x02"
+    assert GENERATE in edge.gateway.seen
+    assert listing in edge.controller.seen
+
+
+def test_grpc_web_is_spoken(edge: Edge) -> None:
+    """A gRPC-Web call gets its message and a trailer frame back."""
+    framed = struct.pack(">BI", 0, 2) + b"\x08\x01"
+    headers = {"content-type": "application/grpc-web+proto", "x-grpc-web": "1"}
+    status, reply, body = edge.ask("POST", GENERATE, framed, headers)
+    assert (status, reply["content-type"]) == (200, "application/grpc-web+proto")
+    assert body.startswith(framed)
+    assert b"grpc-status:0" in body
+
+
+@pytest.mark.parametrize("path", ["/v1/generate", GENERATE])
+def test_pages_of_the_machine_may_call_and_others_may_not(edge: Edge, path: str) -> None:
+    """A preflight is answered for localhost on any port, with the headers that clients need."""
+    ask = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    status, headers, _ = edge.ask("OPTIONS", path, headers={"origin": "http://localhost:3000", **ask})
+    assert status == 200
+    assert headers["access-control-allow-origin"] == "http://localhost:3000"
+    assert "authorization" in headers["access-control-allow-headers"]
+    _, headers, _ = edge.ask("OPTIONS", path, headers={"origin": "http://localhost.evil.example", **ask})
+    assert "access-control-allow-origin" not in headers
+
+
+def test_a_page_may_read_the_reply(edge: Edge) -> None:
+    """The reply to a page names its origin and exposes the status and its reason."""
+    _, headers, _ = edge.ask("POST", "/v1/generate", "x", {"origin": "http://127.0.0.1:5173"})
+    assert headers["access-control-allow-origin"] == "http://127.0.0.1:5173"
+    assert "interlock-reason" in headers["access-control-expose-headers"]
+
+
+def test_headers_that_could_fool_a_server_are_refused(edge: Edge) -> None:
+    """`x_interlock_mesh_token` would be `x-interlock-mesh-token` to some servers; too many are too many."""
+    assert edge.ask("POST", "/v1/generate", "x", {"x_interlock_mesh_token": "t"})[0] == 400
+    assert edge.ask("POST", "/v1/generate", "x", {f"x-{number}": "v" for number in range(80)})[0] == 431
+    assert edge.ask("POST", "/v1/generate", "x", {"x-large": "v" * 20_000})[0] == 431
+
+
+def test_a_client_cannot_shorten_or_retry_by_header(edge: Edge) -> None:
+    """Headers that steer Envoy are not taken from clients, also not from loopback."""
+    edge.ask("POST", "/v1/generate", "x", {"x-envoy-upstream-rq-timeout-ms": "1", "x-envoy-retry-on": "5xx"})
+    seen = edge.gateway.seen["/interlock.http.v1.GatewayHttpService/Generate"]
+    assert seen.get("x-envoy-expected-rq-timeout-ms") is None
+
+
+def test_a_gateway_that_cannot_serve_still_speaks_for_itself(edge: Edge) -> None:
+    """With nobody healthy calls go on: the gateway's error is better than Envoy's."""
+    edge.gateway.set_serving(serving=False)
+    try:
+        assert edge.ask("POST", "/v1/generate", "status 503")[2] == b'{"error":{}}'
+    finally:
+        edge.gateway.set_serving(serving=True)
+
+
+def test_the_access_log_is_json_without_query_or_token(edge: Edge) -> None:
+    """One line a request with the names of the services' logs; secrets in headers and query stay out."""
+    edge.ask(
+        "GET",
+        "/v1/admin/models?key=hidden",
+        headers={"authorization": "Bearer hidden", "x-request-id": "log-1"},
+    )
+
+    async def line() -> dict[str, Any] | None:
+        # Envoy writes its log every second or so.
+        lines = (json.loads(text) for text in edge.log.read_text().splitlines() if text.startswith("{"))
+        return next((found for found in lines if found.get("request_id") == "log-1"), None)
+
+    found = asyncio.run(asyncio.wait_for(probes.until(line), 15))
+    assert found["path"] == "/v1/admin/models"
+    assert found["event"] == "http.finished"
+    assert isinstance(found["status"], int)
+    assert "hidden" not in edge.log.read_text()
