@@ -1,0 +1,138 @@
+"""Parts die, the mesh goes on; and when it is stopped, nothing is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from interlock.v1 import gateway_service_pb2 as pb
+from interlock.v1 import gateway_service_pb2_grpc
+
+from tests.fixtures.mesh import ROOT, Mesh, started
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+
+def kill(mesh: Mesh, part: str) -> int:
+    """Kills a part of the mesh the hard way and returns the process id that it had."""
+    state = mesh.refresh()[part]
+    pid = int((state[0] if isinstance(state, list) else state)["pid"])
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def await_new_pid(mesh: Mesh, part: str, old: int) -> None:
+    """Waits until the supervisor has put another process in its place."""
+    deadline = time.monotonic() + 60
+    while True:
+        state = mesh.refresh()[part]
+        pid = int((state[0] if isinstance(state, list) else state)["pid"])
+        if pid != old and psutil.pid_exists(pid):
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("part", ["workers", "redis", "gateways", "controllers", "envoy"])
+def test_a_killed_part_is_restarted_and_the_mesh_answers_again(mesh: Mesh, part: str) -> None:
+    """SIGKILL of any part, the only one of its kind: the supervisor brings it back."""
+    old = kill(mesh, part)
+    await_new_pid(mesh, part, old)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            assert "Paris" in mesh.await_answer(60)
+        except OSError:
+            # Envoy itself was killed: until it listens again the connection is refused.
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        else:
+            return
+
+
+def test_a_stream_survives_the_death_of_the_only_worker(mesh: Mesh) -> None:
+    """It waits for the restart and goes on at the next index; the text is that of a quiet run."""
+    request = pb.GenerateRequest(text="Tell me a long story about a fox.", max_tokens=120)
+    with grpc.insecure_channel(mesh.address) as channel:
+        stub: Any = gateway_service_pb2_grpc.GatewayServiceStub(channel)  # type: ignore[arg-type]
+        metadata = (("authorization", f"Bearer {mesh.token}"),)
+        quiet = "".join(event.chunk.text for event in stub.Generate(request, metadata=metadata))
+        text, position, old, attempts = "", 0, 0, []
+        for event in stub.Generate(request, metadata=metadata):
+            if event.HasField("started"):
+                attempts.append(event.started.attempt)
+            if event.HasField("chunk"):
+                assert event.chunk.index == position
+                position += len(event.chunk.token_ids)
+                text += event.chunk.text
+                if not old and position > 10:
+                    old = kill(mesh, "workers")
+    assert attempts == [1, 2]
+    assert text == quiet
+    await_new_pid(mesh, "workers", old)
+
+
+def test_running_streams_do_not_notice_the_death_of_redis(mesh: Mesh) -> None:
+    """Tokens do not pass through the store, so its death ends no stream."""
+    mesh.await_answer(60)
+    result: list[str] = []
+    asked = threading.Thread(
+        target=lambda: result.append(mesh.ask("Tell me a long story about a bear.", max_tokens=150))
+    )
+    asked.start()
+    time.sleep(0.5)
+    old = kill(mesh, "redis")
+    asked.join(timeout=120)
+    assert result
+    assert len(result[0]) > 100
+    await_new_pid(mesh, "redis", old)
+    mesh.await_answer(60)
+
+
+def test_a_taken_port_is_named(mesh: Mesh, model_path: Path) -> None:
+    """`up` on the port of another mesh says which port is taken and ends with 1; that mesh is unharmed."""
+    port = mesh.refresh()["http"].rstrip("/").rpartition(":")[2]
+    home = mesh.home / "second"
+    done = subprocess.run(
+        [sys.executable, "-m", "services.cli", "up", "--port", port, "--model", str(model_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"INTERLOCK_HOME": str(home)},
+        cwd=ROOT,
+    )
+    assert done.returncode == 1
+    assert port in done.stdout + done.stderr
+    assert mesh.await_answer(30)
+
+
+@pytest.mark.parametrize("way", ["SIGTERM", "SIGINT", "down"])
+def test_a_stopped_mesh_leaves_nothing_behind(model_path: Path, way: str) -> None:
+    """No process, no socket, no lock, no state: by `down`, Ctrl-C and SIGTERM alike."""
+    with started(model_path) as mesh:
+        children = psutil.Process(mesh.process.pid).children(recursive=True)
+        assert len(children) >= 5
+        port = int(mesh.url.rstrip("/").rpartition(":")[2])
+        if way == "down":
+            assert mesh.run("down").returncode == 0
+        else:
+            mesh.process.send_signal(getattr(signal, way))
+        assert mesh.process.wait(timeout=60) == 0
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert not alive
+        left = [path for path in mesh.home.rglob("*") if path.is_socket() or path.name.endswith(".lock")]
+        assert not left
+        assert not (mesh.home / "state.json").exists()
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
