@@ -68,11 +68,11 @@ def append(file: Path, line: str) -> None:
         ("worker/core/scheduler.py", "import torch", "Cores are pure"),
         ("controller/core/ports.py", "from interlock.v1 import model_pb2", "Cores are pure"),
         (
-            "gateway/dispatcher.py",
+            "gateway/dispatcher/dispatch.py",
             "from services.gateway.adapters import redis_queue",
             "layers of the gateway",
         ),
-        ("worker/engine.py", "import services.worker.servicer", "layers of the worker"),
+        ("worker/engine/engine.py", "import services.worker.servicer", "layers of the worker"),
         ("controller/coordinator.py", "import grpc", "Orchestrators know ports"),
         ("gateway/servicer.py", "import services.worker.engine", "never import one another"),
         ("common/errors.py", "import services.gateway.config", "knows no service"),

@@ -169,7 +169,7 @@ def test_a_client_with_grpcio_and_protobuf_alone_generates(mesh: Mesh, tmp_path:
     listed = subprocess.run(
         [str(python), "-m", "pip", "list", "--format=json"], capture_output=True, check=True, timeout=60
     )
-    installed = {entry["name"].lower() for entry in json.loads(listed.stdout)}
+    installed = {entry["name"].lower().replace("_", "-") for entry in json.loads(listed.stdout)}
     assert installed - {"pip", "setuptools"} == {"interlock", "grpcio", "protobuf", "typing-extensions"}, (
         installed
     )

@@ -107,4 +107,4 @@ async def started(
 
 def bearer(*scopes: str) -> tuple[tuple[str, str], ...]:
     """The metadata of an operator or user."""
-    return (("authorization", f"Bearer {mint(JWT_SECRET, subject='s', scopes=scopes, ttl_s=60)}"),)
+    return (("authorization", f"Bearer {mint(JWT_SECRET, subject='s', scopes=scopes, ttl_s=3_600)}"),)
