@@ -60,11 +60,10 @@ async def round_of(
     return sum(answer.tokens for answer in answers) / elapsed_s, first
 
 
-async def measure(state: dict[str, str], levels: list[int], rounds: int, tokens: int) -> dict[str, object]:
+async def measure(address: str, token: str, levels: list[int], rounds: int, tokens: int) -> dict[str, object]:
     """Measures every level once a round and returns the medians."""
-    token = Path(state["token_file"]).read_text().strip()
     found: dict[int, list[tuple[float, float]]] = {level: [] for level in levels}
-    async with grpc.aio.insecure_channel(state["http"].removeprefix("http://").rstrip("/")) as channel:
+    async with grpc.aio.insecure_channel(address) as channel:
         stub = gateway_service_pb2_grpc.GatewayServiceStub(channel)
         await round_of(stub, token, max(levels), 8)
         for _ in track(range(rounds), description="measuring"):
@@ -92,8 +91,11 @@ def main() -> None:
     arguments = parser.parse_args()
     home = Path(os.environ.get("INTERLOCK_HOME", ".interlock"))
     state = json.loads((home / "state.json").read_text())
+    address = state["http"].removeprefix("http://").rstrip("/")
+    token = Path(state["token_file"]).read_text().strip()
     levels = [int(level) for level in arguments.concurrency.split(",")]
-    print(json.dumps(asyncio.run(measure(state, levels, arguments.rounds, arguments.tokens)), indent=2))
+    found = asyncio.run(measure(address, token, levels, arguments.rounds, arguments.tokens))
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":
