@@ -134,7 +134,7 @@ def _dispatcher(
         models=lambda: catalog.models,
         # Spreads the gateways' reaping in time; nothing is guarded by it.
         jitter=random.random,
-        limits=DispatcherLimits(requests_max=settings.requests_max),
+        limits=DispatcherLimits(requests_max=settings.requests_max, worker_wait_s=settings.failover_wait_s),
         generation_limits=GenerationLimits(
             credit_tokens=settings.credit_tokens,
             client_stall_s=settings.client_stall_s,

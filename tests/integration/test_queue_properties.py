@@ -92,7 +92,7 @@ def comparable(answer: object) -> object:
             return answer.position
         case Renewal():
             waiting = {job_id: place.position for job_id, place in answer.waiting.items()}
-            return waiting, answer.lost, answer.unknown
+            return waiting, answer.lost, answer.unknown, answer.workers
     return answer
 
 

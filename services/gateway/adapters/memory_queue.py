@@ -64,6 +64,7 @@ class MemoryJobQueue:
         line = self._line(model)
         self._expire(line)
         unknown = line.jobs.keys() - running.keys() - waiting
+        somebody_waits = bool(line.waiting())
         made = self._grant_free(line)
         known = {job_id: entry for job_id, entry in line.jobs.items() if job_id in waiting}
         lost = {job_id for job_id, nonce in running.items() if line.current(job_id, nonce) is None}
@@ -73,6 +74,7 @@ class MemoryJobQueue:
             waiting={job_id: line.place_of(entry) for job_id, entry in known.items() if entry.grant is None},
             lost=frozenset(lost | (waiting - known.keys())),
             unknown=frozenset(unknown),
+            workers=line.open_workers(self._now()) if somebody_waits else None,
         )
 
     async def settle(

@@ -121,7 +121,7 @@ class RedisJobQueue:
         """See `JobQueue.renew`."""
         fences = [text for pair in running.items() for text in pair]
         with self._renewing() as touched:
-            grants, positions, lost, unknown = await self._run(
+            grants, positions, lost, unknown, workers = await self._run(
                 "renew", model, len(running), *fences, *waiting
             )
         return Renewal(
@@ -132,6 +132,7 @@ class RedisJobQueue:
             },
             lost=frozenset(lost) - touched,
             unknown=frozenset(unknown) - touched,
+            workers=None if int(workers) < 0 else int(workers),
         )
 
     async def settle(self, model: str, job_id: str, nonce: str, outcome: Outcome, used_tokens: int) -> None:

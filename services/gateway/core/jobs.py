@@ -108,9 +108,11 @@ class Renewal:
         lost: Jobs that the caller named and the queue does not give to it: unknown to it (it was
             emptied), ended, expired, or another gateway's.
         unknown: Job ids that the queue gives to this gateway and the caller did not name.
+        workers: Workers that take jobs now, with or without a free slot; None when nobody waited.
     """
 
     granted: tuple[Grant, ...] = ()
     waiting: dict[str, Waiting] = field(default_factory=dict)
     lost: frozenset[str] = frozenset()
     unknown: frozenset[str] = frozenset()
+    workers: int | None = None

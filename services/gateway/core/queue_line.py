@@ -149,6 +149,13 @@ class QueueLine:
             return None
         return (position + 1) * self.service_s / slots
 
+    def open_workers(self, now: float) -> int:
+        """Workers that take jobs, with or without a free slot."""
+        return sum(
+            not worker.draining and self.suspect_until.get(worker.worker_id, now) <= now
+            for worker in self.workers.values()
+        )
+
     def note_service(self, entry: LiveJob, now: float) -> None:
         """Takes a finished job's service time into the mean."""
         took = now - entry.granted_at

@@ -17,6 +17,7 @@ from services.common.clock import Clock
 from services.common.errors import (
     Draining,
     InterlockError,
+    NoWorker,
     QueueFull,
     RequestCancelled,
     RequestExists,
@@ -35,6 +36,8 @@ ENDED_MAX = 4_096
 # Another gateway may have room now; this one has within seconds, as requests end all the time.
 RETRY_WHEN_FULL_S = 1.0
 RETRY_WHEN_DRAINING_S = 1.0
+# A worker that did not come back within its time is being mended by somebody.
+RETRY_WITHOUT_WORKER_S = 5.0
 # Withdrawn requests need a moment to give their slots back; leases free them otherwise.
 SETTLE_GRACE_S = 2.0
 
@@ -44,6 +47,7 @@ class DispatcherLimits:
     """Bounds of the dispatcher; the settings of the same names say why."""
 
     requests_max: int = 4_096
+    worker_wait_s: float = 15.0
     renew_s: float = RENEW_S
 
 
@@ -80,6 +84,7 @@ class Dispatcher:
         self._generation_limits = generation_limits
         self._live: dict[str, Generation] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
+        self._workerless_since: dict[str, float] = {}
         self._emptied = asyncio.Event()
         self._draining = False
         self._store_reachable = False
@@ -241,6 +246,7 @@ class Dispatcher:
         waiting = frozenset(job_id for job_id, grant in named.items() if grant is None)
         renewal = await self._queue.renew(model, running, waiting)
         self._place(renewal)
+        self._judge_workers(model, renewal)
         for grant in renewal.granted:
             await self._deliver_found(model, grant)
         for job_id in renewal.lost & named.keys():
@@ -254,6 +260,22 @@ class Dispatcher:
             generation = self._live.get(job_id)
             if generation is not None:
                 generation.placed(place)
+
+    def _judge_workers(self, model: str, renewal: Renewal) -> None:
+        """Ends the wait of those for whom no worker has come back in time, and says so."""
+        if renewal.workers != 0:
+            self._workerless_since.pop(model, None)
+            return
+        since = self._workerless_since.setdefault(model, self._clock.monotonic())
+        if self._clock.monotonic() - since < self._limits.worker_wait_s:
+            return
+        for job_id in renewal.waiting:
+            if (generation := self._live.get(job_id)) is not None:
+                generation.withdraw(
+                    NoWorker(
+                        "No worker can take the request at present.", retry_after_s=RETRY_WITHOUT_WORKER_S
+                    )
+                )
 
     async def _deliver_found(self, model: str, grant: Grant) -> None:
         if grant.job_id in self._live:

@@ -125,6 +125,9 @@ class ControllerLink:
         try:
             stub = controller_service_pb2_grpc.ControllerServiceStub(channel)
             call = stub.Attach(metadata=mesh_metadata(self._membership.mesh_token))
+            # Hello says all that was; what happens after it was made is reported, lease or not.
+            self._reports.clear()
+            self._attached = True
             await call.write(self._hello())
             async with asyncio.timeout(LEASE_TIMEOUT_S):
                 first = await call.read()
@@ -160,8 +163,6 @@ class ControllerLink:
         ],
         handshake: RevisionHandshake,
     ) -> None:
-        self._reports.clear()
-        self._attached = True
         writer = asyncio.create_task(self._write(call), name="controller-writer")
         try:
             while isinstance(response := await call.read(), controller_service_pb2.AttachResponse):

@@ -12,6 +12,7 @@ import pytest
 from services.common.errors import (
     ClientStalled,
     InterlockError,
+    NoWorker,
     QueueFull,
     RequestExists,
     StoreUnavailable,
@@ -71,7 +72,7 @@ async def world() -> AsyncIterator[World]:
         SystemClock(),
         models=lambda: ("m",),
         jitter=lambda: 0.5,
-        limits=DispatcherLimits(requests_max=2),
+        limits=DispatcherLimits(requests_max=2, worker_wait_s=0.05),
         generation_limits=GenerationLimits(credit_tokens=8, client_stall_s=0.2, failover_wait_s=0.2),
     )
     yield World(queue, workers, dispatcher)
@@ -247,6 +248,24 @@ async def test_a_waiting_request_that_the_queue_lost_is_enqueued_again(world: Wo
     world.queue.answer = None
     await world.workers.wait_started(1)
     assert [call for call in world.queue.calls if call[0] == "enqueue"] == [("enqueue", "s-j")] * 2
+
+
+async def test_who_waits_is_told_when_no_worker_comes_back(world: World) -> None:
+    """Not at the first look, for a restart takes a moment; and not while a worker is there."""
+    world.queue.answer = Waiting(0)
+    generation = await world.dispatcher.submit(job())
+    await asyncio.sleep(0)
+    waiting = {"j": Waiting(0)}
+    for workers in (0, 1, 0):
+        world.queue.renewal = Renewal(waiting=waiting, workers=workers)
+        await world.dispatcher.renew()
+    assert not generation.ended
+    await asyncio.sleep(0.06)
+    world.queue.renewal = Renewal(waiting=waiting, workers=0)
+    await world.dispatcher.renew()
+    with pytest.raises(NoWorker) as caught:
+        await rest(generation)
+    assert caught.value.retry_after_s
 
 
 async def test_an_accepted_request_waits_for_a_store_that_is_gone(world: World) -> None:

@@ -1,6 +1,7 @@
 -- renew(running_count, {job_id, nonce} ..., waiting job_id ...)
 -- Prolongs the caller's leases, compares both ways what it and Redis know, and lends what is free.
--- Returns {grants, {job_id, position, wait_ms, ...}, lost job_ids, unknown job_ids}.
+-- Returns {grants, {job_id, position, wait_ms, ...}, lost job_ids, unknown job_ids, workers}: how many
+-- workers take jobs, with or without a free slot; -1 when nobody waited, for then nobody looked.
 
 local running_end = 6 + 2 * tonumber(ARGV[6])
 local named, lost, waiting = {}, {}, {}
@@ -50,4 +51,4 @@ for _, id in ipairs(waiting) do
     end
   end
 end
-return { GRANTED, positions, lost, unknown }
+return { GRANTED, positions, lost, unknown, view and #view.workers or -1 }
