@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from services.common import logs, status
 from services.common.clock import Clock
 from services.common.credential import check_mesh_token
-from services.common.errors import MeshCredentialInvalid
+from services.common.errors import ArgumentInvalid, MeshCredentialInvalid
 from services.common.grpc_types import Context, Handler, Interceptor
 
 Details = grpc.HandlerCallDetails
@@ -41,7 +42,10 @@ class CallLog(Interceptor):
         if handler is None or method.startswith(_QUIET):
             return handler
         wrap = self._streaming if handler.response_streaming else self._unary
-        return _rebuilt(handler, wrap(method, _behaviour(handler)))
+        if handler.request_streaming or handler.request_deserializer is None:
+            return _rebuilt(handler, wrap(method, _behaviour(handler)), handler.request_deserializer)
+        # Decoded inside, where bytes that are no message become an error of ours.
+        return _rebuilt(handler, wrap(method, _decoding(handler)), None)
 
     def _unary(self, method: str, inner: Any) -> Any:
         async def handle(request: Any, context: Context) -> Any:
@@ -59,8 +63,9 @@ class CallLog(Interceptor):
     def _streaming(self, method: str, inner: Any) -> Any:
         async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
             call = _Call(method, self._clock)
-            responses = inner(request, context)
+            responses = None
             try:
+                responses = inner(request, context)
                 async for response in responses:
                     yield response
             except BaseException as error:  # noqa: BLE001 - translated or raised again by `failed`
@@ -69,7 +74,8 @@ class CallLog(Interceptor):
                 call.log("OK")
             finally:
                 # A generator that is left half way cleans up now, not when it is collected.
-                await responses.aclose()
+                if responses is not None:
+                    await responses.aclose()
 
         return handle
 
@@ -96,7 +102,7 @@ class MeshOnly(Interceptor):
         try:
             check_mesh_token(tuple(handler_call_details.invocation_metadata or ()), self._token)
         except MeshCredentialInvalid as error:
-            return _rebuilt(handler, _refusing(handler, error))
+            return _rebuilt(handler, _refusing(handler, error), handler.request_deserializer)
         return handler
 
 
@@ -134,7 +140,22 @@ def _behaviour(handler: Handler) -> Any:
     return next(function for function in kinds if function is not None)
 
 
-def _rebuilt(handler: Handler, behaviour: Any) -> Handler:
+def _decoding(handler: Handler) -> Any:
+    """The handler's function, given the bytes of its request."""
+    inner = _behaviour(handler)
+    decode: Any = handler.request_deserializer
+
+    def handle(data: bytes, context: Context) -> Any:
+        try:
+            request = decode(data)
+        except DecodeError:
+            raise ArgumentInvalid("The request is not a message of this method.") from None
+        return inner(request, context)
+
+    return handle
+
+
+def _rebuilt(handler: Handler, behaviour: Any, deserializer: Any) -> Handler:
     """A handler of the same kind around another function."""
     make: Any = {
         (False, False): grpc.unary_unary_rpc_method_handler,
@@ -142,7 +163,7 @@ def _rebuilt(handler: Handler, behaviour: Any) -> Handler:
         (True, False): grpc.stream_unary_rpc_method_handler,
         (True, True): grpc.stream_stream_rpc_method_handler,
     }[handler.request_streaming, handler.response_streaming]
-    rebuilt: Handler = make(behaviour, handler.request_deserializer, handler.response_serializer)
+    rebuilt: Handler = make(behaviour, deserializer, handler.response_serializer)
     return rebuilt
 
 

@@ -8,6 +8,7 @@ secrets never are.
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import sys
 from typing import Any
@@ -18,6 +19,8 @@ import structlog
 _TRACEBACKS = structlog.processors.ExceptionRenderer(
     structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
 )
+
+_process = contextvars.Context()
 
 Logger = structlog.stdlib.BoundLogger
 
@@ -43,6 +46,12 @@ def configure(service: str, instance: str, *, level: str = "info") -> None:
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=service, instance=instance)
+    _process.run(structlog.contextvars.bind_contextvars, service=service, instance=instance)
+
+
+def process_context() -> contextvars.Context:
+    """A context with the process's own fields alone, for tasks that outlive the call that starts them."""
+    return _process.copy()
 
 
 def get_logger() -> Logger:

@@ -29,6 +29,9 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     # Envoy keeps about one connection a thread, and 400 clients may share it.
     ("grpc.max_concurrent_streams", 4_096),
+    # Envoy passes headers of up to 16 KiB; gRPC's own soft limit would refuse some of them by chance.
+    ("grpc.max_metadata_size", 32 * 1024),
+    ("grpc.absolute_max_metadata_size", 64 * 1024),
     # One chunk is about 100 bytes: 64 KiB hold what a slow reader may be behind.
     ("grpc.http2.max_frame_size", 65_536),
 )

@@ -231,10 +231,13 @@ def _number(payload: dict[str, Any], name: str) -> float:
 
 def _subject(payload: dict[str, Any]) -> str:
     subject = payload["sub"]
-    if not isinstance(subject, str) or not subject or len(subject.encode()) > SUBJECT_BYTES_MAX:
+    if not isinstance(subject, str) or not 0 < len(subject) <= SUBJECT_BYTES_MAX:
         raise TokenInvalid(f"The claim 'sub' is not a text of 1 to {SUBJECT_BYTES_MAX} bytes.")
+    # Lone surrogates count as control characters, so what passes can be encoded.
     if any(unicodedata.category(character).startswith("C") for character in subject):
         raise TokenInvalid("The claim 'sub' holds control characters.")
+    if len(subject.encode()) > SUBJECT_BYTES_MAX:
+        raise TokenInvalid(f"The claim 'sub' is not a text of 1 to {SUBJECT_BYTES_MAX} bytes.")
     return subject
 
 

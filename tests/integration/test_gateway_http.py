@@ -193,7 +193,7 @@ async def test_a_bad_body_gets_a_typed_error_and_the_next_request_works(
     assert (await gateway.post(BODY)).json["result"] == "fine"
 
 
-@pytest.mark.parametrize("deadline", ["0", "-1", "nan", "inf", "soon", "3601"])
+@pytest.mark.parametrize("deadline", ["0", "-1", "nan", "inf", "soon", "3601", "1_0", "1e1"])
 async def test_a_senseless_deadline_is_refused(gateway: GatewayWorld, deadline: str) -> None:
     """The header is named."""
     reply = await gateway.post(BODY, x_interlock_deadline=deadline)

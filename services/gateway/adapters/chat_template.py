@@ -15,6 +15,8 @@ from types import FrameType
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -29,6 +31,20 @@ RENDERED_CHARS_MAX = 4 << 20
 TEMPLATE_CHARS_MAX = 256 << 10
 # A template repeats a few characters to indent; one that builds megabytes is broken.
 REPEATED_CHARS_MAX = 10_000
+# Templates count turns; products of large numbers only take time, and take it in one uninterruptible call.
+FACTOR_MAX = 10**9
+INDENT_MAX = 16
+
+# What templates in use do with text. The others (`format`, `ljust`, `zfill`, ...) make much of little.
+_TEXT_METHODS = frozenset(
+    """
+    capitalize count endswith find index isalnum isalpha isdigit islower isspace istitle isupper join lower
+    lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines
+    startswith strip swapcase title upper
+    """.split()  # noqa: SIM905 - thirty quoted words would fill the page
+)
+# Likewise of Jinja's own filters, and those that only serve HTML.
+_FILTERS_REFUSED = ("center", "format", "indent", "pprint", "urlize", "wordwrap", "xmlattr", "filesizeformat")
 
 Trace = Callable[[FrameType, str, Any], Any]
 
@@ -41,13 +57,51 @@ class _TooLong(BaseException):
     """The template ran out of time. Not an Exception, so that no filter of its own can catch it."""
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which also keeps `'x' * 10**9` from filling the memory."""
+class _BoundedConcatenation(CodeGenerator):
+    """Compiles `a ~ b` as a call that the sandbox sees."""
 
-    intercepted_binops = frozenset({"*", "**", "%"})
+    def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
+        """Writes a call of `_Sandbox.concatenate`."""
+        self.write("environment.concatenate((")
+        for child in node.nodes:
+            self.visit(child, frame)
+            self.write(", ")
+        self.write("))")
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which also keeps a few characters of template from filling the memory."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    code_generator_class = _BoundedConcatenation
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Leaves of a text's methods those that cannot blow it up."""
+        if isinstance(obj, str) and attr not in _TEXT_METHODS:
+            return False
+        return super().is_safe_attribute(obj, attr, value)
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Calls a function for the template, `str.replace` with a bound on what comes out."""
+        owner = getattr(function, "__self__", None)
+        if isinstance(owner, str) and function.__name__ == "replace":
+            return _replaced(owner, *args, **kwargs)
+        return super().call(context, function, *args, **kwargs)
+
+    def concatenate(self, values: Sequence[Any]) -> str:
+        """`a ~ b ~ c`."""
+        texts = [str(value) for value in values]
+        if sum(map(len, texts)) > RENDERED_CHARS_MAX:
+            raise jinja2.exceptions.SecurityError("the result of ~ is too large")
+        return "".join(texts)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Performs an operation whose result stays small."""
         numbers = all(isinstance(value, int | float) for value in (left, right))
+        if operator == "+" and not numbers and _length(left) + _length(right) > RENDERED_CHARS_MAX:
+            raise jinja2.exceptions.SecurityError("the result of + is too large")
+        if operator == "*" and numbers and max(abs(left), abs(right)) > FACTOR_MAX:
+            raise jinja2.exceptions.SecurityError("the operands of * are too large")
         if operator == "**" and (not numbers or abs(left) > 1_000 or abs(right) > 10):
             raise jinja2.exceptions.SecurityError("the operands of ** are too large")
         if operator == "*" and not numbers and not _repeats_little(left, right):
@@ -73,7 +127,10 @@ class ChatTemplate:
         if len(source) > TEMPLATE_CHARS_MAX:
             raise ArtifactInvalid(f"chat template: {len(source)} characters; at most {TEMPLATE_CHARS_MAX}.")
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        for name in _FILTERS_REFUSED:
+            environment.filters.pop(name, None)
         environment.filters["tojson"] = _to_json
+        environment.filters["replace"] = _replaced
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         # What the template may not have: the names of Jinja's own helpers that make text from nothing.
@@ -139,6 +196,21 @@ def _deadline(end_s: float) -> Trace:
     return trace
 
 
+def _length(value: Any) -> int:
+    return len(value) if hasattr(value, "__len__") else 0
+
+
+def _replaced(text: Any, old: Any, new: Any, count: int | None = None) -> str:
+    """`str.replace`, unless the result would be too large."""
+    text, old, new = str(text), str(old), str(new)
+    times = -1 if count is None else int(count)
+    found = text.count(old) if times < 0 else min(times, text.count(old))
+    if len(text) + found * len(new) > RENDERED_CHARS_MAX:
+        raise jinja2.exceptions.SecurityError("the result of replace is too large")
+    replaced: str = text.replace(old, new, times)
+    return replaced
+
+
 def _repeats_little(left: Any, right: Any) -> bool:
     sequence, times = (left, right) if isinstance(right, int) else (right, left)
     if not isinstance(times, int) or not hasattr(sequence, "__len__"):
@@ -156,4 +228,6 @@ def _strftime_now(pattern: object) -> str:
 
 def _to_json(value: Any, indent: int | None = None) -> str:
     """JSON as models were trained on it: Jinja's own filter escapes for HTML."""
+    if indent is not None and not 0 <= int(indent) <= INDENT_MAX:
+        raise jinja2.exceptions.SecurityError("the indentation is too deep")
     return json.dumps(value, ensure_ascii=False, indent=indent)

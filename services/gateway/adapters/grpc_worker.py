@@ -130,7 +130,9 @@ class _Session:
         self._sinks[key] = sink
         self.send(worker_service_pb2.SessionRequest(start=_start_job(order)))
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run())
+            # The session outlives the request that opens it, so it must not bear that request's log fields.
+            context = logs.process_context()
+            self._task = asyncio.get_running_loop().create_task(self._run(), context=context)
         return _SessionAttempt(self, key)
 
     def send(self, request: worker_service_pb2.SessionRequest) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,10 @@ from services.gateway.dispatcher.generation import Generation
 GENERATE_SCOPE = "generate"
 MODELS_SCOPE = "models:read"
 DEADLINE_KEY = "x-interlock-deadline"
+# What a client or Envoy calls the call; logged, so that their lines and ours can be joined.
+CALL_ID_KEY = "x-request-id"
+
+_DECIMAL = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
@@ -91,6 +96,9 @@ class Reception:
             TokenMissing, TokenInvalid, TokenExpired: It is not clear who calls.
             ScopeMissing: They may not.
         """
+        call_id = next((value for key, value in metadata if key == CALL_ID_KEY), None)
+        if isinstance(call_id, str) and ids.is_valid_id(call_id):
+            logs.annotate(call_id=call_id)
         if self._draining:
             raise Draining("The gateway is shutting down.", retry_after_s=RETRY_WHEN_DRAINING_S)
         claims = self._verifier.verify(bearer_token(metadata))
@@ -179,10 +187,9 @@ class Reception:
         return sampling if sampling.seed is not None else replace(sampling, seed=self._draw_seed())
 
     def _read_deadline(self, text: str | bytes) -> float:
-        try:
-            seconds = float(text)
-        except ValueError:
-            seconds = math.nan
+        plain = text if isinstance(text, str) else text.decode("ascii", "replace")
+        # `float` alone takes underscores, exponents and digits of other scripts.
+        seconds = float(plain) if _DECIMAL.fullmatch(plain) else math.nan
         if not 0 < seconds <= self._deadlines.longest_s:
             raise ArgumentInvalid(
                 f"{DEADLINE_KEY}: decimal seconds, over 0 and at most {self._deadlines.longest_s:g}."

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import grpc
@@ -113,10 +113,18 @@ class ControllerLink:
         retry_s = RETRY_FIRST_S
         while True:
             for address in self._membership.controllers:
-                if await self._attach(address, handshake):
+                if await self._guarded(self._attach(address, handshake)):
                     retry_s = RETRY_FIRST_S
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, RETRY_MAX_S)
+
+    async def _guarded(self, attachment: Awaitable[bool]) -> bool:
+        """Keeps a defect in one attachment from ending the membership."""
+        try:
+            return await attachment
+        except Exception:  # noqa: BLE001 - logged with its traceback; the worker must attach again
+            logs.get_logger().error("controller.crashed", exc_info=True)
+            return False
 
     async def _attach(self, address: str, handshake: RevisionHandshake) -> bool:
         """One attachment, to its end; returns whether a lease was granted."""

@@ -7,6 +7,7 @@ bounded mailbox; what a step produced crosses back in one call. Knows ports, nev
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 import threading
 from collections.abc import Callable
@@ -95,6 +96,7 @@ class Engine:
         self._dead = False
         self._pulse = Pulse(free_slots=settings.slots)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._log_context = contextvars.Context()
         self._thread: threading.Thread | None = None
         self._watchdog: asyncio.Task[None] | None = None
 
@@ -111,6 +113,7 @@ class Engine:
     def start(self) -> None:
         """Starts the step thread and its watchdog; call it on the event loop."""
         self._loop = asyncio.get_running_loop()
+        self._log_context = logs.process_context()
         # Daemon: a step that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._run, name="step", daemon=True)
         self._thread.start()
@@ -197,7 +200,7 @@ class Engine:
         assert self._loop is not None
         try:
             if events:
-                self._loop.call_soon_threadsafe(self._deliver, events)
+                self._loop.call_soon_threadsafe(self._deliver, events, context=self._log_context)
         except RuntimeError:
             # The loop is closed: nobody listens any more.
             self._mailbox.close()

@@ -20,7 +20,7 @@ from structlog.testing import capture_logs
 
 from services.common import channel, logs, server
 from services.common.credential import mesh_metadata
-from services.common.errors import InterlockError, MeshCredentialInvalid, NoWorker, QueueFull
+from services.common.errors import ArgumentInvalid, InterlockError, MeshCredentialInvalid, NoWorker, QueueFull
 from services.common.interceptors import MeshOnly
 from services.common.status import read_error
 from services.common.system_clock import SystemClock
@@ -59,15 +59,14 @@ class Echo(worker_service_pb2_grpc.WorkerServiceServicer):
 
 @asynccontextmanager
 async def running(servicer: Echo, *, mesh_only: bool = False) -> AsyncIterator[tuple[Any, Any]]:
-    """A real server on loopback: a stub that calls it, and a way to its health."""
+    """A real server on loopback: a stub that calls it, and the connection."""
     guards = [MeshOnly(MESH_TOKEN, (f"/{SERVICE}/",))] if mesh_only else []
     made = server.create([SERVICE], SystemClock(), interceptors=guards)
     worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, made.grpc_server)
     address = made.bind("127.0.0.1:0")
     await made.start()
     async with channel.connect(address) as connection:
-        health = health_pb2_grpc.HealthStub(connection)
-        yield worker_service_pb2_grpc.WorkerServiceStub(connection), (made, health)
+        yield worker_service_pb2_grpc.WorkerServiceStub(connection), (made, connection)
     await made.grpc_server.stop(None)
 
 
@@ -159,7 +158,8 @@ async def test_private_services_refuse_callers_without_the_mesh_credential() -> 
 
 async def test_health_tells_when_calls_are_welcome() -> None:
     """NOT_SERVING until the service says otherwise, for the server and for each of its services."""
-    async with running(Echo()) as (_, (made, health)):
+    async with running(Echo()) as (_, (made, connection)):
+        health: Any = health_pb2_grpc.HealthStub(connection)
         for serving in (False, True, False):
             await made.set_serving(serving)
             for name in ("", SERVICE):
@@ -211,3 +211,18 @@ def test_a_status_of_a_stranger_keeps_its_code() -> None:
         "no route",
         True,
     )
+
+
+async def test_bytes_that_are_no_message_are_an_invalid_argument() -> None:
+    """The library alone would answer UNKNOWN with the name of a Python class."""
+    async with running(Echo()) as (_, (_, connection)):
+        raw = connection.unary_unary(f"/{SERVICE}/GetState")
+        error = await failure_of(raw(b"\xff\xff"))
+    assert isinstance(read_error(error), ArgumentInvalid)
+
+
+async def test_metadata_as_large_as_envoy_passes_is_accepted() -> None:
+    """gRPC's own soft limit of 8 KiB would refuse calls with long tokens now and then."""
+    async with running(Echo()) as (stub, _):
+        for _ in range(20):
+            await stub.GetState(pb.GetStateRequest(), metadata=(("authorization", "x" * 15_000),))

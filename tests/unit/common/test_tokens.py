@@ -80,6 +80,8 @@ def test_each_required_claim_is_required(name: str) -> None:
         {"sub": "a\nb"},
         {"sub": "a\u202eb"},
         {"sub": "x" * 257},
+        {"sub": "é" * 129},
+        {"sub": "\ud800"},
         {"sub": 7},
         {"scope": ["generate"]},
     ],
