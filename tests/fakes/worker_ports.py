@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from services.common.errors import ArtifactInvalid
-from services.worker.core.batch import Batch, Chunk, Decode
+from services.worker.core.batch import Batch, Choice, Chunk, Decode
 from services.worker.core.ports import ModelRunner, Progress
 from services.worker.core.revision import ModelFacts, RevisionSpec
 from services.worker.core.scheduler import NO_TOKEN
@@ -60,7 +60,7 @@ class FakeRunner:
         """See `ModelRunner.facts`."""
         return self._facts
 
-    def step(self, batch: Batch) -> Sequence[int]:
+    def step(self, batch: Batch) -> Sequence[Choice]:
         """See `ModelRunner.step`."""
         self.batches.append(batch)
         self.entered.set()
@@ -75,7 +75,8 @@ class FakeRunner:
         tokens = [self._chunk(chunk) for chunk in batch.chunks]
         drawn = [token for token, chunk in zip(tokens, batch.chunks, strict=True) if chunk.draw]
         assert [decode.row for decode in batch.decodes] == sorted({decode.row for decode in batch.decodes})
-        return [*drawn, *(self._decode(decode, batch) for decode in batch.decodes)]
+        decoded = [self._decode(decode, batch) for decode in batch.decodes]
+        return [Choice(token) for token in (*drawn, *decoded)]
 
     def close(self) -> None:
         """See `ModelRunner.close`."""
