@@ -73,7 +73,12 @@ def test_a_token_without_the_scope_is_forbidden(mesh: Mesh) -> None:
         ({"text": "Hi", "temperature": 99}, 400, "ARGUMENT_INVALID", "temperature"),
         ({"text": "Hi", "format": {"regex": "["}}, 400, "ARGUMENT_INVALID", "format.regex"),
         ({"text": "Hi", "format": {"json_schema": ENDLESS}}, 400, "ARGUMENT_INVALID", "too complex"),
-        ({"text": "Hi", "format": {"json_schema": {"title": "x" * 900_000}}}, 400, "ARGUMENT_INVALID", "format"),
+        (
+            {"text": "Hi", "format": {"json_schema": {"title": "x" * 900_000}}},
+            400,
+            "ARGUMENT_INVALID",
+            "format",
+        ),
         ({"text": "Hi", "colour": "red"}, 400, "ARGUMENT_INVALID", "colour"),
         ({"text": 7}, 400, "ARGUMENT_INVALID", "text"),
         ({}, 400, "ARGUMENT_INVALID", "text"),
