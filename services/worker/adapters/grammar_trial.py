@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import sys
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 # Address space of the trial. The library itself takes a tenth of it; the rest bounds what a format can fill.
 MEMORY_BYTES_MAX = 1 << 30
+
+# The worker kills a trial long before; this ends one whose worker was killed itself.
+ALARM_S = 2
 
 # A message longer than this is somebody's grammar rather than the flaw in it.
 FLAW_CHARS_MAX = 300
@@ -108,7 +112,10 @@ def main() -> None:
     # Bytes are vocabulary enough: what takes long does so before any token is looked at.
     tokenizer = LLTokenizer("byte")
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(_try(tokenizer, line)) + "\n")
+        signal.alarm(ALARM_S)
+        reply = _try(tokenizer, line)
+        signal.alarm(0)
+        sys.stdout.write(json.dumps(reply) + "\n")
         sys.stdout.flush()
 
 

@@ -218,6 +218,15 @@ async def test_the_trial_process_may_die(compiler: LlguidanceCompiler, trial: Tr
     await compiler.constrain(schema_of(SCHEMAS[1]), ())
 
 
+async def test_a_trial_ends_without_its_worker() -> None:
+    """Nobody kills it, as when its worker was killed: it ends itself all the same."""
+    patient = TrialProcess(limit_s=30)
+    began_s = time.monotonic()
+    with pytest.raises(ArgumentInvalid, match="too complex"):
+        await patient.compile(ENDLESS[0])
+    assert time.monotonic() - began_s < 20
+
+
 async def test_few_formats_wait_at_once(trial: TrialProcess) -> None:
     """More than that are busy, not queued without end; a cancelled wait leaves its place."""
     waiting = [asyncio.create_task(trial.compile(ENDLESS[0])) for _ in range(WAITING_MAX)]
