@@ -13,11 +13,13 @@ from services.common import logs
 from services.common.errors import FeatureUnsupported
 from services.common.grpc_types import Context
 from services.gateway.core.catalog import CatalogEntry
-from services.gateway.core.events import Chunk, Event, Finished, FinishReason, Queued, Started
+from services.gateway.core.events import Chunk, Event, Finished, FinishReason, Queued, Started, TokenLogprob
 from services.gateway.core.params import (
     ChatPrompt,
+    FormatKind,
     GenerationRequest,
     Message,
+    OutputFormat,
     Prompt,
     SamplingParams,
     TextPrompt,
@@ -134,7 +136,7 @@ def read_request(request: pb.GenerateRequest) -> GenerationRequest:
         stop=tuple(request.stop),
         logprobs=request.logprobs if request.HasField("logprobs") else None,
         n=request.n if request.HasField("n") else None,
-        formatted=request.HasField("format"),
+        form=_read_format(request.format) if request.HasField("format") else None,
         priority=int(request.priority),
         resumable=request.resumable,
     )
@@ -163,8 +165,21 @@ def _read_sampling(message: generation_pb2.SamplingParams) -> SamplingParams:
         presence_penalty=message.presence_penalty if message.HasField("presence_penalty") else None,
         frequency_penalty=message.frequency_penalty if message.HasField("frequency_penalty") else None,
         seed=message.seed if message.HasField("seed") else None,
-        biased_tokens=len(message.logit_bias),
+        logit_bias=tuple(sorted(message.logit_bias.items())),
     )
+
+
+def _read_format(message: generation_pb2.OutputFormat) -> OutputFormat:
+    match message.WhichOneof("format"):
+        case "json_schema":
+            return OutputFormat(FormatKind.JSON_SCHEMA, (message.json_schema,))
+        case "regex":
+            return OutputFormat(FormatKind.REGEX, (message.regex,))
+        case "choice":
+            return OutputFormat(FormatKind.CHOICE, tuple(message.choice.choices))
+        case "grammar":
+            return OutputFormat(FormatKind.GRAMMAR, (message.grammar,))
+    return OutputFormat(None)
 
 
 def _response(cursor: int, event: Event) -> pb.GenerateResponse:
@@ -173,11 +188,20 @@ def _response(cursor: int, event: Event) -> pb.GenerateResponse:
             return pb.GenerateResponse(cursor=cursor, queued=_queued(event))
         case Started():
             return pb.GenerateResponse(cursor=cursor, started=_started_message(event))
-        case Chunk(index, text, token_ids):
-            chunk = generation_pb2.Chunk(index=index, text=text, token_ids=token_ids)
+        case Chunk(index, text, token_ids, logprobs):
+            scores = [_logprob(one) for one in logprobs]
+            chunk = generation_pb2.Chunk(index=index, text=text, token_ids=token_ids, logprobs=scores)
             return pb.GenerateResponse(cursor=cursor, chunk=chunk)
         case Finished():
             return pb.GenerateResponse(cursor=cursor, finished=_finished(event))
+
+
+def _logprob(score: TokenLogprob) -> generation_pb2.TokenLogprob:
+    alternatives = [
+        generation_pb2.TokenAlternative(token_id=token_id, logprob=logprob)
+        for token_id, logprob in score.alternatives
+    ]
+    return generation_pb2.TokenLogprob(logprob=score.logprob, alternatives=alternatives)
 
 
 def _queued(event: Queued) -> generation_pb2.Queued:

@@ -20,7 +20,7 @@ from services.worker.adapters import library_environment
 from services.worker.adapters.controller_link import ControllerLink, Membership
 from services.worker.adapters.mesh_artifacts import MeshArtifacts
 from services.worker.config import WorkerConfig
-from services.worker.core.ports import RevisionLoader
+from services.worker.core.ports import FormatLibrary, RevisionLoader
 from services.worker.core.revision import Residency
 from services.worker.engine import Engine, EngineSettings, Preparation
 from services.worker.servicer import SERVICE, WorkerServicer
@@ -34,19 +34,28 @@ STOP_GRACE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """What a worker computes with: its devices (kind, name, bytes), and what loads revisions onto them."""
+    """What a worker computes with.
+
+    Attributes:
+        devices: Kind, name and bytes of each.
+        loader: Loads revisions onto them.
+        formats: Compiles formats; None: jobs that have one are refused.
+    """
 
     devices: tuple[tuple[str, str, int], ...]
     loader: RevisionLoader
+    formats: FormatLibrary | None = None
 
 
 def torch_compute(config: WorkerConfig) -> Compute:
     """Compute by torch. Blocks for seconds: it imports torch, which nothing else here does."""
     library_environment.prepare()
     from services.worker.adapters import torch_compute as adapter  # noqa: PLC0415 - as said
+    from services.worker.adapters.llguidance_formats import LlguidanceLibrary  # noqa: PLC0415 - it is large
 
     device = adapter.choose_device(config.device)
-    return Compute((adapter.describe_device(device),), adapter.make_loader(config, device))
+    loader = adapter.make_loader(config, device)
+    return Compute((adapter.describe_device(device),), loader, LlguidanceLibrary())
 
 
 class _Process:
@@ -65,6 +74,7 @@ class _Process:
         self._changes: set[asyncio.Task[None]] = set()
         self.link: ControllerLink | None = None
         self.preparation: Preparation | None = None
+        self.formats: FormatLibrary | None = None
         token = config.mesh_token.get_secret_value()
         self.server = server.create([SERVICE], clock, interceptors=[MeshOnly(token, (f"/{SERVICE}/",))])
         self.residency = Residency()
@@ -89,6 +99,7 @@ class _Process:
         """Serves until cancelled."""
         address = await self.open()
         compute = await asyncio.to_thread(make_compute, self.config)
+        self.formats = compute.formats
         self.link, self.preparation = link, preparation = self._join(address, compute)
         await link.run(preparation)
 
@@ -114,6 +125,7 @@ class _Process:
             self.clock,
             report=link.report,
             on_change=self.show_health,
+            formats=compute.formats,
         )
         return link, preparation
 
@@ -142,6 +154,8 @@ class _Process:
         if self.preparation is not None:
             await self.preparation.stop()
         await self.engine.stop()
+        if self.formats is not None:
+            await self.formats.close()
         await self.server.grpc_server.stop(STOP_GRACE_S)
         await asyncio.gather(*self._changes)
 

@@ -137,6 +137,28 @@ def test_a_seed_names_the_answer(mesh: Mesh) -> None:
     assert len(others | {first}) > 2
 
 
+def test_an_answer_keeps_to_its_format_and_tells_its_odds(mesh: Mesh) -> None:
+    """A choice and a schema are kept to, with a logprob a token; penalties change what is said."""
+    body = {"text": "Is Paris in France?", "format": {"choice": ["yes", "no"]}, "logprobs": 2}
+    chosen = mesh.post("/v1/generate", body).json
+    assert chosen["result"] in {"yes", "no"}
+    assert chosen["finish_reason"] == "stop"
+    assert len(chosen["logprobs"]) == chosen["usage"]["completion_tokens"]
+    assert all(len(entry["alternatives"]) == 2 for entry in chosen["logprobs"])
+    year = {"type": "integer", "minimum": 1000, "maximum": 2100}
+    schema = {
+        "type": "object",
+        "properties": {"year": year},
+        "required": ["year"],
+        "additionalProperties": False,
+    }
+    body = {"text": "When did the war end? Answer in JSON.", "format": {"json_schema": schema}}
+    assert 1_000 <= json.loads(mesh.post("/v1/generate", body).json["result"])["year"] <= 2_100
+    body = {"text": "Say the word dog again and again.", "max_tokens": 30}
+    plain = mesh.post("/v1/generate", body).json["result"]
+    assert mesh.post("/v1/generate", body | {"frequency_penalty": 2}).json["result"] != plain
+
+
 def test_the_commands_describe_the_mesh(mesh: Mesh) -> None:
     """`status`, `models list` and `workers list` agree with what runs, for people and as JSON."""
     assert mesh.run("status").returncode == 0

@@ -17,6 +17,9 @@ from interlock.v1 import gateway_service_pb2_grpc
 from services.common.tokens import mint
 from tests.fixtures.mesh import Mesh
 
+# Keeps a compiler of grammars busy for minutes.
+ENDLESS = {"type": "string", "allOf": [{"pattern": f".*{number}.{{5}}x.*"} for number in range(1_500)]}
+
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
@@ -68,6 +71,14 @@ def test_a_token_without_the_scope_is_forbidden(mesh: Mesh) -> None:
         ({"text": "Hi", "max_tokens": -1}, 400, "ARGUMENT_INVALID", "max_tokens"),
         ({"text": "Hi", "model": "no-such-model"}, 404, "MODEL_UNKNOWN", "no-such-model"),
         ({"text": "Hi", "temperature": 99}, 400, "ARGUMENT_INVALID", "temperature"),
+        ({"text": "Hi", "format": {"regex": "["}}, 400, "ARGUMENT_INVALID", "format.regex"),
+        ({"text": "Hi", "format": {"json_schema": ENDLESS}}, 400, "ARGUMENT_INVALID", "too complex"),
+        (
+            {"text": "Hi", "format": {"json_schema": {"title": "x" * 900_000}}},
+            400,
+            "ARGUMENT_INVALID",
+            "format",
+        ),
         ({"text": "Hi", "colour": "red"}, 400, "ARGUMENT_INVALID", "colour"),
         ({"text": 7}, 400, "ARGUMENT_INVALID", "text"),
         ({}, 400, "ARGUMENT_INVALID", "text"),
@@ -79,7 +90,7 @@ def test_a_token_without_the_scope_is_forbidden(mesh: Mesh) -> None:
         (b"[" * 100_000, 400, "ARGUMENT_INVALID", ""),
         (b"\xff\xfe", 400, "ARGUMENT_INVALID", ""),
     ],
-    ids=range(15),
+    ids=range(18),
 )
 def test_each_bad_body_gets_a_typed_error_and_the_next_request_works(
     mesh: Mesh, body: Any, status: int, reason: str, named: str

@@ -36,6 +36,8 @@ class Script:
         batch: Tokens in one message.
         late_tokens: Tokens that it sends of an attempt that was cancelled.
         deaf: Cancellations are neither obeyed nor confirmed.
+        message: The words of its refusals.
+        scores: Whether it sends logprobs to those who ask for them.
     """
 
     answer: str = "The answer is forty-two."
@@ -46,6 +48,8 @@ class Script:
     batch: int = 1
     late_tokens: int = 0
     deaf: bool = False
+    message: str = ""
+    scores: bool = True
 
 
 @dataclass
@@ -56,6 +60,15 @@ class Running:
     credit: int
     task: asyncio.Task[None] | None = None
     more: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+def logprob_of(token: int, alternatives: int) -> generation_pb2.TokenLogprob:
+    """The score of a token: a function of its id, so that a test knows which entry belongs to which."""
+    others = [
+        generation_pb2.TokenAlternative(token_id=token + at, logprob=-token - at)
+        for at in range(alternatives)
+    ]
+    return generation_pb2.TokenLogprob(logprob=-token, alternatives=others)
 
 
 class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
@@ -157,7 +170,10 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
     def _begin(self, start: pb.StartJob, outgoing: asyncio.Queue[Any]) -> None:
         self.starts.append(start)
         if self.script.refusals:
-            refused = pb.Refused(job=start.job, attempt=start.attempt, reason=self.script.refusals.pop(0))
+            reason = self.script.refusals.pop(0)
+            refused = pb.Refused(
+                job=start.job, attempt=start.attempt, reason=reason, message=self.script.message
+            )
             outgoing.put_nowait(pb.SessionResponse(refused=refused))
             return
         running = Running(start, start.credit_tokens)
@@ -216,8 +232,14 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
     ) -> None:
         start = running.start
         self.sent[start.job] = max(self.sent.get(start.job, 0), index + len(token_ids))
+        scored = start.HasField("logprobs") and self.script.scores
         output = pb.StepOutput(
-            job=start.job, attempt=start.attempt, index=index, token_ids=token_ids, finish=finish
+            job=start.job,
+            attempt=start.attempt,
+            index=index,
+            token_ids=token_ids,
+            finish=finish,
+            logprobs=[logprob_of(token, start.logprobs) for token in token_ids] if scored else [],
         )
         outgoing.put_nowait(pb.SessionResponse(step=pb.Step(outputs=[output])))
 

@@ -10,8 +10,10 @@ import torch
 import transformers
 
 from services.worker.core.revision import ComputeDtype, Quantization, RevisionFile, RevisionSpec
+from tests.fixtures import tiny_tokenizer
 
 VOCABULARY = 96
+SPEAKING_VOCABULARY = 272
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -50,10 +52,16 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
-def save(name: str, directory: Path, *, seed: int = 0) -> RevisionSpec:
-    """Makes a random model of an architecture in `directory`, and the specification that names it."""
+def save(name: str, directory: Path, *, seed: int = 0, speaks: bool = False) -> RevisionSpec:
+    """Makes a random model of an architecture in `directory`, and the specification that names it.
+
+    One that `speaks` has the tiny tokenizer beside it, and a few ids more than that, as real models do.
+    """
     torch.manual_seed(seed)
     config = CONFIGS[name]()
+    if speaks:
+        config.vocab_size, config.eos_token_id = SPEAKING_VOCABULARY, tiny_tokenizer.END
+        tiny_tokenizer.write_tokenizer(directory)
     factory: Any = transformers.AutoModelForCausalLM
     model = factory.from_config(config)
     model.save_pretrained(directory)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from services.common.errors import ArtifactInvalid
-from services.worker.core.batch import Batch, Chunk, Decode
+from services.worker.core.batch import Batch, Choice, Chunk, Decode
+from services.worker.core.format import Constraint, Format
 from services.worker.core.ports import ModelRunner, Progress
 from services.worker.core.revision import ModelFacts, RevisionSpec
 from services.worker.core.scheduler import NO_TOKEN
@@ -60,7 +62,7 @@ class FakeRunner:
         """See `ModelRunner.facts`."""
         return self._facts
 
-    def step(self, batch: Batch) -> Sequence[int]:
+    def step(self, batch: Batch) -> Sequence[Choice]:
         """See `ModelRunner.step`."""
         self.batches.append(batch)
         self.entered.set()
@@ -75,7 +77,8 @@ class FakeRunner:
         tokens = [self._chunk(chunk) for chunk in batch.chunks]
         drawn = [token for token, chunk in zip(tokens, batch.chunks, strict=True) if chunk.draw]
         assert [decode.row for decode in batch.decodes] == sorted({decode.row for decode in batch.decodes})
-        return [*drawn, *(self._decode(decode, batch) for decode in batch.decodes)]
+        decoded = [self._decode(decode, batch) for decode in batch.decodes]
+        return [Choice(token) for token in (*drawn, *decoded)]
 
     def close(self) -> None:
         """See `ModelRunner.close`."""
@@ -94,6 +97,38 @@ class FakeRunner:
         assert position <= len(held), "a position was skipped"
         self._rows[row] = [*held[:position], *token_ids]
         return NO_TOKEN if self._rows[row][0] in self.poisoned else next_token(self._rows[row])
+
+
+class FakeConstraint:
+    """Allows every token."""
+
+    def allowed(self, emitted_ids: Sequence[int]) -> bytes:
+        """See `Constraint.allowed`."""
+        del emitted_ids
+        return b"\xff" * (VOCABULARY // 8)
+
+
+class FakeCompiler:
+    """Compiles when a test lets it.
+
+    Attributes:
+        gate: Compilations wait for it.
+        error: Raised by them when set.
+        asked: What was to be compiled, with what was emitted before.
+    """
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.error: Exception | None = None
+        self.asked: list[tuple[Format, tuple[int, ...]]] = []
+
+    async def constrain(self, form: Format, emitted_ids: Sequence[int]) -> Constraint:
+        """See `FormatCompiler.constrain`."""
+        self.asked.append((form, tuple(emitted_ids)))
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        return FakeConstraint()
 
 
 class FakeStore:

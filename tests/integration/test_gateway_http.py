@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from google.api.httpbody_pb2 import HttpBody
+from interlock.v1 import worker_service_pb2
 
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.dispatcher.generation import GenerationLimits
@@ -72,6 +74,73 @@ async def test_messages_are_a_conversation(gateway: GatewayWorld) -> None:
     assert (await gateway.post({"messages": turns})).status == 200
     (order,) = worker.starts
     assert "".join(map(chr, order.prompt_ids)) == "system:a\nuser:b\n"
+
+
+async def test_sampling_options_reach_the_worker(gateway: GatewayWorld) -> None:
+    """Each field of the body is a field of the order, and nothing is there that was not asked for."""
+    worker = await gateway.add_worker("w1")
+    body = {
+        "repetition_penalty": 1.5,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.25,
+        "logit_bias": {"7": 1.5, "300": -100},
+        "logprobs": 2,
+        "format": {"choice": ["a", "b"]},
+    }
+    assert (await gateway.post(BODY | body)).status == 200
+    assert (await gateway.post(BODY)).status == 200
+    order, plain = worker.starts
+    sampling = order.sampling
+    assert (sampling.repetition_penalty, sampling.presence_penalty) == (1.5, -0.5)
+    assert (sampling.frequency_penalty, dict(sampling.logit_bias)) == (0.25, {7: 1.5, 300: -100.0})
+    assert (order.logprobs, list(order.format.choice.choices)) == (2, ["a", "b"])
+    assert [name for name in ("logprobs", "format") if plain.HasField(name)] == []
+    assert not plain.sampling.logit_bias
+
+
+async def test_a_schema_is_an_object_or_its_text(gateway: GatewayWorld) -> None:
+    """Both spellings reach the worker as text, properties in the order in which they stood."""
+    worker = await gateway.add_worker("w1")
+    schema = {"type": "object", "properties": {"z": {"const": "ü"}, "a": {}}}
+    for spelled in (schema, json.dumps(schema)):
+        assert (await gateway.post(BODY | {"format": {"json_schema": spelled}})).status == 200
+    for order in worker.starts:
+        read = json.loads(order.format.json_schema)
+        assert read == schema
+        assert list(read["properties"]) == ["z", "a"]
+
+
+async def test_logprobs_are_one_entry_a_token(gateway: GatewayWorld) -> None:
+    """In the result and in each event, with the ids that they belong to; absent where not asked for."""
+    await gateway.add_worker("w1", Script(answer="abc", interval_s=0.001))
+    entries = [
+        {
+            "token_id": token,
+            "logprob": -token,
+            "alternatives": [
+                {"token_id": token, "logprob": -token},
+                {"token_id": token + 1, "logprob": -token - 1},
+            ],
+        }
+        for token in map(ord, "abc")
+    ]
+    assert (await gateway.post(BODY | {"logprobs": 2})).json["logprobs"] == entries
+    reply = await gateway.post(BODY | {"logprobs": 2, "stream": True})
+    chunks = [event["data"]["chunk"] for event in reply.events if event["event"] == "chunk"]
+    assert [entry for chunk in chunks for entry in chunk["logprobs"]] == entries
+    assert "logprobs" not in (await gateway.post(BODY)).json
+
+
+async def test_what_a_worker_cannot_make_sense_of_is_the_callers(gateway: GatewayWorld) -> None:
+    """INVALID is 400 with the worker's words, not a retry; the next request works."""
+    invalid = worker_service_pb2.REFUSAL_REASON_INVALID
+    script = Script(answer="fine", refusals=[invalid], message="format.regex: unclosed class")
+    worker = await gateway.add_worker("w1", script)
+    reply = await gateway.post(BODY | {"format": {"regex": "["}})
+    assert (reply.status, reply.json["error"]["reason"]) == (400, "ERROR_REASON_ARGUMENT_INVALID")
+    assert reply.json["error"]["message"] == "format.regex: unclosed class"
+    assert len(worker.starts) == 1
+    assert (await gateway.post(BODY)).json["result"] == "fine"
 
 
 async def test_an_error_after_the_first_byte_is_an_event(gateway: GatewayWorld) -> None:
@@ -177,10 +246,31 @@ async def test_an_api_key_header_is_a_token(gateway: GatewayWorld) -> None:
         ({"text": "hi", "request_id": "a/b"}, 400, "request_id"),
         ({"text": "hi", "model": "other"}, 404, "other"),
         ({"text": "hi", "n": 2}, 501, "n:"),
+        ({"text": "hi", "logprobs": 21}, 400, "logprobs"),
+        ({"text": "hi", "logprobs": 1.0}, 400, "logprobs"),
+        ({"text": "hi", "repetition_penalty": 0}, 400, "repetition_penalty"),
+        ({"text": "hi", "logit_bias": [1]}, 400, "logit_bias"),
+        ({"text": "hi", "logit_bias": {"a": 1}}, 400, "logit_bias.a"),
+        ({"text": "hi", "logit_bias": {"01": 1}}, 400, "logit_bias.01"),
+        ({"text": "hi", "logit_bias": {"²": 1}}, 400, "logit_bias"),
+        ({"text": "hi", "logit_bias": {"4294967296": 1}}, 400, "logit_bias"),
+        ({"text": "hi", "logit_bias": {"1": "x"}}, 400, "logit_bias.1"),
+        ({"text": "hi", "logit_bias": {"1": 101}}, 400, "logit_bias"),
+        ({"text": "hi", "logit_bias": {"99999": 1}}, 400, "logit_bias"),
+        ({"text": "hi", "format": "json"}, 400, "format"),
+        ({"text": "hi", "format": {}}, 400, "format"),
+        ({"text": "hi", "format": {"regex": "a", "choice": ["a"]}}, 400, "format"),
+        ({"text": "hi", "format": {"xml": "a"}}, 400, "format"),
+        ({"text": "hi", "format": {"regex": 7}}, 400, "format.regex"),
+        ({"text": "hi", "format": {"choice": "a"}}, 400, "format.choice"),
+        ({"text": "hi", "format": {"choice": ["a", 1]}}, 400, "format.choice[1]"),
+        ({"text": "hi", "format": {"json_schema": 7}}, 400, "format.json_schema"),
+        ({"text": "hi", "format": {"json_schema": "{"}}, 400, "format.json_schema"),
+        ({"text": "hi", "format": {"json_schema": {"title": "x" * 70_000}}}, 400, "format.json_schema"),
         ({"text": "x" * 600}, 400, "context"),
         ({}, 400, "text"),
     ],
-    ids=range(30),
+    ids=range(51),
 )
 async def test_a_bad_body_gets_a_typed_error_and_the_next_request_works(
     gateway: GatewayWorld, body: Any, status: int, named: str

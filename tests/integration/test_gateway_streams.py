@@ -271,6 +271,18 @@ async def test_counting_tokens_uses_the_template(gateway: GatewayWorld) -> None:
         (pb.GenerateRequest(text="hi", n=2), "UNIMPLEMENTED", "n:"),
         (pb.GenerateRequest(text="hi", resumable=True), "UNIMPLEMENTED", "resumable"),
         (pb.GenerateRequest(text="hi", stop=[""]), "INVALID_ARGUMENT", "stop"),
+        (pb.GenerateRequest(text="hi", logprobs=21), "INVALID_ARGUMENT", "logprobs"),
+        (pb.GenerateRequest(text="hi", format=generation_pb2.OutputFormat()), "INVALID_ARGUMENT", "format"),
+        (
+            pb.GenerateRequest(text="hi", format=generation_pb2.OutputFormat(regex="a" * 4_097)),
+            "INVALID_ARGUMENT",
+            "format.regex",
+        ),
+        (
+            pb.GenerateRequest(text="hi", sampling=generation_pb2.SamplingParams(logit_bias={1 << 20: 1})),
+            "INVALID_ARGUMENT",
+            "logit_bias",
+        ),
         (
             pb.GenerateRequest(text="hi", sampling=generation_pb2.SamplingParams(temperature=NAN)),
             "INVALID_ARGUMENT",
@@ -283,7 +295,7 @@ async def test_counting_tokens_uses_the_template(gateway: GatewayWorld) -> None:
             "SYSTEM",
         ),
     ],
-    ids=range(13),
+    ids=range(17),
 )
 async def test_a_bad_request_is_refused_by_name_and_the_next_one_works(
     gateway: GatewayWorld, request_: pb.GenerateRequest, code: str, named: str
@@ -295,6 +307,24 @@ async def test_a_bad_request_is_refused_by_name_and_the_next_one_works(
     assert caught.value.code().name == code
     assert named in (caught.value.details() or "")
     assert joined(await gateway.generate()) == "fine"
+
+
+async def test_options_survive_a_failover(gateway: GatewayWorld) -> None:
+    """The second worker gets the same order, what was emitted beside it, and each token keeps its logprob."""
+    first = await gateway.add_worker("w1", Script(answer="x" * 20, die_at=7))
+    shape = generation_pb2.OutputFormat(json_schema='{"type": "string"}')
+    sampling = generation_pb2.SamplingParams(logit_bias={5: 1.5}, repetition_penalty=1.5)
+    events = await gateway.generate(
+        pb.GenerateRequest(text="hi", logprobs=1, format=shape, sampling=sampling)
+    )
+    assert joined(events) == "x" * 20
+    before, after = first.starts
+    assert (before.format, before.sampling, before.logprobs) == (after.format, after.sampling, after.logprobs)
+    assert before.format == shape
+    assert len(after.emitted[0].token_ids) == 7
+    chunks = [event.chunk for event in events if event.HasField("chunk")]
+    assert all(len(chunk.logprobs) == len(chunk.token_ids) for chunk in chunks)
+    assert {score.alternatives[0].token_id for chunk in chunks for score in chunk.logprobs} == {ord("x")}
 
 
 async def test_what_is_not_served_yet_says_so(gateway: GatewayWorld) -> None:

@@ -27,6 +27,7 @@ from interlock.v1 import (
     worker_service_pb2_grpc,
 )
 from pydantic import TypeAdapter
+from tokenizers import Tokenizer
 
 from services.common import server
 from services.common.channel import connect
@@ -187,8 +188,15 @@ async def health_of(address: str) -> int:
     return int(answer.status)
 
 
-async def generate(address: str, prompt: tuple[int, ...], tokens: int) -> list[int]:
-    """The tokens of one greedy job."""
+async def generate(address: str, prompt: tuple[int, ...], tokens: int, **fields: Any) -> list[int]:
+    """The tokens of one job, greedy unless `fields` of its order say otherwise."""
+    return [
+        token for output in await outputs_of(address, prompt, tokens, **fields) for token in output.token_ids
+    ]
+
+
+async def outputs_of(address: str, prompt: tuple[int, ...], tokens: int, **fields: Any) -> list[Any]:
+    """The outputs of one job."""
     async with connect(address) as channel:
         call: Any = worker_service_pb2_grpc.WorkerServiceStub(channel).Session(metadata=mesh_metadata(TOKEN))
         job = worker_service_pb2.StartJob(
@@ -201,15 +209,16 @@ async def generate(address: str, prompt: tuple[int, ...], tokens: int) -> list[i
             max_tokens=tokens,
             n=1,
             credit_tokens=1_000,
+            **fields,
         )
         await call.write(worker_service_pb2.SessionRequest(start=job))
-        found: list[int] = []
+        found: list[Any] = []
         async with asyncio.timeout(20):
             while True:
                 response = await call.read()
                 assert not response.HasField("refused"), response
                 for output in response.step.outputs:
-                    found.extend(output.token_ids)
+                    found.append(output)
                     if output.finish:
                         assert output.finish != generation_pb2.FINISH_REASON_ERROR
                         call.cancel()
@@ -436,3 +445,36 @@ async def test_a_taken_port_is_told(tmp_path: Path) -> None:
             until_stopped=forever,
         )
     await first.stop()
+
+
+async def test_a_real_worker_holds_answers_to_a_schema(
+    controller: tuple[ScriptedController, str], tmp_path: Path
+) -> None:
+    """A tiny model of noise answers in JSON with a logprob a token, and goes on where another one stopped."""
+    script, controller_address = controller
+    files = tmp_path / "model"
+    tiny_models.save("llama", files, speaks=True)
+    worker = Worker(config_for(tmp_path, controller_address), torch_compute)
+    address = await worker.address()
+    await script.prepare(manifest_of(files, local=True))
+    await script.hear("ready")
+    await script.activate(9)
+    schema = {"type": "object", "properties": {"colour": {"enum": ["red", "green"]}}, "required": ["colour"]}
+    order = {
+        "format": generation_pb2.OutputFormat(
+            json_schema=json.dumps(schema | {"additionalProperties": False})
+        ),
+        "sampling": generation_pb2.SamplingParams(temperature=1.0, seed=3, repetition_penalty=1.1),
+        "logprobs": 3,
+    }
+    outputs = await outputs_of(address, PROMPT, 200, **order)
+    assert outputs[-1].finish == generation_pb2.FINISH_REASON_STOP
+    said = [token for output in outputs for token in output.token_ids]
+    text = Tokenizer.from_file(str(files / "tokenizer.json")).decode(said)
+    assert json.loads(text) in [{"colour": "red"}, {"colour": "green"}]
+    scores = [score for output in outputs for score in output.logprobs]
+    assert len(scores) == len(said)
+    assert all(len(score.alternatives) == 3 and score.logprob <= 0 for score in scores)
+    emitted = [worker_service_pb2.EmittedTokens(sequence=0, token_ids=said[:5])]
+    assert await generate(address, PROMPT, 200, emitted=emitted, **order) == said[5:]
+    await worker.stop()

@@ -19,9 +19,9 @@ from interlock.v1 import generation_pb2, worker_service_pb2, worker_service_pb2_
 from services.common import channel, logs
 from services.common.clock import Clock
 from services.common.credential import mesh_metadata
-from services.gateway.core.attempts import Output, RefusalReason, WorkOrder
+from services.gateway.adapters.worker_messages import read_output, start_job
+from services.gateway.core.attempts import RefusalReason, WorkOrder
 from services.gateway.core.events import FinishReason
-from services.gateway.core.params import SamplingParams
 from services.gateway.core.ports import Attempt, AttemptSink
 
 # A worker says something every second; twice that is silence, not a hiccup.
@@ -128,7 +128,7 @@ class _Session:
         if not self._sinks:
             self._heard_s = self.clock.monotonic()
         self._sinks[key] = sink
-        self.send(worker_service_pb2.SessionRequest(start=_start_job(order)))
+        self.send(worker_service_pb2.SessionRequest(start=start_job(order)))
         if self._task is None:
             # The session outlives the request that opens it, so it must not bear that request's log fields.
             context = logs.process_context()
@@ -256,11 +256,10 @@ class _Session:
             del self._sinks[key]
         reason = _FINISHES.get(output.finish)
         if not ends or reason is not None:
-            ids = tuple(output.token_ids)
-            sink.output(Output(output.index, ids, reason, output.cached_prompt_tokens))
+            sink.output(read_output(output, reason))
             return
         if output.token_ids:
-            sink.output(Output(output.index, tuple(output.token_ids), None, output.cached_prompt_tokens))
+            sink.output(read_output(output, None))
         sink.lost("it ended the sequence without finishing it")
 
     def _refuse(self, refused: worker_service_pb2.Refused) -> None:
@@ -316,35 +315,3 @@ async def _first_done(*tasks: asyncio.Future[None]) -> asyncio.Future[None]:
     first = next(task for task in tasks if task in done)
     first.result()
     return first
-
-
-def _start_job(order: WorkOrder) -> worker_service_pb2.StartJob:
-    emitted = [worker_service_pb2.EmittedTokens(sequence=0, token_ids=order.emitted_ids)]
-    return worker_service_pb2.StartJob(
-        job=order.job_id,
-        attempt=order.attempt,
-        model=order.model,
-        revision=order.revision,
-        epoch=order.epoch,
-        prompt_ids=order.prompt_ids,
-        emitted=emitted if order.emitted_ids else [],
-        max_tokens=order.max_tokens,
-        sampling=sampling_message(order.sampling),
-        n=1,
-        credit_tokens=order.credit_tokens,
-        request_id=order.request_id,
-    )
-
-
-def sampling_message(sampling: SamplingParams) -> generation_pb2.SamplingParams:
-    """The parameters on the wire; what the caller left out stays absent."""
-    return generation_pb2.SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        seed=sampling.seed,
-    )

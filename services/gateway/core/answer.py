@@ -6,7 +6,7 @@ Must not know: clocks. The moments of a request arrive as seconds on one monoton
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.gateway.core.attempts import Output
 from services.gateway.core.detokenizer import Piece, Transcript
@@ -31,13 +31,22 @@ class Answer:
         decode: The tokenizer's way back to text.
         stops: Strings before which the text ends.
         accepted_s: When the request was accepted.
+        scored: Whether each token must come with its logprob.
     """
 
     def __init__(
-        self, prompt_tokens: int, max_tokens: int, decode: Decode, stops: Sequence[str], *, accepted_s: float
+        self,
+        prompt_tokens: int,
+        max_tokens: int,
+        decode: Decode,
+        stops: Sequence[str],
+        *,
+        accepted_s: float,
+        scored: bool = False,
     ) -> None:
         self._prompt_tokens = prompt_tokens
         self._max_tokens = max_tokens
+        self._scored = scored
         self._transcript = Transcript(decode, stops)
         self._cached_prompt_tokens = 0
         self._moments = _Moments(accepted_s)
@@ -71,8 +80,10 @@ class Answer:
             self._moments.granted_s = now_s
 
     def continues(self, output: Output) -> bool:
-        """Whether `output` begins where the answer ends, and stays within what was asked for."""
-        return output.index == self.index and self.index + len(output.token_ids) <= self._max_tokens
+        """Whether `output` begins where the answer ends, and is what was asked for."""
+        tokens = len(output.token_ids)
+        fits = self.index + tokens <= self._max_tokens
+        return output.index == self.index and fits and len(output.logprobs) == tokens * self._scored
 
     def push(self, output: Output, now_s: float) -> Piece:
         """Takes the tokens of `output`; returns what they added to the text."""
@@ -82,7 +93,7 @@ class Answer:
             self._cached_prompt_tokens = output.cached_prompt_tokens
         piece = self._transcript.push(output.token_ids)
         self._stop_text = piece.stop or ""
-        return piece
+        return replace(piece, logprobs=output.logprobs[: len(piece.token_ids)])
 
     def flush(self, reason: FinishReason) -> Piece:
         """Ends the text for the worker's `reason`; returns what was held back."""

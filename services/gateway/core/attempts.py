@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from services.gateway.core.events import FinishReason
+from services.gateway.core.events import FinishReason, TokenLogprob
 from services.gateway.core.jobs import Grant
-from services.gateway.core.params import GenerationJob, SamplingParams
+from services.gateway.core.params import GenerationJob, OutputFormat, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,8 @@ class WorkOrder:
         max_tokens: Most tokens, the emitted ones included.
         sampling: How tokens are chosen.
         credit_tokens: How many tokens may be sent before more credit comes.
+        logprobs: Alternatives to report for each token; None: no scores at all.
+        form: The shape of the output; None: any.
     """
 
     job_id: str
@@ -39,6 +41,8 @@ class WorkOrder:
     max_tokens: int
     sampling: SamplingParams
     credit_tokens: int
+    logprobs: int | None = None
+    form: OutputFormat | None = None
 
 
 def work_order(
@@ -57,6 +61,8 @@ def work_order(
         max_tokens=job.params.max_tokens,
         sampling=job.params.sampling,
         credit_tokens=credit_tokens,
+        logprobs=job.params.logprobs,
+        form=job.params.form,
     )
 
 
@@ -69,12 +75,14 @@ class Output:
         token_ids: The tokens; empty when only the end is told.
         finish: Set when the sequence ended as it should.
         cached_prompt_tokens: Prompt tokens found in a cache; told with the first output.
+        logprobs: One for each token where they were asked for, else none.
     """
 
     index: int
     token_ids: tuple[int, ...]
     finish: FinishReason | None = None
     cached_prompt_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class RefusalReason(StrEnum):

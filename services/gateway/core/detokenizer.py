@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from services.gateway.core.events import TokenLogprob
 from services.gateway.core.params import Decode
 
 # What a decoder makes of bytes that are no character (yet).
@@ -108,11 +109,13 @@ class Piece:
         text: The text that became certain.
         token_ids: The tokens that count; those after a stop string do not.
         stop: The stop string that ended the text; None: none.
+        logprobs: One for each token where they were asked for, else none.
     """
 
     text: str
     token_ids: tuple[int, ...]
     stop: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Transcript:

@@ -48,6 +48,19 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely the model found a token.
+
+    Attributes:
+        logprob: Natural logarithm of the chosen token's probability.
+        alternatives: The likeliest tokens of the position with theirs, likeliest first.
+    """
+
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Some text.
 
@@ -55,11 +68,13 @@ class Chunk:
         index: Position of the first of `token_ids`.
         text: The text that became certain; may be empty.
         token_ids: The tokens since the last chunk.
+        logprobs: One for each token where they were asked for, else none.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

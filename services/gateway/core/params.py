@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from services.gateway.core.jobs import Band
 
@@ -54,11 +55,11 @@ class SamplingParams:
         top_p: Probability mass that is kept.
         top_k: Number of tokens that are kept.
         min_p: Smallest probability that is kept, relative to the likeliest.
-        repetition_penalty: Divides scores of seen tokens; 1: none.
-        presence_penalty: Subtracted once for seen tokens; 0: none.
-        frequency_penalty: Subtracted per occurrence; 0: none.
+        repetition_penalty: Divides scores of tokens in prompt or output; 1: none.
+        presence_penalty: Subtracted once for tokens in the output; 0: none.
+        frequency_penalty: Subtracted per occurrence in the output; 0: none.
         seed: Names the noise.
-        biased_tokens: Entries of the logit bias.
+        logit_bias: Added to the scores, by token id.
     """
 
     temperature: float | None = None
@@ -69,7 +70,29 @@ class SamplingParams:
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    biased_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+
+class FormatKind(StrEnum):
+    """The kinds of shapes; the names are those of the fields of `interlock.v1.OutputFormat`."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    CHOICE = "choice"
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFormat:
+    """A shape that the output is held to.
+
+    Attributes:
+        kind: How `texts` are read; None: the caller named none.
+        texts: The schema, expression or grammar as one text; or the choices.
+    """
+
+    kind: FormatKind | None
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +107,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     n: int | None = None
-    formatted: bool = False
+    form: OutputFormat | None = None
     priority: int = 0
     resumable: bool = False
 
@@ -97,11 +120,15 @@ class GenerationParams:
         max_tokens: Most tokens to generate, at least 1.
         sampling: How they are chosen; the seed is set.
         stop: Strings before which the text ends.
+        logprobs: Alternatives to report for each token; None: no scores at all.
+        form: The shape of the output; None: any.
     """
 
     max_tokens: int
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    form: OutputFormat | None = None
 
 
 Decode = Callable[[Sequence[int]], str]

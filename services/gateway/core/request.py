@@ -18,9 +18,9 @@ from enum import StrEnum
 from typing import Any
 
 from services.common.errors import (
+    ArgumentInvalid,
     DeadlineExceeded,
     InterlockError,
-    InternalError,
     StoreUnavailable,
     WorkerLost,
 )
@@ -169,8 +169,8 @@ def _stop(request: Request, _: StopReached) -> Step:
 def _refuse(request: Request, event: Refused) -> Step:
     assert request.grant is not None
     if event.reason is RefusalReason.INVALID:
-        # What passed our own validation and not the worker's is our mistake, and another worker's too.
-        error = InternalError("The worker could not make sense of the request. The log has the details.")
+        # Another worker would say the same: it is what only workers can check, a format above all.
+        error = ArgumentInvalid(event.message or "The worker could not make sense of the request.")
         return _end(request, Phase.FAILED, error)
     if request.waited_out:
         return _end(request, Phase.FAILED, _nobody_goes_on())

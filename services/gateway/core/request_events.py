@@ -49,9 +49,10 @@ class StopReached:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The worker did not take it."""
+    """The worker did not take it. `message` says why to the client, where the request is to blame."""
 
     reason: RefusalReason
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ not serve is refused by name, never ignored.
 
 from __future__ import annotations
 
+import json
 import math
 
 from services.common.errors import ArgumentInvalid, ContextExceeded, FeatureUnsupported, ScopeMissing
@@ -13,8 +14,10 @@ from services.common.ids import is_valid_id
 from services.gateway.core.jobs import Band, Principal
 from services.gateway.core.params import (
     ChatPrompt,
+    FormatKind,
     GenerationRequest,
     Message,
+    OutputFormat,
     Prompt,
     SamplingParams,
     TextPrompt,
@@ -30,6 +33,18 @@ ROLE_BYTES_MAX = 64
 # occupy the tokenizer for seconds.
 PROMPT_BYTES_MAX = 1 << 20
 
+BIASES_MAX = 1_024
+BIAS_MAX = 100.0
+LOGPROBS_MAX = 20
+CHOICES_MAX = 256
+# Bytes of each text of a format: what a worker compiles within its bound on time.
+_FORMAT_BYTES_MAX = {
+    FormatKind.JSON_SCHEMA: 64 * 1024,
+    FormatKind.REGEX: 4 * 1024,
+    FormatKind.CHOICE: 1024,
+    FormatKind.GRAMMAR: 64 * 1024,
+}
+
 # (field, lowest, whether the lowest itself is allowed, highest)
 _RANGES: tuple[tuple[str, float, bool, float], ...] = (
     ("temperature", 0.0, True, 2.0),
@@ -39,8 +54,6 @@ _RANGES: tuple[tuple[str, float, bool, float], ...] = (
     ("presence_penalty", -2.0, True, 2.0),
     ("frequency_penalty", -2.0, True, 2.0),
 )
-# What leaves the distribution as it is may be said; anything else is not served yet.
-_NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 PRIORITY_SCOPE = "priority:system"
 
@@ -57,6 +70,7 @@ def check_request(request: GenerationRequest) -> Prompt:
     check_max_tokens(request.max_tokens)
     check_sampling(request.sampling)
     check_stop(request.stop)
+    check_format(request.form)
     _check_unsupported(request)
     return check_prompt(request.prompt)
 
@@ -102,6 +116,28 @@ def check_sampling(sampling: SamplingParams) -> None:
         raise ArgumentInvalid("top_k: must be at least 1.")
     if sampling.seed is not None and not 0 <= sampling.seed < 2**64:
         raise ArgumentInvalid("seed: must be an unsigned number of 64 bits.")
+    if len(sampling.logit_bias) > BIASES_MAX:
+        raise ArgumentInvalid(f"logit_bias: at most {BIASES_MAX} entries.")
+    if not all(abs(bias) <= BIAS_MAX for _, bias in sampling.logit_bias):
+        raise ArgumentInvalid(f"logit_bias: each must be -{BIAS_MAX:g} to {BIAS_MAX:g}.")
+
+
+def check_format(form: OutputFormat | None) -> None:
+    """Raises ArgumentInvalid for a format out of its bounds, or a schema that is not JSON.
+
+    Whether it can be compiled is for a worker to say.
+    """
+    if form is None:
+        return
+    if form.kind is None:
+        raise ArgumentInvalid("format: exactly one of json_schema, regex, choice, grammar is needed.")
+    name, limit = f"format.{form.kind}", _FORMAT_BYTES_MAX[form.kind]
+    if form.kind is FormatKind.CHOICE and not 1 <= len(form.texts) <= CHOICES_MAX:
+        raise ArgumentInvalid(f"{name}: 1 to {CHOICES_MAX} choices are allowed.")
+    if any(not 1 <= _size(name, text) <= limit for text in form.texts):
+        raise ArgumentInvalid(f"{name}: 1 to {limit} bytes are allowed.")
+    if form.kind is FormatKind.JSON_SCHEMA:
+        _check_schema(name, form.texts[0])
 
 
 def check_stop(stop: tuple[str, ...]) -> None:
@@ -131,6 +167,12 @@ def check_token_ids(ids: tuple[int, ...], vocabulary: int) -> None:
     """Raises ArgumentInvalid for an id that the model does not have."""
     if any(not 0 <= token_id < vocabulary for token_id in ids):
         raise ArgumentInvalid(f"tokens: ids are 0 to {vocabulary - 1}.")
+
+
+def check_biased_ids(sampling: SamplingParams, vocabulary: int) -> None:
+    """Raises ArgumentInvalid for a bias on an id that the model does not have."""
+    if any(not 0 <= token_id < vocabulary for token_id, _ in sampling.logit_bias):
+        raise ArgumentInvalid(f"logit_bias: ids are 0 to {vocabulary - 1}.")
 
 
 def fit_max_tokens(max_tokens: int | None, prompt_tokens: int, context_tokens: int) -> int:
@@ -178,21 +220,21 @@ def _size(name: str, text: str) -> int:
         raise ArgumentInvalid(f"{name}: is not valid Unicode text.") from None
 
 
+def _check_schema(name: str, text: str) -> None:
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ArgumentInvalid(f"{name}: is not JSON, or nested too deeply.") from None
+    if not isinstance(schema, dict | bool):
+        raise ArgumentInvalid(f"{name}: must be a JSON object, or true or false.")
+
+
 def _check_unsupported(request: GenerationRequest) -> None:
     if request.n is not None and not 1 <= request.n <= 4:
         raise ArgumentInvalid("n: 1 to 4 are allowed.")
-    if request.logprobs is not None and not 0 <= request.logprobs <= 20:
-        raise ArgumentInvalid("logprobs: 0 to 20 are allowed.")
-    asked = {
-        "n": request.n not in {None, 1},
-        "logprobs": request.logprobs is not None,
-        "logit_bias": request.sampling.biased_tokens > 0,
-        "format": request.formatted,
-        "resumable": request.resumable,
-        **{
-            name: getattr(request.sampling, name) not in {None, neutral} for name, neutral in _NEUTRAL.items()
-        },
-    }
+    if request.logprobs is not None and not 0 <= request.logprobs <= LOGPROBS_MAX:
+        raise ArgumentInvalid(f"logprobs: 0 to {LOGPROBS_MAX} are allowed.")
+    asked = {"n": request.n not in {None, 1}, "resumable": request.resumable}
     for name, used in asked.items():
         if used:
             raise FeatureUnsupported(f"{name}: is not served by this version yet.")

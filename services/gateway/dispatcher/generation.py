@@ -74,6 +74,7 @@ class Generation:
             job.decode,
             job.params.stop,
             accepted_s=clock.monotonic(),
+            scored=job.params.logprobs is not None,
         )
         self._outbox = Outbox(limits.credit_tokens)
         self._ticket = Ticket(job, queue, clock, self, self._look_for_end)
@@ -259,7 +260,7 @@ class Generation:
         if self._hears(number):
             self._attempt = None
             self._log("attempt.refused", cause=reason.value, message=message)
-            self._apply(request_events.Refused(reason))
+            self._apply(request_events.Refused(reason, message))
 
     def lost(self, number: int, cause: str) -> None:
         """The worker of attempt `number` is gone."""

@@ -51,11 +51,12 @@ class Outbox:
         if not piece.text and not piece.token_ids:
             return
         self._ahead_tokens += len(piece.token_ids)
-        chunk = Chunk(index, piece.text, piece.token_ids)
+        chunk = Chunk(index, piece.text, piece.token_ids, piece.logprobs)
         if self._events and isinstance(self._events[-1], Chunk):
             last = self._events.pop()
             assert isinstance(last, Chunk)
-            chunk = Chunk(last.index, last.text + chunk.text, last.token_ids + chunk.token_ids)
+            token_ids, logprobs = last.token_ids + chunk.token_ids, last.logprobs + chunk.logprobs
+            chunk = Chunk(last.index, last.text + chunk.text, token_ids, logprobs)
         self._events.append(chunk)
         self._changed.set()
 

@@ -141,6 +141,7 @@ class Reception:
         max_tokens = validation.fit_max_tokens(request.max_tokens, len(prompt_ids), entry.context_tokens)
         # Only what fits is looked at one by one.
         validation.check_token_ids(prompt_ids, entry.tokenizer.vocabulary)
+        validation.check_biased_ids(request.sampling, entry.tokenizer.vocabulary)
         logs.annotate(model=entry.model, prompt_tokens=len(prompt_ids), max_tokens=max_tokens)
         job = GenerationJob(
             job_id=job_id(principal.subject, request_id),
@@ -148,7 +149,13 @@ class Reception:
             tenant=principal.subject,
             model=entry.model,
             prompt_ids=prompt_ids,
-            params=GenerationParams(max_tokens, self._with_seed(request.sampling), request.stop),
+            params=GenerationParams(
+                max_tokens,
+                self._with_seed(request.sampling),
+                request.stop,
+                request.logprobs,
+                request.form,
+            ),
             band=band,
             timeout_s=timeout_s,
             submission=secrets.token_hex(8),

@@ -107,19 +107,19 @@ class _Reply:
 
 async def _whole(generation: Generation, reply: _Reply) -> AsyncGenerator[HttpBody, None]:
     """Waits for the end; the headers wait with it, so an error still has its status."""
-    texts: list[str] = []
+    chunks: list[Chunk] = []
     finished: Finished | None = None
     async for event in generation:
         note_worker(event)
         if isinstance(event, Chunk):
-            texts.append(event.text)
+            chunks.append(event)
         elif isinstance(event, Finished):
             finished = event
     started = generation.started
     if started is None or finished is None:
         raise InternalError("The request ended without a result.")
     await reply.begin(started)
-    body = native.result_body("".join(texts), started, finished)
+    body = native.result_body(chunks, started, finished)
     yield HttpBody(content_type=native.JSON_TYPE, data=body)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from services.worker.adapters.torch_cache import SlotCache
 from services.worker.adapters.torch_sampler import sample
-from services.worker.core.batch import Batch, Chunk, Decode
+from services.worker.core.batch import Batch, Choice, Chunk, Decode
 from services.worker.core.revision import ModelFacts
 from services.worker.core.scheduler import NO_TOKEN
 
@@ -69,7 +69,7 @@ class TorchRunner:
         self._facts = facts
         self._cache.area_tokens = facts.kv_tokens
 
-    def step(self, batch: Batch) -> Sequence[int]:
+    def step(self, batch: Batch) -> Sequence[Choice]:
         """See `ModelRunner.step`."""
         # The setting belongs to a thread, and steps may come from any one.
         if self._model.device.type == "cpu" and torch.get_num_threads() != self._model.threads:
@@ -79,11 +79,11 @@ class TorchRunner:
                 self._cache.move(move.source, move.target, move.tokens)
             self._cache.ensure(batch.rows, batch.capacity)
             logits, rows = self._forward(batch)
-            tokens = sample(torch.cat(logits), batch.draws) if logits else []
-            for row, token in zip(rows, tokens, strict=True):
-                if token == NO_TOKEN:
+            choices = sample(torch.cat(logits), batch.draws) if logits else []
+            for row, choice in zip(rows, choices, strict=True):
+                if choice.token_id == NO_TOKEN:
                     self._cache.clear(row)
-            return tokens
+            return choices
 
     def close(self) -> None:
         """See `ModelRunner.close`."""

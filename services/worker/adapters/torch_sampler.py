@@ -1,8 +1,9 @@
 """The sampler. Owns: how logits become tokens, for all rows of a step at once.
 
-Every row's result depends on that row's logits and draw alone. Filters are thresholds on probability, in
-the order of transformers: temperature, top-k, top-p, min-p. The token is the inverse of the cumulative
-distribution, in the order of ids, at the draw's own noise.
+Every row's result depends on that row's logits and draw alone. Rows that ask for it are adjusted first, in
+the order of transformers: bias, penalties, the mask of their constraint (`torch_adjustment`). Filters are
+thresholds on probability, in the order of transformers too: temperature, top-k, top-p, min-p. The token is
+the inverse of the cumulative distribution, in the order of ids, at the draw's own noise.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from services.worker.core.batch import Draw
+from services.worker.adapters.torch_adjustment import adjusted, score
+from services.worker.core.batch import Choice, Draw
 from services.worker.core.noise import uniform
 from services.worker.core.scheduler import NO_TOKEN
 
@@ -20,17 +22,36 @@ from services.worker.core.scheduler import NO_TOKEN
 SHORTLIST_TOKENS = 1_024
 
 
-def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
-    """Chooses a token for each row of `logits`, `[rows, vocabulary]`; NO_TOKEN where a row is not finite."""
+def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
+    """Chooses a token for each row of `logits`, `[rows, vocabulary]`; NO_TOKEN where a row is not finite.
+
+    `logits` stay as they are: rows that are adjusted are copied, and no others.
+    """
     best, greedy = logits.max(dim=-1)
+    changed = {row: adjusted(logits[row], draw) for row, draw in enumerate(draws) if draw.adjusts}
+    for row, values in changed.items():
+        highest, greedy[row] = values.max(dim=-1)
+        # A row that was not finite stays without a token, whatever its mask hides.
+        best[row] = torch.where(best[row].isfinite(), highest, best[row])
     tokens = torch.where(best.isfinite(), greedy, NO_TOKEN)
     drawn = [row for row, draw in enumerate(draws) if not draw.sampling.greedy]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
-        chosen = _draw(logits[rows].float(), [draws[row] for row in drawn])
+        # Indexing with a tensor copies.
+        picked = logits[rows].float()
+        for place, row in enumerate(drawn):
+            if row in changed:
+                picked[place] = changed[row]
+        chosen = _draw(picked, [draws[row] for row in drawn])
         tokens[rows] = torch.where(best[rows].isfinite(), chosen, NO_TOKEN)
-    result: list[int] = tokens.tolist()
-    return result
+    return [_choice(logits, draws, row, token) for row, token in enumerate(tokens.tolist())]
+
+
+def _choice(logits: torch.Tensor, draws: Sequence[Draw], row: int, token: int) -> Choice:
+    alternatives = draws[row].logprobs
+    if alternatives is None or token == NO_TOKEN:
+        return Choice(token)
+    return Choice(token, score(logits[row], token, alternatives))
 
 
 def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:

@@ -9,11 +9,17 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from services.worker.core.format import Format, format_flaw
 from services.worker.core.revision import ModelFacts, Phase, Residency
 from services.worker.core.sequence import Sampling, SequenceKey, SequenceStart
 
-# The contract's bound on temperature.
+# The contract's bounds.
 TEMPERATURE_MAX = 2.0
+REPETITION_PENALTY_MAX = 10.0
+PENALTY_MAX = 2.0
+BIAS_MAX = 100.0
+BIASES_MAX = 1_024
+LOGPROBS_MAX = 20
 
 # More credit than any stream uses; it bounds what one message may ask to hold in memory.
 CREDIT_TOKENS_MAX = 65_536
@@ -48,6 +54,7 @@ class JobStart:
         epoch: The route's epoch at the grant.
         start: Its sequence.
         request_id: The client's id, for the log.
+        form: A shape to hold the output to; None: none.
     """
 
     model: str
@@ -55,6 +62,7 @@ class JobStart:
     epoch: int
     start: SequenceStart
     request_id: str = ""
+    form: Format | None = None
 
 
 def judge(job: JobStart, residency: Residency, facts: ModelFacts | None) -> Refusal | None:
@@ -67,7 +75,7 @@ def judge(job: JobStart, residency: Residency, facts: ModelFacts | None) -> Refu
         return Refusal(key, Reason.REVISION_NOT_READY)
     if job.epoch < residency.epoch:
         return Refusal(key, Reason.EPOCH_STALE)
-    flaw = find_flaw(job.start, facts)
+    flaw = find_flaw(job.start, facts) or (format_flaw(job.form) if job.form else None)
     return None if flaw is None else Refusal(key, Reason.INVALID, flaw)
 
 
@@ -83,7 +91,7 @@ def find_flaw(start: SequenceStart, facts: ModelFacts) -> str | None:
         return "A token id is outside the vocabulary."
     if start.credit_tokens > CREDIT_TOKENS_MAX:
         return f"credit_tokens must be at most {CREDIT_TOKENS_MAX}."
-    return _sampling_flaw(start.sampling)
+    return _sampling_flaw(start.sampling) or _adjustment_flaw(start.sampling, facts) or _score_flaw(start)
 
 
 def _sampling_flaw(sampling: Sampling) -> str | None:
@@ -95,4 +103,26 @@ def _sampling_flaw(sampling: Sampling) -> str | None:
         return "min_p must be within 0 and 1."
     if sampling.top_k < 0:
         return "top_k must be at least 1."
+    return None
+
+
+def _adjustment_flaw(sampling: Sampling, facts: ModelFacts) -> str | None:
+    if not 0 < sampling.repetition_penalty <= REPETITION_PENALTY_MAX:
+        return f"repetition_penalty must be over 0 and at most {REPETITION_PENALTY_MAX:g}."
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not abs(getattr(sampling, name)) <= PENALTY_MAX:
+            return f"{name} must be within -{PENALTY_MAX:g} and {PENALTY_MAX:g}."
+    if len(sampling.logit_bias) > BIASES_MAX:
+        return f"logit_bias may have {BIASES_MAX} entries."
+    for token_id, bias in sampling.logit_bias:
+        if not 0 <= token_id < facts.vocabulary:
+            return "logit_bias names a token id outside the vocabulary."
+        if not abs(bias) <= BIAS_MAX:
+            return f"logit_bias must be within -{BIAS_MAX:g} and {BIAS_MAX:g}."
+    return None
+
+
+def _score_flaw(start: SequenceStart) -> str | None:
+    if start.logprobs is not None and not 0 <= start.logprobs <= LOGPROBS_MAX:
+        return f"logprobs must be within 0 and {LOGPROBS_MAX}."
     return None

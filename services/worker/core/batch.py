@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.worker.core.sequence import Sampling
+from services.worker.core.format import Constraint
+from services.worker.core.sequence import Sampling, TokenScore
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +17,42 @@ class Draw:
         sampling: How.
         sequence: Which continuation, from 0.
         index: The token's index in it; with seed and sequence it names the noise.
+        history: Prompt and output so far; nobody changes it while the step runs.
+        prompt_tokens: How much of `history` is the prompt.
+        logprobs: Alternatives to report; None: no score at all.
+        constraint: What the output is held to.
     """
 
     sampling: Sampling
     sequence: int
     index: int
+    history: Sequence[int] = ()
+    prompt_tokens: int = 0
+    logprobs: int | None = None
+    constraint: Constraint | None = None
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether the logits are changed before anything else looks at them."""
+        return self.constraint is not None or self.sampling.adjusts
+
+    @property
+    def emitted_ids(self) -> Sequence[int]:
+        """The output so far."""
+        return self.history[self.prompt_tokens :]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a draw yielded.
+
+    Attributes:
+        token_id: The token; NO_TOKEN where the sequence cannot go on.
+        score: How likely the model found it; None unless asked for.
+    """
+
+    token_id: int
+    score: TokenScore | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,10 @@ from services.worker.core.sequence import Output, SequenceKey
 # One message stays far below the 4 MiB that peers read: a token id takes at most five bytes.
 STEP_TOKENS_MAX = 65_536
 
+# What a token's own score, and each of its alternatives, weighs beside a token id on the wire.
+SCORE_TOKENS = 2
+ALTERNATIVE_TOKENS = 3
+
 # A gateway that starts this many refused jobs while it reads nothing is broken; its session ends.
 REFUSALS_MAX = 4_096
 
@@ -60,13 +64,23 @@ class Outbox:
     def take(self) -> Letter:
         """Removes and returns as much as one message carries, oldest first."""
         taken: list[Output] = []
-        tokens = 0
-        for output in self._outputs.values():
-            if taken and tokens + len(output.token_ids) > STEP_TOKENS_MAX:
+        room = STEP_TOKENS_MAX
+        for output in tuple(self._outputs.values()):
+            fitting = room // _token_weight(output)
+            if fitting < len(output.token_ids):
+                # What is left begins behind it, and keeps its place at the head of the line.
+                head, self._outputs[output.key] = output.split(fitting)
+                taken.extend([head] if head.token_ids else [])
                 break
             taken.append(output)
-            tokens += len(output.token_ids)
-        for output in taken:
             del self._outputs[output.key]
+            room -= len(output.token_ids) * _token_weight(output)
         refusals, self._refusals = tuple(self._refusals), []
         return Letter(tuple(taken), refusals)
+
+
+def _token_weight(output: Output) -> int:
+    """What each of its tokens weighs on the wire, in token ids."""
+    if not output.scores:
+        return 1
+    return 1 + SCORE_TOKENS + ALTERNATIVE_TOKENS * max(len(score.alternatives) for score in output.scores)

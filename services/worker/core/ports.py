@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from services.worker.core.batch import Batch
+from services.worker.core.batch import Batch, Choice
+from services.worker.core.format import Constraint, Format
 from services.worker.core.revision import ModelFacts, RevisionSpec
 
 Progress = Callable[[int, int], None]
@@ -22,12 +23,37 @@ class ModelRunner(Protocol):
         """What its scheduler and its callers must know of it."""
         ...
 
-    def step(self, batch: Batch) -> Sequence[int]:
-        """Performs one batch and returns a token for each of `batch.draws`, NO_TOKEN where none exists."""
+    def step(self, batch: Batch) -> Sequence[Choice]:
+        """Performs one batch; returns a choice for each of `batch.draws`, NO_TOKEN where none exists."""
         ...
 
     def close(self) -> None:
         """Frees the memory; nothing is called afterwards."""
+        ...
+
+
+class FormatCompiler(Protocol):
+    """Makes constraints over the vocabulary of one revision."""
+
+    async def constrain(self, form: Format, emitted_ids: Sequence[int]) -> Constraint:
+        """Compiles a format and passes over what was emitted already, within bounded time and memory.
+
+        Raises:
+            ArgumentInvalid: The format is not well-formed or too complex, or the tokens do not fit it.
+            FormatBusy: Too many others wait.
+        """
+        ...
+
+
+class FormatLibrary(Protocol):
+    """Where compilers of formats come from."""
+
+    def open(self, directory: Path, facts: ModelFacts) -> FormatCompiler:
+        """The compiler of a loaded revision; its tokenizer is read when it is first needed."""
+        ...
+
+    async def close(self) -> None:
+        """Ends what helps with compiling."""
         ...
 
 

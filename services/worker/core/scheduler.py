@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.worker.core.batch import Batch, Chunk, Decode, Draw, Move
+from services.worker.core.batch import Batch, Choice, Chunk, Decode, Draw, Move
 from services.worker.core.sequence import Finish, LiveSequence, Output, SequenceKey, SequenceStart
 
 # What a runner returns for a row whose logits are not finite: the sequence cannot go on.
@@ -135,14 +135,14 @@ class Scheduler:
         moves, self._moves = tuple(self._moves), []
         return Batch(len(self._rows), self._capacity(), moves, chunks, decodes)
 
-    def apply(self, tokens: Sequence[int]) -> tuple[Output, ...]:
-        """Takes in the step's tokens, in the order of `Batch.draws`, and tells what came of them."""
+    def apply(self, choices: Sequence[Choice]) -> tuple[Output, ...]:
+        """Takes in the step's choices, in the order of `Batch.draws`, and tells what came of them."""
         planned, self._planned = self._planned, []
         # All rows first: one that ends below makes another one move, with all that is in it.
         for plan in planned:
             plan.sequence.filled += plan.tokens
         drawing = [plan.sequence for plan in planned if plan.draws]
-        return tuple(self._take(live, token) for live, token in zip(drawing, tokens, strict=True))
+        return tuple(self._take(live, choice) for live, choice in zip(drawing, choices, strict=True))
 
     def pace(self, prefill_step_s: float) -> None:
         """Adapts the length of chunks to the time that the last step with one took."""
@@ -181,17 +181,18 @@ class Scheduler:
         self._turns.extend(again)
         return tuple(chunks)
 
-    def _take(self, live: LiveSequence, token: int) -> Output:
-        index, key = live.emitted, live.start.key
+    def _take(self, live: LiveSequence, choice: Choice) -> Output:
+        index, key, token = live.emitted, live.start.key, choice.token_id
         if token == NO_TOKEN or token in self._end_ids:
             self._release(live)
             return Output(key, index, finish=Finish.ERROR if token == NO_TOKEN else Finish.STOP)
         live.history.append(token)
         live.credit -= 1
+        scores = () if choice.score is None else (choice.score,)
         if live.emitted < live.start.max_tokens:
-            return Output(key, index, (token,))
+            return Output(key, index, (token,), scores=scores)
         self._release(live)
-        return Output(key, index, (token,), Finish.LENGTH)
+        return Output(key, index, (token,), Finish.LENGTH, scores)
 
     def _release(self, live: LiveSequence) -> None:
         """Frees the row and closes the gap with the last one."""
@@ -214,7 +215,16 @@ class Scheduler:
 
 
 def _draw(live: LiveSequence) -> Draw:
-    return Draw(live.start.sampling, live.start.key.sequence, live.emitted)
+    start = live.start
+    return Draw(
+        start.sampling,
+        start.key.sequence,
+        live.emitted,
+        live.history,
+        len(start.prompt_ids),
+        start.logprobs,
+        start.constraint,
+    )
 
 
 def _chunk(live: LiveSequence, tokens: int) -> Chunk:

@@ -5,8 +5,10 @@ Pure data: knows neither slots' tensors nor sessions' streams.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+
+from services.worker.core.format import Constraint
 
 
 class Finish(StrEnum):
@@ -23,11 +25,16 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: Divides the logits; 0 is greedy, and then nothing below matters.
+        temperature: Divides the logits; 0 is greedy, and then no filter and no seed matters.
         top_k: Keeps the k most likely tokens; 0 keeps all.
         top_p: Keeps the smallest set with at least this mass; 1 keeps all.
         min_p: Keeps tokens at least this many times as likely as the likeliest; 0 keeps all.
         seed: Names the noise, 0..2**64-1.
+        repetition_penalty: Divides positive logits of tokens in prompt or output, and multiplies negative
+            ones; 1 leaves them.
+        presence_penalty: Subtracted once from the logits of tokens in the output.
+        frequency_penalty: Subtracted from them for each occurrence.
+        logit_bias: Added to the logits, by token id; the first thing that is done to them.
     """
 
     temperature: float = 0.0
@@ -35,11 +42,38 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken."""
         return self.temperature == 0.0
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether the logits are changed before anything else looks at them."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or bool(self.logit_bias)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """How likely the model itself found a token: before temperature, penalties, bias, filters and masks.
+
+    Attributes:
+        logprob: Natural logarithm of the chosen token's probability.
+        alternatives: The likeliest tokens of the position with theirs, likeliest first.
+    """
+
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +104,8 @@ class SequenceStart:
         max_tokens: Most tokens, the emitted ones included.
         credit_tokens: Tokens that may be produced before credit is added.
         sampling: How tokens are chosen.
+        logprobs: Alternatives to report for each token; None: no scores at all.
+        constraint: What the output is held to; None: nothing. It belongs to this sequence alone.
     """
 
     key: SequenceKey
@@ -78,6 +114,8 @@ class SequenceStart:
     emitted_ids: tuple[int, ...] = ()
     credit_tokens: int = 0
     sampling: Sampling = field(default_factory=Sampling)
+    logprobs: int | None = None
+    constraint: Constraint | None = None
 
     @property
     def reserved_tokens(self) -> int:
@@ -94,16 +132,27 @@ class Output:
         index: Position of the first of `token_ids` in the continuation.
         token_ids: The tokens; an end token is never among them.
         finish: Set when the sequence has ended.
+        scores: One for each token where they were asked for, else none.
     """
 
     key: SequenceKey
     index: int
     token_ids: tuple[int, ...] = ()
     finish: Finish | None = None
+    scores: tuple[TokenScore, ...] = ()
 
     def followed_by(self, later: Output) -> Output:
         """Both as one; `later` begins where this one ends."""
-        return Output(self.key, self.index, self.token_ids + later.token_ids, later.finish)
+        token_ids, scores = self.token_ids + later.token_ids, self.scores + later.scores
+        return replace(self, token_ids=token_ids, finish=later.finish, scores=scores)
+
+    def split(self, tokens: int) -> tuple[Output, Output]:
+        """Its first `tokens` tokens, and the rest with the end."""
+        head = replace(self, token_ids=self.token_ids[:tokens], finish=None, scores=self.scores[:tokens])
+        rest = replace(
+            self, index=self.index + tokens, token_ids=self.token_ids[tokens:], scores=self.scores[tokens:]
+        )
+        return head, rest
 
 
 @dataclass(slots=True, eq=False)

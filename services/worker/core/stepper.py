@@ -213,11 +213,11 @@ class Stepper:
         self._steps += 1
         began_s = self._clock.monotonic()
         try:
-            tokens = one.runner.step(batch)
+            choices = one.runner.step(batch)
         except Exception as error:  # noqa: BLE001 - one step's failure must not end the loop
             return (*one.scheduler.fail(), StepFailed(revision, error))
         if batch.chunks:
             one.scheduler.pace(self._clock.monotonic() - began_s)
-        outputs = one.scheduler.apply(tokens)
+        outputs = one.scheduler.apply(choices)
         self._generated_tokens += sum(len(output.token_ids) for output in outputs)
         return outputs

@@ -11,13 +11,13 @@ import contextvars
 import itertools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.common import logs
 from services.common.clock import Clock
-from services.common.errors import InternalError
+from services.common.errors import ArgumentInvalid, InternalError
 from services.worker.core.admission import JobStart, Refusal, judge
-from services.worker.core.ports import ModelRunner
+from services.worker.core.ports import FormatCompiler, ModelRunner
 from services.worker.core.revision import ModelFacts, Phase, Residency
 from services.worker.core.sequence import Output
 from services.worker.core.stepper import (
@@ -89,6 +89,7 @@ class Engine:
         self._sessions: dict[int, EngineSession] = {}
         self._numbers = itertools.count(1)
         self._facts: dict[str, ModelFacts] = {}
+        self._formats: dict[str, FormatCompiler] = {}
         self._unloads: dict[str, asyncio.Future[None]] = {}
         self._step_began_s: float | None = None
         self._became_idle = asyncio.Event()
@@ -148,15 +149,31 @@ class Engine:
         if not self._mailbox.put(command):
             raise EngineOverloaded("The worker does not keep up with its commands.")
 
-    def host(self, revision: str, runner: ModelRunner) -> None:
+    async def constrained(self, job: JobStart) -> JobStart:
+        """The job with the constraint that its format asks for.
+
+        Raises:
+            ArgumentInvalid: There can be none.
+            FormatBusy: Too many others wait.
+        """
+        compiler = self._formats.get(job.revision)
+        if compiler is None or job.form is None:
+            raise ArgumentInvalid("format: is not served for this revision.")
+        constraint = await compiler.constrain(job.form, job.start.emitted_ids)
+        return replace(job, start=replace(job.start, constraint=constraint))
+
+    def host(self, revision: str, runner: ModelRunner, formats: FormatCompiler | None = None) -> None:
         """Takes in a loaded revision; it serves once it is active in the residency."""
         self._facts[revision] = runner.facts
+        if formats is not None:
+            self._formats[revision] = formats
         self.post(Host(revision, runner))
 
     async def unload(self, revision: str) -> None:
         """Ends a revision when its last sequence has ended; returns when its memory is free."""
         if self._facts.pop(revision, None) is None:
             return
+        self._formats.pop(revision, None)
         ended = asyncio.get_running_loop().create_future()
         self._unloads[revision] = ended
         self.post(Unload(revision))

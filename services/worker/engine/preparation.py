@@ -14,7 +14,13 @@ from typing import Any, TypeVar
 from services.common import logs
 from services.common.clock import Clock
 from services.common.errors import InterlockError
-from services.worker.core.ports import ArtifactStore, ModelRunner, RevisionLoader
+from services.worker.core.ports import (
+    ArtifactStore,
+    FormatCompiler,
+    FormatLibrary,
+    ModelRunner,
+    RevisionLoader,
+)
 from services.worker.core.revision import (
     BecameActive,
     BecameReady,
@@ -43,6 +49,7 @@ class Preparation:
         clock: Measures the phases.
         report: Hears what came of the commands.
         on_change: Hears that the residency changed, for health.
+        formats: Where compilers of formats come from; None: jobs that have one are refused.
     """
 
     def __init__(
@@ -55,6 +62,7 @@ class Preparation:
         *,
         report: Callable[[Report], None],
         on_change: Callable[[], None],
+        formats: FormatLibrary | None = None,
     ) -> None:
         self._engine = engine
         self._residency = residency
@@ -63,6 +71,7 @@ class Preparation:
         self._clock = clock
         self._report = report
         self._on_change = on_change
+        self._formats = formats
         self._one_at_a_time = asyncio.Lock()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ready: dict[str, BecameReady] = {}
@@ -121,7 +130,7 @@ class Preparation:
         stages = _Stages(self._clock)
         try:
             async with self._one_at_a_time:
-                runner = await self._load(spec, stages)
+                runner, compiler = await self._load(spec, stages)
         except asyncio.CancelledError:
             self._residency.remove(spec.revision)
             raise
@@ -129,7 +138,7 @@ class Preparation:
             self._fail(spec, stages.phase, error)
             return
         weights_bytes = runner.facts.weights_bytes
-        self._engine.host(spec.revision, runner)
+        self._engine.host(spec.revision, runner, compiler)
         self._residency.enter(spec.revision, Phase.READY, weights_bytes=weights_bytes)
         ready = BecameReady(spec.revision, weights_bytes, stages.durations_s())
         self._ready[spec.revision] = ready
@@ -143,7 +152,7 @@ class Preparation:
         )
         self._report(ready)
 
-    async def _load(self, spec: RevisionSpec, stages: _Stages) -> ModelRunner:
+    async def _load(self, spec: RevisionSpec, stages: _Stages) -> tuple[ModelRunner, FormatCompiler | None]:
         def progress(done_bytes: int, total_bytes: int) -> None:
             self._report(Progressed(spec.revision, stages.phase, done_bytes, total_bytes))
 
@@ -160,7 +169,7 @@ class Preparation:
         except BaseException:
             runner.close()
             raise
-        return runner
+        return runner, None if self._formats is None else self._formats.open(directory, runner.facts)
 
     def _advance(self, spec: RevisionSpec, stages: _Stages, phase: Phase) -> None:
         stages.enter(phase)

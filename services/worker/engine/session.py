@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.common import logs
+from services.common.errors import InterlockError
 from services.worker.core.admission import CREDIT_TOKENS_MAX, JobStart, Reason, Refusal
+from services.worker.core.format import FormatBusy
 from services.worker.core.outbox import Letter, Outbox, OutboxFull
-from services.worker.core.sequence import Output, SequenceKey
+from services.worker.core.sequence import Finish, Output, SequenceKey
 from services.worker.core.stepper import AddCredit, Admit, Cancel, Command, Pulse
 
 
@@ -26,6 +28,10 @@ class Host(Protocol):
 
     def judge(self, job: JobStart) -> Refusal | None:
         """Why a job cannot be taken, as far as is known before its turn."""
+        ...
+
+    async def constrained(self, job: JobStart) -> JobStart:
+        """The job with the constraint that its format asks for."""
         ...
 
     def post(self, command: Command) -> None:
@@ -43,12 +49,25 @@ class Host(Protocol):
 
 @dataclass(slots=True)
 class _Job:
-    """A job that runs: its key, the client's id for the log, and its tokens so far."""
+    """A job under way.
+
+    Attributes:
+        key: Its name.
+        request_id: The client's id, for the log.
+        revision: Who answers.
+        index: Where its output begins.
+        tokens: Its tokens so far.
+        compiling: Compiles its format; None once the step thread has the job.
+        credit: What was added meanwhile.
+    """
 
     key: SequenceKey
     request_id: str
     revision: str
+    index: int
     tokens: int = 0
+    compiling: asyncio.Task[None] | None = None
+    credit: int = 0
 
 
 class EngineSession:
@@ -88,19 +107,27 @@ class EngineSession:
             self.refuse(refusal)
             return
         if earlier is not None:
-            self._engine.post(Cancel(earlier.key))
-        self._engine.post(Admit(job))
-        self._jobs[key.job] = _Job(key, job.request_id, job.revision)
+            self._end(earlier)
+        self._jobs[key.job] = known = _Job(key, job.request_id, job.revision, len(job.start.emitted_ids))
+        if job.form is None:
+            self._engine.post(Admit(job))
+        else:
+            known.compiling = asyncio.create_task(self._compile(job, known), name=f"format-{key.job}")
 
     def add_credit(self, job: str, tokens: int) -> None:
         """Lets a job run on; unknown ones are ignored."""
-        if (known := self._jobs.get(job)) is not None:
+        known = self._jobs.get(job)
+        if known is None:
+            return
+        if known.compiling is not None:
+            known.credit = min(known.credit + tokens, CREDIT_TOKENS_MAX)
+        else:
             self._engine.post(AddCredit(known.key, min(tokens, CREDIT_TOKENS_MAX)))
 
     def cancel(self, job: str) -> None:
         """Ends a job; unknown ones are ignored."""
         if (known := self._jobs.get(job)) is not None:
-            self._engine.post(Cancel(known.key))
+            self._end(known)
 
     async def receive(self) -> Letter | None:
         """Waits for something to write; None when the session was closed."""
@@ -148,9 +175,46 @@ class EngineSession:
         self._closed = True
         for job in self._jobs.values():
             self._log(job, "ABANDONED")
+            if job.compiling is not None:
+                job.compiling.cancel()
         self._jobs.clear()
         self._engine.forget(self)
         self._wake.set()
+
+    async def _compile(self, job: JobStart, known: _Job) -> None:
+        """Gives the job to the step thread once its format is compiled, or refuses it."""
+        reason, message = Reason.INVALID, ""
+        try:
+            ready = await self._engine.constrained(job)
+        except FormatBusy:
+            reason = Reason.BUSY
+        except InterlockError as error:
+            message = error.message
+        except Exception:  # noqa: BLE001 - the gateway must hear of the job's end, whatever it was
+            logs.get_logger().error("format.crashed", job=known.key.job, exc_info=True)
+            message = "format: the worker could not compile it."
+        else:
+            self._admit(ready, known)
+            return
+        self.put(Refusal(known.key, reason, message))
+
+    def _admit(self, job: JobStart, known: _Job) -> None:
+        known.compiling = None
+        try:
+            self._engine.post(Admit(job))
+            if known.credit:
+                self._engine.post(AddCredit(known.key, known.credit))
+        except InterlockError:
+            # Nobody awaits this: a thread that takes no commands ends the session, as it does elsewhere.
+            self.close()
+
+    def _end(self, known: _Job) -> None:
+        if known.compiling is None:
+            self._engine.post(Cancel(known.key))
+            return
+        known.compiling.cancel()
+        self.put(Output(known.key, known.index, finish=Finish.CANCELLED))
+        self.wake()
 
     def _log(self, job: _Job, outcome: str) -> None:
         logs.get_logger().info(

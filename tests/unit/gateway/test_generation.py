@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from services.common.errors import (
+    ArgumentInvalid,
     ClientStalled,
-    InterlockError,
     NoWorker,
     QueueFull,
     RequestExists,
@@ -20,7 +20,7 @@ from services.common.errors import (
 )
 from services.common.system_clock import SystemClock
 from services.gateway.core.attempts import Output, RefusalReason
-from services.gateway.core.events import Chunk, Event, Finished, FinishReason, Started
+from services.gateway.core.events import Chunk, Event, Finished, FinishReason, Started, TokenLogprob
 from services.gateway.core.jobs import Band, Renewal, Waiting
 from services.gateway.core.params import GenerationJob, GenerationParams, SamplingParams
 from services.gateway.dispatcher.dispatch import Dispatcher, DispatcherLimits
@@ -282,13 +282,36 @@ async def test_an_accepted_request_waits_for_a_store_that_is_gone(world: World) 
     assert not generation.ended
 
 
-async def test_an_invalid_order_is_a_defect_and_not_tried_elsewhere(world: World) -> None:
-    """What one worker cannot understand no other one will."""
+async def test_an_invalid_order_is_told_and_not_tried_elsewhere(world: World) -> None:
+    """What one worker cannot make sense of no other one will; the client hears its words."""
     generation = await world.dispatcher.submit(job())
     world.workers.attempts[0].sink.refused(RefusalReason.INVALID, "what?")
-    with pytest.raises(InterlockError, match="could not make sense"):
+    with pytest.raises(ArgumentInvalid, match="what"):
         await rest(generation)
     await world.queue.wait_for("settle:failed", "n1")
+
+
+async def test_logprobs_keep_to_their_tokens(world: World) -> None:
+    """Merged, held back by a stop string or cut by it: each token has its own entry."""
+    params = GenerationParams(100, SamplingParams(seed=1), stop=("cd",), logprobs=1)
+    generation = await world.dispatcher.submit(job(params=params))
+    sink = world.workers.attempts[0].sink
+    for index, text in ((0, "ab"), (2, "c"), (3, "de")):
+        scores = tuple(TokenLogprob(-float(token), ((token, -float(token)),)) for token in ids(text))
+        sink.output(Output(index, ids(text), logprobs=scores))
+    chunks = [event for event in await rest(generation) if isinstance(event, Chunk)]
+    token_ids = [token for chunk in chunks for token in chunk.token_ids]
+    assert token_ids == list(ids("abcd"))
+    assert [score.logprob for chunk in chunks for score in chunk.logprobs] == [-token for token in token_ids]
+    assert "".join(chunk.text for chunk in chunks) == "ab"
+
+
+async def test_a_worker_that_leaves_logprobs_out_is_given_up(world: World) -> None:
+    """What was asked for is not silently left out: the attempt is lost, and another one begins."""
+    params = GenerationParams(100, SamplingParams(seed=1), logprobs=0)
+    await world.dispatcher.submit(job(params=params))
+    world.workers.attempts[0].sink.output(Output(0, ids("a")))
+    assert world.workers.attempts[0].cancelled
 
 
 async def test_nobody_takes_over_in_time(world: World) -> None:

@@ -22,8 +22,10 @@ from services.gateway.core.catalog import Catalog, CatalogEntry
 from services.gateway.core.jobs import Band, Principal
 from services.gateway.core.params import (
     ChatPrompt,
+    FormatKind,
     GenerationRequest,
     Message,
+    OutputFormat,
     SamplingParams,
     TextPrompt,
     TokenPrompt,
@@ -88,22 +90,55 @@ def test_a_breach_names_its_field(fields: dict[str, Any], named: str) -> None:
     "fields",
     [
         {"n": 2},
-        {"logprobs": 0},
         {"resumable": True},
-        {"formatted": True},
-        {"sampling": SamplingParams(biased_tokens=1)},
-        {"sampling": SamplingParams(repetition_penalty=1.1)},
-        {"sampling": SamplingParams(presence_penalty=0.1)},
-        {"sampling": SamplingParams(frequency_penalty=-0.1)},
     ],
-    ids=range(8),
+    ids=range(2),
 )
 def test_what_is_not_served_is_refused_by_name(fields: dict[str, Any]) -> None:
-    """Never silently ignored; the neutral value of each penalty is fine."""
+    """Never silently ignored; what asks for no more than the usual is fine."""
     with pytest.raises(FeatureUnsupported):
         validation.check_request(GenerationRequest(prompt=TEXT, **fields))
-    neutral = SamplingParams(repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
-    assert validation.check_request(GenerationRequest(prompt=TEXT, n=1, sampling=neutral)) is TEXT
+    assert validation.check_request(GenerationRequest(prompt=TEXT, n=1, resumable=False)) is TEXT
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (FormatKind.JSON_SCHEMA, ['{"type": "string"}', "true"], ["", "{", "7", "[]", "[" * 50_000]),
+        (FormatKind.JSON_SCHEMA, [f'{{"title": "{"x" * 60_000}"}}'], [f'{{"title": "{"x" * (1 << 20)}"}}']),
+        (FormatKind.REGEX, ["a+", "a" * 4096], ["", "a" * 4097, "é" * 2049, "\ud800"]),
+        (FormatKind.CHOICE, ["a", "x" * 1024], ["", "x" * 1025]),
+        (FormatKind.GRAMMAR, ['root ::= "a"'], ["", "x" * (1 + (1 << 16))]),
+    ],
+    ids=range(5),
+)
+def test_formats_are_bounded(kind: FormatKind, good: list[str], bad: list[str]) -> None:
+    """Sizes of each kind as documented, and a schema must be JSON that can be a schema."""
+    for text in good:
+        validation.check_format(OutputFormat(kind, (text,)))
+    for text in bad:
+        with pytest.raises(ArgumentInvalid, match=f"format.{kind}"):
+            validation.check_format(OutputFormat(kind, (text,)))
+
+
+def test_a_format_has_one_kind_and_few_choices() -> None:
+    """None named, no choice, and one more choice than allowed are refused."""
+    many = OutputFormat(FormatKind.CHOICE, ("a",) * 257)
+    for form in (OutputFormat(None), OutputFormat(FormatKind.CHOICE), many):
+        with pytest.raises(ArgumentInvalid, match="format"):
+            validation.check_format(form)
+
+
+def test_a_bias_is_bounded() -> None:
+    """Number of entries, size of each, and ids of the model."""
+    entries = tuple((token_id, 1.0) for token_id in range(1_025))
+    validation.check_sampling(SamplingParams(logit_bias=entries[:1_024]))
+    for bad in (entries, ((1, 100.1),), ((1, math.nan),), ((1, -math.inf),)):
+        with pytest.raises(ArgumentInvalid, match="logit_bias"):
+            validation.check_sampling(SamplingParams(logit_bias=bad))
+    validation.check_biased_ids(SamplingParams(logit_bias=((9, 1.0),)), 10)
+    with pytest.raises(ArgumentInvalid, match="logit_bias"):
+        validation.check_biased_ids(SamplingParams(logit_bias=((10, 1.0),)), 10)
 
 
 @given(st.none() | st.integers(1, 200), st.integers(1, 200), st.integers(1, 200))

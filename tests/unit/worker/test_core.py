@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.common.errors import InternalError
+from services.worker.adapters.job_messages import step_output
 from services.worker.core.admission import Reason, Refusal
 from services.worker.core.noise import uniform
 from services.worker.core.outbox import REFUSALS_MAX, STEP_TOKENS_MAX, Outbox, OutboxFull
 from services.worker.core.revision import NEXT, Phase, Residency
 from services.worker.core.scheduler import PREFILL_STEP_S_MAX, Limits, Scheduler
-from services.worker.core.sequence import Finish, Output, SequenceKey, SequenceStart
+from services.worker.core.sequence import Finish, Output, SequenceKey, SequenceStart, TokenScore
 
 KEY = SequenceKey(1, "a")
 
@@ -83,6 +84,27 @@ def test_a_letter_stays_inside_one_message() -> None:
         key = SequenceKey(1, str(number))
         outbox.put_output(Output(key, 0, (1,) * (STEP_TOKENS_MAX // 2)))
     assert [len(outbox.take().outputs) for _ in range(2)] == [2, 1]
+
+
+def test_scores_weigh_in_a_letter() -> None:
+    """An output that is too heavy for one message is cut between tokens, each with its score, none lost."""
+    outbox = Outbox()
+    tokens, heavy = 4_000, TokenScore(-1.0, tuple((token, -1.0) for token in range(20)))
+    outbox.put_output(Output(KEY, 0, tuple(range(tokens)), Finish.LENGTH, (heavy,) * tokens))
+    outbox.put_output(Output(SequenceKey(1, "other"), 0, (1,)))
+    letters = []
+    while not outbox.empty:
+        letters.append(outbox.take())
+        weight = sum(one.ByteSize() for one in map(step_output, letters[-1].outputs))
+        assert weight < 2 << 20
+    assert len(letters) > 1
+    parts = [output for letter in letters for output in letter.outputs if output.key == KEY]
+    whole = parts[0]
+    for part in parts[1:]:
+        assert part.index == len(whole.token_ids)
+        assert whole.finish is None
+        whole = whole.followed_by(part)
+    assert whole == Output(KEY, 0, tuple(range(tokens)), Finish.LENGTH, (heavy,) * tokens)
 
 
 def test_unread_refusals_are_bounded() -> None:

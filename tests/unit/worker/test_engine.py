@@ -8,15 +8,18 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from services.common.errors import ArgumentInvalid
 from services.common.system_clock import SystemClock
 from services.worker.core.admission import JobStart, Reason
+from services.worker.core.format import Format, FormatBusy, FormatKind
 from services.worker.core.outbox import Letter
 from services.worker.core.revision import Phase, Residency
 from services.worker.core.sequence import Finish, Output, SequenceKey, SequenceStart
 from services.worker.engine import Engine, EngineSession, EngineSettings
-from tests.fakes.worker_ports import FakeRunner, continuation
+from tests.fakes.worker_ports import FakeCompiler, FakeRunner, continuation
 
 PROMPT = (3, 1, 4, 1, 5)
+SHAPE = Format(FormatKind.REGEX, ("a+",))
 
 
 class Bench:
@@ -71,10 +74,12 @@ def job(
     revision: str = "r1",
     attempt: int = 1,
     epoch: int = 5,
+    form: Format | None = None,
 ) -> JobStart:
     """A job with the usual prompt."""
     key = SequenceKey(session.number, name, attempt)
-    return JobStart("m", revision, epoch, SequenceStart(key, PROMPT, max_tokens, (), credit), f"req-{name}")
+    start = SequenceStart(key, PROMPT, max_tokens, (), credit)
+    return JobStart("m", revision, epoch, start, f"req-{name}", form)
 
 
 async def read_until_finish(session: EngineSession, names: set[str]) -> list[Output]:
@@ -218,6 +223,76 @@ async def test_credit_pauses_and_resumes(bench: Bench) -> None:
     session.add_credit("a", 10)
     found += await read_until_finish(session, {"a"})
     assert tokens_of(found, "a") == continuation(PROMPT, 6)
+
+
+@pytest.fixture
+def compiler(bench: Bench) -> FakeCompiler:
+    """The compiler of revision r2, which is active."""
+    made = FakeCompiler()
+    bench.engine.host("r2", FakeRunner(), made)
+    activate(bench.residency, "r2")
+    return made
+
+
+async def test_a_format_is_compiled_beside_the_steps(bench: Bench, compiler: FakeCompiler) -> None:
+    """Others stream while it compiles; credit that comes meanwhile is not lost."""
+    session = bench.engine.open_session()
+    session.start(job(session, "shaped", 4, credit=1, revision="r2", form=SHAPE))
+    session.start(job(session, "plain", 5))
+    assert tokens_of(await read_until_finish(session, {"plain"}), "plain") == continuation(PROMPT, 5)
+    session.add_credit("shaped", 9)
+    compiler.gate.set()
+    assert tokens_of(await read_until_finish(session, {"shaped"}), "shaped") == continuation(PROMPT, 4)
+    assert compiler.asked == [(SHAPE, ())]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "message"),
+    [
+        (ArgumentInvalid("format.regex: no."), Reason.INVALID, "format.regex: no."),
+        (FormatBusy(), Reason.BUSY, ""),
+        (RuntimeError("a path"), Reason.INVALID, "format: the worker could not compile it."),
+    ],
+    ids=["invalid", "busy", "crashed"],
+)
+async def test_a_format_that_cannot_be_compiled_is_refused(
+    bench: Bench, compiler: FakeCompiler, error: Exception, reason: Reason, message: str
+) -> None:
+    """The refusal has its reason and words, and the session is idle again."""
+    session = bench.engine.open_session()
+    compiler.error = error
+    compiler.gate.set()
+    session.start(job(session, "a", revision="r2", form=SHAPE))
+    (refusal,) = (await read_refusal(session)).refusals
+    assert (refusal.reason, refusal.message) == (reason, message)
+    await bench.engine.drained()
+
+
+async def test_a_job_is_cancelled_while_its_format_compiles(bench: Bench, compiler: FakeCompiler) -> None:
+    """It ends at once, by the client's word, by a later attempt or with its session; nothing starts later."""
+    session = bench.engine.open_session()
+    session.start(job(session, "a", revision="r2", form=SHAPE))
+    session.cancel("a")
+    (ended,) = await read_until_finish(session, {"a"})
+    assert ended.finish is Finish.CANCELLED
+    session.start(job(session, "b", revision="r2", form=SHAPE))
+    session.start(job(session, "b", revision="r2", attempt=2, form=SHAPE))
+    (ended,) = await read_until_finish(session, {"b"})
+    assert (ended.key.attempt, ended.finish) == (1, Finish.CANCELLED)
+    session.close()
+    compiler.gate.set()
+    other = bench.engine.open_session()
+    other.start(job(other, "c"))
+    await read_until_finish(other, {"c"})
+    assert bench.engine.pulse.running == 0
+
+
+async def test_a_revision_without_a_compiler_refuses_formats(bench: Bench) -> None:
+    """INVALID names the field."""
+    session = bench.engine.open_session()
+    session.start(job(session, "a", form=SHAPE))
+    (refusal,) = (await read_refusal(session)).refusals
+    assert (refusal.reason, "format" in refusal.message) == (Reason.INVALID, True)
 
 
 async def test_a_failed_step_ends_its_jobs_with_error_and_later_ones_run(bench: Bench) -> None:

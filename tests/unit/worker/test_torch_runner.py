@@ -83,14 +83,19 @@ def collect(found: dict[str, list[int]], outputs: Sequence[Output]) -> None:
         found[output.key.job].extend(output.token_ids)
 
 
-def reference(directory: Path, prompt: Sequence[int], tokens: int) -> list[int]:
+def reference(directory: Path, prompt: Sequence[int], tokens: int, **settings: Any) -> list[int]:
     """What transformers generates greedily, up to the end token."""
     factory: Any = transformers.AutoModelForCausalLM
     module = factory.from_pretrained(directory, dtype=torch.float32)
     ids = torch.tensor([list(prompt)])
     with torch.inference_mode():
         whole = module.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+            **settings,
         )
     answer = [int(token) for token in whole[0, len(prompt) :]]
     return answer[: answer.index(2)] if 2 in answer else answer
@@ -110,7 +115,14 @@ def test_mixed_lengths_together_equal_transformers(
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(0.9, 20, 0.9, 0.02, seed=7)], ids=["greedy", "seeded"]
+    "sampling",
+    [
+        Sampling(),
+        Sampling(0.9, 20, 0.9, 0.02, seed=7),
+        Sampling(repetition_penalty=1.3, presence_penalty=0.7, frequency_penalty=0.4),
+        Sampling(1.1, seed=7, frequency_penalty=-0.5, logit_bias=((5, 3.0), (9, -50.0))),
+    ],
+    ids=["greedy", "seeded", "penalized", "biased"],
 )
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_cut_and_continued_equals_uncut(
@@ -124,6 +136,21 @@ def test_cut_and_continued_equals_uncut(
     for cut in (1, len(whole) // 2, len(whole) - 1):
         rest = start(0, prompt, 30, sampling=sampling, emitted_ids=tuple(whole[:cut]))
         assert run(runner, [*others, rest])["0"] == whole[cut:]
+
+
+def test_repetition_penalty_and_bias_equal_transformers(
+    model: Callable[[str], tuple[Path, TorchRunner]],
+) -> None:
+    """Greedy with both, in a batch with others: the tokens that generate yields with the same settings."""
+    directory, runner = model("llama")
+    sampling = Sampling(repetition_penalty=1.4, logit_bias=((5, 4.0), (40, -3.0)))
+    asked = prompts([9, 25])
+    starts = [start(number, prompt, 20, sampling=sampling) for number, prompt in enumerate(asked)]
+    found = run(runner, [*starts, start(9, prompts([12])[0], 20)])
+    bias = {(5,): 4.0, (40,): -3.0}
+    for number, prompt in enumerate(asked):
+        wanted = reference(directory, prompt, 20, repetition_penalty=1.4, sequence_bias=bias)
+        assert found[str(number)] == wanted
 
 
 def test_a_seeded_sequence_does_not_depend_on_its_neighbours(

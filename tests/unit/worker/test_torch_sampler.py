@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,10 +16,15 @@ from services.worker.core.sequence import Sampling
 LOGITS = torch.log(torch.tensor([0.05, 0.4, 0.25, 0.2, 0.1]))
 
 
+def tokens_of(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+    """The tokens that are chosen."""
+    return [choice.token_id for choice in sample(logits, draws)]
+
+
 def counts(sampling: Sampling, rows: int = 4_000, logits: torch.Tensor = LOGITS) -> Counter[int]:
     """How often each token is drawn at many positions."""
     draws = [Draw(sampling, 0, index) for index in range(rows)]
-    return Counter(sample(logits.expand(rows, -1), draws))
+    return Counter(tokens_of(logits.expand(rows, -1), draws))
 
 
 def test_greedy_takes_the_most_likely() -> None:
@@ -73,8 +79,8 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         Sampling(0.7, min_p=0.1, seed=4),
     ]
     draws = [Draw(sampling, 0, 5) for sampling in samplings]
-    together = sample(logits, draws)
-    assert together == [sample(logits[row : row + 1], [draw])[0] for row, draw in enumerate(draws)]
+    together = tokens_of(logits, draws)
+    assert together == [tokens_of(logits[row : row + 1], [draw])[0] for row, draw in enumerate(draws)]
 
 
 def test_a_row_that_is_not_finite_has_no_token() -> None:
@@ -84,5 +90,5 @@ def test_a_row_that_is_not_finite_has_no_token() -> None:
     infinite[2] = float("inf")
     drawn = Sampling(1.0, seed=1)
     draws = [Draw(one, 0, 0) for one in (Sampling(), drawn, drawn, Sampling())]
-    tokens = sample(torch.stack([bad, bad, infinite, LOGITS]), draws)
+    tokens = tokens_of(torch.stack([bad, bad, infinite, LOGITS]), draws)
     assert tokens == [NO_TOKEN, NO_TOKEN, NO_TOKEN, 1]

@@ -1,0 +1,175 @@
+"""The fields of a native HTTP request. Owns: their JSON types, one by one, and how a mistake is told.
+
+Must not know: the bounds of their values; `core.validation` does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from services.common.errors import ArgumentInvalid
+from services.gateway.core.jobs import Band
+from services.gateway.core.params import FormatKind, Message, OutputFormat
+from services.gateway.http.strict_json import shown
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ArgumentInvalid(f"{name}: must be a text.")
+    return value
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ArgumentInvalid(f"{name}: must be true or false.")
+    return value
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentInvalid(f"{name}: must be a whole number.")
+    return value
+
+
+def _int32(name: str, value: Any) -> int:
+    number = _integer(name, value)
+    if not -(2**31) <= number < 2**31:
+        raise ArgumentInvalid(f"{name}: is out of range.")
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArgumentInvalid(f"{name}: must be a number.")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ArgumentInvalid(f"{name}: is out of range.") from None
+
+
+def _array(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ArgumentInvalid(f"{name}: must be an array.")
+    return value
+
+
+def _stop(name: str, value: Any) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else _array(name, value)
+    return tuple(_text(f"{name}[{at}]", text) for at, text in enumerate(texts))
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    token_ids = _array(name, value)
+    # Names are made for mistakes alone: a body has room for a million ids.
+    for at, token_id in enumerate(token_ids):
+        if type(token_id) is not int or not 0 <= token_id < 2**32:
+            raise ArgumentInvalid(f"{name}[{at}]: must be a token id.")
+    return tuple(token_ids)
+
+
+def _messages(name: str, value: Any) -> tuple[Message, ...]:
+    return tuple(_message(f"{name}[{at}]", turn) for at, turn in enumerate(_array(name, value)))
+
+
+def _message(name: str, value: Any) -> Message:
+    if not isinstance(value, dict):
+        raise ArgumentInvalid(f"{name}: must be an object.")
+    for key in value:
+        if key not in {"role", "content"}:
+            raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of a message.")
+    for key in ("role", "content"):
+        if key not in value:
+            raise ArgumentInvalid(f"{name}.{key}: is missing.")
+    return Message(_text(f"{name}.role", value["role"]), _text(f"{name}.content", value["content"]))
+
+
+def _priority(name: str, value: Any) -> int:
+    names = {band.name.lower(): band.value for band in Band}
+    text = _text(name, value)
+    if text not in names:
+        raise ArgumentInvalid(f"{name}: must be one of {', '.join(names)}.")
+    return names[text]
+
+
+def _object(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ArgumentInvalid(f"{name}: must be an object.")
+    return value
+
+
+def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    entries = _object(name, value).items()
+    return tuple(sorted((_bias_id(name, key), _number(f"{name}.{key}", bias)) for key, bias in entries))
+
+
+def _bias_id(name: str, key: str) -> int:
+    """A token id as JSON's keys spell it: one spelling an id, so that none can come twice."""
+    if not (key.isascii() and key.isdecimal() and len(key) <= 10 and str(int(key)) == key):
+        raise ArgumentInvalid(f"{name}.{shown(key)}: must be a token id.")
+    if int(key) >= 2**32:
+        raise ArgumentInvalid(f"{name}.{key}: must be a token id.")
+    return int(key)
+
+
+def _format(name: str, value: Any) -> OutputFormat:
+    fields = _object(name, value)
+    kinds = ", ".join(FormatKind)
+    if len(fields) != 1 or next(iter(fields)) not in set(FormatKind):
+        raise ArgumentInvalid(f"{name}: must have exactly one of {kinds}.")
+    ((key, shape),) = fields.items()
+    kind = FormatKind(key)
+    name = f"{name}.{key}"
+    match kind:
+        case FormatKind.CHOICE:
+            choices = _array(name, shape)
+            return OutputFormat(kind, tuple(_text(f"{name}[{at}]", text) for at, text in enumerate(choices)))
+        case FormatKind.JSON_SCHEMA:
+            return OutputFormat(kind, (_schema(name, shape),))
+        case _:
+            return OutputFormat(kind, (_text(name, shape),))
+
+
+def _schema(name: str, value: Any) -> str:
+    """A schema as it stands in the body, or as JSON text; the order of its properties is kept."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(_object(name, value), ensure_ascii=False, separators=(",", ":"))
+
+
+FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
+    "request_id": _text,
+    "model": _text,
+    "text": _text,
+    "messages": _messages,
+    "tokens": _token_ids,
+    "max_tokens": _int32,
+    "temperature": _number,
+    "top_p": _number,
+    "top_k": _int32,
+    "min_p": _number,
+    "repetition_penalty": _number,
+    "presence_penalty": _number,
+    "frequency_penalty": _number,
+    "seed": _integer,
+    "logit_bias": _logit_bias,
+    "stop": _stop,
+    "logprobs": _int32,
+    "n": _int32,
+    "format": _format,
+    "priority": _priority,
+    "resumable": _boolean,
+    "stream": _boolean,
+}
+SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "logit_bias",
+)

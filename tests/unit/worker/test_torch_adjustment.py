@@ -1,0 +1,163 @@
+"""Bias, penalties, masks and scores: each equals its plain formula, and no row sees another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.worker.adapters.torch_adjustment import adjusted, score
+from services.worker.adapters.torch_sampler import sample
+from services.worker.core.batch import Choice, Draw
+from services.worker.core.format import ConstraintBroken
+from services.worker.core.scheduler import NO_TOKEN
+from services.worker.core.sequence import Sampling
+
+VOCABULARY = 40
+
+
+class ListConstraint:
+    """Allows the same tokens whatever came before; none: it is broken."""
+
+    def __init__(self, *allowed: int) -> None:
+        self._allowed = allowed
+
+    def allowed(self, emitted_ids: Sequence[int]) -> bytes:
+        """See `Constraint.allowed`."""
+        del emitted_ids
+        if not self._allowed:
+            raise ConstraintBroken
+        bits = np.zeros(max(self._allowed) + 1, np.uint8)
+        bits[list(self._allowed)] = 1
+        return np.packbits(bits, bitorder="little").tobytes()
+
+
+def expected(logits: Sequence[float], draw: Draw) -> list[float]:
+    """The formulas of the contract, one token at a time."""
+    sampling, emitted = draw.sampling, list(draw.emitted_ids)
+    found = []
+    for token, logit in enumerate(logits):
+        value = logit + dict(sampling.logit_bias).get(token, 0.0)
+        if token in draw.history:
+            value = value / sampling.repetition_penalty if value > 0 else value * sampling.repetition_penalty
+        if token in emitted:
+            value -= sampling.presence_penalty + sampling.frequency_penalty * emitted.count(token)
+        found.append(value)
+    return found
+
+
+samplings = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.7, 1.5]),
+    top_k=st.sampled_from([0, 3]),
+    top_p=st.sampled_from([1.0, 0.8]),
+    seed=st.integers(0, 99),
+    repetition_penalty=st.sampled_from([1.0, 0.5, 1.3, 10.0]),
+    presence_penalty=st.sampled_from([0.0, -2.0, 1.5]),
+    frequency_penalty=st.sampled_from([0.0, -1.0, 0.25]),
+    logit_bias=st.dictionaries(
+        st.integers(0, VOCABULARY - 1), st.floats(-100, 100, width=32), max_size=3
+    ).map(lambda entries: tuple(sorted(entries.items()))),
+)
+histories = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=12)
+
+
+@st.composite
+def draws(draw: st.DrawFn) -> Draw:
+    """Any draw."""
+    history = draw(histories)
+    constraint = draw(st.sampled_from([None, ListConstraint(3), ListConstraint(1, 7, 30), ListConstraint()]))
+    return Draw(
+        draw(samplings),
+        0,
+        len(history),
+        history,
+        draw(st.integers(1, len(history))),
+        draw(st.sampled_from([None, 0, 5])),
+        constraint,
+    )
+
+
+def logits_of(seed: int, rows: int = 1) -> torch.Tensor:
+    """Random logits."""
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+@given(draws(), st.integers(0, 1_000))
+@settings(max_examples=100, deadline=None)
+def test_adjustments_equal_their_formulas(draw: Draw, seed: int) -> None:
+    """Bias, then repetition over prompt and output, then presence and frequency over the output alone."""
+    (row,) = logits_of(seed)
+    values = adjusted(row, draw)
+    wanted = torch.tensor(expected(row.tolist(), draw))
+    if draw.constraint is not None:
+        allowed = getattr(draw.constraint, "_allowed")  # noqa: B009 - the fake's own list
+        hidden = [token for token in range(VOCABULARY) if token not in allowed]
+        wanted[hidden] = -math.inf
+    torch.testing.assert_close(values, wanted)
+
+
+@given(st.lists(draws(), min_size=2, max_size=6), st.integers(0, 1_000))
+@settings(max_examples=60, deadline=None)
+def test_neighbours_do_not_matter(together: list[Draw], seed: int) -> None:
+    """Each row's token and score are those that it has alone, bit for bit; the logits stay as they were."""
+    logits = logits_of(seed, len(together))
+    before = logits.clone()
+    found = sample(logits, together)
+    assert torch.equal(logits, before)
+    assert found == [sample(logits[row : row + 1], [draw])[0] for row, draw in enumerate(together)]
+
+
+def test_a_plain_row_costs_nothing_more() -> None:
+    """Rows that ask for nothing yield bare tokens, and share their batch's one pass."""
+    logits = logits_of(1, 2)
+    asks = Draw(Sampling(logit_bias=((5, 100.0),)), 0, 1, [1], 1, 2)
+    plain, biased = sample(logits, [Draw(Sampling(), 0, 0), asks])
+    assert plain == Choice(int(logits[0].argmax()))
+    assert biased.token_id == 5
+    assert biased.score is not None
+
+
+def test_scores_are_of_the_models_own_distribution() -> None:
+    """Log-softmax of raw logits: temperature, bias, penalties and masks do not touch them."""
+    (row,) = logits_of(3)
+    wanted = torch.log_softmax(row, dim=-1)
+    sampling = Sampling(2.0, seed=1, logit_bias=((0, 50.0),), repetition_penalty=3.0)
+    draw = Draw(sampling, 0, 2, [1, 2], 1, 4, ListConstraint(9))
+    (choice,) = sample(row.unsqueeze(0), [draw])
+    assert choice.token_id == 9
+    assert choice.score is not None
+    assert choice.score.logprob == pytest.approx(float(wanted[9]))
+    ranked = sorted(range(VOCABULARY), key=lambda token: -wanted[token])[:4]
+    assert [token for token, _ in choice.score.alternatives] == ranked
+    assert [value for _, value in choice.score.alternatives] == pytest.approx(wanted[ranked].tolist())
+
+
+def test_tokens_that_the_model_rules_out_are_no_alternatives() -> None:
+    """Minus infinity has no number in JSON: such a token is not named."""
+    row = torch.full((VOCABULARY,), -math.inf)
+    row[7] = 1.0
+    assert score(row, 7, 20).alternatives == ((7, 0.0),)
+
+
+def test_where_nothing_is_allowed_there_is_no_token() -> None:
+    """A broken constraint ends its own row, greedy or drawn, and no other one."""
+    broken = [
+        Draw(Sampling(temperature, seed=1), 0, 0, [1], 1, 3, ListConstraint()) for temperature in (0, 1)
+    ]
+    found = sample(logits_of(4, 3), [*broken, Draw(Sampling(), 0, 0)])
+    assert [choice.token_id == NO_TOKEN for choice in found] == [True, True, False]
+    assert found[0].score is None
+
+
+def test_a_mask_does_not_heal_a_row_that_is_not_finite() -> None:
+    """Numbers that are not finite are a damaged model's, even where the mask hides them."""
+    row = logits_of(5)
+    row[0, 0] = math.nan
+    (choice,) = sample(row, [Draw(Sampling(), 0, 0, [1], 1, None, ListConstraint(3))])
+    assert choice.token_id == NO_TOKEN
