@@ -204,6 +204,7 @@ def _step_output(output: Output) -> worker_service_pb2.StepOutput:
         sequence=output.key.sequence,
         index=output.index,
         token_ids=output.token_ids,
+        cached_prompt_tokens=output.cached_prompt_tokens,
         finish=generation_pb2.FINISH_REASON_UNSPECIFIED
         if finish is None
         else generation_pb2.FinishReason.Value(f"FINISH_REASON_{finish.value}"),

@@ -75,6 +75,8 @@ class TorchRunner:
         if self._model.device.type == "cpu" and torch.get_num_threads() != self._model.threads:
             torch.set_num_threads(self._model.threads)
         with torch.inference_mode():
+            if batch.rows > self._cache.rows:
+                self._cache.ensure(batch.rows, batch.capacity)
             for move in batch.moves:
                 self._cache.move(move.source, move.target, move.tokens)
             self._cache.ensure(batch.rows, batch.capacity)

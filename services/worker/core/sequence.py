@@ -5,8 +5,11 @@ Pure data: knows neither slots' tensors nor sessions' streams.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+
+# A sequence that waits for a row.
+NO_ROW = -1
 
 
 class Finish(StrEnum):
@@ -94,16 +97,18 @@ class Output:
         index: Position of the first of `token_ids` in the continuation.
         token_ids: The tokens; an end token is never among them.
         finish: Set when the sequence has ended.
+        cached_prompt_tokens: Prompt tokens that were found in the prefix cache; told with the first output.
     """
 
     key: SequenceKey
     index: int
     token_ids: tuple[int, ...] = ()
     finish: Finish | None = None
+    cached_prompt_tokens: int = 0
 
     def followed_by(self, later: Output) -> Output:
         """Both as one; `later` begins where this one ends."""
-        return Output(self.key, self.index, self.token_ids + later.token_ids, later.finish)
+        return replace(self, token_ids=self.token_ids + later.token_ids, finish=later.finish)
 
 
 @dataclass(slots=True, eq=False)
@@ -112,18 +117,22 @@ class LiveSequence:
 
     Attributes:
         start: What was asked.
-        row: Its slot; rows are dense, so it changes when a sequence with a lower row leaves.
         history: Prompt and everything emitted, in order.
         filled: Positions whose keys and values are in the cache. The rest of `history` is pending: one
             token is a decode, more are a prefill. Setting it back recomputes.
         credit: Tokens that it may still produce; at 0 it is paused and keeps its slot.
+        row: Its row of the KV cache, or NO_ROW. Rows are dense, so it changes when others leave.
+        cached_tokens: Prompt tokens that were found in the prefix cache.
+        preemptions: How often its row was taken for others.
     """
 
     start: SequenceStart
-    row: int
     history: list[int]
     credit: int
+    row: int = NO_ROW
     filled: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
 
     @property
     def pending(self) -> int:

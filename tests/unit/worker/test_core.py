@@ -12,9 +12,9 @@ from services.common.errors import InternalError
 from services.worker.core.admission import Reason, Refusal
 from services.worker.core.noise import uniform
 from services.worker.core.outbox import REFUSALS_MAX, STEP_TOKENS_MAX, Outbox, OutboxFull
+from services.worker.core.pace import CHUNK_TOKENS_MIN, PREFILL_STEP_S_MAX, STALL_RATIO, PrefillPace
 from services.worker.core.revision import NEXT, Phase, Residency
-from services.worker.core.scheduler import PREFILL_STEP_S_MAX, Limits, Scheduler
-from services.worker.core.sequence import Finish, Output, SequenceKey, SequenceStart
+from services.worker.core.sequence import Finish, Output, SequenceKey
 
 KEY = SequenceKey(1, "a")
 
@@ -95,18 +95,22 @@ def test_unread_refusals_are_bounded() -> None:
 
 
 def test_slow_prefill_steps_shorten_chunks_and_fast_ones_lengthen_them() -> None:
-    """A step over its time halves the next chunk; fast steps restore it."""
-    scheduler = Scheduler(Limits(4, 10_000, chunk_tokens=512, shared_chunk_tokens=128), frozenset())
-    scheduler.admit(SequenceStart(KEY, tuple(range(2_000)), 5, credit_tokens=5))
+    """A chunk takes about the time that it may; what the machine does decides its length."""
+    pace = PrefillPace(chunk_tokens=512, shared_chunk_tokens=128)
+    assert pace.budget(shared=False) == 512
+    pace.note(PREFILL_STEP_S_MAX * 2, chunk_tokens=512, decodes=0)
+    assert pace.budget(shared=False) == 256
+    for _ in range(20):
+        pace.note(PREFILL_STEP_S_MAX / 10, chunk_tokens=256, decodes=0)
+    assert pace.budget(shared=False) == 512
 
-    def chunk() -> int:
-        batch = scheduler.schedule()
-        assert batch is not None
-        scheduler.apply([])
-        return len(batch.chunks[0].token_ids)
 
-    assert chunk() == 512
-    scheduler.pace(PREFILL_STEP_S_MAX * 2)
-    assert chunk() == 256
-    scheduler.pace(PREFILL_STEP_S_MAX / 10)
-    assert chunk() == 512
+def test_a_shared_chunk_is_paced_by_the_decode_beside_it() -> None:
+    """The faster decodes are, the shorter the chunks that they wait for, down to a floor."""
+    pace = PrefillPace(chunk_tokens=512, shared_chunk_tokens=128)
+    pace.note(0.128, chunk_tokens=128, decodes=0)
+    pace.note(0.064, chunk_tokens=0, decodes=8)
+    assert pace.budget(shared=True) == int(64 * (STALL_RATIO - 1))
+    for _ in range(40):
+        pace.note(0.001, chunk_tokens=0, decodes=8)
+    assert pace.budget(shared=True) == CHUNK_TOKENS_MIN
