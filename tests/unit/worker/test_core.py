@@ -100,17 +100,22 @@ def test_slow_prefill_steps_shorten_chunks_and_fast_ones_lengthen_them() -> None
     assert pace.budget(shared=False) == 512
     pace.note(PREFILL_STEP_S_MAX * 2, chunk_tokens=512, decodes=0)
     assert pace.budget(shared=False) == 256
-    for _ in range(20):
-        pace.note(PREFILL_STEP_S_MAX / 10, chunk_tokens=256, decodes=0)
+    pace.note(PREFILL_STEP_S_MAX / 10, chunk_tokens=40, decodes=0)
+    assert pace.budget(shared=False) == 256
+    for _ in range(4):
+        pace.note(PREFILL_STEP_S_MAX / 10, chunk_tokens=pace.budget(shared=False), decodes=0)
     assert pace.budget(shared=False) == 512
 
 
 def test_a_shared_chunk_is_paced_by_the_decode_beside_it() -> None:
     """The faster decodes are, the shorter the chunks that they wait for, down to a floor."""
     pace = PrefillPace(chunk_tokens=512, shared_chunk_tokens=128)
-    pace.note(0.128, chunk_tokens=128, decodes=0)
-    pace.note(0.064, chunk_tokens=0, decodes=8)
-    assert pace.budget(shared=True) == int(64 * (STALL_RATIO - 1))
-    for _ in range(40):
-        pace.note(0.001, chunk_tokens=0, decodes=8)
-    assert pace.budget(shared=True) == CHUNK_TOKENS_MIN
+    for decode_s in (0.064, 0.032, 0.001):
+        for _ in range(30):
+            pace.note(decode_s, chunk_tokens=0, decodes=8)
+        for _ in range(30):
+            tokens = pace.budget(shared=True)
+            # A chunk has a cost of its own, whatever its length.
+            pace.note(decode_s + 0.02 + 0.001 * tokens, chunk_tokens=tokens, decodes=8)
+        wanted = ((STALL_RATIO - 1) * decode_s - 0.02) / 0.001
+        assert pace.budget(shared=True) == pytest.approx(max(CHUNK_TOKENS_MIN, wanted), abs=2)
