@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.worker.core.kv_budget import PREEMPTIONS_MAX
+from services.worker.core.batch import Decode, Draw
+from services.worker.core.kv_budget import PREEMPTIONS_MAX, bucketed
+from services.worker.core.length_groups import split_by_length
 from services.worker.core.prefix_cache import PREFIX_TOKENS_MIN, common_tokens
 from services.worker.core.revision import ModelFacts
 from services.worker.core.scheduler import Limits, Scheduler
-from services.worker.core.sequence import Finish, Output, SequenceKey, SequenceStart
+from services.worker.core.sequence import Finish, Output, Sampling, SequenceKey, SequenceStart
 from tests.fakes.worker_ports import VOCABULARY, FakeRunner, continuation
 
 AREA = 4_096
@@ -223,6 +226,24 @@ def test_a_paused_sequence_gives_its_row_to_one_that_can_run() -> None:
     scheduler.add_credit(slow.key, 100)
     outputs += rest(scheduler, runner)
     assert tokens_of(outputs, "slow") == continuation(slow.prompt_ids, 100)
+
+
+@given(
+    positions=st.lists(st.integers(0, 3_000), min_size=1, max_size=40), pass_positions=st.integers(0, 20_000)
+)
+def test_groups_by_length_hold_every_row_once_and_pay(positions: list[int], pass_positions: int) -> None:
+    """No row is lost, both groups ascend, and a second one saves more positions than a pass costs."""
+    draw = Draw(Sampling(), 0, 0)
+    decodes = [Decode(row, position, 1, draw) for row, position in enumerate(positions)]
+    groups = split_by_length(decodes, pass_positions)
+    assert sorted((one for group in groups for one in group), key=lambda one: one.row) == decodes
+    assert all(list(group) == sorted(group, key=lambda one: one.row) for group in groups)
+
+    def read(group: Sequence[Decode]) -> int:
+        return len(group) * bucketed(max(one.position for one in group) + 1)
+
+    if len(groups) > 1:
+        assert read(decodes) - sum(read(group) for group in groups) > pass_positions
 
 
 @given(

@@ -151,3 +151,22 @@ def test_many_random_requests_leave_the_cache_as_it_was(model: Callable[[str], T
     assert sum(one.cached_prompt_tokens > 0 for one in outputs) > 10
     scheduler.clear()
     assert (scheduler.running, scheduler.cached_rows) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_rows_that_decode_in_two_groups_get_the_same_tokens(
+    name: str, model: Callable[[str], TorchRunner]
+) -> None:
+    """Long rows between short ones, passed apart: every row has its own logits."""
+    whole = model(name)
+    starts = [start(str(n), ids(90 if n in {1, 3} else 8, n), 20, SAMPLINGS[n % 2]) for n in range(5)]
+    divided = TorchRunner(whole._model, pass_positions=1)
+    divided.settle(whole.facts)
+    found: list[list[Output]] = []
+    for runner in (whole, divided):
+        scheduler = scheduler_of(runner)
+        for one in starts:
+            scheduler.admit(one)
+        found.append(rest(scheduler, runner))
+    for one in starts:
+        assert tokens_of(found[0], one.key.job) == tokens_of(found[1], one.key.job)
