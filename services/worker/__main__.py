@@ -79,7 +79,11 @@ class _Process:
         self.server = server.create([SERVICE], clock, interceptors=[MeshOnly(token, (f"/{SERVICE}/",))])
         self.residency = Residency()
         settings = EngineSettings(
-            config.slots, config.prefill_chunk_tokens, config.prefill_chunk_shared_tokens, config.watchdog_s
+            slots=config.slots,
+            chunk_tokens=config.prefill_chunk_tokens,
+            shared_chunk_tokens=config.prefill_chunk_shared_tokens,
+            watchdog_s=config.watchdog_s,
+            prefix_cache_share=config.prefix_cache_share,
         )
         self.engine = Engine(self.residency, settings, clock, self._on_fatal)
         self.incarnation = new_incarnation()

@@ -40,6 +40,12 @@ class WorkerConfig:
     kv_cache_bytes: Annotated[
         int, Field(ge=0, description="Memory of the KV cache; 0: a share of what is free.")
     ] = 0
+    # Kept rows yield at once to sequences that need room, so the share bounds memory, not service. The rest
+    # stays free of them: a sequence that begins finds rows that need not be copied away first.
+    prefix_cache_share: Annotated[
+        float,
+        Field(ge=0, le=0.9, description="Part of the KV cache for prefixes of ended requests; 0: none."),
+    ] = 0.5
     # The slowest step on a busy laptop takes a few seconds; beyond this it hangs.
     watchdog_s: Annotated[float, Field(gt=0, description="A step that takes longer ends the process.")] = 30.0
     drain_grace_s: Annotated[float, Field(ge=0)] = 30.0

@@ -45,12 +45,15 @@ class FakeRunner:
         error: Raised by the next step when set.
         poisoned: Rows' first tokens for which NO_TOKEN is returned.
         closed: Whether `close` was called.
+        computed_tokens: Tokens that passed the model.
     """
 
     def __init__(self, facts: ModelFacts = FACTS) -> None:
         self._facts = facts
         self._rows: dict[int, list[int]] = {}
+        self._height = 0
         self.batches: list[Batch] = []
+        self.computed_tokens = 0
         self.gate: threading.Event | None = None
         self.entered = threading.Event()
         self.error: Exception | None = None
@@ -72,9 +75,8 @@ class FakeRunner:
             error, self.error = self.error, None
             raise error
         assert batch.rows * batch.capacity <= self._facts.kv_tokens
-        for move in batch.moves:
-            self._rows[move.target] = self._rows[move.source][: move.tokens]
-        tokens = [self._chunk(chunk) for chunk in batch.chunks]
+        self._move(batch)
+        tokens = [self._chunk(chunk, batch) for chunk in batch.chunks]
         drawn = [token for token, chunk in zip(tokens, batch.chunks, strict=True) if chunk.draw]
         assert [decode.row for decode in batch.decodes] == sorted({decode.row for decode in batch.decodes})
         decoded = [self._decode(decode, batch) for decode in batch.decodes]
@@ -84,7 +86,19 @@ class FakeRunner:
         """See `ModelRunner.close`."""
         self.closed = True
 
-    def _chunk(self, chunk: Chunk) -> int:
+    def _move(self, batch: Batch) -> None:
+        """Adds rows, copies, and gives up what the batch does not name, as a frugal runner may."""
+        self._height = max(self._height, batch.rows)
+        for move in batch.moves:
+            assert max(move.source, move.target) < self._height
+            assert 0 < move.tokens <= min(batch.capacity, len(self._rows[move.source]))
+            self._rows[move.target] = self._rows[move.source][: move.tokens]
+        self._height = batch.rows
+        self._rows = {row: held[: batch.capacity] for row, held in self._rows.items() if row < batch.rows}
+
+    def _chunk(self, chunk: Chunk, batch: Batch) -> int:
+        assert chunk.row < batch.rows
+        assert chunk.position + len(chunk.token_ids) <= batch.capacity
         return self._write(chunk.row, chunk.position, chunk.token_ids)
 
     def _decode(self, decode: Decode, batch: Batch) -> int:
@@ -96,6 +110,7 @@ class FakeRunner:
         held = self._rows.setdefault(row, [])
         assert position <= len(held), "a position was skipped"
         self._rows[row] = [*held[:position], *token_ids]
+        self.computed_tokens += len(token_ids)
         return NO_TOKEN if self._rows[row][0] in self.poisoned else next_token(self._rows[row])
 
 

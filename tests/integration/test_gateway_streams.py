@@ -149,7 +149,7 @@ async def test_a_deadline_ends_a_waiting_request(gateway: GatewayWorld) -> None:
 async def test_a_deadline_ends_a_running_request(gateway: GatewayWorld) -> None:
     """It passes mid-stream: the error comes after the chunks, and the worker is told."""
     worker = await gateway.add_worker("w1", Script(answer="x" * 400, interval_s=0.01))
-    metadata = (*bearer(), ("x-interlock-deadline", "0.3"))
+    metadata = (*bearer(), ("x-interlock-deadline", "1.5"))
     request = pb.GenerateRequest(text="hi", max_tokens=400)
     error, events = await fail(gateway.call(request, metadata=metadata))
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED

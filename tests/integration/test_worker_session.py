@@ -132,6 +132,19 @@ async def test_a_continuation_starts_behind_what_was_emitted(service: Service) -
     call.cancel()
 
 
+async def test_a_prompt_that_was_seen_is_told_as_cached(service: Service) -> None:
+    """The first output of a second turn tells how many prompt tokens were found; later ones tell none."""
+    prompt = range(40)
+    call = service.open()
+    await call.write(start("a", prompt_ids=prompt))
+    assert (await read_outputs(call, "a"))[0].cached_prompt_tokens == 0
+    await call.write(start("b", prompt_ids=[*prompt, *continuation(prompt, 4), 7]))
+    outputs = await read_outputs(call, "b")
+    assert outputs[0].index == 0
+    assert [one.cached_prompt_tokens for one in outputs] == [43] + [0] * (len(outputs) - 1)
+    call.cancel()
+
+
 async def test_signs_of_life_come_without_work(service: Service) -> None:
     """Two Alive messages arrive on an idle session, with the free slots."""
     call = service.open()

@@ -56,6 +56,7 @@ def step_output(output: Output) -> worker_service_pb2.StepOutput:
         sequence=output.key.sequence,
         index=output.index,
         token_ids=output.token_ids,
+        cached_prompt_tokens=output.cached_prompt_tokens,
         logprobs=[_logprob(score) for score in output.scores],
         finish=generation_pb2.FINISH_REASON_UNSPECIFIED
         if finish is None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from services.worker.core.scheduler import bucketed
+from services.worker.core.kv_budget import BUCKET_TOKENS, bucketed
 
 # Rows grow by longer pieces than attention does: each growth copies what is there.
 GROWTH_TOKENS = 256
@@ -152,10 +152,12 @@ class SlotCache(Cache):
             return
         wide = max(self.capacity, -(-capacity // GROWTH_TOKENS) * GROWTH_TOKENS)
         tall = max(self.rows, 1 << (rows - 1).bit_length())
-        # Room to spare is welcome while the budget has it; if not, exactly what admission counted.
-        fitting = [(tall, wide), (rows, wide), (tall, capacity), (rows, capacity)]
+        # Room to spare is welcome while the budget has it. If not, all that it has for so many rows: each
+        # further growth would copy everything again.
+        fitting = [(tall, wide), (rows, wide), (tall, capacity)]
+        rest = self.area_tokens // rows // BUCKET_TOKENS * BUCKET_TOKENS
         self.rows, self.capacity = next(
-            (size for size in fitting if size[0] * size[1] <= self.area_tokens), (rows, capacity)
+            (size for size in fitting if size[0] * size[1] <= self.area_tokens), (rows, max(capacity, rest))
         )
         for layer in self._slot_layers:
             layer.resize(self.rows, self.capacity)

@@ -23,8 +23,8 @@ from services.common.errors import ArtifactInvalid, InterlockError
 from services.worker.adapters.safetensors_files import check_files, read_config
 from services.worker.adapters.torch_probe import probe
 from services.worker.adapters.torch_runner import FULL, SLIDING, DecoderModel, TorchRunner
+from services.worker.core.kv_budget import BUCKET_TOKENS
 from services.worker.core.revision import ComputeDtype, ModelFacts, Quantization, RevisionSpec
-from services.worker.core.scheduler import BUCKET_TOKENS
 
 # The paper's outlier threshold (Dettmers et al., 2022).
 INT8_THRESHOLD = 6.0

@@ -57,7 +57,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Row `source` becomes row `target`: its first `tokens` positions are copied."""
+    """The first `tokens` positions of row `source` are copied to row `target`."""
 
     source: int
     target: int
@@ -95,10 +95,13 @@ class Decode:
 class Batch:
     """One step: first the moves in order, then the chunks one by one, then all decodes together.
 
+    Rows that the step before did not have are added before the moves, for they may lead there; rows that
+    the step does not have may be given up after them.
+
     Attributes:
-        rows: Rows that must exist.
+        rows: Rows that must exist; some may be empty, or hold what later steps copy from.
         capacity: Positions that every row must have.
-        moves: Rows to copy.
+        moves: Rows to copy; the source stays as it is.
         chunks: Prefill.
         decodes: Decode, by ascending row.
     """

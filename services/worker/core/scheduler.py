@@ -1,38 +1,27 @@
-"""The scheduler. Owns: which sequences hold slots, and what each step does for them. Pure.
+"""The scheduler. Owns: which sequences run, and what each step does for them. Pure.
 
 Every step decodes all sequences that can, and carries one bounded amount of prefill beside them. So a
 running stream waits for at most that amount, and a new one moves with every step. Prefills take turns.
 
-Rows are dense: a sequence that leaves is replaced by the one in the last row. Decodes then read one
-contiguous piece of the cache most of the time.
+A sequence holds a slot from its admission to its end, and a row of the KV cache while there is room. When
+the room runs out, the newest one's row is taken; it waits inside for another, and what it had emitted is
+prefilled again. The order of admission is the order of precedence, so the oldest always goes on.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from services.worker.core.batch import Batch, Choice, Chunk, Decode, Draw, Move
-from services.worker.core.sequence import Finish, LiveSequence, Output, SequenceKey, SequenceStart
+from services.worker.core.batch import Batch, Choice, Chunk, Decode, Draw
+from services.worker.core.kv_budget import PREEMPTIONS_MAX, KvBudget
+from services.worker.core.pace import PrefillPace
+from services.worker.core.row_table import RowTable
+from services.worker.core.sequence import NO_ROW, Finish, LiveSequence, Output, SequenceKey, SequenceStart
 
 # What a runner returns for a row whose logits are not finite: the sequence cannot go on.
 NO_TOKEN = -1
-
-# Attention lengths are rounded up to it, so that few shapes occur and memory grows in steps.
-BUCKET_TOKENS = 16
-
-# A prefill step that takes longer than this is halved: streams wait for it, and gateways take two silent
-# seconds for a hang. Slow machines and large models so get shorter chunks by themselves.
-PREFILL_STEP_S_MAX = 0.5
-
-# Chunks never get shorter than this; below it, reading the weights costs more than the tokens.
-CHUNK_TOKENS_MIN = 16
-
-
-def bucketed(tokens: int) -> int:
-    """`tokens` rounded up to whole buckets."""
-    return -(-tokens // BUCKET_TOKENS) * BUCKET_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +33,14 @@ class Limits:
         kv_tokens: Area of the KV cache: rows times positions, each row as long as the longest.
         chunk_tokens: Most prompt tokens of a step in which nothing decodes.
         shared_chunk_tokens: Most prompt tokens of a step that also decodes.
+        prefix_tokens: The part of `kv_tokens` that rows of ended sequences may take; 0: none are kept.
     """
 
     slots: int
     kv_tokens: int
     chunk_tokens: int = 512
     shared_chunk_tokens: int = 128
+    prefix_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,39 +56,47 @@ class Scheduler:
     """Continuous batching for one revision. `schedule` and `apply` alternate; the rest goes between them."""
 
     def __init__(self, limits: Limits, end_ids: frozenset[int]) -> None:
-        self._limits = limits
+        self._slots = limits.slots
         self._end_ids = end_ids
-        self._rows: list[LiveSequence] = []
-        self._by_key: dict[SequenceKey, LiveSequence] = {}
+        self._budget = KvBudget(limits.kv_tokens, limits.prefix_tokens)
+        self._rows = RowTable(self._budget)
+        self._pace = PrefillPace(limits.chunk_tokens, limits.shared_chunk_tokens)
+        # By age, the oldest first.
+        self._live: dict[SequenceKey, LiveSequence] = {}
         self._turns: deque[LiveSequence] = deque()
-        self._moves: list[Move] = []
         self._planned: list[_Planned] = []
-        self._halvings = 0
 
     @property
     def running(self) -> int:
         """Sequences that hold a slot."""
-        return len(self._rows)
+        return len(self._live)
+
+    @property
+    def cached_rows(self) -> int:
+        """Rows of ended sequences that are kept."""
+        return len(self._rows.prefixes)
 
     @property
     def keys(self) -> tuple[SequenceKey, ...]:
-        """The sequences, by row."""
-        return tuple(live.start.key for live in self._rows)
+        """The sequences, by age."""
+        return tuple(self._live)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything: false when all sequences are paused."""
-        return any(live.credit > 0 for live in self._rows)
+        return any(live.credit > 0 for live in self._live.values())
 
     def paused_by_session(self) -> Counter[int]:
         """How many sequences of each session wait for credit."""
-        return Counter(live.start.key.session for live in self._rows if live.credit == 0)
+        return Counter(live.start.key.session for live in self._live.values() if live.credit == 0)
 
     def fits(self, start: SequenceStart) -> bool:
-        """Whether a slot and its share of the KV cache are free."""
-        rows = len(self._rows) + 1
-        longest = max((bucketed(start.reserved_tokens), self._capacity()))
-        return rows <= self._limits.slots and rows * longest <= self._limits.kv_tokens
+        """Whether a slot is free, and room in the KV cache that no older sequence waits for."""
+        if len(self._live) >= self._slots:
+            return False
+        if any(live.row == NO_ROW and live.preemptions and live.credit for live in self._live.values()):
+            return False
+        return self._budget.admits(start, self._live.values())
 
     def admit(self, start: SequenceStart) -> tuple[Output, ...]:
         """Gives a sequence a slot; call it only when it `fits`. One that is complete ends at once."""
@@ -105,61 +104,111 @@ class Scheduler:
         if emitted >= start.max_tokens:
             return (Output(start.key, emitted, finish=Finish.LENGTH),)
         history = [*start.prompt_ids, *start.emitted_ids]
-        live = LiveSequence(start, len(self._rows), history, start.credit_tokens)
-        self._rows.append(live)
-        self._by_key[start.key] = live
-        self._turns.append(live)
+        self._live[start.key] = LiveSequence(start, history, start.credit_tokens)
         return ()
 
     def add_credit(self, key: SequenceKey, tokens: int) -> None:
         """Lets a sequence run on; unknown ones are ignored, for they may just have ended."""
-        if (live := self._by_key.get(key)) is not None:
+        if (live := self._live.get(key)) is not None:
             live.credit += tokens
 
     def end(self, key: SequenceKey, finish: Finish) -> tuple[Output, ...]:
         """Takes a sequence out, between steps; unknown ones are ignored."""
-        live = self._by_key.get(key)
+        live = self._live.get(key)
         if live is None:
             return ()
-        self._release(live)
+        self._release(live, keep=finish is not Finish.ERROR)
         return (Output(key, live.emitted, finish=finish),)
 
     def schedule(self) -> Batch | None:
         """Plans the next step; None when there is nothing to do."""
-        decoding = [live for live in self._rows if live.credit > 0 and live.pending == 1]
+        if not self.has_work:
+            return None
+        self._make_room()
+        newcomers = self._choose_newcomers()
+        layout = self._rows.place(newcomers)
+        for live in newcomers:
+            if not live.preemptions:
+                live.cached_tokens = min(live.filled, len(live.start.prompt_ids))
+        self._turns.extend(newcomers)
+        decoding = [live for live in self._rows.running if live.credit > 0 and live.pending == 1]
         chunks = self._plan_chunks(shared=bool(decoding))
         decodes = tuple(_decode(live) for live in decoding)
         self._planned.extend(_Planned(live, 1, draws=True) for live in decoding)
-        if not self._planned:
-            return None
-        moves, self._moves = tuple(self._moves), []
-        return Batch(len(self._rows), self._capacity(), moves, chunks, decodes)
+        return Batch(layout.rows, layout.capacity, layout.moves, chunks, decodes)
 
     def apply(self, choices: Sequence[Choice]) -> tuple[Output, ...]:
         """Takes in the step's choices, in the order of `Batch.draws`, and tells what came of them."""
         planned, self._planned = self._planned, []
-        # All rows first: one that ends below makes another one move, with all that is in it.
+        # All rows first: what is kept of one that ends below is all that is in it.
         for plan in planned:
             plan.sequence.filled += plan.tokens
         drawing = [plan.sequence for plan in planned if plan.draws]
         return tuple(self._take(live, choice) for live, choice in zip(drawing, choices, strict=True))
 
-    def pace(self, prefill_step_s: float) -> None:
-        """Adapts the length of chunks to the time that the last step with one took."""
-        if prefill_step_s > PREFILL_STEP_S_MAX:
-            if self._limits.shared_chunk_tokens >> self._halvings > CHUNK_TOKENS_MIN:
-                self._halvings += 1
-        elif prefill_step_s < PREFILL_STEP_S_MAX / 4 and self._halvings:
-            self._halvings -= 1
+    def pace(self, batch: Batch, step_s: float) -> None:
+        """Adapts the length of chunks to the time that a step took."""
+        tokens = sum(len(chunk.token_ids) for chunk in batch.chunks)
+        self._pace.note(step_s, chunk_tokens=tokens, decodes=len(batch.decodes))
 
     def fail(self) -> tuple[Output, ...]:
         """Ends every sequence with ERROR: the step under way could not be done."""
         self._planned = []
-        return tuple(output for key in self.keys for output in self.end(key, Finish.ERROR))
+        outputs = tuple(output for key in self.keys for output in self.end(key, Finish.ERROR))
+        self.clear()
+        return outputs
+
+    def clear(self) -> None:
+        """Forgets the rows of ended sequences."""
+        self._rows.prefixes.clear()
+
+    def _make_room(self) -> None:
+        """Takes rows until those that stay can do their next step."""
+        while not self._budget.carries(self._rows.running):
+            self._preempt(self._victims(self._rows.running)[0])
+
+    def _choose_newcomers(self) -> list[LiveSequence]:
+        """The sequences that get a row, the oldest first; nobody overtakes one that finds no room."""
+        chosen: list[LiveSequence] = []
+        for live in self._live.values():
+            if live.row != NO_ROW or live.credit == 0:
+                continue
+            running = [*self._rows.running, *chosen]
+            if self._rows.prefixes.awaits(live, running):
+                continue
+            if not self._takes(live, running):
+                break
+            chosen.append(live)
+        return chosen
+
+    def _takes(self, live: LiveSequence, running: Collection[LiveSequence]) -> bool:
+        """Whether there is room for a sequence; the rows of paused ones are taken if that makes it."""
+        paused = [one for one in self._victims(running) if one.credit == 0]
+        if not self._budget.takes_back(live, set(running).difference(paused)):
+            return False
+        left = list(running)
+        while not self._budget.takes_back(live, left):
+            left.remove(paused[0])
+            self._preempt(paused.pop(0))
+        return True
+
+    def _victims(self, running: Collection[LiveSequence]) -> list[LiveSequence]:
+        """Whose rows may be taken, in this order: paused ones before others, new ones before old ones."""
+        allowed = {one for one in running if one.credit == 0 or one.preemptions < PREEMPTIONS_MAX}
+        newest_first = (one for one in reversed(self._live.values()) if one in allowed)
+        return sorted(newest_first, key=lambda one: one.credit > 0)
+
+    def _preempt(self, live: LiveSequence) -> None:
+        live.preemptions += 1
+        self._leave_row(live, keep=True)
+
+    def _leave_row(self, live: LiveSequence, *, keep: bool) -> None:
+        self._rows.vacate(live, keep=keep)
+        if live in self._turns:
+            self._turns.remove(live)
 
     def _plan_chunks(self, *, shared: bool) -> tuple[Chunk, ...]:
-        whole = self._limits.shared_chunk_tokens if shared else self._limits.chunk_tokens
-        budget = max(CHUNK_TOKENS_MIN, whole >> self._halvings)
+        budget = self._pace.budget(shared=shared)
         chunks: list[Chunk] = []
         waiting: list[LiveSequence] = []
         again: list[LiveSequence] = []
@@ -183,35 +232,23 @@ class Scheduler:
 
     def _take(self, live: LiveSequence, choice: Choice) -> Output:
         index, key, token = live.emitted, live.start.key, choice.token_id
+        cached = live.cached_tokens if index == len(live.start.emitted_ids) else 0
         if token == NO_TOKEN or token in self._end_ids:
-            self._release(live)
-            return Output(key, index, finish=Finish.ERROR if token == NO_TOKEN else Finish.STOP)
+            finish = Finish.ERROR if token == NO_TOKEN else Finish.STOP
+            self._release(live, keep=finish is Finish.STOP)
+            return Output(key, index, (), finish, cached_prompt_tokens=cached)
         live.history.append(token)
         live.credit -= 1
         scores = () if choice.score is None else (choice.score,)
         if live.emitted < live.start.max_tokens:
-            return Output(key, index, (token,), scores=scores)
-        self._release(live)
-        return Output(key, index, (token,), Finish.LENGTH, scores)
+            return Output(key, index, (token,), None, scores, cached)
+        self._release(live, keep=True)
+        return Output(key, index, (token,), Finish.LENGTH, scores, cached)
 
-    def _release(self, live: LiveSequence) -> None:
-        """Frees the row and closes the gap with the last one."""
-        del self._by_key[live.start.key]
-        if live in self._turns:
-            self._turns.remove(live)
-        last = self._rows.pop()
-        if not self._rows:
-            self._moves.clear()
-        if last is live:
-            return
-        if last.filled:
-            self._moves.append(Move(last.row, live.row, last.filled))
-        last.row = live.row
-        self._rows[live.row] = last
-
-    def _capacity(self) -> int:
-        """Positions of a row: enough for the longest sequence at its end."""
-        return max((bucketed(live.start.reserved_tokens) for live in self._rows), default=0)
+    def _release(self, live: LiveSequence, *, keep: bool) -> None:
+        """Frees slot and row."""
+        del self._live[live.start.key]
+        self._leave_row(live, keep=keep)
 
 
 def _draw(live: LiveSequence) -> Draw:

@@ -10,6 +10,9 @@ from enum import StrEnum
 
 from services.worker.core.format import Constraint
 
+# A sequence that waits for a row.
+NO_ROW = -1
+
 
 class Finish(StrEnum):
     """Why a sequence ended; the names are those of `interlock.v1.FinishReason`."""
@@ -133,6 +136,7 @@ class Output:
         token_ids: The tokens; an end token is never among them.
         finish: Set when the sequence has ended.
         scores: One for each token where they were asked for, else none.
+        cached_prompt_tokens: Prompt tokens that were found in the prefix cache; told with the first output.
     """
 
     key: SequenceKey
@@ -140,6 +144,7 @@ class Output:
     token_ids: tuple[int, ...] = ()
     finish: Finish | None = None
     scores: tuple[TokenScore, ...] = ()
+    cached_prompt_tokens: int = 0
 
     def followed_by(self, later: Output) -> Output:
         """Both as one; `later` begins where this one ends."""
@@ -150,7 +155,11 @@ class Output:
         """Its first `tokens` tokens, and the rest with the end."""
         head = replace(self, token_ids=self.token_ids[:tokens], finish=None, scores=self.scores[:tokens])
         rest = replace(
-            self, index=self.index + tokens, token_ids=self.token_ids[tokens:], scores=self.scores[tokens:]
+            self,
+            index=self.index + tokens,
+            token_ids=self.token_ids[tokens:],
+            scores=self.scores[tokens:],
+            cached_prompt_tokens=0,
         )
         return head, rest
 
@@ -161,18 +170,22 @@ class LiveSequence:
 
     Attributes:
         start: What was asked.
-        row: Its slot; rows are dense, so it changes when a sequence with a lower row leaves.
         history: Prompt and everything emitted, in order.
         filled: Positions whose keys and values are in the cache. The rest of `history` is pending: one
             token is a decode, more are a prefill. Setting it back recomputes.
         credit: Tokens that it may still produce; at 0 it is paused and keeps its slot.
+        row: Its row of the KV cache, or NO_ROW. Rows are dense, so it changes when others leave.
+        cached_tokens: Prompt tokens that were found in the prefix cache.
+        preemptions: How often its row was taken for others.
     """
 
     start: SequenceStart
-    row: int
     history: list[int]
     credit: int
+    row: int = NO_ROW
     filled: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
 
     @property
     def pending(self) -> int:

@@ -119,11 +119,21 @@ class Stepper:
         clock: Measures steps, for the pace of prefill.
         chunk_tokens: Most prompt tokens of a step in which nothing decodes.
         shared_chunk_tokens: Most prompt tokens of a step that also decodes.
+        prefix_cache_share: The part of a KV cache that rows of ended sequences may take; 0: none are kept.
     """
 
-    def __init__(self, slots: int, clock: Clock, *, chunk_tokens: int, shared_chunk_tokens: int) -> None:
+    def __init__(
+        self,
+        slots: int,
+        clock: Clock,
+        *,
+        chunk_tokens: int,
+        shared_chunk_tokens: int,
+        prefix_cache_share: float,
+    ) -> None:
         self._slots = slots
         self._clock = clock
+        self._prefix_cache_share = prefix_cache_share
         self._chunk_tokens = chunk_tokens
         self._shared_chunk_tokens = shared_chunk_tokens
         self._loaded: dict[str, _Loaded] = {}
@@ -149,10 +159,7 @@ class Stepper:
         """Performs a command, between steps."""
         match command:
             case Host(revision, runner):
-                limits = Limits(
-                    self._slots, runner.facts.kv_tokens, self._chunk_tokens, self._shared_chunk_tokens
-                )
-                self._loaded[revision] = _Loaded(runner, Scheduler(limits, runner.facts.end_ids))
+                self._host(revision, runner)
                 return ()
             case Unload(revision):
                 if (one := self._loaded.get(revision)) is not None:
@@ -192,6 +199,17 @@ class Stepper:
     def _schedulers(self) -> Iterator[Scheduler]:
         return (one.scheduler for one in self._loaded.values())
 
+    def _host(self, revision: str, runner: ModelRunner) -> None:
+        kv_tokens = runner.facts.kv_tokens
+        limits = Limits(
+            slots=self._slots,
+            kv_tokens=kv_tokens,
+            chunk_tokens=self._chunk_tokens,
+            shared_chunk_tokens=self._shared_chunk_tokens,
+            prefix_tokens=int(kv_tokens * self._prefix_cache_share),
+        )
+        self._loaded[revision] = _Loaded(runner, Scheduler(limits, runner.facts.end_ids))
+
     def _admit(self, job: JobStart) -> tuple[Event, ...]:
         one = self._loaded.get(job.revision)
         if one is None or one.leaving:
@@ -216,8 +234,7 @@ class Stepper:
             choices = one.runner.step(batch)
         except Exception as error:  # noqa: BLE001 - one step's failure must not end the loop
             return (*one.scheduler.fail(), StepFailed(revision, error))
-        if batch.chunks:
-            one.scheduler.pace(self._clock.monotonic() - began_s)
+        one.scheduler.pace(batch, self._clock.monotonic() - began_s)
         outputs = one.scheduler.apply(choices)
         self._generated_tokens += sum(len(output.token_ids) for output in outputs)
         return outputs

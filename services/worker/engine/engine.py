@@ -54,12 +54,14 @@ class EngineSettings:
         chunk_tokens: Most prompt tokens of a step in which nothing decodes.
         shared_chunk_tokens: Most prompt tokens of a step that also decodes.
         watchdog_s: A step that takes longer hangs.
+        prefix_cache_share: The part of a KV cache that rows of ended sequences may take; 0: none are kept.
     """
 
     slots: int
     chunk_tokens: int = 512
     shared_chunk_tokens: int = 128
     watchdog_s: float = 30.0
+    prefix_cache_share: float = 0.5
 
 
 class Engine:
@@ -84,6 +86,7 @@ class Engine:
             clock,
             chunk_tokens=settings.chunk_tokens,
             shared_chunk_tokens=settings.shared_chunk_tokens,
+            prefix_cache_share=settings.prefix_cache_share,
         )
         self._mailbox = Mailbox()
         self._sessions: dict[int, EngineSession] = {}

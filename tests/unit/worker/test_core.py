@@ -13,9 +13,9 @@ from services.worker.adapters.job_messages import step_output
 from services.worker.core.admission import Reason, Refusal
 from services.worker.core.noise import uniform
 from services.worker.core.outbox import REFUSALS_MAX, STEP_TOKENS_MAX, Outbox, OutboxFull
+from services.worker.core.pace import CHUNK_TOKENS_MIN, PREFILL_STEP_S_MAX, STALL_RATIO, PrefillPace
 from services.worker.core.revision import NEXT, Phase, Residency
-from services.worker.core.scheduler import PREFILL_STEP_S_MAX, Limits, Scheduler
-from services.worker.core.sequence import Finish, Output, SequenceKey, SequenceStart, TokenScore
+from services.worker.core.sequence import Finish, Output, SequenceKey, TokenScore
 
 KEY = SequenceKey(1, "a")
 
@@ -117,18 +117,27 @@ def test_unread_refusals_are_bounded() -> None:
 
 
 def test_slow_prefill_steps_shorten_chunks_and_fast_ones_lengthen_them() -> None:
-    """A step over its time halves the next chunk; fast steps restore it."""
-    scheduler = Scheduler(Limits(4, 10_000, chunk_tokens=512, shared_chunk_tokens=128), frozenset())
-    scheduler.admit(SequenceStart(KEY, tuple(range(2_000)), 5, credit_tokens=5))
+    """A chunk takes about the time that it may; what the machine does decides its length."""
+    pace = PrefillPace(chunk_tokens=512, shared_chunk_tokens=128)
+    assert pace.budget(shared=False) == 512
+    pace.note(PREFILL_STEP_S_MAX * 2, chunk_tokens=512, decodes=0)
+    assert pace.budget(shared=False) == 256
+    pace.note(PREFILL_STEP_S_MAX / 10, chunk_tokens=40, decodes=0)
+    assert pace.budget(shared=False) == 256
+    for _ in range(4):
+        pace.note(PREFILL_STEP_S_MAX / 10, chunk_tokens=pace.budget(shared=False), decodes=0)
+    assert pace.budget(shared=False) == 512
 
-    def chunk() -> int:
-        batch = scheduler.schedule()
-        assert batch is not None
-        scheduler.apply([])
-        return len(batch.chunks[0].token_ids)
 
-    assert chunk() == 512
-    scheduler.pace(PREFILL_STEP_S_MAX * 2)
-    assert chunk() == 256
-    scheduler.pace(PREFILL_STEP_S_MAX / 10)
-    assert chunk() == 512
+def test_a_shared_chunk_is_paced_by_the_decode_beside_it() -> None:
+    """The faster decodes are, the shorter the chunks that they wait for, down to a floor."""
+    pace = PrefillPace(chunk_tokens=512, shared_chunk_tokens=128)
+    for decode_s in (0.064, 0.032, 0.001):
+        for _ in range(30):
+            pace.note(decode_s, chunk_tokens=0, decodes=8)
+        for _ in range(30):
+            tokens = pace.budget(shared=True)
+            # A chunk has a cost of its own, whatever its length.
+            pace.note(decode_s + 0.02 + 0.001 * tokens, chunk_tokens=tokens, decodes=8)
+        wanted = ((STALL_RATIO - 1) * decode_s - 0.02) / 0.001
+        assert pace.budget(shared=True) == pytest.approx(max(CHUNK_TOKENS_MIN, wanted), abs=2)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.worker.core.scheduler import Limits, Scheduler, bucketed
+from services.worker.core.kv_budget import bucketed
+from services.worker.core.scheduler import Limits, Scheduler
 from services.worker.core.sequence import Finish, Output, SequenceKey, SequenceStart
 from tests.fakes.worker_ports import FACTS, FakeRunner, continuation
 
