@@ -36,6 +36,7 @@ class Script:
         batch: Tokens in one message.
         late_tokens: Tokens that it sends of an attempt that was cancelled.
         deaf: Cancellations are neither obeyed nor confirmed.
+        cached_prompt_tokens: What it tells with the first token of an answer.
     """
 
     answer: str = "The answer is forty-two."
@@ -46,6 +47,7 @@ class Script:
     batch: int = 1
     late_tokens: int = 0
     deaf: bool = False
+    cached_prompt_tokens: int = 0
 
 
 @dataclass
@@ -217,7 +219,12 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         start = running.start
         self.sent[start.job] = max(self.sent.get(start.job, 0), index + len(token_ids))
         output = pb.StepOutput(
-            job=start.job, attempt=start.attempt, index=index, token_ids=token_ids, finish=finish
+            job=start.job,
+            attempt=start.attempt,
+            index=index,
+            token_ids=token_ids,
+            finish=finish,
+            cached_prompt_tokens=0 if index else self.script.cached_prompt_tokens,
         )
         outgoing.put_nowait(pb.SessionResponse(step=pb.Step(outputs=[output])))
 
