@@ -38,6 +38,7 @@ class Script:
         deaf: Cancellations are neither obeyed nor confirmed.
         message: The words of its refusals.
         scores: Whether it sends logprobs to those who ask for them.
+        cached_prompt_tokens: What it tells with the first token of an answer.
     """
 
     answer: str = "The answer is forty-two."
@@ -50,6 +51,7 @@ class Script:
     deaf: bool = False
     message: str = ""
     scores: bool = True
+    cached_prompt_tokens: int = 0
 
 
 @dataclass
@@ -240,6 +242,7 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
             token_ids=token_ids,
             finish=finish,
             logprobs=[logprob_of(token, start.logprobs) for token in token_ids] if scored else [],
+            cached_prompt_tokens=0 if index else self.script.cached_prompt_tokens,
         )
         outgoing.put_nowait(pb.SessionResponse(step=pb.Step(outputs=[output])))
 

@@ -36,13 +36,13 @@ async def gateway() -> AsyncIterator[GatewayWorld]:
 
 async def test_a_result_is_one_json_object(gateway: GatewayWorld) -> None:
     """Text, names, reason, usage and timings, with the headers that name the same."""
-    await gateway.add_worker("w1", Script(answer="Grüße 🎉"[:6]))
+    await gateway.add_worker("w1", Script(answer="Grüße 🎉"[:6], cached_prompt_tokens=5))
     reply = await gateway.post({**BODY, "request_id": "mine"})
     assert (reply.status, reply.content_type) == (200, "application/json")
     result = reply.json
     assert (result["result"], result["request_id"], result["finish_reason"]) == ("Grüße ", "mine", "stop")
     assert (result["model"], result["revision"]) == (MODEL, REVISION)
-    assert result["usage"] == {"prompt_tokens": 8, "cached_prompt_tokens": 0, "completion_tokens": 6}
+    assert result["usage"] == {"prompt_tokens": 8, "cached_prompt_tokens": 5, "completion_tokens": 6}
     assert set(result["timings"]) == {"queue_s", "prefill_s", "decode_s", "total_s"}
     assert reply.headers["x-request-id"] == "mine"
     assert (reply.headers["x-interlock-revision"], reply.headers["x-interlock-worker"]) == (REVISION, "w1")

@@ -34,7 +34,11 @@ class MemoryJobQueue:
 
     def set_worker(self, model: str, worker: QueueWorker) -> None:
         """Adds a worker or replaces what was known of it; what waits is granted with the next call."""
-        self._line(model).workers[worker.worker_id] = worker
+        line = self._line(model)
+        if worker.worker_id not in line.workers:
+            # It comes back as a new process, and no suspicion of the old one clings to it.
+            line.suspect_until.pop(worker.worker_id, None)
+        line.workers[worker.worker_id] = worker
 
     def remove_worker(self, model: str, worker_id: str) -> None:
         """Forgets a worker; what runs on it ends by `settle` or `requeue`."""
