@@ -56,6 +56,14 @@ class Heads:
     scale: float
 
 
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """CPU threads of the matrix products, and of attention."""
+
+    products: int
+    attention: int
+
+
 class Turns:
     """The rotation of each position.
 
@@ -103,7 +111,9 @@ class LeanDecoder:
     turns: Turns
     dtype: torch.dtype
 
-    def forward(self, token_ids: Sequence[int], cache: LeanCache, place: Place) -> torch.Tensor:
+    def forward(
+        self, token_ids: Sequence[int], cache: LeanCache, place: Place, threads: Threads
+    ) -> torch.Tensor:
         """Passes tokens through all layers; returns the last states, `[tokens, width]`."""
         ids = torch.tensor(token_ids, device=self.embedding.device)
         x = self.embedding.index_select(0, ids).to(self.dtype)
@@ -114,7 +124,9 @@ class LeanDecoder:
             queries, states = heads.split((self.heads.queries, 2 * self.heads.shared), dim=1)
             cache.write(number, states.unflatten(1, (2, self.heads.shared)), place)
             keys, values = cache.read(number, place)
+            _use(threads.attention)
             attended = attend(queries, keys, values, mask, self.heads)
+            _use(threads.products)
             x = x + layer.output(attended)
             gate, up = layer.gate_up(x, layer.mlp_norm).chunk(2, dim=1)
             x = x + layer.down(functional.silu(gate).mul_(up))
@@ -180,6 +192,11 @@ def _weighted(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
+
+
+def _use(threads: int) -> None:
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def _mask(place: Place, heads: Heads, dtype: torch.dtype) -> torch.Tensor:

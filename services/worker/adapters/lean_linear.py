@@ -24,6 +24,9 @@ EXACT_MAX = 1 << 24
 # Outliers have 15 bits where few of them share the sum; this is better than the paper's half precision.
 OUTLIER_MAX = 32_767
 
+# One row has a kernel of its own that is so fast that up to here several calls beat one.
+SINGLE_ROWS = 4
+
 # Keeps the scale of a row of zeros finite.
 TINY = 1e-20
 
@@ -88,7 +91,8 @@ class Int8Linear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, split: bool = True) -> None:
         wide = weight.float()
         self._scales = wide.abs().amax(1).clamp_(min=TINY).div_(INT8_MAX)
-        self._weight = wide.div_(self._scales.unsqueeze(1)).round_().to(torch.int8)
+        # Not in place: the module that the weight belongs to is still wanted, for the probe.
+        self._weight = (wide / self._scales.unsqueeze(1)).round_().to(torch.int8)
         self._turned = self._weight.t()
         self._bias = None if bias is None else bias.float()
         self._threshold = OUTLIER_THRESHOLD if split else float("inf")
@@ -113,7 +117,7 @@ class Int8Linear:
     def _product(self, values: torch.Tensor, size: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """The integer product. `real` is the largest magnitude of each row as the layer shall see it."""
         integers = (values * (INT8_MAX / size.clamp(min=TINY))).round_().to(torch.int8)
-        products = torch._int_mm(integers, self._turned).float()  # noqa: SLF001 - its only name
+        products = _integer_product(integers, self._turned).float()
         return products.mul_(self._scales).mul_(real * (1.0 / INT8_MAX))
 
     def _split(self, values: torch.Tensor, real: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
@@ -134,3 +138,10 @@ class Int8Linear:
         integers = (outliers * (steps / size)).round_()
         exact = integers @ self._weight.index_select(1, columns).float().t()
         return products.add_(exact.mul_(self._scales).mul_(real / steps))
+
+
+def _integer_product(rows: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
+    product = torch._int_mm  # noqa: SLF001 - its only name
+    if 1 < rows.shape[0] <= SINGLE_ROWS:
+        return torch.cat([product(row, turned) for row in rows.split(1)])
+    return product(rows, turned)
