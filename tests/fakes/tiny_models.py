@@ -32,6 +32,11 @@ _COMMON: dict[str, Any] = {
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**_COMMON),
+    # Four query heads to one of keys, wide enough for outliers, and a rotation that scales.
+    "llama-wide": lambda: transformers.LlamaConfig(
+        **_COMMON | {"hidden_size": 128, "num_attention_heads": 8, "attention_bias": True, "mlp_bias": True},
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0},
+    ),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=64,
@@ -48,6 +53,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gemma2": lambda: transformers.Gemma2Config(**_COMMON, head_dim=16, sliding_window=24),
     "gemma3": lambda: transformers.Gemma3TextConfig(**_COMMON, head_dim=16, sliding_window=24),
     "mistral": lambda: transformers.MistralConfig(**_COMMON, sliding_window=24),
+    "mistral-full": lambda: transformers.MistralConfig(**_COMMON, sliding_window=None),
     "phi": lambda: transformers.PhiConfig(**_COMMON),
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -18,6 +18,34 @@ from services.worker.core.kv_budget import BUCKET_TOKENS, bucketed
 
 # Rows grow by longer pieces than attention does: each growth copies what is there.
 GROWTH_TOKENS = 256
+
+
+class RowCache(Protocol):
+    """Rows of keys and values, as a runner handles them between passes."""
+
+    area_tokens: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory of one position of one row, in all layers."""
+        ...
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of what exists now."""
+        ...
+
+    def ensure(self, rows: int, capacity: int) -> None:
+        """Grows to at least so many rows and positions; whatever is beyond them may be given up."""
+        ...
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Copies the first positions of one row over another row."""
+        ...
+
+    def clear(self, row: int) -> None:
+        """Overwrites a row with zeros."""
+        ...
 
 
 @dataclass(slots=True)
@@ -130,6 +158,11 @@ class SlotCache(Cache):
         tensors = [tensor for layer in self._slot_layers for tensor in layer.tensors]
         return sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory of what exists now."""
+        return sum(tensor.nbytes for tensor in self._tensors())
+
     def look(self, rows: Sequence[int], positions: Sequence[int], tokens: int) -> int:
         """Says what the next pass is about, and returns the length that its attention reads.
 
@@ -150,15 +183,7 @@ class SlotCache(Cache):
         """Grows to at least so many rows and positions; whatever is beyond them may be given up."""
         if rows <= self.rows and capacity <= self.capacity:
             return
-        wide = max(self.capacity, -(-capacity // GROWTH_TOKENS) * GROWTH_TOKENS)
-        tall = max(self.rows, 1 << (rows - 1).bit_length())
-        # Room to spare is welcome while the budget has it. If not, all that it has for so many rows: each
-        # further growth would copy everything again.
-        fitting = [(tall, wide), (rows, wide), (tall, capacity)]
-        rest = self.area_tokens // rows // BUCKET_TOKENS * BUCKET_TOKENS
-        self.rows, self.capacity = next(
-            (size for size in fitting if size[0] * size[1] <= self.area_tokens), (rows, max(capacity, rest))
-        )
+        self.rows, self.capacity = grown((self.rows, self.capacity), (rows, capacity), self.area_tokens)
         for layer in self._slot_layers:
             layer.resize(self.rows, self.capacity)
 
@@ -178,6 +203,18 @@ class SlotCache(Cache):
 
     def _tensors(self) -> list[torch.Tensor]:
         return [tensor for layer in self._slot_layers for tensor in layer.tensors]
+
+
+def grown(present: tuple[int, int], needed: tuple[int, int], area_tokens: int) -> tuple[int, int]:
+    """Rows and positions of a cache that grows, inside its budget of rows times positions."""
+    rows, capacity = needed
+    wide = max(present[1], -(-capacity // GROWTH_TOKENS) * GROWTH_TOKENS)
+    tall = max(present[0], 1 << (rows - 1).bit_length())
+    # Room to spare is welcome while the budget has it. If not, all that it has for so many rows: each
+    # further growth would copy everything again.
+    fitting = [(tall, wide), (rows, wide), (tall, capacity)]
+    rest = area_tokens // rows // BUCKET_TOKENS * BUCKET_TOKENS
+    return next((size for size in fitting if size[0] * size[1] <= area_tokens), (rows, max(capacity, rest)))
 
 
 def _write(cache: torch.Tensor, states: torch.Tensor, view: _View) -> torch.Tensor:

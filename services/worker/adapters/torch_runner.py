@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from services.worker.adapters.torch_cache import SlotCache
+from services.worker.adapters.torch_cache import RowCache, SlotCache
 from services.worker.adapters.torch_sampler import sample
 from services.worker.core.batch import Batch, Choice, Chunk, Decode
 from services.worker.core.length_groups import split_by_length
@@ -62,7 +62,8 @@ class TorchRunner:
     def __init__(self, model: DecoderModel, *, pass_positions: int = PASS_POSITIONS) -> None:
         self._model = model
         self._pass_positions = pass_positions
-        self._cache = SlotCache(model.layers, model.device)
+        self._slots = SlotCache(model.layers, model.device)
+        self._cache: RowCache = self._slots
         self._facts = ModelFacts(0, 0, frozenset(), 0, 0)
 
     @property
@@ -74,6 +75,11 @@ class TorchRunner:
     def kv_bytes_per_token(self) -> int:
         """Memory of one position of one row; known after the first pass."""
         return self._cache.bytes_per_token
+
+    @property
+    def weights_bytes(self) -> int:
+        """Memory of the weights."""
+        return int(self._model.module.get_memory_footprint())
 
     def settle(self, facts: ModelFacts) -> None:
         """Takes in what was found out while loading; from now on the cache may grow to its budget."""
@@ -100,7 +106,7 @@ class TorchRunner:
 
     def close(self) -> None:
         """See `ModelRunner.close`."""
-        self._cache = SlotCache(0, self._model.device)
+        self._cache = self._slots = SlotCache(0, self._model.device)
         self._model = DecoderModel(
             None, 0, frozenset(), 0, self._model.device, self._model.dtype, self._model.threads
         )
@@ -142,7 +148,7 @@ class TorchRunner:
         self, rows: list[int], positions: list[int], token_ids: Sequence[tuple[int, ...]]
     ) -> torch.Tensor:
         device, tokens = self._model.device, len(token_ids[0])
-        length = self._cache.look(rows, positions, tokens)
+        length = self._slots.look(rows, positions, tokens)
         starts = torch.tensor(positions, device=device).unsqueeze(1)
         places = starts + torch.arange(tokens, device=device).unsqueeze(0)
         with self._kernels(len(rows) * tokens):
@@ -150,7 +156,7 @@ class TorchRunner:
                 input_ids=torch.tensor(token_ids, device=device),
                 attention_mask=self._masks(places, length),
                 position_ids=places,
-                past_key_values=self._cache,
+                past_key_values=self._slots,
                 use_cache=True,
                 logits_to_keep=1,
             )

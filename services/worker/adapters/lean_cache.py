@@ -1,0 +1,138 @@
+"""The KV cache of the lean forward. Owns: where keys and values lie so that one copy writes both.
+
+A layer keeps `[2, rows, heads, capacity, head_dim]`: keys, then values. Rows and heads are neighbours, so a
+piece of the cache is one batch of matrices without a copy. Knows positions, never tokens or requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from services.worker.adapters.torch_cache import grown
+from services.worker.core.kv_budget import bucketed
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """The parts of the cache's shape that belong to the model."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The piece of the cache that a pass reads and writes.
+
+    Attributes:
+        rows: The rows as a slice where they are contiguous, else as an index tensor.
+        row_ids: The row of each token, `[tokens]`.
+        positions: The position of each token, `[tokens]`.
+        length: Positions that attention reads.
+        shared: Whether all tokens belong to one row (prefill); else each has a row of its own.
+    """
+
+    rows: slice | torch.Tensor
+    row_ids: torch.Tensor
+    positions: torch.Tensor
+    length: int
+    shared: bool
+
+
+class LeanCache:
+    """The rows of all layers.
+
+    Attributes:
+        shape: What does not change.
+        rows: Rows that exist.
+        capacity: Positions that each has.
+        area_tokens: What rows times capacity may come to.
+    """
+
+    def __init__(self, shape: CacheShape, area_tokens: int) -> None:
+        self.rows = 0
+        self.capacity = 0
+        self.area_tokens = area_tokens
+        self.shape = shape
+        self._layers: list[torch.Tensor] = []
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory of one position of one row, in all layers."""
+        shape = self.shape
+        return 2 * shape.layers * shape.heads * shape.head_dim * shape.dtype.itemsize
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of what exists now."""
+        return sum(tensor.nbytes for tensor in self._layers)
+
+    def look(self, rows: Sequence[int], positions: Sequence[int], tokens: int) -> Place:
+        """Where the next pass reads and writes: `tokens` of one row, or one token of each row.
+
+        Args:
+            rows: Ascending; one, unless each has one token.
+            positions: Where the first token of each row stands.
+            tokens: Tokens of each row.
+        """
+        device = self.shape.device
+        length = min(bucketed(max(positions) + tokens), self.capacity)
+        row_ids = torch.tensor(rows, device=device)
+        places = torch.tensor(positions, device=device)
+        if tokens > 1:
+            row_ids, places = row_ids.expand(tokens), places + torch.arange(tokens, device=device)
+        contiguous = rows[-1] - rows[0] == len(rows) - 1
+        chosen = slice(rows[0], rows[-1] + 1) if contiguous else row_ids
+        return Place(chosen, row_ids, places, length, shared=len(rows) == 1)
+
+    def write(self, layer: int, states: torch.Tensor, place: Place) -> None:
+        """Writes the keys and values of each token, `[tokens, 2, heads, head_dim]`."""
+        by_place = self._layers[layer].permute(1, 3, 0, 2, 4)
+        by_place.index_put_((place.row_ids, place.positions), states)
+
+    def read(self, layer: int, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the pass's rows, each `[rows * heads, length, head_dim]`."""
+        tensor = self._layers[layer]
+        if isinstance(place.rows, slice):
+            tensor = tensor[:, place.rows, :, : place.length]
+        else:
+            tensor = tensor[:, :, :, : place.length].index_select(1, place.rows)
+        keys, values = tensor.flatten(1, 2).unbind(0)
+        return keys, values
+
+    def ensure(self, rows: int, capacity: int) -> None:
+        """Grows to at least so many rows and positions; whatever is beyond them may be given up."""
+        if rows <= self.rows and capacity <= self.capacity:
+            return
+        before = (self.rows, self.capacity)
+        self.rows, self.capacity = grown(before, (rows, capacity), self.area_tokens)
+        old, self._layers = self._layers, []
+        for layer in range(self.shape.layers):
+            tensor = self._empty()
+            if old:
+                kept_rows, kept = min(self.rows, before[0]), min(self.capacity, before[1])
+                tensor[:, :kept_rows, :, :kept] = old[layer][:, :kept_rows, :, :kept]
+                old[layer] = tensor.new_empty(0)
+            self._layers.append(tensor)
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Copies the first positions of one row over another row."""
+        for tensor in self._layers:
+            tensor[:, target, :, :tokens] = tensor[:, source, :, :tokens]
+
+    def clear(self, row: int) -> None:
+        """Overwrites a row with zeros: what is not finite there would reach the row's next sequence."""
+        for tensor in self._layers:
+            tensor[:, row].zero_()
+
+    def _empty(self) -> torch.Tensor:
+        shape = self.shape
+        # Zeros, not whatever memory holds: a masked NaN would still spoil the sum.
+        size = (2, self.rows, shape.heads, self.capacity, shape.head_dim)
+        return torch.zeros(size, dtype=shape.dtype, device=shape.device)

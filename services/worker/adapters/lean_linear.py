@@ -1,0 +1,147 @@
+"""Linear layers of the lean forward. Owns: their arithmetic, plain and LLM.int8.
+
+LLM.int8 here is integer arithmetic with single precision around it, and every step of it looks at one row
+alone: the scale is the row's, the integer products are exact in any order, and outliers are integers too.
+So a row's result is the same, bit for bit, whatever rows are beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+# The paper's outlier threshold (Dettmers et al., 2022).
+OUTLIER_THRESHOLD = 6.0
+
+INT8_MAX = 127
+
+# Every integer up to here is exact in single precision, and so is every sum that stays below it.
+EXACT_MAX = 1 << 24
+
+# Outliers have 15 bits where few of them share the sum; this is better than the paper's half precision.
+OUTLIER_MAX = 32_767
+
+# One row has a kernel of its own that is so fast that up to here several calls beat one.
+SINGLE_ROWS = 4
+
+# Keeps the scale of a row of zeros finite.
+TINY = 1e-20
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """Root mean square normalization: each row over its size, times a weight `[width]`."""
+
+    weight: torch.Tensor
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalizes the last dimension; computed in single precision."""
+        wide = x.float()
+        return self.weight * (wide * self.factor(wide)).to(x.dtype)
+
+    def factor(self, x: torch.Tensor) -> torch.Tensor:
+        """What each row is multiplied by, `[..., 1]`. Each operation rounds once, in every row alike."""
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return size.mul_(size).mul_(1.0 / x.shape[-1]).add_(self.eps).rsqrt_()
+
+
+class Linear(Protocol):
+    """A matrix product with rows `[rows, inputs]`, after a normalization where one is given."""
+
+    def __call__(self, x: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
+        """Returns `[rows, outputs]`."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the weights."""
+        ...
+
+
+class PlainLinear:
+    """A product in the precision of the weights."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
+        """See `Linear`."""
+        return functional.linear(norm(x) if norm else x, self._weight, self._bias)
+
+    @property
+    def bytes(self) -> int:
+        """See `Linear`."""
+        return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
+
+
+class Int8Linear:
+    """LLM.int8: integers for all but the outliers, which have more bits and a scale of their own.
+
+    Args:
+        weight: `[outputs, inputs]`, of any floating type.
+        bias: `[outputs]`, or None.
+        split: Whether outliers are kept apart.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, split: bool = True) -> None:
+        wide = weight.float()
+        self._scales = wide.abs().amax(1).clamp_(min=TINY).div_(INT8_MAX)
+        # Not in place: the module that the weight belongs to is still wanted, for the probe.
+        self._weight = (wide / self._scales.unsqueeze(1)).round_().to(torch.int8)
+        self._turned = self._weight.t()
+        self._bias = None if bias is None else bias.float()
+        self._threshold = OUTLIER_THRESHOLD if split else float("inf")
+
+    def __call__(self, x: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
+        """See `Linear`. The normalization of a row is part of its scale, so it costs no pass of its own."""
+        factor = None if norm is None else norm.factor(x)
+        values = x if norm is None else x * norm.weight
+        size = values.abs().amax(1, keepdim=True)
+        real = size if factor is None else size * factor
+        if real.max().item() > self._threshold:
+            products = self._split(values, real, factor)
+        else:
+            products = self._product(values, size, real)
+        return products if self._bias is None else products.add_(self._bias)
+
+    @property
+    def bytes(self) -> int:
+        """See `Linear`."""
+        return self._weight.nbytes + self._scales.nbytes + (0 if self._bias is None else self._bias.nbytes)
+
+    def _product(self, values: torch.Tensor, size: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """The integer product. `real` is the largest magnitude of each row as the layer shall see it."""
+        integers = (values * (INT8_MAX / size.clamp(min=TINY))).round_().to(torch.int8)
+        products = _integer_product(integers, self._turned).float()
+        return products.mul_(self._scales).mul_(real * (1.0 / INT8_MAX))
+
+    def _split(self, values: torch.Tensor, real: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+        """The same with outliers apart; a row without any gets what `_product` gives it."""
+        limit = self._threshold if factor is None else self._threshold / factor
+        outlying = values.abs() > limit
+        inner = values.masked_fill(outlying, 0.0)
+        size = inner.abs().amax(1, keepdim=True)
+        products = self._product(inner, size, size if factor is None else size * factor)
+        columns = outlying.any(0).nonzero().squeeze(1)
+        if columns.numel() == 0:
+            return products
+        outliers = (values - inner).index_select(1, columns)
+        # The sum of a row's products stays below what single precision holds exactly.
+        count = outlying.sum(1, keepdim=True).clamp_(min=1)
+        steps = (EXACT_MAX // INT8_MAX // count).clamp_(max=OUTLIER_MAX).float()
+        size = real.clamp(min=TINY) if factor is None else real / factor
+        integers = (outliers * (steps / size)).round_()
+        exact = integers @ self._weight.index_select(1, columns).float().t()
+        return products.add_(exact.mul_(self._scales).mul_(real / steps))
+
+
+def _integer_product(rows: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
+    product = torch._int_mm  # noqa: SLF001 - its only name
+    if 1 < rows.shape[0] <= SINGLE_ROWS:
+        return torch.cat([product(row, turned) for row in rows.split(1)])
+    return product(rows, turned)

@@ -1,0 +1,171 @@
+"""The lean forward: what the library computes, and bits that do not depend on who else is computed."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from services.worker.adapters.lean_linear import Int8Linear, Norm
+from services.worker.adapters.lean_runner import LeanRunner
+from services.worker.adapters.torch_loader import TorchLoader, TorchSettings
+from services.worker.adapters.torch_runner import TorchRunner
+from services.worker.core.batch import Batch, Chunk, Decode, Draw
+from services.worker.core.revision import ComputeDtype, Quantization
+from services.worker.core.sequence import Sampling, SequenceStart
+from tests.fakes import tiny_models
+from tests.unit.worker.test_torch_runner import prompts, run, start
+
+NAMES = ["llama", "mistral-full", "qwen2", "qwen3", "llama-wide"]
+ROWS = 32
+
+
+def load(directory: Path, quantization: Quantization, threads: int = 1, *, lean: bool = True) -> TorchRunner:
+    """A runner over the tiny model in a directory."""
+    settings = TorchSettings(torch.device("cpu"), threads, ROWS, lambda: 1 << 26, lean)
+    spec = tiny_models.spec_of(directory, quantization, ComputeDtype.FP32)
+    return TorchLoader(settings).load(directory, spec)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of each kind."""
+    made = tmp_path_factory.mktemp(request.param)
+    tiny_models.save(request.param, made)
+    return made
+
+
+def fill(runner: TorchRunner, row: int, ids: tuple[int, ...], pieces: tuple[int, ...] = ()) -> torch.Tensor:
+    """Prefills a row in pieces; returns the last logits."""
+    logits = torch.empty(0)
+    places = [0, *pieces, len(ids)]
+    for first, last in itertools.pairwise(places):
+        logits = runner.prefill(Chunk(row, first, ids[first:last], None))
+    return logits
+
+
+def reserve(runner: TorchRunner, capacity: int) -> None:
+    """Makes all rows, with this many positions."""
+    runner.step(Batch(ROWS, capacity, (), (), ()))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_int8_logits_do_not_depend_on_batch_or_bucket(directory: Path, threads: int) -> None:
+    """Bit for bit: alone, among 2, 8 and 32, beside a row that is as short or far longer."""
+    runner = load(directory, Quantization.INT8, threads)
+    draw = Draw(Sampling(), 0, 0)
+    with torch.inference_mode():
+        reserve(runner, 400)
+        asked = prompts([9 + number % 5 for number in range(ROWS - 1)] + [290])
+        for row, ids in enumerate(asked):
+            fill(runner, row, ids)
+        decodes = [Decode(row, len(ids), ids[0], draw) for row, ids in enumerate(asked)]
+        alone = [runner.decode([decode]) for decode in decodes]
+        for count in (2, 3, 8, 31, 32):
+            together = runner.decode(decodes[:count])
+            for row in range(count):
+                assert torch.equal(together[row], alone[row][0])
+        scattered = runner.decode([decodes[0], decodes[5], decodes[31]])
+        assert torch.equal(scattered[1], alone[5][0])
+
+
+def test_int8_logits_do_not_depend_on_how_the_prompt_came(directory: Path) -> None:
+    """Bit for bit: in one chunk, in several, or token by token as a decode does it."""
+    runner = load(directory, Quantization.INT8)
+    (ids,) = prompts([300])
+    draw = Draw(Sampling(), 0, 0)
+    with torch.inference_mode():
+        reserve(runner, 400)
+        whole = fill(runner, 0, ids)
+        assert torch.equal(fill(runner, 1, ids, (7, 64, 65, 130, 255, 258)), whole)
+        stepped = torch.empty(0)
+        for position, token_id in enumerate(ids):
+            stepped = runner.decode([Decode(2, position, token_id, draw)])
+        assert torch.equal(stepped, whole)
+
+
+def test_int8_requests_together_equal_each_alone(directory: Path) -> None:
+    """Each of 32 mixed-length requests that run together has the tokens that it has alone."""
+    runner = load(directory, Quantization.INT8)
+    asked = prompts([2 + 3 * number for number in range(ROWS)], seed=4)
+    starts = [start(number, prompt, 4 + number % 7) for number, prompt in enumerate(asked)]
+    together = run(runner, starts, slots=ROWS, arrivals=[number // 3 for number in range(ROWS)])
+    for one in starts:
+        assert run(runner, [one])[one.key.job] == together[one.key.job]
+
+
+def test_an_int8_seeded_sequence_goes_on_wherever_it_is_cut(directory: Path) -> None:
+    """At every position another run continues with the same tokens."""
+    runner = load(directory, Quantization.INT8)
+    (prompt,) = prompts([21], seed=5)
+    sampling = Sampling(0.9, 20, 0.95, 0.02, seed=7)
+    whole = run(runner, [start(0, prompt, 16, sampling=sampling)])["0"]
+
+    def rest(cut: int) -> SequenceStart:
+        return start(0, prompt, 16, sampling=sampling, emitted_ids=tuple(whole[:cut]))
+
+    for cut in range(1, len(whole)):
+        assert run(runner, [start(9, prompt[:5], 30), rest(cut)])["0"] == whole[cut:]
+
+
+@pytest.mark.parametrize("quantization", [Quantization.NONE, Quantization.INT8])
+def test_the_lean_forward_agrees_with_the_library(directory: Path, quantization: Quantization) -> None:
+    """Logits agree: to rounding in fp32, closely with the library's own int8."""
+    lean, modules = load(directory, quantization), load(directory, quantization, lean=False)
+    assert isinstance(lean, LeanRunner)
+    assert not isinstance(modules, LeanRunner)
+    found = []
+    for runner in (lean, modules):
+        with torch.inference_mode():
+            reserve(runner, 100)
+            found.append(torch.cat([fill(runner, 0, ids) for ids in prompts([30, 61, 12])]))
+    error = float((found[0] - found[1]).norm() / found[1].norm())
+    assert error < (1e-5 if quantization is Quantization.NONE else 0.05)
+
+
+def test_auto_is_int8_where_the_lean_forward_serves(tmp_path: Path) -> None:
+    """`auto` on CPU holds integers for the Llama family, and plain weights for others."""
+    tiny_models.save("llama", tmp_path)
+    chosen = load(tmp_path, Quantization.AUTO).facts.weights_bytes
+    assert chosen == load(tmp_path, Quantization.INT8).facts.weights_bytes
+    assert chosen < load(tmp_path, Quantization.NONE).facts.weights_bytes
+    other = tmp_path / "other"
+    tiny_models.save("gemma", other)
+    plain = load(other, Quantization.NONE).facts.weights_bytes
+    assert load(other, Quantization.AUTO).facts.weights_bytes == plain
+
+
+def rows_with_outliers(rows: int, width: int) -> torch.Tensor:
+    """Rows of which every second has outliers, up to a hundred in one row."""
+    torch.manual_seed(3)
+    x = torch.randn(rows, width)
+    for row in range(0, rows, 2):
+        x[row, torch.randperm(width)[: 1 + 5 * row]] *= 40
+    return x
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_outliers_of_one_row_do_not_touch_another(normed: bool) -> None:  # noqa: FBT001 - a parameter
+    """Bit for bit, whatever columns the neighbours' outliers are in, and close to the exact product."""
+    weight = torch.randn(48, 192)
+    norm = Norm(torch.rand(192) + 2, 1e-5) if normed else None
+    linear = Int8Linear(weight.clone(), torch.randn(48))
+    x = rows_with_outliers(20, 192)
+    together = linear(x, norm)
+    for row in range(20):
+        assert torch.equal(linear(x[row : row + 1], norm)[0], together[row])
+    halves = torch.cat((linear(x[:7], norm), linear(x[7:], norm)))
+    assert torch.equal(halves, together)
+
+
+def test_outliers_keep_more_bits_than_the_rest() -> None:
+    """With outliers apart a row's error is a fraction of what one scale for all would make it."""
+    weight = torch.randn(48, 192)
+    x = rows_with_outliers(2, 192)[:1]
+    wanted = x @ weight.t()
+    apart = (Int8Linear(weight.clone(), None)(x) - wanted).norm()
+    mixed = (Int8Linear(weight.clone(), None, split=False)(x) - wanted).norm()
+    assert apart < mixed / 2
+    assert apart < wanted.norm() / 50
