@@ -16,11 +16,11 @@ from torch.nn import functional
 from services.worker.adapters.lean_cache import LeanCache, Place
 from services.worker.adapters.lean_linear import Linear, Norm
 
-# The matrix library has another way of adding for fewer rows; from four on, a row's sum is always the same.
-QUERY_ROWS_MIN = 4
+# The matrix library adds in another order in the rows that are left over from whole fours, so there are none.
+QUERY_ROWS = 4
 
 # It also splits longer sums at places that depend on the length; so they are split here, at fixed places.
-SUM_POSITIONS = 256
+SUM_POSITIONS = 128
 
 # The table of turns grows by blocks of this many positions; a block is always computed in the same way.
 TURN_BLOCK = 256
@@ -121,8 +121,8 @@ class LeanDecoder:
         mask = _mask(place, self.heads, self.dtype)
         for number, layer in enumerate(self.layers):
             heads = self._turned(layer, x, turn)
-            queries, states = heads.split((self.heads.queries, 2 * self.heads.shared), dim=1)
-            cache.write(number, states.unflatten(1, (2, self.heads.shared)), place)
+            queries, states = torch.split(heads, [self.heads.queries, 2 * self.heads.shared], dim=1)
+            cache.write(number, torch.unflatten(states, 1, (2, self.heads.shared)), place)
             keys, values = cache.read(number, place)
             _use(threads.attention)
             attended = attend(queries, keys, values, mask, self.heads)
@@ -146,11 +146,11 @@ class LeanDecoder:
 
     def _turned(self, layer: Layer, x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values `[tokens, heads, head_dim]`; the first two know their position."""
-        heads = layer.qkv(x, layer.attention_norm).unflatten(1, (-1, self.heads.dim)).float()
+        heads = torch.unflatten(layer.qkv(x, layer.attention_norm), 1, (-1, self.heads.dim)).float()
         turning = heads[:, : self.heads.queries + self.heads.shared]
         if layer.head_norm is not None:
             turning.mul_(layer.head_norm.factor(turning)).mul_(layer.head_norm.weight)
-        torch.view_as_complex(turning.unflatten(2, (-1, 2))).mul_(turn)
+        torch.view_as_complex(torch.unflatten(turning, 2, (-1, 2))).mul_(turn)
         return heads.to(self.dtype)
 
 
@@ -174,8 +174,8 @@ def attend(
     grouped = queries.reshape(rows, tokens // rows, heads.shared, group, heads.dim).transpose(1, 2)
     stacked = grouped.reshape(keys.shape[0], -1, heads.dim)
     count = stacked.shape[1]
-    if count < QUERY_ROWS_MIN:
-        stacked = functional.pad(stacked, (0, 0, 0, QUERY_ROWS_MIN - count))
+    if count % QUERY_ROWS:
+        stacked = functional.pad(stacked, (0, 0, 0, -count % QUERY_ROWS))
     scores = torch.bmm(stacked, keys.transpose(1, 2))
     weights = torch.softmax(torch.add(mask, scores, alpha=heads.scale), dim=-1)
     sums = _weighted(weights, values)[:, :count]
@@ -205,9 +205,7 @@ def _mask(place: Place, heads: Heads, dtype: torch.dtype) -> torch.Tensor:
     mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
     if not place.shared:
         return mask.repeat_interleave(heads.shared, 0).unsqueeze(1)
-    group = heads.queries // heads.shared
     if mask.shape[0] == 1:
         return mask.unsqueeze(0)
-    return functional.pad(
-        mask.repeat_interleave(group, 0), (0, 0, 0, max(0, QUERY_ROWS_MIN - group * mask.shape[0]))
-    ).unsqueeze(0)
+    stacked = mask.repeat_interleave(heads.queries // heads.shared, 0)
+    return functional.pad(stacked, (0, 0, 0, -stacked.shape[0] % QUERY_ROWS)).unsqueeze(0)

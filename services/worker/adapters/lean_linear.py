@@ -45,7 +45,7 @@ class Norm:
 
     def factor(self, x: torch.Tensor) -> torch.Tensor:
         """What each row is multiplied by, `[..., 1]`. Each operation rounds once, in every row alike."""
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        size: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return size.mul_(size).mul_(1.0 / x.shape[-1]).add_(self.eps).rsqrt_()
 
 
@@ -143,5 +143,5 @@ class Int8Linear:
 def _integer_product(rows: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
     product = torch._int_mm  # noqa: SLF001 - its only name
     if 1 < rows.shape[0] <= SINGLE_ROWS:
-        return torch.cat([product(row, turned) for row in rows.split(1)])
+        return torch.cat([product(row, turned) for row in torch.split(rows, 1)])
     return product(rows, turned)

@@ -48,7 +48,12 @@ class LeanRunner(TorchRunner):
         self._lean_cache = LeanCache(self._lean_cache.shape, 0)
 
     def _pass(
-        self, rows: list[int], positions: list[int], token_ids: Sequence[tuple[int, ...]]
+        self,
+        rows: list[int],
+        positions: list[int],
+        token_ids: Sequence[tuple[int, ...]],
+        *,
+        every: bool = False,
     ) -> torch.Tensor:
         ids = [token_id for row in token_ids for token_id in row]
         place = self._lean_cache.look(rows, positions, len(token_ids[0]))
@@ -56,4 +61,4 @@ class LeanRunner(TorchRunner):
         attention_threads = 1 if len(ids) <= ONE_THREAD_ROWS else threads
         with self._kernels(len(ids)):
             states = self._decoder.forward(ids, self._lean_cache, place, Threads(threads, attention_threads))
-            return self._decoder.logits(states[-1:] if len(rows) == 1 else states)
+            return self._decoder.logits(states[-1:] if len(rows) == 1 and not every else states)

@@ -18,7 +18,7 @@ from services.worker.adapters.torch_sampler import sample
 from services.worker.core.batch import Batch, Choice, Chunk, Decode
 from services.worker.core.length_groups import split_by_length
 from services.worker.core.revision import ModelFacts
-from services.worker.core.scheduler import NO_TOKEN
+from services.worker.core.scheduler import NO_TOKEN, bucketed
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
@@ -121,6 +121,11 @@ class TorchRunner:
         positions = [decode.position for decode in decodes]
         return self._pass(rows, positions, [(decode.token_id,) for decode in decodes])
 
+    def score(self, token_ids: tuple[int, ...]) -> torch.Tensor:
+        """The logits after each of these tokens, `[tokens, vocabulary]`; row 0 is overwritten."""
+        self._cache.ensure(1, bucketed(len(token_ids)))
+        return self._pass([0], [0], [token_ids], every=True)
+
     def _forward(self, batch: Batch) -> tuple[list[torch.Tensor], list[int]]:
         logits: list[torch.Tensor] = []
         rows: list[int] = []
@@ -145,7 +150,12 @@ class TorchRunner:
         return logits if len(groups) == 1 else logits[order]
 
     def _pass(
-        self, rows: list[int], positions: list[int], token_ids: Sequence[tuple[int, ...]]
+        self,
+        rows: list[int],
+        positions: list[int],
+        token_ids: Sequence[tuple[int, ...]],
+        *,
+        every: bool = False,
     ) -> torch.Tensor:
         device, tokens = self._model.device, len(token_ids[0])
         length = self._slots.look(rows, positions, tokens)
@@ -158,9 +168,9 @@ class TorchRunner:
                 position_ids=places,
                 past_key_values=self._slots,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=0 if every else 1,
             )
-        logits: torch.Tensor = output.logits[:, -1]
+        logits: torch.Tensor = output.logits[0] if every else output.logits[:, -1]
         return logits
 
     def _masks(self, places: torch.Tensor, length: int) -> torch.Tensor | dict[str, torch.Tensor]:
