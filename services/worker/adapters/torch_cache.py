@@ -24,6 +24,7 @@ class RowCache(Protocol):
     """Rows of keys and values, as a runner handles them between passes."""
 
     area_tokens: int
+    rows: int
 
     @property
     def bytes_per_token(self) -> int:

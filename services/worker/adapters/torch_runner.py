@@ -16,9 +16,10 @@ import torch
 from services.worker.adapters.torch_cache import RowCache, SlotCache
 from services.worker.adapters.torch_sampler import sample
 from services.worker.core.batch import Batch, Choice, Chunk, Decode
+from services.worker.core.kv_budget import bucketed
 from services.worker.core.length_groups import split_by_length
 from services.worker.core.revision import ModelFacts
-from services.worker.core.scheduler import NO_TOKEN, bucketed
+from services.worker.core.scheduler import NO_TOKEN
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
