@@ -118,16 +118,20 @@ class LocalMesh:
         return self._state
 
     async def stop(self, hurry: asyncio.Event) -> None:
-        """Ends everything: nobody new first, then those who answer, then what they stand on."""
+        """Ends everything: gateways finish their streams first, on everything that these stand on.
+
+        Envoy carries those streams, so it lives until the last of them ended. New requests meet gateways
+        that say that they are draining.
+        """
         self._home.state_file.unlink(missing_ok=True)
         for task in self._refreshing:
             task.cancel()
         await asyncio.gather(*self._refreshing, return_exceptions=True)
         stages = (
-            StopStage(("envoy",), _QUICK_GRACE_S),
             StopStage(self._ids("gateway"), _DRAIN_GRACE_S),
             StopStage(self._ids("worker"), _DRAIN_GRACE_S),
             StopStage(self._ids("controller"), _QUICK_GRACE_S),
+            StopStage(("envoy",), _QUICK_GRACE_S),
             StopStage(("redis",), _QUICK_GRACE_S),
         )
         await self._supervisor.stop(stages, hurry)
