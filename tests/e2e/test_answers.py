@@ -108,7 +108,7 @@ def test_the_printed_lines_work_as_they_are(mesh: Mesh) -> None:
         pytest.skip("curl is not installed")
     line = next(
         line.strip()
-        for line in (mesh.home / "up.log").read_text().splitlines()
+        for line in mesh.log.read_text().splitlines()
         if line.strip().startswith("curl")
     )
     done = subprocess.run(
