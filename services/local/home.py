@@ -217,7 +217,9 @@ class Home:
         if self._is_home():
             return
         _make_private(self.path)
-        if next(self.path.iterdir(), None) is not None and not self._is_old_home():
+        empty = next(self.path.iterdir(), None) is None
+        # Another caller may have made it a home meanwhile.
+        if not (empty or self._is_home() or self._is_old_home()):
             raise HomeUnusable(
                 f"{self.path} holds other files and is no home of a mesh; nothing in it was touched. "
                 "Set INTERLOCK_HOME to a new or empty directory."
