@@ -49,7 +49,8 @@ class Terminal:
             case Started() if self._ready:
                 _say(f"  {notice.id:<14} started again (process {notice.pid})")
             case Stopping():
-                _say("Stopping; running answers may end within 30 s (Ctrl-C again: at once)")
+                answers = "; running answers may end within 30 s" if self._ready else ""
+                _say(f"Stopping{answers} (Ctrl-C again: at once)")
 
     def _tell_ready(self, state: MeshState) -> None:
         start_s = max(self._took_s.values(), default=0.0)
