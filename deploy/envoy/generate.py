@@ -21,10 +21,19 @@ import yaml
 from deploy.envoy.clusters import clusters
 from deploy.envoy.listener import address, listener
 from deploy.envoy.overload import overload_manager
-from deploy.envoy.parameters import LOCAL_ORIGINS, Endpoint, ParameterInvalid, Parameters
+from deploy.envoy.parameters import (
+    ADMIN_PORT,
+    LOCAL_ORIGINS,
+    PORT_MAX,
+    Endpoint,
+    ParameterInvalid,
+    Parameters,
+)
 
 COMMITTED = Path(__file__).resolve().with_name("envoy.yaml")
 DESCRIPTORS = Path(__file__).resolve().with_name("interlock.binpb")
+
+_DESCRIPTION = "Print the Envoy configuration of a mesh: one port before gateways and controller."
 
 _HEADER = "# Made by `python -m deploy.envoy.generate`, where every choice has its reason. Do not edit.\n"
 
@@ -33,10 +42,17 @@ def bootstrap(parameters: Parameters) -> dict[str, Any]:
     """The whole configuration as plain data."""
     return {
         # It can stop Envoy and shows everything: loopback, and never counted against the clients' limit.
-        "admin": {"address": address(parameters.admin), "ignore_global_conn_limit": True},
+        "admin": {"address": _admin_address(parameters.admin), "ignore_global_conn_limit": True},
         "static_resources": {"listeners": [listener(parameters)], "clusters": clusters(parameters)},
         "overload_manager": overload_manager(),
     }
+
+
+def _admin_address(admin: Endpoint | Path) -> dict[str, Any]:
+    if isinstance(admin, Endpoint):
+        return address(admin)
+    # Any local user reaches a port; a socket in a private directory is its owner's alone.
+    return {"pipe": {"path": str(admin), "mode": 0o600}}
 
 
 def render(parameters: Parameters) -> str:
@@ -65,8 +81,12 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m deploy.env
         return _check(text, out or COMMITTED)
     if out is None:
         sys.stdout.write(text)
-    else:
+        return 0
+    try:
         out.write_text(text)
+    except OSError as error:
+        print(f"generate: {out} cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -93,26 +113,32 @@ def _parameters(arguments: argparse.Namespace) -> Parameters:
 
 def _parser(prog: str) -> argparse.ArgumentParser:
     defaults = Parameters()
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=prog, description=_DESCRIPTION)
     parser.add_argument("--host", default=defaults.listen.host, help="address for clients (%(default)s)")
     parser.add_argument(
-        "--port", type=int, default=defaults.listen.port, help="port for clients (%(default)s)"
+        "--port", type=_port, default=defaults.listen.port, help="port for clients (%(default)s)"
     )
-    parser.add_argument(
-        "--admin-port", type=int, default=defaults.admin.port, help="on loopback (%(default)s)"
-    )
+    parser.add_argument("--admin-port", type=_port, default=ADMIN_PORT, help="on loopback (%(default)s)")
     parser.add_argument(
         "--gateway", action="append", metavar="HOST:PORT", help=f"may be repeated ({defaults.gateways[0]})"
     )
     parser.add_argument(
         "--controller", default=str(defaults.controller), metavar="HOST:PORT", help="(%(default)s)"
     )
-    parser.add_argument("--descriptors", default=defaults.descriptors, metavar="PATH")
+    parser.add_argument(
+        "--descriptors", default=defaults.descriptors, metavar="PATH", help="the API's descriptor set"
+    )
     parser.add_argument("--cors-origin", action="append", metavar="REGEX", help="may be repeated (localhost)")
     parser.add_argument("--access-log", metavar="PATH", help="a file (standard output)")
     parser.add_argument("--out", type=Path, help="write here (standard output)")
     parser.add_argument("--check", action="store_true", help="fail when the file at --out differs")
     return parser
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > PORT_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to {PORT_MAX}")
+    return int(text)
 
 
 if __name__ == "__main__":

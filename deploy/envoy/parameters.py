@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 # Pages served by a developer's own machine; a deployment names its origins.
 LOCAL_ORIGINS = (r"https?://(localhost|127\.0\.0\.1)(:\d{1,5})?",)
 
-_PORT_MAX = 65_535
+PORT_MAX = 65_535
+ADMIN_PORT = 9901
 
 
 class ParameterInvalid(ValueError):
@@ -34,7 +36,7 @@ class Endpoint:
             ParameterInvalid: It is not of that form.
         """
         host, separator, port = text.rpartition(":")
-        if not separator or not host or not port.isdecimal() or int(port) > _PORT_MAX:
+        if not separator or not host or not port.isdecimal() or int(port) > PORT_MAX:
             raise ParameterInvalid(f"{text!r} is not host:port, such as 127.0.0.1:50051.")
         return cls(host.strip("[]"), int(port))
 
@@ -49,7 +51,7 @@ class Parameters:
 
     Attributes:
         listen: Where clients connect. Loopback unless somebody decides otherwise.
-        admin: Envoy's admin interface. It can stop Envoy, so it stays on loopback.
+        admin: Envoy's admin interface: loopback, or a Unix socket's path, for it can stop Envoy.
         gateways: Every gateway process; Envoy keeps about one connection a thread to each.
         controller: The controller's address, for admin calls.
         descriptors: The descriptor set of `interlock.http.v1`, as Envoy opens it.
@@ -58,7 +60,7 @@ class Parameters:
     """
 
     listen: Endpoint = Endpoint("127.0.0.1", 8080)
-    admin: Endpoint = Endpoint("127.0.0.1", 9901)
+    admin: Endpoint | Path = Endpoint("127.0.0.1", ADMIN_PORT)
     gateways: tuple[Endpoint, ...] = (Endpoint("127.0.0.1", 50051),)
     controller: Endpoint = Endpoint("127.0.0.1", 50052)
     descriptors: str = "deploy/envoy/interlock.binpb"

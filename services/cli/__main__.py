@@ -27,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has seen enough; Python would complain once more at its end.
         sys.stderr.close()
         return 1
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"interlock: {place}{error.strerror or error}", file=sys.stderr)
+        return 1
     return code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import sys
 import unicodedata
 
@@ -26,6 +27,9 @@ def run(arguments: argparse.Namespace) -> int:
         asyncio.run(_answer([ChatMessage(role="user", content=arguments.prompt)], arguments))
         return 0
     running_mesh()
+    if sys.stdin.isatty():
+        # Its mere import gives `input` a line editor and a history.
+        importlib.import_module("readline")
     print("Ctrl-C stops an answer, Ctrl-D ends the conversation.")
     return _converse(arguments)
 
@@ -59,14 +63,20 @@ async def _answer(turns: list[ChatMessage], arguments: argparse.Namespace) -> st
     if arguments.model:
         request.model = arguments.model
     spoken: list[str] = []
-    async with entrance(home, mesh) as (channel, metadata):
-        events = GatewayServiceStub(channel).Generate(request, metadata=metadata, timeout=_ANSWER_TIMEOUT_S)
-        async for event in events:
-            if event.HasField("chunk"):
-                spoken.append(event.chunk.text)
-                print(_printable(event.chunk.text), end="", flush=True)
-            elif event.HasField("finished"):
-                print(" [...]" if event.finished.reason == FINISH_REASON_LENGTH else "")
+    try:
+        async with entrance(home, mesh) as (channel, metadata):
+            stub = GatewayServiceStub(channel)
+            async for event in stub.Generate(request, metadata=metadata, timeout=_ANSWER_TIMEOUT_S):
+                if event.HasField("chunk"):
+                    spoken.append(event.chunk.text)
+                    print(_printable(event.chunk.text), end="", flush=True)
+                elif event.HasField("finished"):
+                    print(" [...]" if event.finished.reason == FINISH_REASON_LENGTH else "")
+    except CommandFailed:
+        if spoken:
+            # The error begins a line of its own.
+            print(flush=True)
+        raise
     return "".join(spoken)
 
 

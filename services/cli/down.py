@@ -10,8 +10,8 @@ import time
 from services.cli.failure import CommandFailed
 from services.local.home import Home
 
-# Draining takes 30 s for gateways, then for workers; what is longer is a hang.
-_ORDERLY_S = 90.0
+# The supervisor gives its stages 35 + 35 + 10 + 10 + 10 s and then kills; what is longer is a hang.
+_ORDERLY_S = 110.0
 # Its children end with it; the kernel needs a moment.
 _KILLED_S = 5.0
 _LOOK_S = 0.05

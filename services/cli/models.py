@@ -43,6 +43,7 @@ def fetch(arguments: argparse.Namespace) -> int:
     home = Home.of_environment(os.environ)
     store = ModelStore(home.models, ProcessToolbox())
     try:
+        store.check_known(arguments.name)
         home.prepare()
         path = store.find(arguments.name)
         if path is None:

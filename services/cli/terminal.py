@@ -43,12 +43,14 @@ class Terminal:
                 self._ready = True
                 self._tell_ready(notice.state)
             case Exited():
-                how = _how(notice.code)
-                _say(f"  {notice.id:<14} {how}; starting again in {notice.restart_in_s:.1f} s")
+                # Before everything is ready a crash may end the start instead.
+                again = f"; starting again in {notice.restart_in_s:.1f} s" if self._ready else ""
+                _say(f"  {notice.id:<14} {_how(notice.code)}{again}")
             case Started() if self._ready:
                 _say(f"  {notice.id:<14} started again (process {notice.pid})")
             case Stopping():
-                _say("Stopping (Ctrl-C again: at once)")
+                answers = "; running answers may end within 30 s" if self._ready else ""
+                _say(f"Stopping{answers} (Ctrl-C again: at once)")
 
     def _tell_ready(self, state: MeshState) -> None:
         start_s = max(self._took_s.values(), default=0.0)

@@ -18,8 +18,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandFailed(
             f"no such scope: {' '.join(unknown) or '(none)'}. Scopes are {', '.join(SCOPES)}."
         )
+    if not arguments.sub.strip() or not arguments.sub.isprintable():
+        raise CommandFailed("--sub must name whom the token is for, in printable characters.")
     try:
-        secret = Home.of_environment(os.environ).jwt_secret
+        home = Home.of_environment(os.environ)
+        if not os.environ.get("INTERLOCK_JWT_SECRET"):
+            home.require()
+        secret = home.jwt_secret
         print(mint(secret, subject=arguments.sub, scopes=scopes, ttl_s=arguments.ttl))
     except (SecretWeak, HomeUnusable) as error:
         raise CommandFailed(str(error)) from None

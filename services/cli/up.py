@@ -15,7 +15,7 @@ from services.cli.failure import CommandFailed
 from services.cli.terminal import Terminal, invitation
 from services.common.system_clock import SystemClock
 from services.common.tokens import SecretWeak
-from services.local import ports, progress_bar, session, state
+from services.local import model_files, ports, progress_bar, session, state
 from services.local.home import Home, HomeInUse, HomeUnusable
 from services.local.log_file import tail
 from services.local.model_store import CATALOGUE, ModelStore, ModelUnavailable
@@ -62,18 +62,19 @@ def _run(home: Home, arguments: argparse.Namespace) -> int:
 
 def _model(home: Home, wanted: str) -> tuple[str, Path]:
     """Name and directory of the model, fetched first when that is needed."""
+    if not wanted.strip():
+        raise ModelUnavailable("--model is empty; give a name or a directory.")
     path = Path(wanted)
-    if wanted not in CATALOGUE and (path / "config.json").is_file():
+    if wanted not in CATALOGUE and (os.sep in wanted or path.exists()):
+        model_files.check(path)
         return _name_of(path), path.resolve()
     store = ModelStore(home.models, ProcessToolbox())
     found = store.find(wanted) if wanted in CATALOGUE else None
     if found is None:
-        if wanted not in CATALOGUE and (os.sep in wanted or path.exists()):
-            raise ModelUnavailable(
-                f"{wanted} holds no config.json; a model is a directory in Hugging Face format."
-            )
+        store.check_known(wanted)
         with progress_bar.shown(wanted, home.models) as progress:
             found = store.fetch(wanted, progress)
+    model_files.check(found)
     return wanted, found
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.clock import Clock
-from services.local.log_file import LogFile
+from services.local.log_file import LogFile, size_bytes
 from services.local.output_pipe import OutputPipe
 
 _LEASH = Path(__file__).with_name("leash.py")
@@ -92,6 +92,8 @@ class Child:
     ) -> None:
         self.id = id
         self.log = log
+        # What the log held before: the words of an earlier run explain nothing of this one.
+        self.log_start_bytes = size_bytes(log)
         self.crashes = 0
         self._launch = launch
         self._clock = clock

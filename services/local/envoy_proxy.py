@@ -25,11 +25,11 @@ class Bound:
 
     Attributes:
         http: For clients.
-        admin: For the supervisor.
+        admin: For the supervisor: `host:port`, or `unix://` and the path of its socket.
     """
 
     http: Endpoint
-    admin: Endpoint
+    admin: str
 
 
 class EnvoyProxy:
@@ -47,6 +47,9 @@ class EnvoyProxy:
     def command(self) -> tuple[str, ...]:
         """Writes the configuration and returns the command line that serves it."""
         self._admin_file.unlink(missing_ok=True)
+        if isinstance(self._parameters.admin, Path):
+            # An Envoy that was killed leaves its socket, and a new one refuses to bind over it.
+            self._parameters.admin.unlink(missing_ok=True)
         config = self._run / _CONFIG
         config.write_text(render(self._parameters))
         return (
@@ -65,17 +68,21 @@ class EnvoyProxy:
         """Where it listens; None before it is live."""
         if not self._admin_file.exists():
             return None
-        admin = self._admin_file.read_text()
+        configured = self._parameters.admin
+        tcp = isinstance(configured, Endpoint)
+        admin = self._admin_file.read_text() if tcp else f"unix://{configured}"
         if await probes.http_ok(admin, "/ready") is None:
             return None
         listed = await probes.http_ok(admin, "/listeners?format=json")
         if listed is None:
             return None
-        return Bound(_listen_endpoint(listed), Endpoint.parse(admin))
+        return Bound(_listen_endpoint(listed), admin)
 
     def keep_ports(self, bound: Bound) -> None:
         """Makes the next start listen where this one does."""
-        self._parameters = replace(self._parameters, listen=bound.http, admin=bound.admin)
+        self._parameters = replace(self._parameters, listen=bound.http)
+        if isinstance(self._parameters.admin, Endpoint):
+            self._parameters = replace(self._parameters, admin=Endpoint.parse(bound.admin))
 
     @property
     def _admin_file(self) -> Path:

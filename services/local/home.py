@@ -1,6 +1,7 @@
 """The mesh's home. Owns: `$INTERLOCK_HOME`, its directories and secrets, and that one mesh lives in it.
 
-Everything in it is for its owner's eyes: directories are 0700, files with secrets 0600.
+Everything in it is for its owner's eyes: directories are 0700, files with secrets 0600. A directory that
+somebody else filled is never a home, and of a home only what a mesh makes is ever removed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import stat
 import tempfile
@@ -19,7 +21,21 @@ DEFAULT = ".interlock"
 
 # `sockaddr_un` holds 108 bytes, the last of them a zero.
 _SOCKET_PATH_BYTES_MAX = 107
-_SOCKET_NAME = "redis.sock"
+_REDIS_SOCKET = "redis.sock"
+_ADMIN_SOCKET = "envoy-admin.sock"
+_SOCKETS = (_REDIS_SOCKET, _ADMIN_SOCKET)
+
+# Says that a directory is a home; whoever finds one without it has found somebody's files.
+_MARKER = "INTERLOCK_HOME"
+_MARKER_TEXT = "This directory belongs to a local Interlock mesh: its secrets, logs, models and state.\n"
+_SECRETS = ("jwt_secret", "mesh_token")
+_DIRECTORIES = ("run", "logs", "models", "cache")
+
+# What a mesh makes in `run`: Envoy's files, sockets, announcements and their temporary names.
+_RUN_NAMES = re.compile(
+    r"envoy\.yaml|envoy-admin-address|redis\.sock|envoy-admin\.sock"
+    r"|(controller|gateway|worker)-\d+\.json|\.(controller|gateway|worker)-\d+\.json\.\d+"
+)
 
 
 class HomeInUse(Exception):
@@ -91,17 +107,30 @@ class Home:
         """Makes the directories, private ones.
 
         Raises:
-            HomeUnusable: A directory cannot be made or is another user's.
+            HomeUnusable: A directory cannot be made, or is another user's or another program's.
         """
-        for directory in (self.path, self.run, self.logs, self.models, self.cache):
-            _make_private(directory)
+        self._claim()
+        for name in _DIRECTORIES:
+            _make_private(self.path / name)
+
+    def require(self) -> None:
+        """Raises HomeUnusable where no mesh has lived yet."""
+        if not self._is_home():
+            raise HomeUnusable(f"{self.path} is no home of a mesh yet. Start one with `interlock up`.")
 
     def socket_path(self) -> Path:
         """Where Redis listens: in `run`, or in a short private directory where that path is too long."""
-        path = self.run / _SOCKET_NAME
+        return self._socket(_REDIS_SOCKET)
+
+    def admin_socket_path(self) -> Path:
+        """Where Envoy's admin interface listens, for this user alone; placed as `socket_path`."""
+        return self._socket(_ADMIN_SOCKET)
+
+    def _socket(self, name: str) -> Path:
+        path = self.run / name
         if len(os.fsencode(path)) <= _SOCKET_PATH_BYTES_MAX:
             return path
-        return self._short_directory() / _SOCKET_NAME
+        return self._short_directory() / name
 
     def write_token(self, token: str) -> None:
         """Replaces the token file."""
@@ -127,6 +156,8 @@ class Home:
 
     def holder(self) -> int | None:
         """The process that holds the home; None when no mesh runs."""
+        if not self._is_home():
+            return None
         try:
             file = os.open(self._lock_file, os.O_RDWR)
         except FileNotFoundError:
@@ -172,12 +203,37 @@ class Home:
         """Removes what describes a mesh that is not there."""
         self.state_file.unlink(missing_ok=True)
         for path in self.run.iterdir():
-            if path != self._lock_file:
+            if _RUN_NAMES.fullmatch(path.name) and not path.is_dir():
                 path.unlink()
         short = self._short_path()
-        (short / _SOCKET_NAME).unlink(missing_ok=True)
-        with contextlib.suppress(FileNotFoundError):
+        for name in _SOCKETS:
+            (short / name).unlink(missing_ok=True)
+        # A directory with something else in it is left to whoever put it there.
+        with contextlib.suppress(OSError):
             short.rmdir()
+
+    def _claim(self) -> None:
+        """Makes the directory a home, if it is none and nobody else's either."""
+        if self._is_home():
+            return
+        _make_private(self.path)
+        empty = next(self.path.iterdir(), None) is None
+        # Another caller may have made it a home meanwhile.
+        if not (empty or self._is_home() or self._is_old_home()):
+            raise HomeUnusable(
+                f"{self.path} holds other files and is no home of a mesh; nothing in it was touched. "
+                "Set INTERLOCK_HOME to a new or empty directory."
+            )
+        # Its existence says everything, so it needs no rename: two callers at once do the same.
+        (self.path / _MARKER).write_text(_MARKER_TEXT)
+
+    def _is_home(self) -> bool:
+        # Homes of earlier versions have no marker, but secrets of ours.
+        return any((self.path / name).is_file() for name in (_MARKER, *_SECRETS))
+
+    def _is_old_home(self) -> bool:
+        """A home of an earlier version that fetched a model and never ran: our directories, and no more."""
+        return {path.name for path in self.path.iterdir()} == set(_DIRECTORIES)
 
     def _short_path(self) -> Path:
         # Found again by the next mesh of this home, so that nothing is left for good.
@@ -188,11 +244,13 @@ class Home:
         path = self._short_path()
         # The directory for temporary files is everybody's: a link there may be a trap.
         _make_private(path, follow_symlinks=False)
+        if path.stat(follow_symlinks=False).st_mode & 0o077:
+            raise HomeUnusable(f"{path} can be read by others; remove it.")
         return path
 
     def _secret(self, name: str) -> str:
         path = self.path / name
-        _make_private(self.path)
+        self._claim()
         # A link appears with its whole content or not at all: two callers agree on the first one's secret.
         temporary = path.with_name(f".{name}.{os.getpid()}.{secrets.token_hex(4)}")
         if not path.exists():
@@ -204,6 +262,7 @@ class Home:
 
 
 def _make_private(directory: Path, *, follow_symlinks: bool = True) -> None:
+    """Makes a directory of mode 0700; one that is there keeps the mode that its maker gave it."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = directory.stat(follow_symlinks=follow_symlinks)
@@ -211,8 +270,6 @@ def _make_private(directory: Path, *, follow_symlinks: bool = True) -> None:
         raise HomeUnusable(f"{directory} cannot be made: {error.strerror}.") from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise HomeUnusable(f"{directory} is not a directory of yours; remove it or set INTERLOCK_HOME.")
-    if stat.S_IMODE(found.st_mode) != 0o700:
-        directory.chmod(0o700)
 
 
 def _write_private(path: Path, text: str) -> None:

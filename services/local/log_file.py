@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 # A day of a busy laptop; with the previous file twice as much stays per process.
@@ -27,12 +28,19 @@ class LogFile:
         self._size = path.stat().st_size
 
     def write(self, data: bytes) -> None:
-        """Appends `data` at once."""
+        """Appends `data` at once; what the disk does not take is lost.
+
+        Whoever writes here watches over a process, and a full disk must not end that watch.
+        """
+        with contextlib.suppress(OSError):
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
         if self._size and self._size + len(data) > self._bytes_max:
-            self._file.close()
             self.path.replace(self.path.with_name(self.path.name + ".1"))
-            self._file = self.path.open("ab", buffering=0)
-            self._size = 0
+            fresh = self.path.open("ab", buffering=0)
+            self._file.close()
+            self._file, self._size = fresh, 0
         self._file.write(data)
         self._size += len(data)
 
@@ -41,17 +49,33 @@ class LogFile:
         self._file.close()
 
 
-def tail(path: Path, lines: int = 15) -> str:
-    """The last lines of a log; empty when there is none."""
+def size_bytes(path: Path) -> int:
+    """How much a log holds; 0 when there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def tail(path: Path, lines: int = 15, *, from_byte: int = 0, columns: int | None = _TAIL_COLUMNS) -> str:
+    """The last lines of a log; empty when there is none.
+
+    Args:
+        path: The log.
+        lines: How many at most.
+        from_byte: What stands before it is of an earlier run.
+        columns: Where a line is cut; None: nowhere.
+    """
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL_BYTES))
+            # A log that is shorter than it was has been begun anew.
+            file.seek(max(from_byte if from_byte <= size else 0, size - _TAIL_BYTES))
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return ""
-    return "\n".join(_cut(line) for line in text.splitlines()[-lines:])
+    return "\n".join(_cut(line, columns) for line in text.splitlines()[-lines:])
 
 
-def _cut(line: str) -> str:
-    return line if len(line) <= _TAIL_COLUMNS else line[:_TAIL_COLUMNS] + " [...]"
+def _cut(line: str, columns: int | None) -> str:
+    return line if columns is None or len(line) <= columns else line[:columns] + " [...]"

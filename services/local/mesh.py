@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from deploy.envoy.parameters import Endpoint, Parameters
 from services.common.clock import Clock
-from services.local import parts, probes, redis_server, state
+from services.local import parts, probes, redis_server, revision_log, state, store_probe
 from services.local.child import Child, Event, Launch, Started
 from services.local.envoy_proxy import EnvoyProxy
 from services.local.home import Home
@@ -32,6 +32,8 @@ LOOPBACK = "127.0.0.1"
 _START_TIMEOUT_S = 60.0
 # The controller gives a preparation 600 s; what it says then is better than what we could.
 _WORKER_TIMEOUT_S = 660.0
+# Each look is a line in the controller's log.
+_LIST_INTERVAL_S = 0.5
 # How long a restarted process may take to say where it listens before the state file keeps the old word.
 _ANNOUNCE_TIMEOUT_S = 60.0
 
@@ -118,30 +120,37 @@ class LocalMesh:
         return self._state
 
     async def stop(self, hurry: asyncio.Event) -> None:
-        """Ends everything: nobody new first, then those who answer, then what they stand on."""
+        """Ends everything: gateways finish their streams first, on everything that these stand on.
+
+        Envoy carries those streams, so it lives until the last of them ended. New requests meet gateways
+        that say that they are draining.
+        """
         self._home.state_file.unlink(missing_ok=True)
         for task in self._refreshing:
             task.cancel()
         await asyncio.gather(*self._refreshing, return_exceptions=True)
         stages = (
-            StopStage(("envoy",), _QUICK_GRACE_S),
             StopStage(self._ids("gateway"), _DRAIN_GRACE_S),
             StopStage(self._ids("worker"), _DRAIN_GRACE_S),
             StopStage(self._ids("controller"), _QUICK_GRACE_S),
+            StopStage(("envoy",), _QUICK_GRACE_S),
             StopStage(("redis",), _QUICK_GRACE_S),
         )
         await self._supervisor.stop(stages, hurry)
 
     async def _start_redis(self) -> Part:
         if self._redis_url:
-            return Part("redis", _without_secrets(self._redis_url), 0)
+            shown = _without_secrets(self._redis_url)
+            if not await store_probe.listens(self._redis_url):
+                raise PartFailed(f"Redis at {shown} (INTERLOCK_REDIS_URL) cannot be reached. Does it run?")
+            return Part("redis", shown, 0)
         socket = self._home.socket_path()
         self._redis_url = redis_server.url(socket)
 
         def launch() -> Launch:
             # A server that was killed leaves its socket, and a new one refuses to bind over it.
             socket.unlink(missing_ok=True)
-            return Launch(redis_server.command(socket), dict(os.environ))
+            return Launch(redis_server.command(socket), parts.plain(os.environ))
 
         child = await self._start_child("redis", launch)
         answers = probes.until(lambda: probes.redis_answers(socket))
@@ -186,15 +195,15 @@ class LocalMesh:
             self._home.run,
             Parameters(
                 listen=Endpoint(LOOPBACK, self._ports.http),
-                admin=Endpoint(LOOPBACK, self._ports.admin),
+                admin=self._home.admin_socket_path(),
                 gateways=tuple(Endpoint.parse(part.address) for part in gateways),
                 controller=Endpoint.parse(controller.address),
             ),
         )
-        child = await self._start_child("envoy", lambda: Launch(proxy.command(), dict(os.environ)))
+        child = await self._start_child("envoy", lambda: Launch(proxy.command(), parts.plain(os.environ)))
         bound = await self._supervisor.ready(child, probes.until(proxy.bound), _START_TIMEOUT_S)
         proxy.keep_ports(bound)
-        return Part("envoy", str(bound.http), child.pid or 0), str(bound.admin)
+        return Part("envoy", str(bound.http), child.pid or 0), bound.admin
 
     async def _start_child(self, id: str, launch: Callable[[], Launch]) -> Child:  # noqa: A002 - the field's name
         self._children[id] = await self._supervisor.start(id, launch)
@@ -205,12 +214,14 @@ class LocalMesh:
     ) -> None:
         """Waits until every member says SERVING, and a request could pass through Envoy."""
         token = owner_token(self._home, _WORKER_TIMEOUT_S)
-        await _together(
+        listed = [self._worker_failure(part, controller, token) for part in workers]
+        serving = _together(
             self._serving(controller, _START_TIMEOUT_S),
-            *(self._worker_serving(part, controller, token) for part in workers),
+            *(self._member_serving(part, controller) for part in workers),
             # A gateway serves when it has the tokenizer, which the first worker's revision decides.
-            *(self._serving(part, _WORKER_TIMEOUT_S) for part in gateways),
+            *(self._member_serving(part, controller) for part in gateways),
         )
+        await _unless_failed(serving, listed)
         passes = probes.until(lambda: probes.http_ok(envoy.address, "/readyz"))
         await self._supervisor.ready(self._children["envoy"], passes, _START_TIMEOUT_S)
         self._tell_ready(envoy)
@@ -220,11 +231,12 @@ class LocalMesh:
         await self._supervisor.ready(self._children[part.id], serving, timeout_s)
         self._tell_ready(part)
 
-    async def _worker_serving(self, part: Part, controller: Part, token: str) -> None:
-        """As `_serving`; a worker that lives but could not load its model is an error at once."""
+    async def _member_serving(self, part: Part, controller: Part) -> None:
+        """As `_serving`; a member that lives but could not prepare the model is an error at once."""
+        told = self._children[controller.id]
 
         async def serving_or_failed() -> str | None:
-            failure = await probes.worker_failure(controller.address, token, part.id)
+            failure = revision_log.failure(told.log, told.log_start_bytes, part.id)
             return failure or ("" if await probes.serving(part.address) else None)
 
         child = self._children[part.id]
@@ -232,6 +244,16 @@ class LocalMesh:
         if failure:
             raise failed(child, f"could not prepare the model: {failure.rstrip('.')}")
         self._tell_ready(part)
+
+    async def _worker_failure(self, part: Part, controller: Part, token: str) -> None:
+        """Raises PartFailed when the controller lists the worker's revision as failed; else never ends.
+
+        It says what a controller that logs errors alone keeps to itself.
+        """
+        failure = await probes.until(
+            lambda: probes.worker_failure(controller.address, token, part.id), interval_s=_LIST_INTERVAL_S
+        )
+        raise failed(self._children[part.id], f"could not prepare the model: {failure.rstrip('.')}")
 
     def _tell_ready(self, part: Part) -> Part:
         self._tell(PartReady(part.id, part.address, self._clock.monotonic() - self._started_s))
@@ -277,6 +299,20 @@ async def _together(*waits: Coroutine[Any, Any, None]) -> None:
                 group.create_task(wait)
     except* PartFailed as failures:
         raise failures.exceptions[0] from None
+
+
+async def _unless_failed(wanted: Coroutine[Any, Any, None], watches: list[Coroutine[Any, Any, None]]) -> None:
+    """Waits for `wanted`, unless one of the watches raises first."""
+    main = asyncio.ensure_future(wanted)
+    watching = [asyncio.ensure_future(watch) for watch in watches]
+    try:
+        done, _ = await asyncio.wait({main, *watching}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in (main, *watching):
+            task.cancel()
+        await asyncio.gather(main, *watching, return_exceptions=True)
 
 
 def _without_secrets(url: str) -> str:

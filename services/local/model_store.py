@@ -114,18 +114,23 @@ class ModelStore:
         path = self._directory / name
         return path if (path / "config.json").is_file() else None
 
-    def fetch(self, name: str, progress: Progress) -> Path:
-        """The directory of the model, fetched first if it is not there.
-
-        Raises:
-            ModelUnavailable: The name is not known, or a step failed; nothing is left of it.
-        """
+    def check_known(self, name: str) -> Source:
+        """Where the model comes from. Raises ModelUnavailable when the name is not known."""
         source = self._catalogue.get(name)
         if source is None:
             raise ModelUnavailable(
                 f"No model {name!r} is known. Known: {', '.join(sorted(self._catalogue))}. "
                 "A directory in Hugging Face format works too: `--model ./path/to/it`."
             )
+        return source
+
+    def fetch(self, name: str, progress: Progress) -> Path:
+        """The directory of the model, fetched first if it is not there.
+
+        Raises:
+            ModelUnavailable: The name is not known, or a step failed; nothing is left of it.
+        """
+        source = self.check_known(name)
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _alone(self._directory / f".{name}.lock"):
             found = self.find(name)

@@ -11,6 +11,19 @@ from pathlib import Path
 from services.local.child import Launch
 from services.local.home import Home
 
+_PREFIX = "INTERLOCK_"
+# What each service may know of what the mesh shares: a worker runs the model and checks no token.
+_SHARED_NAMES = {
+    "controller": ("REDIS_URL", "JWT_SECRET", "MESH_TOKEN", "LOG_LEVEL", "REFLECTION"),
+    "gateway": ("REDIS_URL", "JWT_SECRET", "MESH_TOKEN", "LOG_LEVEL", "REFLECTION"),
+    "worker": ("MESH_TOKEN", "LOG_LEVEL", "REFLECTION"),
+}
+
+
+def plain(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a program that is not ours: without the mesh's settings and secrets."""
+    return {name: value for name, value in environ.items() if not name.startswith(_PREFIX)}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshPlan:
@@ -45,7 +58,7 @@ class ServicePart:
         bind: `host:port` of the next start.
         announce_file: Where it says that it listens.
         settings: Its own fields, by name.
-        shared: What every service of the mesh is told, by variable.
+        shared: What the mesh shares, by variable; each service is told what it may know.
     """
 
     service: str
@@ -60,10 +73,15 @@ class ServicePart:
         """The next start. Settings of the caller's environment reach the service; the mesh's own win."""
         self.announce_file.unlink(missing_ok=True)
         own = {"id": self.id, "bind": self.bind, "announce_file": str(self.announce_file), **self.settings}
-        prefix = f"INTERLOCK_{self.service.upper()}_"
+        prefix = f"{_PREFIX}{self.service.upper()}_"
+        shared = {_PREFIX + name for name in _SHARED_NAMES[self.service]}
         environment = {
-            **self.environ,
-            **self.shared,
+            **plain(self.environ),
+            **{
+                name: value
+                for name, value in (*self.environ.items(), *self.shared.items())
+                if name in shared or name.startswith(prefix)
+            },
             **{prefix + name.upper(): value for name, value in own.items()},
             # A log line is on disk when it was written, and so in the tail of a crash.
             "PYTHONUNBUFFERED": "1",

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 HTTP_PORT = 8080
-ADMIN_PORT = 9901
 GATEWAY_PORT = 50051
 CONTROLLER_PORT = 50052
 WORKER_PORT = 50061
@@ -23,21 +22,19 @@ class Ports:
 
     Attributes:
         http: Envoy, for clients.
-        admin: Envoy's admin interface.
         gateways: One a gateway.
         controller: The controller.
         workers: One a worker.
     """
 
     http: int
-    admin: int
     gateways: tuple[int, ...]
     controller: int
     workers: tuple[int, ...]
 
     def by_user(self) -> Mapping[str, int]:
         """Every port that is fixed, by who wants it."""
-        named = {"envoy": self.http, "envoy's admin interface": self.admin, "controller-1": self.controller}
+        named = {"envoy": self.http, "controller-1": self.controller}
         named |= {f"gateway-{number}": port for number, port in enumerate(self.gateways, 1)}
         named |= {f"worker-{number}": port for number, port in enumerate(self.workers, 1)}
         return {user: port for user, port in named.items() if port}
@@ -46,12 +43,11 @@ class Ports:
 def plan(http: int, *, gateways: int, workers: int) -> Ports:
     """The ports of a mesh that clients reach at `http`; 0 makes every one a free one."""
     if http == 0:
-        return Ports(0, 0, (0,) * gateways, 0, (0,) * workers)
+        return Ports(0, (0,) * gateways, 0, (0,) * workers)
     # The controller sits right after the first gateway; further gateways come after it.
     beside = tuple(CONTROLLER_PORT + number for number in range(1, gateways))
     return Ports(
         http=http,
-        admin=ADMIN_PORT,
         gateways=(GATEWAY_PORT, *beside),
         controller=CONTROLLER_PORT,
         workers=tuple(WORKER_PORT + number for number in range(workers)),
@@ -59,7 +55,8 @@ def plan(http: int, *, gateways: int, workers: int) -> Ports:
 
 
 def check_free(ports: Ports) -> None:
-    """Raises PortsTaken when somebody listens on a fixed port, on loopback or on all addresses."""
+    """Raises PortsTaken for a port that two parts want, or where somebody listens on any address."""
+    _check_distinct(ports)
     taken = {user: port for user, port in ports.by_user().items() if not _is_free(port)}
     if not taken:
         return
@@ -68,6 +65,18 @@ def check_free(ports: Ports) -> None:
         f"Taken: port {names}. Stop what listens there (`ss -ltnp` shows it; another mesh: "
         "`interlock down`), or take free ports for everything with `--port 0`."
     )
+
+
+def _check_distinct(ports: Ports) -> None:
+    users: dict[int, list[str]] = {}
+    for user, port in ports.by_user().items():
+        users.setdefault(port, []).append(user)
+    doubled = [f"{port} ({' and '.join(names)})" for port, names in users.items() if len(names) > 1]
+    if doubled:
+        raise PortsTaken(
+            f"Wanted by more than one part: port {', '.join(doubled)}. "
+            "Choose another `--port`, or take free ports for everything with `--port 0`."
+        )
 
 
 def _is_free(port: int) -> bool:

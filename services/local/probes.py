@@ -6,6 +6,7 @@ import asyncio
 import http
 import http.client
 import json
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ _HTTP_BYTES_MAX = 64 * 1024
 _ABSENT = (OSError, EOFError, TimeoutError, ValueError, grpc.RpcError)
 
 
-async def until(probe: Callable[[], Awaitable[T | None]]) -> T:
+async def until(probe: Callable[[], Awaitable[T | None]], *, interval_s: float = _INTERVAL_S) -> T:
     """The first answer of `probe` that is not None. The caller bounds the wait."""
     while True:
         try:
@@ -41,7 +42,7 @@ async def until(probe: Callable[[], Awaitable[T | None]]) -> T:
             found = None
         if found is not None:
             return found
-        await asyncio.sleep(_INTERVAL_S)
+        await asyncio.sleep(interval_s)
 
 
 async def announced(path: Path, pid: int | None) -> Part | None:
@@ -98,14 +99,18 @@ async def worker_failure(controller: str, token: str, worker_id: str) -> str | N
 
 
 async def http_ok(address: str, path: str) -> bytes | None:
-    """The body of `GET path` when the server at `host:port` answers it with 200."""
+    """The body of `GET path` when the server at `host:port` or `unix://PATH` answers it with 200."""
     # The standard client blocks; a thread of its own is cheap against a start.
     return await asyncio.to_thread(_get, address, path)
 
 
 def _get(address: str, path: str) -> bytes | None:
-    connection = http.client.HTTPConnection(address, timeout=_ANSWER_S)
+    scheme, _, place = address.rpartition("://")
+    connection = http.client.HTTPConnection("localhost" if scheme else place, timeout=_ANSWER_S)
     try:
+        if scheme == "unix":
+            # The connection uses the socket that it has.
+            connection.sock = _unix_socket(place)
         connection.request("GET", path)
         reply = connection.getresponse()
         body = reply.read(_HTTP_BYTES_MAX)
@@ -114,3 +119,14 @@ def _get(address: str, path: str) -> bytes | None:
     finally:
         connection.close()
     return body if reply.status == http.HTTPStatus.OK else None
+
+
+def _unix_socket(path: str) -> socket.socket:
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        found.settimeout(_ANSWER_S)
+        found.connect(path)
+    except OSError:
+        found.close()
+        raise
+    return found

@@ -39,7 +39,7 @@ class MeshState:
         token_file: Holds a token with every scope.
         pid: The supervisor.
         model: The name of the model that it serves.
-        admin: `host:port` of Envoy's admin interface.
+        admin: `unix://` and the path of the socket of Envoy's admin interface.
     """
 
     http: str

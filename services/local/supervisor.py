@@ -93,6 +93,6 @@ class Supervisor:
 
 def failed(child: Child, why: str) -> PartFailed:
     """The error of a child, with the end of its log."""
-    shown = tail(child.log) or "(it wrote nothing)"
+    shown = tail(child.log, from_byte=child.log_start_bytes) or "(it wrote nothing)"
     indented = "\n".join(f"    {line}" for line in shown.splitlines())
     return PartFailed(f"{child.id} {why}. The end of {child.log}:\n{indented}")

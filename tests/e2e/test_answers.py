@@ -106,11 +106,7 @@ def test_the_printed_lines_work_as_they_are(mesh: Mesh) -> None:
     """What `up` prints can be pasted: the curl line answers, when curl is installed."""
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    line = next(
-        line.strip()
-        for line in (mesh.home / "up.log").read_text().splitlines()
-        if line.strip().startswith("curl")
-    )
+    line = next(line.strip() for line in mesh.log.read_text().splitlines() if line.strip().startswith("curl"))
     done = subprocess.run(
         ["bash", "-c", line], capture_output=True, text=True, check=True, timeout=60, env=mesh.environment
     )

@@ -76,6 +76,26 @@ def test_flags_reach_the_configuration(capsys: pytest.CaptureFixture[str]) -> No
     assert document["admin"]["address"]["socket_address"] == {"address": "127.0.0.1", "port_value": 0}
 
 
+def test_the_admin_interface_may_be_a_private_socket(tmp_path: Path) -> None:
+    """A path instead of an endpoint becomes a Unix socket for its owner alone."""
+    document = yaml.safe_load(generate.render(Parameters(admin=tmp_path / "admin.sock")))
+    assert document["admin"]["address"] == {"pipe": {"path": f"{tmp_path}/admin.sock", "mode": 0o600}}
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "x"])
+def test_a_port_out_of_range_is_refused(port: str) -> None:
+    """What no socket can bind is misuse of the command."""
+    with pytest.raises(SystemExit) as caught:
+        generate.main([f"--port={port}"])
+    assert caught.value.code == 2
+
+
+def test_an_unwritable_place_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that cannot be written ends the command with 1 and one line."""
+    assert generate.main(["--out", str(tmp_path / "absent" / "x")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "127.0.0.1", ":1", "host:", "host:x", "host:65536", "host:-1"])
 def test_malformed_endpoint_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     """An address that is not host:port ends the command with 2 and repeats what was given."""

@@ -67,7 +67,7 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
         backend.set_serving(serving=True)
     parameters = Parameters(
         listen=Endpoint("127.0.0.1", 0),
-        admin=Endpoint("127.0.0.1", 0),
+        admin=run / "admin.sock",
         gateways=(Endpoint.parse(gateway.address),),
         controller=Endpoint.parse(controller.address),
     )

@@ -86,6 +86,7 @@ def test_every_command_explains_itself(command: str, capsys: Capture) -> None:
 
 def test_a_token_says_what_was_asked_for(home: Home, capsys: Capture) -> None:
     """Subject, scopes and lifetime of the arguments; the services of this home believe it."""
+    home.prepare()
     assert main(["token", "--sub", "alice", "--scope", "generate models:read", "--ttl", "15m"]) == 0
     token = capsys.readouterr().out.strip()
     claims = TokenVerifier(home.jwt_secret).verify(token)
@@ -101,6 +102,58 @@ def test_an_unknown_scope_is_refused(scope: str, home: Home, capsys: Capture) ->
     assert home.path.name == "home"
     assert main(["token", "--scope", scope]) == 1
     assert "models:read" in capsys.readouterr().err
+
+
+def test_a_token_needs_a_home(home: Home, capsys: Capture) -> None:
+    """No mesh would believe a token of a secret that was drawn for it alone; nothing is made."""
+    assert main(["token"]) == 1
+    assert "interlock up" in capsys.readouterr().err
+    assert not home.path.exists()
+
+
+@pytest.mark.parametrize("subject", ["", " ", "a\nb", "\x1b[31m"])
+def test_a_token_is_for_somebody(subject: str, home: Home, capsys: Capture) -> None:
+    """An empty subject, or one with control characters, names no tenant."""
+    home.prepare()
+    assert main(["token", "--sub", subject]) == 1
+    assert "--sub" in capsys.readouterr().err
+
+
+def test_an_unknown_model_is_refused_before_anything_is_fetched(home: Home, capsys: Capture) -> None:
+    """`models fetch` says which names there are, and neither announces a fetch nor makes a home."""
+    assert main(["models", "fetch", "nope"]) == 1
+    told = capsys.readouterr()
+    assert "smollm2-135m-instruct" in told.err
+    assert "Fetching" not in told.err
+    assert not home.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "words"), [("./nosuch", "does not exist"), ("", "--model is empty")], ids=["absent", "empty"]
+)
+def test_a_model_that_is_not_there_is_told_so(model: str, words: str, home: Home, capsys: Capture) -> None:
+    """The message says what is wrong with the argument itself."""
+    assert main(["up", "--port", "0", "--model", model]) == 1
+    assert words in capsys.readouterr().err
+    assert home.holder() is None
+
+
+def test_a_model_without_a_tokenizer_is_refused_at_once(home: Home, tmp_path: Path, capsys: Capture) -> None:
+    """Every missing file is named, before any process starts."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    assert main(["up", "--port", "0", "--model", str(model)]) == 1
+    assert "no tokenizer.json, no *.safetensors" in capsys.readouterr().err
+    assert home.holder() is None
+
+
+@pytest.mark.parametrize("command", ["status", "token", "up", "down", "models fetch"])
+def test_a_home_that_is_a_file_gives_one_line(command: str, home: Home, capsys: Capture) -> None:
+    """Whatever is wrong with files is the user's to know, not a traceback."""
+    home.path.write_text("")
+    assert main(command.split()) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 def test_status_shows_every_process(mesh: FakeMesh, capsys: Capture) -> None:

@@ -36,8 +36,70 @@ def test_everything_is_private(tmp_path: Path) -> None:
         os.umask(before)
     assert [_mode(path) for path in (home.path, home.run, home.logs, home.models)] == [0o700] * 4
     files = [path for path in home.path.iterdir() if path.is_file()]
-    assert {path.name for path in files} == {"token", "jwt_secret", "mesh_token"}
-    assert {_mode(path) for path in files} == {0o600}
+    assert {path.name for path in files} == {"INTERLOCK_HOME", "token", "jwt_secret", "mesh_token"}
+    assert {_mode(path) for path in files if path.name != "INTERLOCK_HOME"} == {0o600}
+
+
+def test_a_foreign_directory_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
+    """A directory that others filled keeps its files, its mode and its `run`, whatever asks for a home."""
+    foreign = _home(tmp_path)
+    foreign.run.mkdir(parents=True)
+    foreign.path.chmod(0o755)
+    (foreign.run / "lock").write_text("1")
+    foreign.token_file.write_text("theirs")
+    before = sorted(foreign.path.rglob("*"))
+    for ask in (foreign.prepare, lambda: foreign.jwt_secret, lambda: renewed_token(foreign), foreign.require):
+        with pytest.raises(HomeUnusable, match=str(foreign.path)):
+            ask()
+    with pytest.raises(HomeUnusable), foreign.locked():
+        raise AssertionError("a mesh in a foreign directory")
+    assert foreign.holder() is None
+    assert sorted(foreign.path.rglob("*")) == before
+    assert foreign.token_file.read_text() == "theirs"
+    assert _mode(foreign.path) == 0o755
+
+
+@pytest.mark.parametrize("made", [("jwt_secret",), ("mesh_token",)])
+def test_a_home_of_an_earlier_version_is_accepted(tmp_path: Path, made: tuple[str, ...]) -> None:
+    """It has no marker, but a secret; it goes on with that one."""
+    home = _home(tmp_path)
+    home.path.mkdir()
+    for name in made:
+        (home.path / name).write_text("s" * 64)
+    home.prepare()
+    home.require()
+    assert getattr(home, made[0]) == "s" * 64
+
+
+def test_a_home_that_only_fetched_a_model_is_accepted(tmp_path: Path) -> None:
+    """An earlier version left the four directories and nothing else."""
+    home = _home(tmp_path)
+    for directory in (home.run, home.logs, home.models, home.cache):
+        directory.mkdir(parents=True)
+    home.prepare()
+    home.require()
+
+
+def test_an_empty_directory_becomes_a_home_and_keeps_its_mode(tmp_path: Path) -> None:
+    """Whoever made it decided who may look into it; what is made in it is private."""
+    home = _home(tmp_path)
+    home.path.mkdir(mode=0o755)
+    home.prepare()
+    assert _mode(home.path) == 0o755
+    assert _mode(home.run) == 0o700
+
+
+def test_cleaning_removes_only_what_a_mesh_makes(tmp_path: Path) -> None:
+    """Files and directories of other names in `run` outlive every mesh."""
+    home = _home(tmp_path)
+    home.prepare()
+    (home.run / "notes.json").write_text("mine")
+    (home.run / "envoy.yaml").write_text("")
+    (home.run / ".worker-1.json.77").write_text("")
+    (home.run / "worker-1.json").mkdir()
+    with home.locked():
+        pass
+    assert {path.name for path in home.run.iterdir()} == {"notes.json", "worker-1.json"}
 
 
 def test_secrets_are_drawn_once(tmp_path: Path) -> None:

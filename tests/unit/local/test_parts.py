@@ -65,6 +65,17 @@ def test_the_callers_settings_reach_a_service_and_the_meshs_own_win(tmp_path: Pa
     assert environment["INTERLOCK_WORKER_ID"] == "worker-1"
 
 
+def test_a_worker_is_told_no_secret_that_it_does_not_need(tmp_path: Path) -> None:
+    """Neither the signing secret nor the store's URL, not even where the caller's environment has them."""
+    part = parts.worker(_home(tmp_path), 1, "127.0.0.1:0", CONTROLLERS, _plan(), SHARED)
+    part.environ = {"PATH": "/bin", "INTERLOCK_GATEWAY_JWT_SECRET": "g" * 40, **SHARED}
+    environment = part.launch().environment
+    assert environment["PATH"] == "/bin"
+    assert environment["INTERLOCK_MESH_TOKEN"] == SHARED["INTERLOCK_MESH_TOKEN"]
+    assert not [name for name in environment if "JWT" in name or "REDIS" in name]
+    assert parts.plain(part.environ) == {"PATH": "/bin"}
+
+
 def test_a_start_removes_the_announcement_of_the_last_one(tmp_path: Path) -> None:
     """A restarted process is not taken for the one that announced itself before."""
     part = parts.gateway(_home(tmp_path), 1, "127.0.0.1:0", CONTROLLERS, SHARED)
@@ -98,7 +109,7 @@ def test_the_state_survives_its_file(tmp_path: Path) -> None:
         token_file="/home/token",
         pid=7,
         model="tiny",
-        admin="127.0.0.1:9901",
+        admin="unix:///run/envoy-admin.sock",
     )
     state.write(file, written)
     assert state.read(file) == written
