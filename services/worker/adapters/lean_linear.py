@@ -61,6 +61,10 @@ class Linear(Protocol):
         """Memory of the weights."""
         ...
 
+    def holds(self, weight: torch.Tensor) -> bool:
+        """Whether its weight is this very tensor, and no copy."""
+        ...
+
 
 class PlainLinear:
     """A product in the precision of the weights."""
@@ -77,6 +81,10 @@ class PlainLinear:
     def bytes(self) -> int:
         """See `Linear`."""
         return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
+
+    def holds(self, weight: torch.Tensor) -> bool:
+        """See `Linear`."""
+        return self._weight.data_ptr() == weight.data_ptr()
 
 
 class Int8Linear:
@@ -113,6 +121,10 @@ class Int8Linear:
     def bytes(self) -> int:
         """See `Linear`."""
         return self._weight.nbytes + self._scales.nbytes + (0 if self._bias is None else self._bias.nbytes)
+
+    def holds(self, weight: torch.Tensor) -> bool:  # noqa: ARG002 - the port's signature
+        """See `Linear`; integers are always a copy."""
+        return False
 
     def _product(self, values: torch.Tensor, size: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """The integer product. `real` is the largest magnitude of each row as the layer shall see it."""
