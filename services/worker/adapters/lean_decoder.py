@@ -138,11 +138,12 @@ class LeanDecoder:
 
     @property
     def bytes(self) -> int:
-        """Memory of the weights."""
+        """Memory of the weights; a head that is the embedding counts once."""
         linears = [
             one for layer in self.layers for one in (layer.qkv, layer.output, layer.gate_up, layer.down)
         ]
-        return self.embedding.nbytes + self.head.bytes + sum(linear.bytes for linear in linears)
+        weights = self.embedding.nbytes + sum(linear.bytes for linear in linears)
+        return weights if self.head.holds(self.embedding) else weights + self.head.bytes
 
     def _turned(self, layer: Layer, x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values `[tokens, heads, head_dim]`; the first two know their position."""

@@ -27,6 +27,10 @@ OUTLIER_MAX = 32_767
 # One row has a kernel of its own that is so fast that up to here several calls beat one.
 SINGLE_ROWS = 4
 
+# Outliers come in the same few columns again and again; so many are kept ready as floats. A layer of 576
+# inputs has up to five, and 26 before the vocabulary. More than these are gathered each time.
+KEPT_COLUMNS = 64
+
 # Keeps the scale of a row of zeros finite.
 TINY = 1e-20
 
@@ -61,6 +65,10 @@ class Linear(Protocol):
         """Memory of the weights."""
         ...
 
+    def holds(self, weight: torch.Tensor) -> bool:
+        """Whether its weight is this very tensor, and no copy."""
+        ...
+
 
 class PlainLinear:
     """A product in the precision of the weights."""
@@ -78,6 +86,10 @@ class PlainLinear:
         """See `Linear`."""
         return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
+    def holds(self, weight: torch.Tensor) -> bool:
+        """See `Linear`."""
+        return self._weight.data_ptr() == weight.data_ptr()
+
 
 class Int8Linear:
     """LLM.int8: integers for all but the outliers, which have more bits and a scale of their own.
@@ -85,17 +97,22 @@ class Int8Linear:
     Args:
         weight: `[outputs, inputs]`, of any floating type.
         bias: `[outputs]`, or None.
-        split: Whether outliers are kept apart.
+        threshold: From which magnitude on an input is an outlier.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, split: bool = True) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *, threshold: float = OUTLIER_THRESHOLD
+    ) -> None:
         wide = weight.float()
         self._scales = wide.abs().amax(1).clamp_(min=TINY).div_(INT8_MAX)
         # Not in place: the module that the weight belongs to is still wanted, for the probe.
         self._weight = (wide / self._scales.unsqueeze(1)).round_().to(torch.int8)
         self._turned = self._weight.t()
         self._bias = None if bias is None else bias.float()
-        self._threshold = OUTLIER_THRESHOLD if split else float("inf")
+        self._threshold = threshold
+        self._kept = torch.zeros(0, dtype=torch.long)
+        self._kept_weight = torch.zeros(0, weight.shape[0])
+        self._is_kept = torch.zeros(weight.shape[1], dtype=torch.bool)
 
     def __call__(self, x: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
         """See `Linear`. The normalization of a row is part of its scale, so it costs no pass of its own."""
@@ -114,6 +131,10 @@ class Int8Linear:
         """See `Linear`."""
         return self._weight.nbytes + self._scales.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
+    def holds(self, weight: torch.Tensor) -> bool:  # noqa: ARG002 - the port's signature
+        """See `Linear`; integers are always a copy."""
+        return False
+
     def _product(self, values: torch.Tensor, size: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """The integer product. `real` is the largest magnitude of each row as the layer shall see it."""
         integers = (values * (INT8_MAX / size.clamp(min=TINY))).round_().to(torch.int8)
@@ -127,17 +148,35 @@ class Int8Linear:
         inner = values.masked_fill(outlying, 0.0)
         size = inner.abs().amax(1, keepdim=True)
         products = self._product(inner, size, size if factor is None else size * factor)
-        columns = outlying.any(0).nonzero().squeeze(1)
-        if columns.numel() == 0:
+        any_outlying = outlying.any(0)
+        if not any_outlying.any().item():
             return products
+        columns, weight = self._columns(any_outlying)
         outliers = (values - inner).index_select(1, columns)
         # The sum of a row's products stays below what single precision holds exactly.
         count = outlying.sum(1, keepdim=True).clamp_(min=1)
         steps = (EXACT_MAX // INT8_MAX // count).clamp_(max=OUTLIER_MAX).float()
         size = real.clamp(min=TINY) if factor is None else real / factor
         integers = (outliers * (steps / size)).round_()
-        exact = integers @ self._weight.index_select(1, columns).float().t()
-        return products.add_(exact.mul_(self._scales).mul_(real / steps))
+        return products.add_((integers @ weight).mul_(self._scales).mul_(real / steps))
+
+    def _columns(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns that hold all wanted ones, and their weights `[columns, outputs]` as floats.
+
+        Columns too many do no harm: their integers are zero, and the sum is exact.
+        """
+        if not (wanted & ~self._is_kept).any().item():
+            return self._kept, self._kept_weight
+        union = wanted | self._is_kept
+        columns = union.nonzero().squeeze(1)
+        if columns.numel() > KEPT_COLUMNS:
+            columns = wanted.nonzero().squeeze(1)
+            return columns, self._gathered(columns)
+        self._is_kept, self._kept, self._kept_weight = union, columns, self._gathered(columns)
+        return self._kept, self._kept_weight
+
+    def _gathered(self, columns: torch.Tensor) -> torch.Tensor:
+        return self._weight.index_select(1, columns).float().t().contiguous()
 
 
 def _integer_product(rows: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:

@@ -47,14 +47,10 @@ def plain_decoder(module: Any, dtype: torch.dtype) -> LeanDecoder:
 def int8_decoder(module: Any) -> LeanDecoder:
     """The decoder in LLM.int8 with single precision around it.
 
-    The product with the vocabulary is int8 as well, without outliers apart: every row of the last states
-    has some, so they would cost two more products of the largest matrix.
+    The product with the vocabulary is int8 as well. There outliers count: without them apart the
+    perplexity of SmolLM2-135M rises by another per cent.
     """
-
-    def head(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        return Int8Linear(weight, bias, split=False)
-
-    return _decoder(module, torch.float32, Int8Linear, head)
+    return _decoder(module, torch.float32, Int8Linear, Int8Linear)
 
 
 def _decoder(module: Any, dtype: torch.dtype, linear: MakeLinear, head: MakeLinear) -> LeanDecoder:
