@@ -25,6 +25,8 @@ from services.common.artifacts import (
 from services.common.errors import ArtifactInvalid, InternalError
 
 WEIGHTS = os.urandom(50_000)
+# One bit off, of the same length.
+ALTERED = WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1])
 
 
 def digest(path: str, content: bytes) -> FileDigest:
@@ -232,7 +234,7 @@ async def test_fetch_prefers_what_is_there(tmp_path: Path) -> None:
     assert await fetched(source, cache, local_path=str(local)) == local
     assert source.calls == []
     assert not cache.exists()
-    (local / "model.safetensors").write_bytes(WEIGHTS[:-1] + b"?")
+    (local / "model.safetensors").write_bytes(ALTERED)
     assert await fetched(source, cache, local_path=str(local)) == cache
     assert describe(cache) == FILES
     source.calls.clear()
@@ -256,7 +258,7 @@ async def test_fetch_resumes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [WEIGHTS[:-1] + b"?", WEIGHTS[:-1], WEIGHTS + b"?", b""],
+    [ALTERED, WEIGHTS[:-1], WEIGHTS + b"?", b""],
     ids=["altered", "short", "long", "empty"],
 )
 async def test_fetch_refuses_wrong_content(tmp_path: Path, content: bytes) -> None:
