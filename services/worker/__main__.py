@@ -49,7 +49,7 @@ class Compute:
 
 def torch_compute(config: WorkerConfig) -> Compute:
     """Compute by torch. Blocks for seconds: it imports torch, which nothing else here does."""
-    library_environment.prepare()
+    library_environment.prepare(all_cores=config.threads == 0)
     from services.worker.adapters import torch_compute as adapter  # noqa: PLC0415 - as said
     from services.worker.adapters.llguidance_formats import LlguidanceLibrary  # noqa: PLC0415 - it is large
 
