@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
 
 from services.cli.failure import CommandFailed
 from services.common.channel import connect
@@ -20,6 +23,14 @@ from services.local.state import MeshState
 ANSWER_TIMEOUT_S = 10.0
 
 Metadata = tuple[tuple[str, str], ...]
+
+
+def rows_of(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """What a table shows: one object a message, with every field, named as in the protos."""
+    return [
+        MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+        for message in messages
+    ]
 
 
 def running_mesh() -> tuple[Home, MeshState]:

@@ -7,12 +7,11 @@ import asyncio
 import os
 from typing import Any
 
-from google.protobuf.json_format import MessageToDict
 from interlock.v1.controller_service_pb2 import ControllerServiceListModelsRequest
 from interlock.v1.controller_service_pb2_grpc import ControllerServiceStub
 
 from services.cli import table
-from services.cli.access import ANSWER_TIMEOUT_S, entrance, running_mesh
+from services.cli.access import ANSWER_TIMEOUT_S, entrance, rows_of, running_mesh
 from services.cli.failure import CommandFailed
 from services.local import progress_bar
 from services.local.home import Home, HomeUnusable
@@ -61,10 +60,7 @@ async def _models() -> list[dict[str, Any]]:
         reply = await ControllerServiceStub(channel).ListModels(
             ControllerServiceListModelsRequest(), metadata=metadata, timeout=ANSWER_TIMEOUT_S
         )
-    return [
-        MessageToDict(model, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-        for model in reply.models
-    ]
+    return rows_of(reply.models)
 
 
 def _for_people(quantization: str) -> str:

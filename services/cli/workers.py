@@ -6,12 +6,11 @@ import argparse
 import asyncio
 from typing import Any
 
-from google.protobuf.json_format import MessageToDict
 from interlock.v1.controller_service_pb2 import ListWorkersRequest
 from interlock.v1.controller_service_pb2_grpc import ControllerServiceStub
 
 from services.cli import table
-from services.cli.access import ANSWER_TIMEOUT_S, entrance, running_mesh
+from services.cli.access import ANSWER_TIMEOUT_S, entrance, rows_of, running_mesh
 
 _COLUMNS = {
     "id": "ID",
@@ -38,10 +37,7 @@ async def _workers() -> list[dict[str, Any]]:
         reply = await ControllerServiceStub(channel).ListWorkers(
             ListWorkersRequest(), metadata=metadata, timeout=ANSWER_TIMEOUT_S
         )
-    return [
-        MessageToDict(worker, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-        for worker in reply.workers
-    ]
+    return rows_of(reply.workers)
 
 
 def _for_people(row: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,10 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
+# Returns when a process shall end, after it has run what drains it: `run_until_signal`, or a test's own.
+Wait = Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]
+
+
 class PortTaken(Exception):
     """The address cannot be bound; the message names it and says what to do."""
 

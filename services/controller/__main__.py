@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
 
 from interlock.http.v1 import http_service_pb2_grpc
 from interlock.v1 import controller_service_pb2_grpc
@@ -26,15 +25,13 @@ from services.controller.core.ports import RouteStore
 # Streams end at once and admin calls within milliseconds; nothing is worth a longer wait.
 STOP_GRACE_S = 2.0
 
-Wait = Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]
-
 
 async def run(
     settings: ControllerConfig,
     *,
     store: RouteStore | None = None,
     clock: Clock | None = None,
-    wait: Wait = server.run_until_signal,
+    wait: server.Wait = server.run_until_signal,
 ) -> None:
     """Serves until `wait` returns; it is given what drains the controller.
 
@@ -106,7 +103,7 @@ async def _serve(
     catalog: Catalog,
     verifier: TokenVerifier,
     clock: Clock,
-    wait: Wait,
+    wait: server.Wait,
 ) -> None:
     mesh_only = MeshOnly(settings.mesh_token.get_secret_value(), servicer.MESH_METHODS)
     serving = server.create((servicer.SERVICE, http_servicer.SERVICE), clock, interceptors=[mesh_only])

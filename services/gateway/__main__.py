@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
-from collections.abc import Awaitable, Callable
 
 from interlock.http.v1 import http_service_pb2_grpc
 from interlock.v1 import gateway_service_pb2_grpc
@@ -35,15 +34,13 @@ STOP_GRACE_S = 1.0
 # How often health looks whether a request could be answered.
 HEALTH_LOOK_S = 0.2
 
-Wait = Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]
-
 
 async def run(
     settings: GatewayConfig,
     *,
     queue: JobQueue | None = None,
     clock: Clock | None = None,
-    wait: Wait = server.run_until_signal,
+    wait: server.Wait = server.run_until_signal,
 ) -> None:
     """Serves until `wait` returns; it is given what drains the gateway.
 
@@ -73,7 +70,7 @@ async def run(
         await store.close()
 
 
-async def _serve(settings: GatewayConfig, queue: JobQueue, clock: Clock, wait: Wait) -> None:
+async def _serve(settings: GatewayConfig, queue: JobQueue, clock: Clock, wait: server.Wait) -> None:
     catalog = Catalog()
     workers = GrpcWorkerPool(settings.id, settings.mesh_token.get_secret_value(), clock)
     dispatcher = _dispatcher(settings, queue, workers, clock, catalog)

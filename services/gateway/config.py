@@ -8,6 +8,8 @@ from typing import Annotated
 
 from pydantic import Field, SecretStr
 
+from services.common.credential import MESH_TOKEN_CHARS_MIN
+
 REDIS_URL_DEFAULT = SecretStr("redis://127.0.0.1:6379/0")
 
 
@@ -31,7 +33,9 @@ class GatewayConfig:
         REDIS_URL_DEFAULT
     )
     cache_dir: Annotated[Path, Field(description="Where tokenizers are kept.")] = Path(".interlock/cache")
-    mesh_token: Annotated[SecretStr, Field(min_length=32, description="Join token of the mesh.")]
+    mesh_token: Annotated[
+        SecretStr, Field(min_length=MESH_TOKEN_CHARS_MIN, description="Join token of the mesh.")
+    ]
     jwt_secret: Annotated[SecretStr, Field(description="HS256 secret, 32 bytes or more.")]
     jwt_issuer: str = "interlock"
     jwt_audience: str = "interlock"

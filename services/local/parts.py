@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.local import ports
 from services.local.child import Launch
 from services.local.home import Home
 
@@ -45,7 +46,7 @@ class MeshPlan:
     gateways: int = 1
     quantization: str = "auto"
     dtype: str = "auto"
-    port: int = 8080
+    port: int = ports.HTTP_PORT
 
 
 @dataclass(slots=True)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 from pydantic import Field, SecretStr
 
+from services.common.credential import MESH_TOKEN_CHARS_MIN
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
@@ -26,7 +28,9 @@ class WorkerConfig:
     cache_dir: Annotated[Path, Field(description="Where downloaded revisions are kept.")] = Path(
         ".interlock/cache"
     )
-    mesh_token: Annotated[SecretStr, Field(min_length=32, description="Join token of the mesh.")]
+    mesh_token: Annotated[
+        SecretStr, Field(min_length=MESH_TOKEN_CHARS_MIN, description="Join token of the mesh.")
+    ]
     device: Annotated[str, Field(pattern="^(auto|cpu|cuda)$", description="Where to compute.")] = "auto"
     slots: Annotated[int, Field(ge=1, le=1024, description="Sequences that run at once.")] = 32
     threads: Annotated[int, Field(ge=0, description="CPU threads of the model; 0: all cores.")] = 0

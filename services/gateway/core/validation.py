@@ -21,7 +21,6 @@ from services.gateway.core.params import (
     Prompt,
     SamplingParams,
     TextPrompt,
-    TokenPrompt,
 )
 
 MAX_TOKENS_DEFAULT = 50
@@ -238,11 +237,6 @@ def _check_unsupported(request: GenerationRequest) -> None:
     for name, used in asked.items():
         if used:
             raise FeatureUnsupported(f"{name}: is not served by this version yet.")
-
-
-def prompt_ids_of(prompt: Prompt) -> tuple[int, ...] | None:
-    """The ids of a prompt that is tokenized already; None for one that is not."""
-    return prompt.ids if isinstance(prompt, TokenPrompt) else None
 
 
 def messages_of(prompt: TextPrompt | ChatPrompt) -> tuple[Message, ...]:
