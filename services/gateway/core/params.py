@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from services.gateway.core.jobs import Band
+from services.gateway.core.tenancy import TenantLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,7 @@ class GenerationJob:
         timeout_s: Time until its deadline.
         submission: Nonce of this submission.
         decode: The tokenizer's way back to text.
+        limits: What the tenant may take.
     """
 
     job_id: str
@@ -162,3 +164,4 @@ class GenerationJob:
     timeout_s: float
     submission: str
     decode: Decode
+    limits: TenantLimits = field(default_factory=TenantLimits)

@@ -80,6 +80,22 @@ class JobQueue(Protocol):
         ...
 
 
+class BreakerBoard(Protocol):
+    """What every gateway sees of this gateway's breakers. Methods raise StoreUnavailable.
+
+    A worker listed as open gets no grant of this gateway's jobs until its sleep is over; then one grant is
+    flagged `trial`, and the pair is listed as open again in the same step.
+    """
+
+    async def list_open(self, model: str, worker_id: str, sleep_s: float | None) -> None:
+        """Keeps this gateway's jobs from a worker for `sleep_s`; None: until it is listed as closed."""
+        ...
+
+    async def list_closed(self, model: str, worker_id: str) -> None:
+        """Lets this gateway's jobs go to a worker again."""
+        ...
+
+
 class Tokenizer(Protocol):
     """Text to token ids and back, with one model's chat template."""
 

@@ -160,6 +160,7 @@ class Reception:
             timeout_s=timeout_s,
             submission=secrets.token_hex(8),
             decode=entry.tokenizer.decode,
+            limits=principal.limits,
         )
         return await self._dispatcher.submit(job)
 

@@ -89,6 +89,7 @@ class Ticket:
             timeout_s=max(job.timeout_s - waited_s, 0.001),
             waited_s=waited_s,
             submission=job.submission,
+            limits=job.limits,
         )
 
     def do(self, errand: Errand) -> None:
