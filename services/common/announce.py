@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 
-def write(path: Path | None, *, id: str, address: str) -> None:  # noqa: A002 - the field's name
-    """Writes `{"id", "address", "pid"}` to `path` in one step; None: nobody wants to know."""
+def write(path: Path | None, *, id: str, address: str, metrics: str = "") -> None:  # noqa: A002 - the field's name
+    """Writes `{"id", "address", "pid", "metrics"}` to `path` in one step; None: nobody wants to know."""
     if path is None:
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"id": id, "address": address, "pid": os.getpid()}))
+    content = {"id": id, "address": address, "pid": os.getpid(), "metrics": metrics}
+    temporary.write_text(json.dumps(content))
     temporary.replace(path)

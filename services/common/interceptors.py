@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from services.common import logs, status
+from services.common import logs, metrics, status
 from services.common.clock import Clock
 from services.common.credential import check_mesh_token
 from services.common.errors import ArgumentInvalid, MeshCredentialInvalid
@@ -115,7 +115,10 @@ class _Call:
         self._started_s = clock.monotonic()
 
     def log(self, code: str, **fields: object) -> None:
-        duration_ms = round((self._clock.monotonic() - self._started_s) * 1000, 3)
+        duration_s = self._clock.monotonic() - self._started_s
+        metrics.RPCS.labels(self._method, code).inc()
+        metrics.RPC_SECONDS.labels(self._method).observe(duration_s)
+        duration_ms = round(duration_s * 1000, 3)
         logger = logs.get_logger()
         emit = logger.warning if code == "INTERNAL" else logger.info
         emit("rpc.finished", method=self._method, code=code, duration_ms=duration_ms, **fields)

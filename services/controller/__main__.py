@@ -8,7 +8,7 @@ import sys
 from interlock.http.v1 import http_service_pb2_grpc
 from interlock.v1 import controller_service_pb2_grpc
 
-from services.common import announce, config, logs, redis_client, server
+from services.common import announce, config, logs, metrics, redis_client, server
 from services.common.clock import Clock
 from services.common.errors import ArtifactInvalid
 from services.common.interceptors import MeshOnly
@@ -116,7 +116,8 @@ async def _serve(
     )
     address = serving.bind(settings.bind)
     await serving.start()
-    announce.write(settings.announce_file, id=settings.id, address=address)
+    exposition = metrics.expose(settings.metrics_bind)
+    announce.write(settings.announce_file, id=settings.id, address=address, metrics=exposition.address)
     logs.get_logger().info("process.started", address=address)
     leading = asyncio.create_task(coordinator.run(), name="controller.coordinator")
     telling = asyncio.create_task(_tell_health(serving, coordinator), name="controller.health")
@@ -139,6 +140,7 @@ async def _serve(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await serving.grpc_server.stop(None)
+        exposition.close()
 
 
 async def _tell_health(serving: server.Server, coordinator: Coordinator) -> None:
@@ -155,7 +157,13 @@ def main() -> None:
     logs.configure("controller", settings.id, level=settings.log_level)
     try:
         asyncio.run(run(settings))
-    except (ArtifactInvalid, SecretWeak, config.ConfigInvalid, server.PortTaken) as error:
+    except (
+        ArtifactInvalid,
+        SecretWeak,
+        config.ConfigInvalid,
+        metrics.MetricsPortTaken,
+        server.PortTaken,
+    ) as error:
         print(f"controller: {error}", file=sys.stderr)  # noqa: T201 - told before any log is read
         sys.exit(2)
 

@@ -24,7 +24,7 @@ class ControllerConfig:
         "127.0.0.1:50052"
     )
     announce_file: Annotated[
-        Path | None, Field(description='Written when the port is bound: {"id", "address", "pid"}.')
+        Path | None, Field(description='Written when the port is bound: {"id", "address", "pid", "metrics"}.')
     ] = None
     redis_url: Annotated[SecretStr, Field(description="redis://, rediss:// or unix:// URL.")] = (
         REDIS_URL_DEFAULT
@@ -49,4 +49,11 @@ class ControllerConfig:
     # Members report every second; five missed reports are a loss, not a hiccup.
     lease_ttl_s: Annotated[float, Field(gt=1)] = 5.0
     prepare_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    metrics_bind: Annotated[
+        str,
+        Field(
+            pattern=r"^(.+:[0-9]{1,5})?$",
+            description="host:port of /metrics; port 0 takes a free one, empty turns it off.",
+        ),
+    ] = ""
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"

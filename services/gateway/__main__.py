@@ -9,7 +9,7 @@ import sys
 from interlock.http.v1 import http_service_pb2_grpc
 from interlock.v1 import gateway_service_pb2_grpc
 
-from services.common import announce, config, ids, logs, redis_client, server
+from services.common import announce, config, ids, logs, metrics, redis_client, server
 from services.common.clock import Clock
 from services.common.system_clock import SystemClock
 from services.common.tokens import SecretWeak, TokenVerifier
@@ -96,7 +96,8 @@ async def _serve(settings: GatewayConfig, queue: JobQueue, clock: Clock, wait: s
     )
     # The library's health servicer starts out with SERVING.
     await serving.start()
-    announce.write(settings.announce_file, id=settings.id, address=address)
+    exposition = metrics.expose(settings.metrics_bind)
+    announce.write(settings.announce_file, id=settings.id, address=address, metrics=exposition.address)
     logs.get_logger().info("process.started", address=address)
     work = [
         asyncio.create_task(link.run(), name="gateway.link"),
@@ -119,6 +120,7 @@ async def _serve(settings: GatewayConfig, queue: JobQueue, clock: Clock, wait: s
         await asyncio.gather(*work, return_exceptions=True)
         await serving.grpc_server.stop(None)
         await workers.close()
+        exposition.close()
 
 
 def _dispatcher(
@@ -181,7 +183,7 @@ def main() -> None:
     logs.configure("gateway", settings.id, level=settings.log_level)
     try:
         asyncio.run(run(settings))
-    except (SecretWeak, config.ConfigInvalid, server.PortTaken) as error:
+    except (SecretWeak, config.ConfigInvalid, metrics.MetricsPortTaken, server.PortTaken) as error:
         print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - told before any log is read
         sys.exit(2)
 

@@ -24,7 +24,7 @@ class GatewayConfig:
         "127.0.0.1:50051"
     )
     announce_file: Annotated[
-        Path | None, Field(description='Written when the port is bound: {"id", "address", "pid"}.')
+        Path | None, Field(description='Written when the port is bound: {"id", "address", "pid", "metrics"}.')
     ] = None
     controllers: Annotated[
         tuple[str, ...], Field(min_length=1, description="host:port of each controller.")
@@ -59,4 +59,11 @@ class GatewayConfig:
     attempts_max: Annotated[int, Field(ge=1, le=10, description="Workers that a request may use up.")] = 3
     failover_wait_s: Annotated[float, Field(ge=0)] = 15.0
     drain_grace_s: Annotated[float, Field(ge=0)] = 30.0
+    metrics_bind: Annotated[
+        str,
+        Field(
+            pattern=r"^(.+:[0-9]{1,5})?$",
+            description="host:port of /metrics; port 0 takes a free one, empty turns it off.",
+        ),
+    ] = ""
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"

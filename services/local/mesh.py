@@ -183,11 +183,12 @@ class LocalMesh:
     async def _start_service(self, service: ServicePart) -> Part:
         """Starts a server process and waits until it says where it listens."""
         self._services[service.id] = service
+        service.metrics_bind = f"{LOOPBACK}:{self._ports.metrics_of(service.id)}"
         child = await self._start_child(service.id, service.launch)
         listening = probes.until(lambda: probes.announced(service.announce_file, child.pid))
         part = await self._supervisor.ready(child, listening, _START_TIMEOUT_S)
         # From now on it is known by this address: a restart binds it again.
-        service.bind = part.address
+        service.bind, service.metrics_bind = part.address, part.metrics
         return part
 
     async def _start_envoy(self, gateways: tuple[Part, ...], controller: Part) -> tuple[Part, str]:

@@ -60,6 +60,7 @@ class ServicePart:
         announce_file: Where it says that it listens.
         settings: Its own fields, by name.
         shared: What the mesh shares, by variable; each service is told what it may know.
+        metrics_bind: Where it shows its metrics.
     """
 
     service: str
@@ -69,11 +70,18 @@ class ServicePart:
     settings: Mapping[str, str]
     shared: Mapping[str, str]
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    metrics_bind: str = ""
 
     def launch(self) -> Launch:
         """The next start. Settings of the caller's environment reach the service; the mesh's own win."""
         self.announce_file.unlink(missing_ok=True)
-        own = {"id": self.id, "bind": self.bind, "announce_file": str(self.announce_file), **self.settings}
+        own = {
+            "id": self.id,
+            "bind": self.bind,
+            "metrics_bind": self.metrics_bind,
+            "announce_file": str(self.announce_file),
+            **self.settings,
+        }
         prefix = f"{_PREFIX}{self.service.upper()}_"
         shared = {_PREFIX + name for name in _SHARED_NAMES[self.service]}
         environment = {

@@ -10,6 +10,7 @@ HTTP_PORT = 8080
 GATEWAY_PORT = 50051
 CONTROLLER_PORT = 50052
 WORKER_PORT = 50061
+METRICS_PORT = 9464
 
 
 class PortsTaken(Exception):
@@ -25,19 +26,34 @@ class Ports:
         gateways: One a gateway.
         controller: The controller.
         workers: One a worker.
+        metrics: One a service, for its `/metrics`: controller, gateways, workers; empty: free ones.
     """
 
     http: int
     gateways: tuple[int, ...]
     controller: int
     workers: tuple[int, ...]
+    metrics: tuple[int, ...] = ()
+
+    def metrics_of(self, service_id: str) -> int:
+        """The port of a service's metrics."""
+        return dict(zip(self._service_ids(), self.metrics, strict=False)).get(service_id, 0)
 
     def by_user(self) -> Mapping[str, int]:
         """Every port that is fixed, by who wants it."""
         named = {"envoy": self.http, "controller-1": self.controller}
         named |= {f"gateway-{number}": port for number, port in enumerate(self.gateways, 1)}
         named |= {f"worker-{number}": port for number, port in enumerate(self.workers, 1)}
+        named |= {
+            f"{service_id} metrics": port
+            for service_id, port in zip(self._service_ids(), self.metrics, strict=False)
+        }
         return {user: port for user, port in named.items() if port}
+
+    def _service_ids(self) -> tuple[str, ...]:
+        gateways = (f"gateway-{number}" for number in range(1, len(self.gateways) + 1))
+        workers = (f"worker-{number}" for number in range(1, len(self.workers) + 1))
+        return ("controller-1", *gateways, *workers)
 
 
 def plan(http: int, *, gateways: int, workers: int) -> Ports:
@@ -51,6 +67,7 @@ def plan(http: int, *, gateways: int, workers: int) -> Ports:
         gateways=(GATEWAY_PORT, *beside),
         controller=CONTROLLER_PORT,
         workers=tuple(WORKER_PORT + number for number in range(workers)),
+        metrics=tuple(METRICS_PORT + number for number in range(1 + gateways + workers)),
     )
 
 

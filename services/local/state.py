@@ -18,11 +18,13 @@ class Part:
         id: Its name.
         address: `host:port`, or the URL of the store.
         pid: Its process; 0: not ours.
+        metrics: `host:port` of its `/metrics`; empty: it has none.
     """
 
     id: str
     address: str
     pid: int
+    metrics: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from interlock.v1 import worker_service_pb2_grpc
 
-from services.common import announce, logs, server
+from services.common import announce, logs, metrics, server
 from services.common.clock import Clock
 from services.common.config import from_command_line
 from services.common.ids import new_incarnation
@@ -75,6 +75,7 @@ class _Process:
         self.link: ControllerLink | None = None
         self.preparation: Preparation | None = None
         self.formats: FormatLibrary | None = None
+        self.exposition = metrics.Exposition()
         token = config.mesh_token.get_secret_value()
         self.server = server.create([SERVICE], clock, interceptors=[MeshOnly(token, (f"/{SERVICE}/",))])
         self.residency = Residency()
@@ -95,7 +96,13 @@ class _Process:
         address = self.server.bind(self.config.bind)
         await self.server.start()
         self.engine.start()
-        announce.write(self.config.announce_file, id=self.config.id, address=address)
+        self.exposition = metrics.expose(self.config.metrics_bind)
+        announce.write(
+            self.config.announce_file,
+            id=self.config.id,
+            address=address,
+            metrics=self.exposition.address,
+        )
         logs.get_logger().info("process.started", address=address)
         return address
 
@@ -162,6 +169,7 @@ class _Process:
             await self.formats.close()
         await self.server.grpc_server.stop(STOP_GRACE_S)
         await asyncio.gather(*self._changes)
+        self.exposition.close()
 
     def _on_fatal(self, cause: str) -> None:
         self.refuse_new_work()
@@ -217,7 +225,7 @@ def main() -> None:
     logs.configure("worker", config.id, level=config.log_level)
     try:
         asyncio.run(run(config))
-    except server.PortTaken as error:
+    except (metrics.MetricsPortTaken, server.PortTaken) as error:
         raise SystemExit(f"worker: {error}") from None
 
 

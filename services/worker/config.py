@@ -20,7 +20,7 @@ class WorkerConfig:
         "127.0.0.1:50061"
     )
     announce_file: Annotated[
-        Path | None, Field(description='Written when the port is bound: {"id", "address", "pid"}.')
+        Path | None, Field(description='Written when the port is bound: {"id", "address", "pid", "metrics"}.')
     ] = None
     controllers: Annotated[
         tuple[str, ...], Field(min_length=1, description="host:port of each controller.")
@@ -53,4 +53,11 @@ class WorkerConfig:
     # The slowest step on a busy laptop takes a few seconds; beyond this it hangs.
     watchdog_s: Annotated[float, Field(gt=0, description="A step that takes longer ends the process.")] = 30.0
     drain_grace_s: Annotated[float, Field(ge=0)] = 30.0
+    metrics_bind: Annotated[
+        str,
+        Field(
+            pattern=r"^(.+:[0-9]{1,5})?$",
+            description="host:port of /metrics; port 0 takes a free one, empty turns it off.",
+        ),
+    ] = ""
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"

@@ -16,6 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from interlock.v1 import worker_service_pb2 as pb
 from interlock.v1 import worker_service_pb2_grpc
+from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from services.common import channel, logs, server
@@ -95,6 +96,22 @@ async def test_an_error_reaches_the_client_with_reason_and_delay_in_both_forms()
     read = read_error(error)
     assert isinstance(read, QueueFull)
     assert read.retry_after_s == 1.5
+
+
+def finished_rpcs(code: str) -> float:
+    """How many calls of GetState have ended with a code in this process."""
+    labels = {"method": f"/{SERVICE}/GetState", "code": code}
+    return REGISTRY.get_sample_value("interlock_rpc_finished_total", labels) or 0.0
+
+
+async def test_every_call_is_counted_by_its_code() -> None:
+    """A success and an error each leave one behind, under the name that the client saw."""
+    ok, invalid = finished_rpcs("OK"), finished_rpcs("INVALID_ARGUMENT")
+    async with running(Echo()) as (stub, _):
+        await stub.GetState(pb.GetStateRequest())
+    async with running(Echo(ArgumentInvalid("No."))) as (stub, _):
+        await failure_of(stub.GetState(pb.GetStateRequest()))
+    assert (finished_rpcs("OK"), finished_rpcs("INVALID_ARGUMENT")) == (ok + 1, invalid + 1)
 
 
 async def test_a_defect_reaches_the_client_without_detail_and_the_log_with_it() -> None:

@@ -22,9 +22,12 @@ def _listener(host: str, *, reuse_port: bool = False) -> Iterator[int]:
 
 
 def test_the_defaults_are_the_documented_ports() -> None:
-    """8080 for Envoy, gateways around the controller's 50052, workers from 50061."""
+    """8080 for Envoy, gateways around the controller's 50052, workers from 50061, metrics from 9464."""
     planned = ports.plan(8080, gateways=3, workers=2)
-    assert planned == ports.Ports(8080, (50051, 50053, 50054), 50052, (50061, 50062))
+    metrics = (9464, 9465, 9466, 9467, 9468, 9469)
+    assert planned == ports.Ports(8080, (50051, 50053, 50054), 50052, (50061, 50062), metrics)
+    assert planned.metrics_of("gateway-1") == 9465
+    assert planned.by_user()["worker-2 metrics"] == 9469
     assert len(set(planned.by_user().values())) == len(planned.by_user())
 
 
