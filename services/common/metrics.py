@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import Protocol
 
-from prometheus_client import Counter, Histogram, start_http_server
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client.registry import Collector
 
 RPCS = Counter("interlock_rpc_finished", "RPCs that ended, by method and code.", ("method", "code"))
 RPC_SECONDS = Histogram(
@@ -54,17 +55,23 @@ class Exposition:
             self.thread.join()
 
 
-def expose(address: str) -> Exposition:
+def expose(address: str, *collectors: Collector) -> Exposition:
     """Answers at `host:port` (port 0: a free one) from a thread of its own; empty: nowhere.
+
+    Shown is what the process counts, and what `collectors` read when somebody asks.
 
     Raises:
         MetricsPortTaken: Another process listens there, or the host is not of this machine.
     """
     if not address:
         return Exposition()
+    # Of its own: several services may live in one process, as they do in tests.
+    registry = CollectorRegistry()
+    for collector in (REGISTRY, *collectors):
+        registry.register(collector)
     host, _, port = address.rpartition(":")
     try:
-        server, thread = start_http_server(int(port), host)
+        server, thread = start_http_server(int(port), host, registry)
     except OSError:
         raise MetricsPortTaken(
             f"Port {port} on {host} is taken or cannot be bound. "

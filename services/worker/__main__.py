@@ -19,6 +19,7 @@ from services.common.system_clock import SystemClock
 from services.worker.adapters import library_environment
 from services.worker.adapters.controller_link import ControllerLink, Membership
 from services.worker.adapters.mesh_artifacts import MeshArtifacts
+from services.worker.adapters.prometheus_engine import EngineCollector
 from services.worker.config import WorkerConfig
 from services.worker.core.ports import FormatLibrary, RevisionLoader
 from services.worker.core.revision import Residency
@@ -96,7 +97,8 @@ class _Process:
         address = self.server.bind(self.config.bind)
         await self.server.start()
         self.engine.start()
-        self.exposition = metrics.expose(self.config.metrics_bind)
+        numbers = EngineCollector(lambda: self.engine.pulse, self.residency)
+        self.exposition = metrics.expose(self.config.metrics_bind, numbers)
         announce.write(
             self.config.announce_file,
             id=self.config.id,

@@ -85,6 +85,16 @@ class Output:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
+class AttemptEnd(StrEnum):
+    """How a worker's part in a request ended."""
+
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    REFUSED = "refused"
+    LOST = "lost"
+    BROKEN = "broken"
+
+
 class RefusalReason(StrEnum):
     """Why a worker did not take an attempt. UNREACHABLE: nothing of it has reached the worker."""
 

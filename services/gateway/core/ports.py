@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
-from services.gateway.core.attempts import Output, RefusalReason, WorkOrder
+from services.gateway.core.attempts import AttemptEnd, Output, RefusalReason, WorkOrder
+from services.gateway.core.events import Finished
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
 from services.gateway.core.params import Message
 
@@ -153,4 +154,20 @@ class WorkerPool(Protocol):
 
     def start(self, worker_id: str, address: str, order: WorkOrder, sink: AttemptSink) -> Attempt:
         """Sends an order to a worker, connecting where needed. Never fails: the sink hears of a loss."""
+        ...
+
+
+class Meter(Protocol):
+    """Counts what becomes of requests and attempts. Every method returns at once."""
+
+    def request_ended(self, model: str, outcome: Outcome, finished: Finished | None) -> None:
+        """A request reached its end; `finished` is what its client was told after a success."""
+        ...
+
+    def first_token(self, model: str, ttft_s: float) -> None:
+        """A request got its first token so long after it was accepted."""
+        ...
+
+    def attempt_ended(self, end: AttemptEnd) -> None:
+        """A worker's part in a request is over."""
         ...

@@ -6,6 +6,7 @@ import socket
 import urllib.request
 
 import pytest
+
 from services.common import metrics
 
 

@@ -1,0 +1,72 @@
+"""The gateway's numbers for Prometheus. Owns: their names, buckets and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from services.gateway.core.attempts import AttemptEnd
+from services.gateway.core.events import Finished
+from services.gateway.core.jobs import Outcome
+
+# From an idle mesh to the longest deadline.
+_WAIT_BUCKETS_S = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 240)
+
+REQUESTS = Counter("interlock_gateway_requests", "Requests that ended, by outcome.", ("model", "outcome"))
+TOKENS = Counter("interlock_gateway_tokens", "Tokens of requests that finished, by kind.", ("model", "kind"))
+QUEUE_SECONDS = Histogram(
+    "interlock_gateway_queue_seconds",
+    "Time from acceptance to the first grant.",
+    ("model",),
+    buckets=_WAIT_BUCKETS_S,
+)
+TTFT_SECONDS = Histogram(
+    "interlock_gateway_ttft_seconds",
+    "Time from acceptance to the first token.",
+    ("model",),
+    buckets=_WAIT_BUCKETS_S,
+)
+ATTEMPTS = Counter("interlock_gateway_attempts", "Attempts that ended, by how.", ("end",))
+
+
+class PrometheusMeter:
+    """`Meter` in this process's registry."""
+
+    def request_ended(self, model: str, outcome: Outcome, finished: Finished | None) -> None:
+        """See `Meter.request_ended`."""
+        REQUESTS.labels(model, outcome.value).inc()
+        if finished is not None:
+            QUEUE_SECONDS.labels(model).observe(finished.timings.queue_s)
+            TOKENS.labels(model, "prompt").inc(finished.usage.prompt_tokens)
+            TOKENS.labels(model, "cached_prompt").inc(finished.usage.cached_prompt_tokens)
+            TOKENS.labels(model, "completion").inc(finished.usage.completion_tokens)
+
+    def first_token(self, model: str, ttft_s: float) -> None:
+        """See `Meter.first_token`."""
+        TTFT_SECONDS.labels(model).observe(ttft_s)
+
+    def attempt_ended(self, end: AttemptEnd) -> None:
+        """See `Meter.attempt_ended`."""
+        ATTEMPTS.labels(end.value).inc()
+
+
+class GatewayCollector(Collector):
+    """Reads the gateway at each scrape.
+
+    Args:
+        live: Requests that have not ended.
+        store_reachable: Whether the store answered when it was last asked.
+    """
+
+    def __init__(self, live: Callable[[], int], store_reachable: Callable[[], bool]) -> None:
+        self._live = live
+        self._store_reachable = store_reachable
+
+    def collect(self) -> Iterator[Metric]:
+        """See `Collector.collect`."""
+        yield GaugeMetricFamily("interlock_gateway_live", "Requests that have not ended.", self._live())
+        reachable = float(self._store_reachable())
+        yield GaugeMetricFamily("interlock_gateway_store_up", "1 while the store answers.", reachable)
