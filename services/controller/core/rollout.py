@@ -1,0 +1,359 @@
+"""The life of a rollout: one table, three rules.
+
+Owns: which events a rollout may meet in which state, and what follows. Must not know: clocks, members,
+stores or wires. What is observed arrives as events, what must happen leaves as effects, and everything that
+a successor needs is in the record: whoever reads it goes on where the last controller died.
+
+1. Every rollout that began reaches exactly one terminal state; nothing leaves a terminal state.
+2. An event that its state does not know raises `RolloutEventIllegal` and changes nothing.
+3. The route names a revision only when a worker had it READY; a rollout that ends gives all to one revision.
+
+    PENDING -> PREPARING -> READY -> SWITCHING -> BAKING -> COMPLETED
+                  |           |          '-----------'-> ROLLING_BACK -> ROLLED_BACK
+                  '-----------'-> ABORTING -> ABORTED
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from services.controller.core.rollout_events import (
+    Begun,
+    Cancelled,
+    Effect,
+    Enter,
+    Event,
+    FellShort,
+    Fleet,
+    Observed,
+    Paused,
+    Promoted,
+    Resumed,
+    RouteWritten,
+    SetRoute,
+    Standing,
+    Swap,
+    TakenBack,
+    Weights,
+    WorkerView,
+)
+from services.controller.core.rollout_record import (
+    NEXT,
+    SHARE_ALL,
+    Rollout,
+    State,
+    Strategy,
+    Transition,
+)
+
+
+class RolloutEventIllegal(Exception):
+    """The state does not know the event; the message says both, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A rollout after an event, and what must be done, in this order."""
+
+    rollout: Rollout
+    effects: tuple[Effect, ...]
+
+
+def step(rollout: Rollout, event: Event, fleet: Fleet, now_ms: int) -> Step:
+    """What follows from `event`.
+
+    Args:
+        rollout: The rollout before it.
+        event: What happened.
+        fleet: Who is attached now.
+        now_ms: The time since the epoch.
+
+    Raises:
+        RolloutEventIllegal: The table has no such entry; nothing changed.
+    """
+    take = TABLE.get((rollout.state, type(event)))
+    if take is None:
+        name = type(event).__name__
+        raise RolloutEventIllegal(f"A rollout that is {rollout.state} does not take the event {name}.")
+    now = _Now(fleet, now_ms)
+    after = _advance(take(rollout, event, now), now)
+    return Step(after, _effects(rollout, after))
+
+
+def _effects(before: Rollout, after: Rollout) -> tuple[Effect, ...]:
+    entered = after.history[len(before.history) :]
+    effects: list[Effect] = [Enter(one.state.value, one.cause) for one in entered]
+    if after.route != before.route:
+        effects.append(SetRoute(after.route))
+    gave_up = after.swapping[len(before.swapping) :]
+    return (*effects, *(Swap(worker_id) for worker_id in gave_up))
+
+
+@dataclass(frozen=True, slots=True)
+class _Now:
+    """The moment of an event."""
+
+    fleet: Fleet
+    ms: int
+
+    def after(self, seconds: float) -> int:
+        return self.ms + round(seconds * 1000)
+
+    @property
+    def ready(self) -> int:
+        return sum(worker.new is Standing.READY for worker in self.fleet.workers)
+
+    @property
+    def old_is_ready(self) -> bool:
+        return any(worker.old is Standing.READY for worker in self.fleet.workers)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        failed = (worker for worker in self.fleet.workers if worker.new is Standing.FAILED)
+        return tuple(f"{worker.worker_id}: {worker.failure}" for worker in failed)
+
+
+# --- what events do by themselves ---------------------------------------------------------------------------
+
+
+def _begin(rollout: Rollout, _: Begun, now: _Now) -> Rollout:
+    strategy = rollout.spec.strategy
+    if strategy is Strategy.AUTO:
+        fits = all(worker.fits for worker in now.fleet.workers)
+        strategy = Strategy.SIDE_BY_SIDE if fits else Strategy.SWAP
+    due_ms = now.after(rollout.spec.prepare_timeout_s)
+    cause = f"{strategy.value} on {_count(len(now.fleet.workers))}."
+    return _enter(replace(rollout, strategy=strategy, due_ms=due_ms), State.PREPARING, cause, now)
+
+
+def _look(rollout: Rollout, _: Observed, __: _Now) -> Rollout:
+    return rollout
+
+
+def _note_route(rollout: Rollout, event: RouteWritten, _: _Now) -> Rollout:
+    # An answer about an earlier route says nothing about this one.
+    return replace(rollout, written=event.weights) if event.weights == rollout.route else rollout
+
+
+def _pause(rollout: Rollout, _: Paused, __: _Now) -> Rollout:
+    return replace(rollout, paused=True)
+
+
+def _resume(rollout: Rollout, _: Resumed, __: _Now) -> Rollout:
+    return replace(rollout, paused=False)
+
+
+def _release(rollout: Rollout, _: Resumed | Promoted, now: _Now) -> Rollout:
+    # Meanwhile workers may have gone; they get the time to come back that they had at first.
+    return replace(rollout, paused=False, due_ms=now.after(rollout.spec.prepare_timeout_s))
+
+
+def _end_judgement(rollout: Rollout, _: Promoted, now: _Now) -> Rollout:
+    return replace(rollout, due_ms=now.ms, paused=False)
+
+
+def _drop(rollout: Rollout, _: TakenBack | Cancelled, now: _Now) -> Rollout:
+    return _enter(rollout, State.ABORTED, "An operator ended it before it began.", now)
+
+
+def _abort(rollout: Rollout, _: TakenBack | Cancelled, now: _Now) -> Rollout:
+    return _enter(rollout, State.ABORTING, "An operator ended it.", now)
+
+
+def _take_back(rollout: Rollout, _: TakenBack | Cancelled, now: _Now) -> Rollout:
+    return _enter(rollout, State.ROLLING_BACK, "An operator took it back.", now)
+
+
+def _fall_short(rollout: Rollout, event: FellShort, now: _Now) -> Rollout:
+    return _enter(rollout, State.ROLLING_BACK, event.reason, now)
+
+
+# --- what follows from the state, the fleet and the time ----------------------------------------------------
+
+
+def _prepare(rollout: Rollout, now: _Now) -> Rollout:
+    obstacle = _obstacle(rollout, now)
+    if obstacle:
+        return _enter(rollout, State.ABORTING, obstacle, now)
+    if rollout.strategy is Strategy.SWAP and not rollout.swapping:
+        rollout = _swap_one(rollout, now)
+    if now.ready < _needed(rollout, now.fleet) or now.fleet.gateways_pending:
+        return rollout
+    cause = f"{now.ready} of {_count(len(now.fleet.workers))} ready."
+    # The time to become ready is over; how long an operator holds it is not part of it.
+    return _enter(replace(rollout, due_ms=0), State.READY, cause, now)
+
+
+def _switch(rollout: Rollout, now: _Now) -> Rollout:
+    if rollout.paused:
+        return rollout
+    obstacle = _obstacle(rollout, now)
+    if obstacle:
+        return _enter(rollout, State.ABORTING, obstacle, now)
+    if not now.ready:
+        return rollout
+    # A swapped worker has nothing else to serve: a share for the old revision would wait for the others.
+    percent = SHARE_ALL if rollout.strategy is Strategy.SWAP else rollout.spec.canary_percent
+    rollout = _routed(rollout, _shares(rollout, percent))
+    return _enter(rollout, State.SWITCHING, f"{percent} % of new requests go to the new revision.", now)
+
+
+def _await_route(rollout: Rollout, now: _Now) -> Rollout:
+    if rollout.written != rollout.route:
+        return rollout
+    judged = replace(rollout, due_ms=now.after(rollout.spec.bake_s))
+    return _enter(judged, State.BAKING, "The route is written.", now)
+
+
+def _bake(rollout: Rollout, now: _Now) -> Rollout:
+    failures = now.failures
+    if failures and rollout.strategy is Strategy.SWAP:
+        return _enter(rollout, State.ROLLING_BACK, failures[0], now)
+    if not now.ready and now.old_is_ready:
+        cause = failures[0] if failures else "No worker holds the new revision any more."
+        return _enter(rollout, State.ROLLING_BACK, cause, now)
+    if rollout.strategy is Strategy.SWAP:
+        rollout = _swap_one(rollout, now)
+    is_everywhere = now.ready == len(now.fleet.workers)
+    is_swapping = rollout.strategy is Strategy.SWAP and not is_everywhere
+    if rollout.paused or now.ms < rollout.due_ms or not now.ready or is_swapping:
+        return rollout
+    rollout = _routed(rollout, _shares(rollout, SHARE_ALL))
+    if rollout.written != rollout.route:
+        return rollout
+    return _enter(rollout, State.COMPLETED, "It serves for good.", now)
+
+
+def _return(rollout: Rollout, now: _Now) -> Rollout:
+    # A route to a revision that nobody holds would let requests wait that can be answered now.
+    if now.old_is_ready:
+        rollout = _routed(rollout, ((rollout.previous, SHARE_ALL),))
+    if rollout.written != ((rollout.previous, SHARE_ALL),):
+        return rollout
+    return _enter(rollout, State.ROLLED_BACK, "The old revision serves again.", now)
+
+
+def _clear(rollout: Rollout, now: _Now) -> Rollout:
+    if not all(_is_clear(worker) for worker in now.fleet.workers):
+        return rollout
+    return _enter(rollout, State.ABORTED, rollout.history[-1].cause, now)
+
+
+def _advance(rollout: Rollout, now: _Now) -> Rollout:
+    """Lets the rollout go as far as it can by itself; every state but terminal ones has a way."""
+    while (move := _MOVES.get(rollout.state)) is not None:
+        after = move(rollout, now)
+        if after.state is rollout.state:
+            return after
+        rollout = after
+    return rollout
+
+
+def _obstacle(rollout: Rollout, now: _Now) -> str:
+    """Why it cannot become ready any more; empty while it can."""
+    failures = now.failures
+    able = len(now.fleet.workers) - len(failures)
+    if failures and (rollout.strategy is Strategy.SWAP or able < _needed(rollout, now.fleet)):
+        return failures[0]
+    if 0 < rollout.due_ms <= now.ms:
+        return f"It was not ready within {rollout.spec.prepare_timeout_s:g} s."
+    return ""
+
+
+def _needed(rollout: Rollout, fleet: Fleet) -> int:
+    """Workers that must be ready before the switch."""
+    if rollout.strategy is Strategy.SWAP:
+        return 1
+    return max(1, len(fleet.workers) if rollout.spec.quorum is None else rollout.spec.quorum)
+
+
+def _swap_one(rollout: Rollout, now: _Now) -> Rollout:
+    """Lets one more worker give up the old revision, once all before it serve the new one."""
+    standing = {worker.worker_id: worker.new for worker in now.fleet.workers}
+    if any(standing.get(worker_id, Standing.READY) is not Standing.READY for worker_id in rollout.swapping):
+        return rollout
+    staged = (
+        name for name, new in standing.items() if new is Standing.STAGED and name not in rollout.swapping
+    )
+    chosen = next(staged, None)
+    return rollout if chosen is None else replace(rollout, swapping=(*rollout.swapping, chosen))
+
+
+def _is_clear(worker: WorkerView) -> bool:
+    """Whether nothing of the rollout is left on a worker that serves the old revision, or never will."""
+    rid = worker.new in {Standing.ABSENT, Standing.STAGED, Standing.FAILED}
+    return rid and worker.old in {Standing.READY, Standing.FAILED}
+
+
+def _shares(rollout: Rollout, percent: int) -> Weights:
+    shares = {rollout.spec.revision: percent, rollout.previous: SHARE_ALL - percent}
+    return tuple(sorted((name, share) for name, share in shares.items() if share))
+
+
+def _routed(rollout: Rollout, weights: Weights) -> Rollout:
+    return rollout if rollout.route == weights else replace(rollout, route=weights, written=())
+
+
+def _count(workers: int) -> str:
+    return f"{workers} worker" if workers == 1 else f"{workers} workers"
+
+
+def _enter(rollout: Rollout, state: State, cause: str, now: _Now) -> Rollout:
+    assert state in NEXT[rollout.state], f"{rollout.state} does not lead to {state}"
+    # Held is where it stood; an end that was asked for is not.
+    paused = rollout.paused and state in _HELD
+    history = (*rollout.history, Transition(state, now.ms, cause))
+    return replace(rollout, state=state, paused=paused, history=history)
+
+
+_HELD = frozenset({State.PREPARING, State.READY, State.BAKING})
+
+_MOVES: dict[State, Callable[[Rollout, _Now], Rollout]] = {
+    State.PREPARING: _prepare,
+    State.READY: _switch,
+    State.SWITCHING: _await_route,
+    State.BAKING: _bake,
+    State.ROLLING_BACK: _return,
+    State.ABORTING: _clear,
+}
+
+Take = Callable[[Rollout, Any, _Now], Rollout]
+
+TABLE: dict[tuple[State, type], Take] = {
+    (State.PENDING, Begun): _begin,
+    (State.PENDING, Observed): _look,
+    (State.PENDING, RouteWritten): _note_route,
+    (State.PENDING, Cancelled): _drop,
+    (State.PENDING, TakenBack): _drop,
+    (State.PREPARING, Observed): _look,
+    (State.PREPARING, RouteWritten): _note_route,
+    (State.PREPARING, Cancelled): _abort,
+    (State.PREPARING, TakenBack): _abort,
+    (State.PREPARING, Paused): _pause,
+    (State.PREPARING, Resumed): _release,
+    (State.READY, Observed): _look,
+    (State.READY, RouteWritten): _note_route,
+    (State.READY, Cancelled): _abort,
+    (State.READY, TakenBack): _abort,
+    (State.READY, Paused): _pause,
+    (State.READY, Resumed): _release,
+    (State.READY, Promoted): _release,
+    (State.SWITCHING, Observed): _look,
+    (State.SWITCHING, RouteWritten): _note_route,
+    (State.SWITCHING, Cancelled): _take_back,
+    (State.SWITCHING, TakenBack): _take_back,
+    (State.BAKING, Observed): _look,
+    (State.BAKING, RouteWritten): _note_route,
+    (State.BAKING, FellShort): _fall_short,
+    (State.BAKING, Promoted): _end_judgement,
+    (State.BAKING, Cancelled): _take_back,
+    (State.BAKING, TakenBack): _take_back,
+    (State.BAKING, Paused): _pause,
+    (State.BAKING, Resumed): _resume,
+    (State.ROLLING_BACK, Observed): _look,
+    (State.ROLLING_BACK, RouteWritten): _note_route,
+    (State.ABORTING, Observed): _look,
+    (State.ABORTING, RouteWritten): _note_route,
+}
