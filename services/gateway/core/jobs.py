@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
+from services.gateway.core.tenancy import TenantLimits
+
 
 class Band(IntEnum):
     """Priority bands; a higher one goes first. The values are those of `interlock.v1.Priority`."""
@@ -21,10 +23,12 @@ class Principal:
     Attributes:
         subject: The token's `sub`: the tenant.
         scopes: What the token allows.
+        limits: What the tenant may use, within the configuration's bounds.
     """
 
     subject: str
     scopes: frozenset[str] = field(default_factory=frozenset)
+    limits: TenantLimits = field(default_factory=TenantLimits)
 
 
 @dataclass(frozen=True, slots=True)
