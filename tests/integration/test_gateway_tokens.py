@@ -41,7 +41,6 @@ from services.common.system_clock import SystemClock
 from services.common.token_settings import TokenSettings
 from services.common.tokens import TokenVerifier
 from services.gateway.core.tenancy import TenantBounds, TenantLimits
-from services.gateway.dispatcher.reception import Reception
 from tests.fakes.key_server import key_server
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.any_call import methods_of, refusal
@@ -150,7 +149,7 @@ async def test_every_method_wants_its_scope(gateway: GatewayWorld, method: Any) 
         assert (error.code(), reason_of(error)) == (grpc.StatusCode.PERMISSION_DENIED, "SCOPE_MISSING")
         assert "generate" in (error.details() or "")
     for scope in ALLOWED[method.name] - {"generate"}:
-        call = gateway.channel.unary_unary(f"/interlock.v1.GatewayService/{method.name}")
+        call: Any = gateway.channel.unary_unary(f"/interlock.v1.GatewayService/{method.name}")
         await call(b"", metadata=with_claims(scope=scope))
 
 
@@ -185,20 +184,13 @@ async def test_the_systems_band_wants_its_scope(gateway: GatewayWorld) -> None:
     assert joined([event async for event in gateway.call(request, metadata=both)]) == "fine"
 
 
-async def test_limits_of_the_token_become_the_principals(gateway: GatewayWorld) -> None:
+async def test_limits_of_the_token_become_the_principals() -> None:
     """What the `interlock` claim asks for, within the bounds of the configuration."""
     bounds = TenantBounds(most=TenantLimits(1_000, 4, 10), default=TenantLimits(100, None, 2))
-    reception = Reception(
-        TokenVerifier(SECRET),
-        None,
-        None,
-        None,
-        tenants=bounds,  # type: ignore[arg-type]
-    )
-    asked = with_claims(interlock={"tokens_per_minute": 5_000, "concurrency": 3})
-    assert reception.authenticate(asked, "generate").limits == TenantLimits(1_000, 3, 2)
-    assert reception.authenticate(with_claims(), "generate").limits == TenantLimits(100, 4, 2)
-    assert gateway.reception.authenticate(with_claims(), "generate").limits == TenantLimits()
+    async with open_gateway(verifier=TokenVerifier(SECRET), tenants=bounds) as world:
+        asked = with_claims(interlock={"tokens_per_minute": 5_000, "concurrency": 3})
+        assert world.reception.authenticate(asked, "generate").limits == TenantLimits(1_000, 3, 2)
+        assert world.reception.authenticate(with_claims(), "generate").limits == TenantLimits(100, 4, 2)
 
 
 def settings(algorithm: str, place: str) -> TokenSettings:
