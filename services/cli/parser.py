@@ -128,7 +128,7 @@ def _token(commands: _Commands) -> None:
     parser.add_argument(
         "--key", metavar="FILE", help="private key (PEM) to sign with, in the place of the home's secret"
     )
-    inner = parser.add_subparsers(metavar="COMMAND")
+    inner = parser.add_subparsers(metavar="[revoke|jwks]")
     revoke = _command(
         inner,
         "revoke",

@@ -30,6 +30,7 @@ SHARED_FIELDS = (
     "jwt_audience",
     "jwt_issuer",
     "jwt_jwks",
+    "jwt_jwks_http",
     "jwt_secret",
     "log_level",
     "mesh_token",

@@ -66,10 +66,15 @@ class Trust:
 
     async def run(self) -> None:
         """Follows both until it is cancelled."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self.revocations.run())
-            if self.follower is not None:
-                group.create_task(self.follower.run())
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.revocations.run())
+                if self.follower is not None:
+                    group.create_task(self.follower.run())
+        except Exception as error:
+            # A defect: keys and revocations stay as they are, and somebody must learn it.
+            logs.get_logger().error("trust.crashed", exc_info=error)
+            raise
 
 
 class NewKeys(Interceptor):
