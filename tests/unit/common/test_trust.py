@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
+from structlog.testing import capture_logs
 
 from services.common import config, trust
 from services.common.config import ConfigInvalid
 from services.common.errors import TokenInvalid, TokenRevoked
+from services.common.revocation import RevocationList
 from services.common.system_clock import SystemClock
+from services.common.token_claims import TimeRules
 from services.common.token_keys import SecretWeak
 from services.common.token_settings import TokenSettings
 from services.common.trust import Trust
@@ -97,6 +101,20 @@ async def test_a_secret_needs_no_follower() -> None:
     await tokens.revocations.revoke("one")
     with pytest.raises(TokenRevoked):
         tokens.verifier.verify(signer("HS256").token(jti="one"))
+
+
+async def test_a_defect_is_told_and_not_hidden() -> None:
+    """Whatever ends the following of keys and revocations is in the log, and reaches whoever runs it."""
+
+    class Broken(RevocationList):
+        async def run(self) -> None:
+            raise RuntimeError("a defect")
+
+    tokens = built(jwt_secret=RIGHT)
+    broken = replace(tokens, revocations=Broken(None, TimeRules(), lambda: 0.0))
+    with capture_logs() as lines, pytest.raises(ExceptionGroup):
+        await broken.run()
+    assert [line["event"] for line in lines] == ["trust.crashed"]
 
 
 def test_one_variable_reaches_every_service(tmp_path: Path) -> None:
