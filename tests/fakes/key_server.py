@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -27,17 +28,22 @@ class KeyServer:
     trickle_s: float = 0.0
     requests: list[str] = field(default_factory=list)
     port: int = 0
+    scheme: str = "http"
 
     @property
     def url(self) -> str:
         """Where the keys are."""
-        return f"http://127.0.0.1:{self.port}/keys?v=1"
+        return f"{self.scheme}://127.0.0.1:{self.port}/keys?v=1"
 
 
 @contextmanager
-def key_server(document: bytes = b"") -> Iterator[KeyServer]:
-    """A server on a free port, in a thread."""
-    told = KeyServer(document)
+def key_server(document: bytes = b"", tls: ssl.SSLContext | None = None) -> Iterator[KeyServer]:
+    """A server on a free port, in a thread; with `tls` over https."""
+    told = KeyServer(document, scheme="http" if tls is None else "https")
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: Any) -> None:
+            """Says nothing of callers that hang up, such as one that does not trust the certificate."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -59,7 +65,9 @@ def key_server(document: bytes = b"") -> Iterator[KeyServer]:
         def log_message(self, *_: Any) -> None:
             """Says nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     server.daemon_threads = False
     told.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

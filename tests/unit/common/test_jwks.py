@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
+import ipaddress
 import os
+import ssl
 import time
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from services.common.jwks import (
     KEY_SET_BYTES_MAX,
@@ -127,6 +134,50 @@ def test_a_url_is_fetched_with_its_query() -> None:
         assert source.read() == key_set(FIRST)
         assert source.read() is None
         assert issuer.requests == ["/keys?v=1"] * 2
+
+
+def certificate(directory: Path) -> tuple[Path, ssl.SSLContext]:
+    """A certificate for this machine that vouches for itself, and a server's context with it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "issuer")])
+    now = dt.datetime.now(dt.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - dt.timedelta(hours=1))
+        .not_valid_after(now + dt.timedelta(hours=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
+        )
+        .sign(key, hashes.SHA256())
+    )
+    public, private = directory / "issuer.crt", directory / "issuer.key"
+    public.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(public, private)
+    return public, context
+
+
+def test_https_believes_certificates_that_the_machine_believes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is not who the name says publishes no keys of ours."""
+    public, tls = certificate(tmp_path)
+    with key_server(key_set(FIRST), tls) as issuer:
+        with pytest.raises(KeySetUnreadable, match="SSLCertVerificationError"):
+            KeySetUrl(issuer.url).read()
+        monkeypatch.setenv("SSL_CERT_FILE", str(public))
+        assert KeySetUrl(issuer.url).read() == key_set(FIRST)
+        with pytest.raises(KeySetUnreadable, match="SSLCertVerificationError"):
+            KeySetUrl(issuer.url.replace("127.0.0.1", "localhost")).read()
 
 
 @pytest.mark.parametrize("status", [302, 404, 500, 204])
