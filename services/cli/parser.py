@@ -29,6 +29,8 @@ SCOPES = ("generate", "models:read", "admin", "priority:system")
 
 # Each process takes a core or a gigabyte; beyond this a typing error is likelier than a wish.
 _PROCESSES_MAX = 64
+# No machine makes a billion tokens a minute; more digits are a typing error.
+_LIMIT_MAX = 1_000_000_000
 
 # What argparse returns for commands; it has no public name.
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001 - see above
@@ -107,16 +109,49 @@ def _token(commands: _Commands) -> None:
     parser = _command(
         commands,
         "token",
-        "Print a bearer token for the mesh of this home.",
+        "Print a bearer token for the mesh of this home, or take one back.",
         run="token",
         examples="""\
   interlock token                                          every scope, eight hours
   interlock token --sub alice --scope generate --ttl 15m   for somebody else
+  interlock token --sub batch --weight 3 --concurrency 8   with limits, which the gateway's own bound
+  interlock token revoke "$TOKEN"                          refused everywhere within five seconds
+  interlock token --key signer.pem                         for services that check RS256, ES256 or EdDSA
+  interlock token jwks signer.pem > jwks.json              what those services are given as jwt_jwks
   curl -H "authorization: Bearer $(interlock token)" http://127.0.0.1:8080/v1/admin/workers""",
     )
     parser.add_argument("--sub", default="local", help="whom it is for: the tenant (%(default)s)")
     parser.add_argument("--scope", default=" ".join(SCOPES), help='what it allows ("%(default)s")')
     parser.add_argument("--ttl", type=_duration_s, default="8h", help="how long, at most 24h (%(default)s)")
+    _token_limits(parser)
+    parser.add_argument("--jti", metavar="ID", help="name to revoke it by (a random one)")
+    parser.add_argument(
+        "--key", metavar="FILE", help="private key (PEM) to sign with, in the place of the home's secret"
+    )
+    inner = parser.add_subparsers(metavar="[revoke|jwks]")
+    revoke = _command(
+        inner,
+        "revoke",
+        "Take a token back before its end.",
+        run="revoke",
+        examples="""\
+  interlock token revoke eyJhbGciOi...   by the token itself: only its jti is sent
+  interlock token revoke 3f2a9c...       by its jti""",
+    )
+    revoke.add_argument("token", metavar="TOKEN|JTI", help="the token, or its jti")
+    keys = _command(inner, "jwks", "Print the JWK set of private keys' public halves.", run="token:key_set")
+    keys.add_argument("keys", nargs="+", metavar="FILE", help="private key (PEM)")
+
+
+def _token_limits(parser: argparse.ArgumentParser) -> None:
+    limits = parser.add_argument_group("limits", "What the tenant may use, within the gateways' own bounds.")
+    limits.add_argument(
+        "--tokens-per-minute", type=_count_of(_LIMIT_MAX), metavar="N", help="of prompt and output together"
+    )
+    limits.add_argument("--concurrency", type=_count_of(_LIMIT_MAX), metavar="N", help="requests at once")
+    limits.add_argument(
+        "--weight", type=_count_of(100), metavar="N", help="share of a busy mesh, relative to other tenants"
+    )
 
 
 def _chat(commands: _Commands) -> None:

@@ -1,12 +1,17 @@
-"""`interlock token`. Owns: how a bearer token for the local mesh is made by hand."""
+"""`interlock token`. Owns: how a bearer token is made by hand, and which keys servers are told for it."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from pathlib import Path
+from typing import Any
 
 from services.cli.failure import CommandFailed
-from services.common.tokens import SCOPES, SecretWeak, mint
+from services.common.token_claims import LIMITS_CLAIM, SCOPES, TOKEN_ID_BYTES_MAX, is_name
+from services.common.token_keys import SecretWeak
+from services.common.token_mint import KeyUnusable, SigningKey, mint, read_signing_key
 from services.local.home import Home, HomeUnusable
 
 
@@ -20,12 +25,49 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if not arguments.sub.strip() or not arguments.sub.isprintable():
         raise CommandFailed("--sub must name whom the token is for, in printable characters.")
+    extra = _extra(arguments)
     try:
-        home = Home.of_environment(os.environ)
-        if not os.environ.get("INTERLOCK_JWT_SECRET"):
-            home.require()
-        secret = home.jwt_secret
-        print(mint(secret, subject=arguments.sub, scopes=scopes, ttl_s=arguments.ttl))
+        secret = _secret() if arguments.key is None else _signing_key(arguments.key)
+        print(mint(secret, subject=arguments.sub, scopes=scopes, ttl_s=arguments.ttl, extra=extra))
     except (SecretWeak, HomeUnusable) as error:
         raise CommandFailed(str(error)) from None
     return 0
+
+
+def key_set(arguments: argparse.Namespace) -> int:
+    """Prints the JWK set of the public halves of some private keys, as services read it."""
+    keys = [_signing_key(path).jwk for path in arguments.keys]
+    print(json.dumps({"keys": keys}, indent=2))
+    return 0
+
+
+def _secret() -> str:
+    home = Home.of_environment(os.environ)
+    if not os.environ.get("INTERLOCK_JWT_SECRET"):
+        home.require()
+    return home.jwt_secret
+
+
+def _signing_key(path: str) -> SigningKey:
+    try:
+        return read_signing_key(Path(path).read_bytes())
+    except KeyUnusable as error:
+        raise CommandFailed(f"{path}: {error}.") from None
+
+
+def _extra(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The claims that were asked for beside those that every token has."""
+    asked = {
+        "tokens_per_minute": arguments.tokens_per_minute,
+        "concurrency": arguments.concurrency,
+        "weight": arguments.weight,
+    }
+    limits = {name: value for name, value in asked.items() if value is not None}
+    extra: dict[str, Any] = {LIMITS_CLAIM: limits} if limits else {}
+    if arguments.jti is not None:
+        if not is_name(arguments.jti, TOKEN_ID_BYTES_MAX):
+            raise CommandFailed(
+                f"--jti has 1 to {TOKEN_ID_BYTES_MAX} bytes, none of them a control character."
+            )
+        extra["jti"] = arguments.jti
+    return extra

@@ -25,7 +25,17 @@ from pydantic_core import ErrorDetails
 C = TypeVar("C")
 
 # One setting for the whole mesh: `INTERLOCK_JWT_SECRET` reaches every service that has the field.
-SHARED_FIELDS = ("jwt_secret", "log_level", "mesh_token", "redis_url")
+SHARED_FIELDS = (
+    "jwt_algorithm",
+    "jwt_audience",
+    "jwt_issuer",
+    "jwt_jwks",
+    "jwt_jwks_http",
+    "jwt_secret",
+    "log_level",
+    "mesh_token",
+    "redis_url",
+)
 
 # A configuration is a page, not a data set; this bound keeps a wrong path from being read whole.
 CONFIG_FILE_BYTES_MAX = 1 << 20

@@ -73,6 +73,13 @@ class TokenExpired(InterlockError):
     reason = "TOKEN_EXPIRED"
 
 
+class TokenRevoked(InterlockError):
+    """The token was taken back before its end."""
+
+    code = Code.UNAUTHENTICATED
+    reason = "TOKEN_REVOKED"
+
+
 class ScopeMissing(InterlockError):
     """The token does not allow the call."""
 

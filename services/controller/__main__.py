@@ -8,12 +8,13 @@ import sys
 from interlock.http.v1 import http_service_pb2_grpc
 from interlock.v1 import controller_service_pb2_grpc
 
-from services.common import announce, config, logs, metrics, redis_client, server
+from services.common import announce, config, logs, metrics, redis_client, server, trust
 from services.common.clock import Clock
 from services.common.errors import ArtifactInvalid
 from services.common.interceptors import MeshOnly
 from services.common.system_clock import SystemClock
-from services.common.tokens import SecretWeak, TokenVerifier
+from services.common.tokens import SecretWeak
+from services.common.trust import Trust
 from services.controller import http_servicer, servicer
 from services.controller.adapters.local_revisions import LocalRevisionFiles, read_revision
 from services.controller.adapters.redis_route import RedisRouteStore
@@ -43,17 +44,18 @@ async def run(
 
     Raises:
         ArtifactInvalid: The model's directory cannot be served.
+        ConfigInvalid: The URL of Redis is of no known form, or no key for tokens can be used.
         PortTaken: The address cannot be bound.
         SecretWeak: The JWT secret is too short.
     """
     clock = clock or SystemClock()
-    verifier = _verifier(settings, clock)
-    catalog = await _register(settings, clock)
     redis = None
     if store is None:
         redis = redis_client.connect(settings.redis_url.get_secret_value())
         store = RedisRouteStore(redis)
     try:
+        tokens = trust.build(settings, clock, redis)
+        catalog = await _register(settings, clock)
         coordinator = Coordinator(
             catalog,
             store,
@@ -61,7 +63,7 @@ async def run(
             lease_ttl_s=settings.lease_ttl_s,
             prepare_timeout_s=settings.prepare_timeout_s,
         )
-        await _serve(settings, coordinator, catalog, verifier, clock, wait)
+        await _serve(settings, coordinator, catalog, tokens, clock, wait)
     finally:
         if redis is not None:
             await redis.close()
@@ -86,33 +88,27 @@ async def _register(settings: ControllerConfig, clock: Clock) -> Catalog:
     return catalog
 
 
-def _verifier(settings: ControllerConfig, clock: Clock) -> TokenVerifier:
-    return TokenVerifier(
-        settings.jwt_secret.get_secret_value(),
-        issuer=settings.jwt_issuer,
-        audience=settings.jwt_audience,
-        lifetime_max_s=settings.jwt_lifetime_max_s,
-        leeway_s=settings.jwt_leeway_s,
-        now=clock.now,
-    )
-
-
 async def _serve(
     settings: ControllerConfig,
     coordinator: Coordinator,
     catalog: Catalog,
-    verifier: TokenVerifier,
+    tokens: Trust,
     clock: Clock,
     wait: server.Wait,
 ) -> None:
+    await tokens.load()
     mesh_only = MeshOnly(settings.mesh_token.get_secret_value(), servicer.MESH_METHODS)
-    serving = server.create((servicer.SERVICE, http_servicer.SERVICE), clock, interceptors=[mesh_only])
+    serving = server.create(
+        (servicer.SERVICE, http_servicer.SERVICE), clock, interceptors=[mesh_only, *tokens.interceptors]
+    )
     controller_service_pb2_grpc.add_ControllerServiceServicer_to_server(
-        servicer.ControllerServicer(coordinator, catalog, LocalRevisionFiles(catalog), verifier, clock),
+        servicer.ControllerServicer(
+            coordinator, catalog, LocalRevisionFiles(catalog), tokens.verifier, clock, tokens.revocations
+        ),
         serving.grpc_server,
     )
     http_service_pb2_grpc.add_AdminHttpServiceServicer_to_server(
-        http_servicer.AdminHttpServicer(coordinator, catalog, verifier, clock), serving.grpc_server
+        http_servicer.AdminHttpServicer(coordinator, catalog, tokens.verifier, clock), serving.grpc_server
     )
     address = serving.bind(settings.bind)
     await serving.start()
@@ -121,6 +117,7 @@ async def _serve(
     logs.get_logger().info("process.started", address=address)
     leading = asyncio.create_task(coordinator.run(), name="controller.coordinator")
     telling = asyncio.create_task(_tell_health(serving, coordinator), name="controller.health")
+    trusting = asyncio.create_task(tokens.run(), name="controller.trust")
 
     async def drain() -> None:
         telling.cancel()
@@ -129,7 +126,7 @@ async def _serve(
         await serving.grpc_server.stop(STOP_GRACE_S)
 
     waiting = asyncio.ensure_future(wait(drain))
-    tasks: tuple[asyncio.Future[None], ...] = (waiting, leading, telling)
+    tasks: tuple[asyncio.Future[None], ...] = (waiting, leading, telling, trusting)
     try:
         # A coordinator that ends by itself has a defect; the process ends with it and is started again.
         ended, _ = await asyncio.wait({waiting, leading}, return_when=asyncio.FIRST_COMPLETED)

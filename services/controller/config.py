@@ -9,12 +9,13 @@ from typing import Annotated
 from pydantic import Field, SecretStr
 
 from services.common.credential import MESH_TOKEN_CHARS_MIN
+from services.common.token_settings import TokenSettings
 
 REDIS_URL_DEFAULT = SecretStr("redis://127.0.0.1:6379/0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ControllerConfig:
+class ControllerConfig(TokenSettings):
     """What one controller process is told at its start."""
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Name in the mesh.")] = (
@@ -32,11 +33,6 @@ class ControllerConfig:
     mesh_token: Annotated[
         SecretStr, Field(min_length=MESH_TOKEN_CHARS_MIN, description="Join token of the mesh.")
     ]
-    jwt_secret: Annotated[SecretStr, Field(description="HS256 secret, 32 bytes or more.")]
-    jwt_issuer: str = "interlock"
-    jwt_audience: str = "interlock"
-    jwt_lifetime_max_s: Annotated[int, Field(ge=60)] = 86_400
-    jwt_leeway_s: Annotated[int, Field(ge=0, le=300)] = 30
     model_path: Annotated[Path, Field(description="Directory of the model, in Hugging Face format.")]
     model_name: Annotated[
         str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="Name that requests give.")

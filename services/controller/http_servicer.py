@@ -71,6 +71,7 @@ class AdminHttpServicer(http_service_pb2_grpc.AdminHttpServiceServicer):
             message = make()
         except InterlockError as error:
             return await _refusal(context, error)
+        await context.send_initial_metadata(((REQUEST_ID_KEY, ids.new_request_id()),))
         text = json_format.MessageToJson(
             message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True, indent=None
         )

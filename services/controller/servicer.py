@@ -18,6 +18,7 @@ from services.common import logs
 from services.common.clock import Clock
 from services.common.errors import ArgumentInvalid, FeatureUnsupported, InterlockError
 from services.common.grpc_types import Context
+from services.common.revocation import RevocationList
 from services.common.tokens import TokenVerifier, bearer_token
 from services.controller.adapters import admin_messages
 from services.controller.adapters.member_messages import command_message, read_hello, read_report
@@ -52,6 +53,7 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         files: Their content.
         verifier: Believes the operators' tokens.
         clock: The time.
+        revocations: The tokens that were taken back.
     """
 
     def __init__(
@@ -61,12 +63,14 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         files: RevisionFiles,
         verifier: TokenVerifier,
         clock: Clock,
+        revocations: RevocationList,
     ) -> None:
         self._coordinator = coordinator
         self._catalog = catalog
         self._files = files
         self._verifier = verifier
         self._clock = clock
+        self._revocations = revocations
 
     async def Attach(self, request_iterator: Requests, context: Context) -> AsyncIterator[pb.AttachResponse]:
         """One member, from its hello to the end of its stream."""
@@ -130,6 +134,7 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
     async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Context) -> pb.DrainWorkerResponse:
         """Takes a worker out of service until its process is replaced."""
         self._require(context, "admin")
+        _check_named(worker_id=request.worker_id)
         worker = self._coordinator.drain(request.worker_id, DRAIN_GRACE_S)
         model = self._catalog.default_model()
         return pb.DrainWorkerResponse(worker=admin_messages.worker_message(worker, model, self._clock))
@@ -139,6 +144,7 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
     ) -> pb.ListRevisionsResponse:
         """The revisions of a model."""
         self._require(context, "admin")
+        _check_named(model=request.model)
         workers, plan = self._coordinator.members(Kind.WORKER), self._coordinator.plan
         found = self._catalog.revisions(request.model)
         return pb.ListRevisionsResponse(
@@ -148,9 +154,18 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
     async def GetRevision(self, request: pb.GetRevisionRequest, context: Context) -> pb.GetRevisionResponse:
         """One revision."""
         self._require(context, "admin")
+        _check_named(model=request.model, revision=request.revision)
         workers, plan = self._coordinator.members(Kind.WORKER), self._coordinator.plan
         found = self._catalog.revision(request.model, request.revision)
         return pb.GetRevisionResponse(revision=admin_messages.revision_message(found, workers, plan))
+
+    async def RevokeToken(self, request: pb.RevokeTokenRequest, context: Context) -> pb.RevokeTokenResponse:
+        """Takes a token back before its end."""
+        self._require(context, "admin")
+        ends_s = await self._revocations.revoke(request.token_id)
+        response = pb.RevokeTokenResponse()
+        response.forget_time.FromSeconds(int(ends_s))
+        return response
 
     async def PlanUpload(self, request: pb.PlanUploadRequest, context: Context) -> NoReturn:
         """Not served by this version."""
@@ -212,3 +227,10 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         # Who may not call it learns that first.
         self._require(context, "admin")
         raise FeatureUnsupported(f"{method} is not served by this version.")
+
+
+def _check_named(**names: str) -> None:
+    """Raises ArgumentInvalid for a name that was left out."""
+    for field, name in names.items():
+        if not name:
+            raise ArgumentInvalid(f"{field}: missing.")

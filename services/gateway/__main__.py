@@ -9,10 +9,11 @@ import sys
 from interlock.http.v1 import http_service_pb2_grpc
 from interlock.v1 import gateway_service_pb2_grpc
 
-from services.common import announce, config, ids, logs, metrics, redis_client, server
+from services.common import announce, config, ids, logs, metrics, redis_client, server, trust
 from services.common.clock import Clock
 from services.common.system_clock import SystemClock
-from services.common.tokens import SecretWeak, TokenVerifier
+from services.common.tokens import SecretWeak
+from services.common.trust import Trust
 from services.gateway.adapters.controller_link import ControllerLink, Membership
 from services.gateway.adapters.grpc_worker import GrpcWorkerPool
 from services.gateway.adapters.redis_queue import RedisJobQueue
@@ -21,6 +22,7 @@ from services.gateway.core.catalog import Catalog
 from services.gateway.core.ports import JobQueue
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.readiness import Readiness
+from services.gateway.core.tenancy import TenantBounds, TenantLimits
 from services.gateway.dispatcher.dispatch import Dispatcher, DispatcherLimits
 from services.gateway.dispatcher.generation import GenerationLimits
 from services.gateway.dispatcher.reception import DeadlineLimits, Reception
@@ -51,36 +53,40 @@ async def run(
         wait: Returns when the server shall end, after it has run its argument.
 
     Raises:
-        ConfigInvalid: The URL of Redis is of no known form.
+        ConfigInvalid: The URL of Redis is of no known form, or no key for tokens can be used.
         PortTaken: The address cannot be bound.
         SecretWeak: The JWT secret is too short.
     """
     clock = clock or SystemClock()
     if queue is not None:
-        await _serve(settings, queue, clock, wait)
+        await _serve(settings, queue, trust.build(settings, clock, None), clock, wait)
         return
     store = redis_client.connect(settings.redis_url.get_secret_value())
     limits = QueueLimits(waiting_jobs_max=settings.queue_jobs_max, failover_wait_s=settings.failover_wait_s)
     redis_queue = RedisJobQueue(store, settings.id, limits)
     try:
         await redis_queue.start()
-        await _serve(settings, redis_queue, clock, wait)
+        await _serve(settings, redis_queue, trust.build(settings, clock, store), clock, wait)
     finally:
         await redis_queue.close()
         await store.close()
 
 
-async def _serve(settings: GatewayConfig, queue: JobQueue, clock: Clock, wait: server.Wait) -> None:
+async def _serve(
+    settings: GatewayConfig, queue: JobQueue, tokens: Trust, clock: Clock, wait: server.Wait
+) -> None:
+    await tokens.load()
     catalog = Catalog()
     workers = GrpcWorkerPool(settings.id, settings.mesh_token.get_secret_value(), clock)
     dispatcher = _dispatcher(settings, queue, workers, clock, catalog)
     reception = Reception(
-        _verifier(settings, clock),
+        tokens.verifier,
         catalog,
         dispatcher,
         DeadlineLimits(settings.deadline_default_s, settings.deadline_max_s),
+        tenants=_tenants(settings),
     )
-    serving = server.create(SERVICES, clock)
+    serving = server.create(SERVICES, clock, interceptors=tokens.interceptors)
     address = serving.bind(settings.bind)
     link = ControllerLink(_membership(settings, address), catalog)
     readiness = Readiness(
@@ -102,6 +108,7 @@ async def _serve(settings: GatewayConfig, queue: JobQueue, clock: Clock, wait: s
     work = [
         asyncio.create_task(link.run(), name="gateway.link"),
         asyncio.create_task(dispatcher.run(), name="gateway.dispatcher"),
+        asyncio.create_task(tokens.run(), name="gateway.trust"),
         asyncio.create_task(_tell_health(serving, readiness), name="gateway.health"),
     ]
 
@@ -143,14 +150,16 @@ def _dispatcher(
     )
 
 
-def _verifier(settings: GatewayConfig, clock: Clock) -> TokenVerifier:
-    return TokenVerifier(
-        settings.jwt_secret.get_secret_value(),
-        issuer=settings.jwt_issuer,
-        audience=settings.jwt_audience,
-        lifetime_max_s=settings.jwt_lifetime_max_s,
-        leeway_s=settings.jwt_leeway_s,
-        now=clock.now,
+def _tenants(settings: GatewayConfig) -> TenantBounds:
+    return TenantBounds(
+        most=TenantLimits(
+            settings.tenant_tokens_per_minute_max, settings.tenant_concurrency_max, settings.tenant_weight_max
+        ),
+        default=TenantLimits(
+            settings.tenant_tokens_per_minute_default,
+            settings.tenant_concurrency_default,
+            settings.tenant_weight_default,
+        ),
     )
 
 

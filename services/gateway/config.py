@@ -9,12 +9,13 @@ from typing import Annotated
 from pydantic import Field, SecretStr
 
 from services.common.credential import MESH_TOKEN_CHARS_MIN
+from services.common.token_settings import TokenSettings
 
 REDIS_URL_DEFAULT = SecretStr("redis://127.0.0.1:6379/0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GatewayConfig:
+class GatewayConfig(TokenSettings):
     """What one gateway process is told at its start."""
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Name in the mesh.")] = (
@@ -36,11 +37,25 @@ class GatewayConfig:
     mesh_token: Annotated[
         SecretStr, Field(min_length=MESH_TOKEN_CHARS_MIN, description="Join token of the mesh.")
     ]
-    jwt_secret: Annotated[SecretStr, Field(description="HS256 secret, 32 bytes or more.")]
-    jwt_issuer: str = "interlock"
-    jwt_audience: str = "interlock"
-    jwt_lifetime_max_s: Annotated[int, Field(ge=60)] = 86_400
-    jwt_leeway_s: Annotated[int, Field(ge=0, le=300)] = 30
+    # Unlimited unless an operator says otherwise: a mesh of one team needs no quotas.
+    tenant_tokens_per_minute_default: Annotated[
+        int | None, Field(ge=1, description="For tokens that name no rate; absent: any number.")
+    ] = None
+    tenant_tokens_per_minute_max: Annotated[
+        int | None, Field(ge=1, description="Most that a token may ask for; absent: any number.")
+    ] = None
+    tenant_concurrency_default: Annotated[
+        int | None, Field(ge=1, description="Requests at once for tokens that name no number.")
+    ] = None
+    tenant_concurrency_max: Annotated[
+        int | None, Field(ge=1, description="Most requests at once that a token may ask for.")
+    ] = None
+    tenant_weight_default: Annotated[
+        int, Field(ge=1, le=100, description="Share in the queue for tokens that name none.")
+    ] = 1
+    tenant_weight_max: Annotated[
+        int, Field(ge=1, le=100, description="Largest share that a token may ask for.")
+    ] = 100
     # A minute of work for a busy laptop; beyond it, waiting helps nobody.
     queue_jobs_max: Annotated[
         int, Field(ge=1, le=1_000_000, description="Most jobs that wait per model.")

@@ -11,8 +11,10 @@ from typing import Any
 
 import grpc
 import pytest
+from interlock.v1 import controller_service_pb2 as controller_pb
 from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import gateway_service_pb2_grpc
+from interlock.v1.controller_service_pb2_grpc import ControllerServiceStub
 
 from services.common.tokens import mint
 from tests.fixtures.mesh import Mesh
@@ -33,6 +35,11 @@ def stub(mesh: Mesh) -> Iterator[Any]:
 def bearer(token: str) -> tuple[tuple[str, str], ...]:
     """The metadata that carries a token."""
     return (("authorization", f"Bearer {token}"),)
+
+
+def reason_of(error: Any) -> str:
+    """The machine-readable reason of a failed call, without its prefix."""
+    return str(dict(error.trailing_metadata())["interlock-reason"]).removeprefix("ERROR_REASON_")
 
 
 def secret(mesh: Mesh) -> str:
@@ -140,6 +147,51 @@ def test_internal_headers_of_a_client_change_nothing(mesh: Mesh) -> None:
     """Headers that services speak among themselves are stripped at the door."""
     forged = {"x-interlock-status": "204", "x-interlock-mesh-token": "x", "x-interlock-gateway-id": "x"}
     assert mesh.post("/v1/generate", {"text": "Hi", "max_tokens": 1}, headers=forged).status == 200
+
+
+def test_internal_metadata_over_grpc_changes_nothing(mesh: Mesh, stub: Any) -> None:
+    """The same by gRPC: a forged credential lets nobody in, and a forged status reaches no answer."""
+    forged = (("x-interlock-mesh-token", "m" * 32), ("x-interlock-status", "204"))
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Generate(pb.GenerateRequest(text="Hi"), metadata=forged))
+    assert reason_of(caught.value) == "TOKEN_MISSING"
+    request = pb.GenerateRequest(text="Hi", max_tokens=1)
+    call = stub.Generate(request, metadata=(*bearer(mesh.token), *forged))
+    assert [event for event in call if event.HasField("finished")]
+    assert "x-interlock-status" not in dict(call.initial_metadata())
+
+
+def test_a_users_token_opens_no_admin_call(mesh: Mesh) -> None:
+    """Through Envoy as well: PERMISSION_DENIED, and nothing happened."""
+    user = mint(secret(mesh), subject="a", scopes=["generate", "models:read"], ttl_s=60)
+    with grpc.insecure_channel(mesh.address) as channel:
+        admin: Any = ControllerServiceStub(channel)  # type: ignore[arg-type]
+        for call, request in (
+            (admin.DrainWorker, controller_pb.DrainWorkerRequest(worker_id="worker-1")),
+            (admin.RevokeToken, controller_pb.RevokeTokenRequest(token_id="a")),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                call(request, metadata=bearer(user), timeout=10)
+            assert reason_of(caught.value) == "SCOPE_MISSING"
+    assert mesh.ask("Hi", max_tokens=1)
+
+
+def test_a_revoked_token_is_refused_everywhere(mesh: Mesh) -> None:
+    """By the controller at once, by the gateway within its five seconds; other tokens of the subject work."""
+    stolen, other = (
+        mint(secret(mesh), subject="a", scopes=["generate", "admin"], ttl_s=60) for _ in range(2)
+    )
+    ask = {"text": "Hi", "max_tokens": 1}
+    assert mesh.post("/v1/generate", ask, token=stolen).status == 200
+    assert mesh.run("token", "revoke", stolen).returncode == 0
+    refused = mesh.get("/v1/admin/workers", token=stolen)
+    assert (refused.status, refused.json["error"]["reason"]) == (401, "ERROR_REASON_TOKEN_REVOKED")
+    deadline = time.monotonic() + 15
+    while (reply := mesh.post("/v1/generate", ask, token=stolen)).status == 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert (reply.status, reply.json["error"]["reason"]) == (401, "ERROR_REASON_TOKEN_REVOKED")
+    assert mesh.post("/v1/generate", ask, token=other).status == 200
 
 
 def test_inner_calls_cannot_be_made_from_outside(mesh: Mesh) -> None:

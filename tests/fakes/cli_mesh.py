@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
 from interlock.v1.controller_service_pb2 import (
     ControllerServiceListModelsResponse,
     ListWorkersResponse,
+    RevokeTokenRequest,
+    RevokeTokenResponse,
 )
 from interlock.v1.gateway_service_pb2 import GenerateRequest, GenerateResponse
 from interlock.v1.generation_pb2 import FINISH_REASON_STOP, Chunk, Finished
@@ -45,11 +48,13 @@ class FakeMesh(grpc.GenericRpcHandler):
         self.requests: list[GenerateRequest] = []
         self.answer = ("The capital", " is Paris.\x1b[31m")
         self.error: InterlockError | None = None
+        self.revoked: list[str] = []
         self._verifier = TokenVerifier(home.jwt_secret)
         self._handlers: dict[str, Callable[[], Any]] = {
             "/interlock.v1.GatewayService/Generate": self._generate,
             "/interlock.v1.ControllerService/ListModels": self._models,
             "/interlock.v1.ControllerService/ListWorkers": self._workers,
+            "/interlock.v1.ControllerService/RevokeToken": self._revoke,
         }
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
@@ -90,6 +95,15 @@ class FakeMesh(grpc.GenericRpcHandler):
         )
         reply = ListWorkersResponse(workers=[worker])
         return grpc.unary_unary_rpc_method_handler(lambda _, __: reply, response_serializer=_bytes)
+
+    def _revoke(self) -> Any:
+        def answer(request: RevokeTokenRequest, _: grpc.ServicerContext) -> RevokeTokenResponse:
+            self.revoked.append(request.token_id)
+            return RevokeTokenResponse(forget_time=Timestamp(seconds=1_800_000_000))
+
+        return grpc.unary_unary_rpc_method_handler(
+            answer, request_deserializer=RevokeTokenRequest.FromString, response_serializer=_bytes
+        )
 
 
 @contextmanager

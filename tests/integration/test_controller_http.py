@@ -32,6 +32,7 @@ async def get(controller: Controller, method: str, metadata: Any = ()) -> tuple[
         call = getattr(stub, method)(HttpBody(), metadata=metadata)
         bodies = [body async for body in call]
         initial = dict(await call.initial_metadata())
+    assert initial["x-request-id"]
     assert [body.content_type for body in bodies] == ["application/json"]
     return int(initial.get("x-interlock-status", 200)), json.loads(bodies[0].data)
 

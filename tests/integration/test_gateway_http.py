@@ -310,12 +310,13 @@ async def test_a_client_that_leaves_a_stream_frees_its_slot(gateway: GatewayWorl
 
 
 async def test_health_and_readiness_are_told_apart(gateway: GatewayWorld) -> None:
-    """A draining gateway is alive and not ready, and says why."""
-    assert (await read_reply(gateway.http.Healthz(HttpBody()))).status == 200
+    """A draining gateway is alive and not ready, and says why; every answer has an id."""
+    alive = await read_reply(gateway.http.Healthz(HttpBody()))
     await gateway.dispatcher.renew()
-    assert (await read_reply(gateway.http.Readyz(HttpBody()))).status == 200
+    ready = await read_reply(gateway.http.Readyz(HttpBody()))
     gateway.readiness.draining = True
     reply = await read_reply(gateway.http.Readyz(HttpBody()))
-    assert reply.status == 503
+    assert (alive.status, ready.status, reply.status) == (200, 200, 503)
+    assert all(one.headers["x-request-id"] for one in (alive, ready, reply))
     assert "shutting down" in reply.json["error"]["message"]
     assert (await read_reply(gateway.http.Healthz(HttpBody()))).status == 200

@@ -131,6 +131,11 @@ class ControllerServiceStub(object):
                 request_serializer=interlock_dot_v1_dot_controller__service__pb2.ForceBreakerRequest.SerializeToString,
                 response_deserializer=interlock_dot_v1_dot_controller__service__pb2.ForceBreakerResponse.FromString,
                 _registered_method=True)
+        self.RevokeToken = channel.unary_unary(
+                '/interlock.v1.ControllerService/RevokeToken',
+                request_serializer=interlock_dot_v1_dot_controller__service__pb2.RevokeTokenRequest.SerializeToString,
+                response_deserializer=interlock_dot_v1_dot_controller__service__pb2.RevokeTokenResponse.FromString,
+                _registered_method=True)
 
 
 class ControllerServiceServicer(object):
@@ -272,6 +277,13 @@ class ControllerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RevokeToken(self, request, context):
+        """Takes a token back before its end; every gateway and controller refuses it within five seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControllerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -369,6 +381,11 @@ def add_ControllerServiceServicer_to_server(servicer, server):
                     servicer.ForceBreaker,
                     request_deserializer=interlock_dot_v1_dot_controller__service__pb2.ForceBreakerRequest.FromString,
                     response_serializer=interlock_dot_v1_dot_controller__service__pb2.ForceBreakerResponse.SerializeToString,
+            ),
+            'RevokeToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeToken,
+                    request_deserializer=interlock_dot_v1_dot_controller__service__pb2.RevokeTokenRequest.FromString,
+                    response_serializer=interlock_dot_v1_dot_controller__service__pb2.RevokeTokenResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -886,6 +903,33 @@ class ControllerService(object):
             '/interlock.v1.ControllerService/ForceBreaker',
             interlock_dot_v1_dot_controller__service__pb2.ForceBreakerRequest.SerializeToString,
             interlock_dot_v1_dot_controller__service__pb2.ForceBreakerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/interlock.v1.ControllerService/RevokeToken',
+            interlock_dot_v1_dot_controller__service__pb2.RevokeTokenRequest.SerializeToString,
+            interlock_dot_v1_dot_controller__service__pb2.RevokeTokenResponse.FromString,
             options,
             channel_credentials,
             insecure,

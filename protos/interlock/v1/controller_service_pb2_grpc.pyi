@@ -58,6 +58,8 @@ class ControllerServiceStub:
     """The breakers of all gateways."""
     ForceBreaker: _aio.UnaryUnaryMultiCallable[_controller_service_pb2.ForceBreakerRequest, _controller_service_pb2.ForceBreakerResponse]
     """Holds a breaker open or closed, or lets it go."""
+    RevokeToken: _aio.UnaryUnaryMultiCallable[_controller_service_pb2.RevokeTokenRequest, _controller_service_pb2.RevokeTokenResponse]
+    """Takes a token back before its end; every gateway and controller refuses it within five seconds."""
 
 class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
     """The mesh's records and decisions. Admin calls carry a bearer token with the scope `admin`;
@@ -217,5 +219,13 @@ class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_controller_service_pb2.ForceBreakerRequest, _abc.Awaitable[_controller_service_pb2.ForceBreakerResponse]],
     ) -> _abc.Awaitable[_controller_service_pb2.ForceBreakerResponse]:
         """Holds a breaker open or closed, or lets it go."""
+
+    @_abc_1.abstractmethod
+    def RevokeToken(
+        self,
+        request: _controller_service_pb2.RevokeTokenRequest,
+        context: _aio.ServicerContext[_controller_service_pb2.RevokeTokenRequest, _abc.Awaitable[_controller_service_pb2.RevokeTokenResponse]],
+    ) -> _abc.Awaitable[_controller_service_pb2.RevokeTokenResponse]:
+        """Takes a token back before its end; every gateway and controller refuses it within five seconds."""
 
 def add_ControllerServiceServicer_to_server(servicer: ControllerServiceServicer, server: _aio.Server) -> None: ...

@@ -1,4 +1,4 @@
-"""Tenants. Owns: what one tenant may take of a model's time. Data alone."""
+"""Tenancy. Owns: what a tenant may use, as its token asks for it and the configuration bounds it. Pure."""
 
 from __future__ import annotations
 
@@ -7,14 +7,42 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TenantLimits:
-    """What a tenant may take, as its token says within the bounds of the configuration.
+    """What one tenant may use.
 
     Attributes:
-        tokens_per_minute: Most tokens of prompts and answers in a minute; None: no bound.
-        concurrency: Most requests that run at once; None: no bound.
-        weight: Its share beside other tenants, 1 to 100.
+        tokens_per_minute: Tokens of prompt and output within a minute; None: any number.
+        concurrency: Requests at once, waiting ones included; None: any number.
+        weight: Its share in the queue, relative to other tenants; 1 to 100.
     """
 
     tokens_per_minute: int | None = None
     concurrency: int | None = None
     weight: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TenantBounds:
+    """What tenants get at most, and where their token does not say. None: any number.
+
+    Attributes:
+        most: No token gets more than this.
+        default: For tokens that do not say; never more than `most`.
+    """
+
+    most: TenantLimits = TenantLimits(weight=100)
+    default: TenantLimits = TenantLimits()
+
+    def grant(
+        self, *, tokens_per_minute: int | None, concurrency: int | None, weight: int | None
+    ) -> TenantLimits:
+        """What a tenant gets that asks for this; None: its token does not say."""
+        return TenantLimits(
+            _least(tokens_per_minute or self.default.tokens_per_minute, self.most.tokens_per_minute),
+            _least(concurrency or self.default.concurrency, self.most.concurrency),
+            min(weight or self.default.weight, self.most.weight),
+        )
+
+
+def _least(asked: int | None, most: int | None) -> int | None:
+    """The smaller one of two bounds of which either may be missing."""
+    return min((bound for bound in (asked, most) if bound is not None), default=None)

@@ -27,6 +27,7 @@ from services.gateway.core.params import (
     SamplingParams,
     TokenPrompt,
 )
+from services.gateway.core.tenancy import TenantBounds
 from services.gateway.dispatcher.dispatch import RETRY_WHEN_DRAINING_S, Dispatcher
 from services.gateway.dispatcher.generation import Generation
 
@@ -65,6 +66,7 @@ class Reception:
         catalog: What serves.
         dispatcher: Where requests go.
         deadlines: Bounds of deadlines.
+        tenants: Bounds of what tenants may use.
         draw_seed: Draws a seed for those who name none.
     """
 
@@ -75,12 +77,14 @@ class Reception:
         dispatcher: Dispatcher,
         deadlines: DeadlineLimits,
         *,
+        tenants: TenantBounds = TenantBounds(),  # noqa: B008 - it is frozen
         draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
     ) -> None:
         self._verifier = verifier
         self._catalog = catalog
         self._dispatcher = dispatcher
         self._deadlines = deadlines
+        self._tenants = tenants
         self._draw_seed = draw_seed
         self._draining = False
 
@@ -93,7 +97,7 @@ class Reception:
 
         Raises:
             Draining: The gateway shuts down; another one will take the call.
-            TokenMissing, TokenInvalid, TokenExpired: It is not clear who calls.
+            TokenMissing, TokenInvalid, TokenExpired, TokenRevoked: It is not clear who calls.
             ScopeMissing: They may not.
         """
         call_id = next((value for key, value in metadata if key == CALL_ID_KEY), None)
@@ -103,7 +107,11 @@ class Reception:
             raise Draining("The gateway is shutting down.", retry_after_s=RETRY_WHEN_DRAINING_S)
         claims = self._verifier.verify(bearer_token(metadata))
         claims.require(*scopes)
-        return Principal(claims.subject, claims.scopes)
+        asked = claims.limits
+        limits = self._tenants.grant(
+            tokens_per_minute=asked.tokens_per_minute, concurrency=asked.concurrency, weight=asked.weight
+        )
+        return Principal(claims.subject, claims.scopes, limits)
 
     def request_id(self, given: str | None) -> str:
         """Returns the caller's id for a request, once it is well-formed, or a new one."""

@@ -51,17 +51,19 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
 
     async def Healthz(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """Alive."""
-        del request, context
+        del request
+        await _Reply(context).begin(None)
         yield HttpBody(content_type=native.JSON_TYPE, data=b'{"status":"alive"}')
 
     async def Readyz(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """Ready, or why not."""
         del request
-        obstacle = self._readiness.obstacle()
+        obstacle, reply = self._readiness.obstacle(), _Reply(context)
         if obstacle is None:
+            await reply.begin(None)
             yield HttpBody(content_type=native.JSON_TYPE, data=b'{"status":"ready"}')
         else:
-            yield await _Reply(context).failed(NoWorker(obstacle, retry_after_s=1.0))
+            yield await reply.failed(NoWorker(obstacle, retry_after_s=1.0))
 
     async def _open(
         self, request: HttpBody, context: Context, reply: _Reply

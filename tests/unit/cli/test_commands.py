@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,25 +15,9 @@ from services.common.errors import QueueFull
 from services.common.tokens import TokenVerifier
 from services.local import state
 from services.local.home import Home
-from tests.fakes import cli_mesh
 from tests.fakes.cli_mesh import FakeMesh
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
-    """An empty home that the commands find."""
-    monkeypatch.setenv("INTERLOCK_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("INTERLOCK_JWT_SECRET", raising=False)
-    return Home(tmp_path / "home", {})
-
-
-@pytest.fixture
-def mesh(home: Home) -> Iterator[FakeMesh]:
-    """A mesh that seems to run in the home."""
-    with cli_mesh.running(home) as found:
-        yield found
 
 
 @pytest.mark.parametrize(
@@ -61,6 +44,11 @@ def test_without_a_mesh_commands_say_what_to_do(command: str, home: Home, capsys
         "token --ttl 25h",
         "token --ttl 0",
         "token --ttl later",
+        "token --weight 0",
+        "token --weight 101",
+        "token --concurrency few",
+        "token revoke",
+        "token jwks",
         "chat hi --max-tokens 0",
         "models",
     ],
@@ -74,7 +62,19 @@ def test_misuse_exits_with_2(command: str, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "up", "down", "status", "token", "chat", "models fetch", "workers list"]
+    "command",
+    [
+        "",
+        "up",
+        "down",
+        "status",
+        "token",
+        "token revoke",
+        "token jwks",
+        "chat",
+        "models fetch",
+        "workers list",
+    ],
 )
 def test_every_command_explains_itself(command: str, capsys: Capture) -> None:
     """`--help` works everywhere and exits with 0."""

@@ -1,0 +1,95 @@
+"""`interlock token`: what it puts into a token, who believes it, and how one is taken back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jwt
+import pytest
+
+from services.cli.__main__ import main
+from services.common.token_claims import AskedLimits
+from services.common.token_keys import PublishedKeys, read_key_set
+from services.common.tokens import TokenVerifier
+from services.local.home import Home
+from tests.fakes.cli_mesh import FakeMesh
+from tests.fixtures.token_forge import private_pem
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_a_token_names_limits_and_its_id(home: Home, capsys: Capture) -> None:
+    """What was asked for is in the claims, nothing else is; without `--jti` each token has its own."""
+    home.prepare()
+    verifier = TokenVerifier(home.jwt_secret)
+    assert (
+        main(["token", "--tokens-per-minute", "6000", "--concurrency", "4", "--weight", "3", "--jti", "x"])
+        == 0
+    )
+    claims = verifier.verify(capsys.readouterr().out.strip())
+    assert (claims.limits, claims.token_id) == (AskedLimits(6_000, 4, 3), "x")
+    ids = set()
+    for _ in range(2):
+        assert main(["token"]) == 0
+        claims = verifier.verify(capsys.readouterr().out.strip())
+        assert claims.limits == AskedLimits()
+        ids.add(claims.token_id)
+    assert len(ids - {None}) == 2
+
+
+def test_a_token_of_a_key_file_is_believed_by_its_key_set(
+    home: Home, tmp_path: Path, capsys: Capture
+) -> None:
+    """`token jwks` prints what services are given, `token --key` what they then believe, without a home."""
+    pem = tmp_path / "signer.pem"
+    pem.write_bytes(private_pem("ES256"))
+    assert main(["token", "jwks", str(pem)]) == 0
+    document = capsys.readouterr().out
+    assert '"d"' not in document
+    assert main(["token", "--key", str(pem), "--sub", "alice"]) == 0
+    keys = PublishedKeys("ES256")
+    keys.replace(read_key_set(document.encode(), "ES256"))
+    assert TokenVerifier(keys).verify(capsys.readouterr().out.strip()).subject == "alice"
+    assert not home.path.exists()
+
+
+@pytest.mark.parametrize("arguments", [["token", "--key"], ["token", "jwks"]], ids=["sign", "publish"])
+def test_a_file_that_signs_nothing_is_named(
+    arguments: list[str], home: Home, tmp_path: Path, capsys: Capture
+) -> None:
+    """Its path and what is wrong with it, in one line."""
+    del home
+    for content, words in ((b"nonsense", "private key"), (None, "No such file")):
+        pem = tmp_path / "signer.pem"
+        pem.unlink(missing_ok=True)
+        if content is not None:
+            pem.write_bytes(content)
+        assert main([*arguments, str(pem)]) == 1
+        told = capsys.readouterr().err
+        assert "signer.pem" in told
+        assert words in told
+
+
+def test_a_token_is_revoked_by_itself_or_by_its_id(mesh: FakeMesh, capsys: Capture) -> None:
+    """Only the id is sent; the answer says until when it is remembered."""
+    assert main(["token", "--jti", "stolen"]) == 0
+    token = capsys.readouterr().out.strip()
+    for given in (token, "stolen", "some.other.id"):
+        assert main(["token", "revoke", given]) == 0
+        assert "2027-01-15" in capsys.readouterr().out
+    assert mesh.revoked == ["stolen", "stolen", "some.other.id"]
+
+
+def test_a_token_without_an_id_cannot_be_revoked(mesh: FakeMesh, capsys: Capture) -> None:
+    """The command says so, and asks nobody."""
+    assert main(["token", "revoke", jwt.encode({"sub": "a"}, "x" * 32)]) == 1
+    assert "no jti" in capsys.readouterr().err
+    assert mesh.revoked == []
+
+
+@pytest.mark.parametrize("token_id", ["", "a\nb", "x" * 257])
+def test_an_id_is_a_name(token_id: str, home: Home, capsys: Capture) -> None:
+    """Nobody would believe a token with another one."""
+    home.prepare()
+    assert main(["token", "--jti", token_id]) == 1
+    assert "--jti" in capsys.readouterr().err
