@@ -8,6 +8,7 @@ from typing import Protocol
 from services.gateway.core.attempts import Output, RefusalReason, WorkOrder
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
 from services.gateway.core.params import Message
+from services.gateway.core.tenancy import TenantUsage
 
 
 class JobQueue(Protocol):
@@ -20,7 +21,9 @@ class JobQueue(Protocol):
         """Accepts a job, and grants it a slot at once where one is free and nobody is before it.
 
         Raises:
-            QueueFull: The model's bound is reached.
+            QueueFull: The model's bound or the tenant's is reached, or the job could not start before
+                its deadline by the present estimate.
+            QuotaExceeded: Its tokens do not fit into its tenant's minute.
             RequestExists: The id is in use by a job that has not ended; or this submission was
                 repeated after it had finished.
             DeadlineExceeded, RequestCancelled, WorkerLost: This submission was repeated after it had
@@ -45,7 +48,10 @@ class JobQueue(Protocol):
         ...
 
     async def settle(self, model: str, job_id: str, nonce: str, outcome: Outcome, used_tokens: int) -> None:
-        """Ends a granted job and frees its slot. Without effect unless the grant is current."""
+        """Ends a granted job and frees its slot. Without effect unless the grant is current.
+
+        What its tenant was charged, and what was reserved of its quota, is corrected to `used_tokens`.
+        """
         ...
 
     async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
@@ -77,6 +83,14 @@ class JobQueue(Protocol):
 
     async def length(self, model: str) -> int:
         """How many jobs wait."""
+        ...
+
+
+class UsageBook(Protocol):
+    """What tenants take. Methods raise StoreUnavailable."""
+
+    async def usage(self, model: str, tenant: str) -> TenantUsage:
+        """What a tenant takes of a model now."""
         ...
 
 
