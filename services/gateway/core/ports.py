@@ -110,6 +110,10 @@ class BreakerBoard(Protocol):
         ...
 
 
+class SharedQueue(JobQueue, UsageBook, BreakerBoard, Protocol):
+    """All faces of the one queue: what a gateway is composed of. Everything else asks for one face."""
+
+
 class Tokenizer(Protocol):
     """Text to token ids and back, with one model's chat template."""
 
