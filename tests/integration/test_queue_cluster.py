@@ -45,9 +45,9 @@ async def store(
     await store.close()
 
 
-def job_of(model: str, name: str) -> QueuedJob:
+def job_of(model: str, name: str, *, tenant: str = "tenant") -> QueuedJob:
     """A job of a model."""
-    return replace(make_job(f"{model}-{name}"), model=model)
+    return replace(make_job(f"{model}-{name}", tenant=tenant), model=model)
 
 
 async def enqueue_granted(queue: RedisJobQueue, job: QueuedJob) -> Grant:
@@ -71,9 +71,9 @@ async def test_every_operation_works_on_every_node(store: RedisStore) -> None:
     for model in MODELS:
         first = await enqueue_granted(queue, job_of(model, "a"))
         second = await enqueue_granted(queue, job_of(model, "b"))
-        assert await queue.enqueue(job_of(model, "c")) == Waiting(0)
+        assert isinstance(await queue.enqueue(job_of(model, "c")), Waiting)
         renewal = await queue.renew(model, {first.job_id: first.nonce}, frozenset({f"{model}-c"}))
-        assert renewal.waiting == {f"{model}-c": Waiting(0)}
+        assert renewal.waiting[f"{model}-c"].position == 0
         assert renewal.unknown == {second.job_id}
         await queue.cancel(model, f"{model}-c", f"submission-of-{model}-c")
         assert await queue.refused(model, second.job_id, second.nonce, hold_s=0.0)
@@ -102,8 +102,8 @@ async def test_grants_reach_the_other_gateway_across_nodes(store: RedisStore) ->
         await second.start()
         await second.wait_subscribed()
         for model in MODELS:
-            running = [await enqueue_granted(first, job_of(model, name)) for name in "xy"]
-            assert isinstance(await second.enqueue(job_of(model, "z")), Waiting)
+            running = [await enqueue_granted(first, job_of(model, name, tenant="other")) for name in "xy"]
+            assert isinstance(await second.enqueue(job_of(model, "z", tenant="other")), Waiting)
             await first.settle(model, running[0].job_id, running[0].nonce, Outcome.FINISHED, 1)
             grant = await heard.get()
             assert grant.job_id == f"{model}-z"
