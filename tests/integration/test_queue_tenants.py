@@ -81,6 +81,17 @@ async def test_a_requeue_gives_back_the_charge(world: QueueWorld) -> None:
     assert world.client.zscore(KEYS.prefix + "served:2", "a") == 0.0
 
 
+async def test_going_on_after_a_failure_costs_a_turn_too(world: QueueWorld) -> None:
+    """A pinned job goes before all turns, and its tenant's next job waits for those served less."""
+    running = await world.grant("a0", tenant="a")
+    await world.gateway().requeue(MODEL, "a0", running.nonce, emitted=True)
+    await world.wait("a1", tenant="a")
+    await world.wait("b0", tenant="b")
+    world.advance(1)
+    await world.gateway().reap(MODEL)
+    assert await world.finish_all(used=100) == ["a0", "b0", "a1"]
+
+
 async def test_an_idle_band_forgets_its_shares(world: QueueWorld) -> None:
     """When nothing waits or runs any more, everybody begins anew."""
     await world.finish(await world.grant("a", tenant="a"))

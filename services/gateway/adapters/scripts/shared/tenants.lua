@@ -101,6 +101,8 @@ local function charge_grant(job)
   job.charged = string.format('%.17g', tonumber(job.cost) / tonumber(job.weight))
   job.entry = entry_of(band, tenant)
   redis.call('ZINCRBY', PREFIX .. 'served:' .. band, job.charged, tenant)
+  -- The job leaves no line by which its tenant would be ranked anew.
+  if job.pin ~= '' then rank_tenant(band, tenant) end
 end
 
 -- Replaces what a grant was charged by what it used. Of a charge from before the tenant's last entry no more is
