@@ -82,14 +82,17 @@ async def test_a_requeue_gives_back_the_charge(world: QueueWorld) -> None:
 
 
 async def test_going_on_after_a_failure_costs_a_turn_too(world: QueueWorld) -> None:
-    """A pinned job goes before all turns, and its tenant's next job waits for those served less."""
-    running = await world.grant("a0", tenant="a")
-    await world.gateway().requeue(MODEL, "a0", running.nonce, emitted=True)
+    """A pinned job goes before all turns; while it runs, its tenant's next job waits for those served less."""
+    await world.add_worker("w2")
+    failed, other = await world.grant("a0", tenant="a"), await world.grant("x", tenant="x")
+    await world.gateway().requeue(MODEL, "a0", failed.nonce, emitted=True)
     await world.wait("a1", tenant="a")
     await world.wait("b0", tenant="b")
+    await world.finish(other)
+    assert world.running("w2") == {"a0"}
     world.advance(1)
     await world.gateway().reap(MODEL)
-    assert await world.finish_all(used=100) == ["a0", "b0", "a1"]
+    assert world.running("w1") == {"b0"}
 
 
 async def test_an_idle_band_forgets_its_shares(world: QueueWorld) -> None:
