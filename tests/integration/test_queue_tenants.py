@@ -82,7 +82,7 @@ async def test_a_requeue_gives_back_the_charge(world: QueueWorld) -> None:
 
 
 async def test_going_on_after_a_failure_costs_a_turn_too(world: QueueWorld) -> None:
-    """A pinned job goes before all turns; while it runs, its tenant's next job waits for those served less."""
+    """A pinned job goes before all turns; while it runs, the next job of its tenant waits its turn."""
     await world.add_worker("w2")
     failed, other = await world.grant("a0", tenant="a"), await world.grant("x", tenant="x")
     await world.gateway().requeue(MODEL, "a0", failed.nonce, emitted=True)
