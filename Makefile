@@ -68,6 +68,11 @@ down: $(RUNTIME) ## Stop the mesh
 test: $(DEV) ## Run every test
 	$(BIN)/pytest $(ARGS)
 
+.PHONY: soak
+soak: $(DEV) ## Random histories of the queue with faults, over 10,000 steps of each kind
+	INTERLOCK_SOAK_FACTOR=6 $(BIN)/pytest tests/integration/test_queue_properties.py \
+		tests/integration/test_queue_simulation.py $(ARGS)
+
 .PHONY: lint
 lint: $(DEV) $(PROTOS) ## Style, layers, protos, and that generated files are fresh
 	$(BIN)/ruff check .

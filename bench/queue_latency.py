@@ -1,6 +1,6 @@
 """Measures the queue's scripts against a Redis: latency of enqueue with grant and of settle, as JSON.
 
-    python -m bench.queue_latency REDIS_URL [--rounds N] [--waiting N]
+    python -m bench.queue_latency REDIS_URL [--rounds N] [--waiting N] [--workers N]
 
 Use an empty Redis; the model's name is its own, and its keys are deleted at the end.
 """
@@ -23,7 +23,6 @@ from services.gateway.core.jobs import Band, Grant, Outcome, QueuedJob
 from services.gateway.core.queue_limits import QueueLimits
 
 MODEL = "bench-queue"
-WORKERS = 4
 # The first calls open connections and load scripts.
 WARM_UP_ROUNDS = 50
 
@@ -33,11 +32,11 @@ def make_job(name: str) -> QueuedJob:
     return QueuedJob(name, MODEL, f"tenant-{hash(name) % 10}", Band.INTERACTIVE, 100, 3_600.0, name)
 
 
-async def prepare(store: RedisStore, slots: int) -> None:
+async def prepare(store: RedisStore, workers: int, slots: int) -> None:
     """Writes a route and some workers."""
     routes = RedisRouteStore(store)
     await routes.write_route(MODEL, 1, 1, {"r1": 100})
-    for number in range(WORKERS):
+    for number in range(workers):
         record = WorkerRecord(
             f"w{number}", "host:1", "i", slots, draining=False, ready=frozenset({"r1"}), lease_ttl_s=1e6
         )
@@ -66,11 +65,13 @@ async def measure_free(queue: RedisJobQueue, rounds: int) -> dict[str, list[floa
     return {name: values[WARM_UP_ROUNDS:] for name, values in took.items()}
 
 
-async def measure_busy(queue: RedisJobQueue, rounds: int, waiting: int) -> dict[str, list[float]]:
+async def measure_busy(
+    queue: RedisJobQueue, rounds: int, waiting: int, workers: int
+) -> dict[str, list[float]]:
     """Enqueue behind many, and settle that grants the next of them."""
     granted: list[Grant] = []
     queue.on_grant(granted.append)
-    for number in range(waiting + WORKERS):
+    for number in range(waiting + workers):
         answer = await queue.enqueue(make_job(f"busy-{number}"))
         if isinstance(answer, Grant):
             granted.append(answer)
@@ -92,15 +93,17 @@ def summary(values: list[float]) -> dict[str, int]:
     return {"p50_us": round(percentiles[49]), "p99_us": round(percentiles[98]), "calls": len(values)}
 
 
-async def run(url: str, rounds: int, waiting: int) -> dict[str, dict[str, int]]:
+async def run(url: str, rounds: int, waiting: int, workers: int) -> dict[str, dict[str, int]]:
     """Measures all and cleans up."""
     store = connect(url)
-    queue = RedisJobQueue(store, "bench", QueueLimits(waiting_jobs_max=10 * waiting + rounds))
+    bound = 10 * (waiting + workers) + rounds
+    limits = QueueLimits(waiting_jobs_max=bound, tenant_waiting_jobs_max=bound, aging_s=3_600.0)
+    queue = RedisJobQueue(store, "bench", limits)
     try:
-        await prepare(store, slots=8)
+        await prepare(store, workers, slots=8)
         found = await measure_free(queue, rounds + WARM_UP_ROUNDS)
-        await prepare(store, slots=1)
-        found |= await measure_busy(queue, rounds, waiting)
+        await prepare(store, workers, slots=1)
+        found |= await measure_busy(queue, rounds, waiting, workers)
     finally:
         keys = await store.fetch("KEYS", f"{ModelKeys(MODEL).prefix}*")
         for start in range(0, len(keys), 1_000):
@@ -115,8 +118,9 @@ def main() -> None:
     parser.add_argument("url", help="redis:// or unix:// URL")
     parser.add_argument("--rounds", type=int, default=2_000, help="calls of each kind")
     parser.add_argument("--waiting", type=int, default=1_000, help="jobs that wait meanwhile")
+    parser.add_argument("--workers", type=int, default=4, help="workers of the model")
     arguments = parser.parse_args()
-    found = asyncio.run(run(arguments.url, arguments.rounds, arguments.waiting))
+    found = asyncio.run(run(arguments.url, arguments.rounds, arguments.waiting, arguments.workers))
     print(json.dumps(found, indent=2))
 
 

@@ -151,6 +151,14 @@ class QueueFull(InterlockError):
     retryable = True
 
 
+class QuotaExceeded(InterlockError):
+    """The tenant's limit is used up for now."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    reason = "QUOTA_EXCEEDED"
+    retryable = True
+
+
 class DeadlineExceeded(InterlockError):
     """The request's deadline passed, or cannot be met."""
 

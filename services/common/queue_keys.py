@@ -7,9 +7,25 @@ All keys of a model `M` bear the hash tag `{il:M}`, so that a script's keys lie 
 | `route` | hash | `epoch`, `fence`, `w:<revision>` -> weight | controller |
 | `workers` | set | ids of the workers that have a record | controller |
 | `worker:<w>` | hash | `address incarnation slots draining lease_end_ms r:<ready revision>` | controller |
+| `holders:<revision>` | set | workers that are ready for it | controller |
+| `expiry` | zset | workers by the end of their lease | controller |
+| `fleet` | hash | `slots`: of all workers that are not draining | controller |
+| `free:<revision>` | zset | workers with a free slot, by load | all |
+| `takers` | zset | workers that take jobs, free or not, by the end of their lease | all |
+| `held` | zset | suspects by the end of the suspicion | gateways; controller |
+| `lapsed` | set | workers left out of `free`, as their lease had lapsed | all |
+| `open:<w>` | hash | open breakers: gateway -> `<end> <sleep>` in ms, or `forced` | gateways; controller |
+| `opened` | set | workers that have an `open:<w>` | gateways; controller |
 | `job:<id>` | hash | the record of a job; once it has ended, its outcome for a while | gateways |
 | `waiting:<band>:<tenant>` | zset | waiting jobs by arrival | gateways |
-| `tenants:<band>` | zset | tenants with a waiting job, by the arrival of their oldest | gateways |
+| `tenants:<band>` | zset | seats (`<arrival of the oldest job>:<tenant>`) by counter | gateways |
+| `served:<band>` | zset | tenants by counter: tokens charged, divided by weight | gateways |
+| `entered:<band>` | hash | tenant -> its entry, and what may be given back from before | gateways |
+| `floors` | hash | band -> counter at which an idle tenant enters | gateways |
+| `tenant:<t>` | hash | `waiting running cap seat:<band>` | gateways |
+| `quota:<t>` | hash | `window used reserved`: tokens of the tenant's minute | gateways |
+| `live`, `backlog` | hash | band -> jobs that have not ended; estimated tokens that wait | gateways |
+| `aging:<band>` | zset | waiting jobs by the time at which they count one band higher | gateways |
 | `pinned:<revision>` | zset | jobs that must go on with that revision, by arrival | gateways |
 | `pins` | set | revisions that jobs are pinned to | gateways |
 | `running:<w>` | hash | job -> nonce of the grant | gateways |
@@ -17,8 +33,7 @@ All keys of a model `M` bear the hash tag `{il:M}`, so that a script's keys lie 
 | `deadline:<band>` | zset | waiting jobs, pinned ones included, by deadline | gateways |
 | `gateways` | zset | gateways by the time they were last seen | gateways |
 | `owned:<gateway>` | hash | job -> nonce of the grant, or empty while it waits | gateways |
-| `suspect` | hash | worker -> until when it gets no new job | gateways; controller, where a worker returns |
-| `stats` | hash | `service_ms`: mean time from grant to end | gateways |
+| `stats` | hash | `service_ms service_tokens`: means of finished jobs | gateways |
 | `clock` | hash | `real logical`: the clock of the scripts; `number grants`: counters | all |
 
 Times in Redis are milliseconds of that clock; `fence` and `epoch` only grow.

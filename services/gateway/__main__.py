@@ -19,13 +19,14 @@ from services.gateway.adapters.grpc_worker import GrpcWorkerPool
 from services.gateway.adapters.redis_queue import RedisJobQueue
 from services.gateway.config import GatewayConfig
 from services.gateway.core.catalog import Catalog
-from services.gateway.core.ports import JobQueue
+from services.gateway.core.ports import JobQueue, SharedQueue
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.readiness import Readiness
 from services.gateway.core.tenancy import TenantBounds, TenantLimits
 from services.gateway.dispatcher.dispatch import Dispatcher, DispatcherLimits
 from services.gateway.dispatcher.generation import GenerationLimits
 from services.gateway.dispatcher.reception import DeadlineLimits, Reception
+from services.gateway.dispatcher.usage import UsageDesk
 from services.gateway.http.servicer import GatewayHttpServicer
 from services.gateway.servicer import GatewayServicer
 
@@ -40,7 +41,7 @@ HEALTH_LOOK_S = 0.2
 async def run(
     settings: GatewayConfig,
     *,
-    queue: JobQueue | None = None,
+    queue: SharedQueue | None = None,
     clock: Clock | None = None,
     wait: server.Wait = server.run_until_signal,
 ) -> None:
@@ -62,7 +63,12 @@ async def run(
         await _serve(settings, queue, trust.build(settings, clock, None), clock, wait)
         return
     store = redis_client.connect(settings.redis_url.get_secret_value())
-    limits = QueueLimits(waiting_jobs_max=settings.queue_jobs_max, failover_wait_s=settings.failover_wait_s)
+    limits = QueueLimits(
+        waiting_jobs_max=settings.queue_jobs_max,
+        tenant_waiting_jobs_max=settings.tenant_queue_jobs_max,
+        aging_s=settings.queue_aging_s,
+        failover_wait_s=settings.failover_wait_s,
+    )
     redis_queue = RedisJobQueue(store, settings.id, limits)
     try:
         await redis_queue.start()
@@ -73,7 +79,7 @@ async def run(
 
 
 async def _serve(
-    settings: GatewayConfig, queue: JobQueue, tokens: Trust, clock: Clock, wait: server.Wait
+    settings: GatewayConfig, queue: SharedQueue, tokens: Trust, clock: Clock, wait: server.Wait
 ) -> None:
     await tokens.load()
     catalog = Catalog()
@@ -95,7 +101,7 @@ async def _serve(
         store_reachable=lambda: dispatcher.store_reachable,
     )
     gateway_service_pb2_grpc.add_GatewayServiceServicer_to_server(
-        GatewayServicer(reception), serving.grpc_server
+        GatewayServicer(reception, UsageDesk(queue, catalog, clock)), serving.grpc_server
     )
     http_service_pb2_grpc.add_GatewayHttpServiceServicer_to_server(
         GatewayHttpServicer(reception, readiness), serving.grpc_server

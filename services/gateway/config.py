@@ -60,6 +60,14 @@ class GatewayConfig(TokenSettings):
     queue_jobs_max: Annotated[
         int, Field(ge=1, le=1_000_000, description="Most jobs that wait per model.")
     ] = 1_000
+    # Whoever sends most leaves half of the queue to the others.
+    tenant_queue_jobs_max: Annotated[
+        int, Field(ge=1, le=1_000_000, description="Most jobs of one tenant that wait per model.")
+    ] = 500
+    # Most of a minute's queue is served by then; what is still there has been overtaken.
+    queue_aging_s: Annotated[
+        float, Field(gt=0, description="How long a job waits before it counts one priority higher.")
+    ] = 30.0
     # Envoy and clients may open this many streams on one connection; each costs about 50 KB here.
     requests_max: Annotated[
         int, Field(ge=1, le=100_000, description="Most requests under way in this process.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
-from google.protobuf import duration_pb2
+from google.protobuf import duration_pb2, timestamp_pb2
 from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import gateway_service_pb2_grpc, generation_pb2, model_pb2
 
@@ -14,6 +14,7 @@ from services.common.errors import FeatureUnsupported
 from services.common.grpc_types import Context
 from services.gateway.core.catalog import CatalogEntry
 from services.gateway.core.events import Chunk, Event, Finished, FinishReason, Queued, Started, TokenLogprob
+from services.gateway.core.jobs import Principal
 from services.gateway.core.params import (
     ChatPrompt,
     FormatKind,
@@ -26,6 +27,7 @@ from services.gateway.core.params import (
     TokenPrompt,
 )
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, MODELS_SCOPE, Reception
+from services.gateway.dispatcher.usage import Usage, UsageDesk
 
 REQUEST_ID_KEY = "x-request-id"
 REVISION_KEY = "x-interlock-revision"
@@ -38,10 +40,11 @@ _REASONS = {
 
 
 class GatewayServicer(gateway_service_pb2_grpc.GatewayServiceServicer):
-    """`interlock.v1.GatewayService` over a reception."""
+    """`interlock.v1.GatewayService` over a reception, and the desk that knows of usage."""
 
-    def __init__(self, reception: Reception) -> None:
+    def __init__(self, reception: Reception, usage_desk: UsageDesk) -> None:
         self._reception = reception
+        self._usage_desk = usage_desk
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
@@ -102,13 +105,13 @@ class GatewayServicer(gateway_service_pb2_grpc.GatewayServiceServicer):
         return pb.ListModelsResponse(models=sorted(models, key=lambda model: model.name))
 
     async def GetUsage(self, request: pb.GetUsageRequest, context: Context) -> pb.GetUsageResponse:
-        """See the contract; not served yet."""
+        """See the contract."""
         del request
-        self._authenticate(context, GENERATE_SCOPE)
-        raise FeatureUnsupported("GetUsage is not served by this version yet.")
+        principal = self._authenticate(context, GENERATE_SCOPE, MODELS_SCOPE)
+        return _usage(principal, await self._usage_desk.report(principal))
 
-    def _authenticate(self, context: Context, *scopes: str) -> None:
-        self._reception.authenticate(tuple(context.invocation_metadata() or ()), *scopes)
+    def _authenticate(self, context: Context, *scopes: str) -> Principal:
+        return self._reception.authenticate(tuple(context.invocation_metadata() or ()), *scopes)
 
 
 def response_metadata(request_id: str, started: Started | None) -> tuple[tuple[str, str], ...]:
@@ -238,6 +241,23 @@ def _finished(event: Finished) -> generation_pb2.Finished:
             decode=_duration(timings.decode_s),
             total=_duration(timings.total_s),
         ),
+    )
+
+
+def _usage(principal: Principal, usage: Usage) -> pb.GetUsageResponse:
+    limits = principal.limits
+    start = timestamp_pb2.Timestamp()
+    start.FromMilliseconds(round(usage.window_start_s * 1000))
+    return pb.GetUsageResponse(
+        tenant=principal.subject,
+        window_start=start,
+        window=_duration(usage.window_s),
+        used_tokens=usage.used_tokens,
+        reserved_tokens=usage.reserved_tokens,
+        tokens_per_minute=limits.tokens_per_minute,
+        running=usage.running,
+        concurrency=limits.concurrency,
+        weight=limits.weight,
     )
 
 

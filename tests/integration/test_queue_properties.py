@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -10,14 +11,27 @@ from hypothesis import strategies as st
 
 from services.common.errors import InterlockError
 from services.gateway.adapters.memory_queue import MemoryJobQueue
+from services.gateway.adapters.redis_queue import RedisJobQueue
 from services.gateway.core.jobs import Band, Grant, Outcome, Renewal, Waiting
-from services.gateway.core.ports import JobQueue
+from services.gateway.core.ports import BreakerBoard, JobQueue
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.queue_line import QueueWorker
+from services.gateway.core.tenancy import TenantLimits
+from tests.fixtures.queue_audit import audit
 from tests.fixtures.queue_world import KEYS, MODEL, QueueWorld, make_job
 
+# `make soak` takes several times as many histories; 350 are over 10,000 steps.
+HISTORIES = 60 * int(os.environ.get("INTERLOCK_SOAK_FACTOR", "1"))
 # Leases and records outlive a history: the twin has no leases, and Redis keeps records by its own time.
-LIMITS = QueueLimits(waiting_jobs_max=6, lease_ttl_s=1e5, record_ttl_s=1e5)
+LIMITS = QueueLimits(
+    waiting_jobs_max=6, tenant_waiting_jobs_max=4, aging_s=10.0, lease_ttl_s=1e5, record_ttl_s=1e5
+)
+TENANTS = (
+    TenantLimits(),
+    TenantLimits(concurrency=1),
+    TenantLimits(tokens_per_minute=400, weight=3),
+    TenantLimits(tokens_per_minute=600, concurrency=2, weight=2),
+)
 JOB_IDS = tuple(f"j{number}" for number in range(10))
 WORKERS = {"w1": ("r1",), "w2": ("r1", "r2"), "w3": ("r2",)}
 
@@ -61,6 +75,10 @@ class Twins:
         for ours, theirs in zip(*heard, strict=True):
             self.nonces[ours.job_id] = (ours.nonce, theirs.nonce)
         assert await redis_queue.length(MODEL) == await self.memory.length(MODEL)
+        for number in range(len(TENANTS)):
+            assert await redis_queue.usage(MODEL, f"t{number}") == await self.memory.usage(
+                MODEL, f"t{number}"
+            )
 
 
 async def attempt(step: Callable[[JobQueue, int], Awaitable[object]], queue: JobQueue, side: int) -> object:
@@ -80,7 +98,7 @@ def grants_of(answer: object) -> tuple[Grant, ...]:
 
 def plain(grant: Grant) -> tuple[object, ...]:
     """A grant without its nonce."""
-    return grant.job_id, grant.attempt, grant.worker_id, grant.revision, grant.epoch
+    return grant.job_id, grant.attempt, grant.worker_id, grant.revision, grant.epoch, grant.trial
 
 
 def comparable(answer: object) -> object:
@@ -101,7 +119,8 @@ STEPS = st.lists(
         st.sampled_from(
             ["enqueue"] * 6
             + ["settle"] * 4
-            + ["requeue", "refused", "cancel", "renew", "reap", "worker", "remove", "route", "advance"]
+            + ["requeue", "refused", "cancel", "renew", "reap", "open", "close"]
+            + ["worker", "remove", "route", "advance", "advance"]
         ),
         st.sampled_from(JOB_IDS),
         st.sampled_from(sorted(WORKERS)),
@@ -120,10 +139,17 @@ async def take(twins: Twins, step: tuple[str, str, str, Band, bool, int]) -> Non
     nonces = twins.nonces.get(job_id, ("none", "none"))
     match verb:
         case "enqueue":
-            job = make_job(job_id, tenant=f"t{number}", band=band, timeout_s=20.0 if flag else 3_600.0)
+            job = make_job(
+                job_id,
+                tenant=f"t{number}",
+                band=band,
+                timeout_s=20.0 if flag else 3_600.0,
+                cost=50 + 25 * JOB_IDS.index(job_id),
+                limits=TENANTS[number],
+            )
             await twins.same(lambda queue, _: queue.enqueue(job))
         case "settle":
-            await twins.same(lambda q, i: q.settle(MODEL, job_id, nonces[i], Outcome.FINISHED, 1))
+            await twins.same(lambda q, i: q.settle(MODEL, job_id, nonces[i], Outcome.FINISHED, 15 * number))
         case "requeue":
             await twins.same(lambda q, i: q.requeue(MODEL, job_id, nonces[i], emitted=flag))
         case "refused":
@@ -143,9 +169,20 @@ async def take(twins: Twins, step: tuple[str, str, str, Band, bool, int]) -> Non
             await write(twins, verb, worker, number, flag=flag)
 
 
+def board(queue: JobQueue) -> BreakerBoard:
+    """The other face of either queue."""
+    assert isinstance(queue, RedisJobQueue | MemoryJobQueue)
+    return queue
+
+
 async def write(twins: Twins, verb: str, worker: str, number: int, *, flag: bool) -> None:
-    """Performs one of the controller's writes on both sides."""
-    if verb == "worker":
+    """Turns a breaker, or performs one of the controller's writes, on both sides."""
+    if verb == "open":
+        sleep_s = None if flag and number == 0 else 2.0 + number
+        await twins.same(lambda q, _: board(q).list_open(MODEL, worker, sleep_s))
+    elif verb == "close":
+        await twins.same(lambda q, _: board(q).list_closed(MODEL, worker))
+    elif verb == "worker":
         ready = WORKERS[worker]
         await twins.world.add_worker(worker, slots=number + 1, ready=ready, draining=flag and number == 0)
         twins.memory.set_worker(
@@ -161,12 +198,12 @@ async def write(twins: Twins, verb: str, worker: str, number: int, *, flag: bool
         twins.memory.set_route(MODEL, number, weights)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=HISTORIES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(history=STEPS)
 async def test_redis_and_memory_agree_step_by_step(
     empty_world: QueueWorld, history: list[tuple[str, str, str, Band, bool, int]]
 ) -> None:
-    """Every answer, error, grant, position and count is the same, whatever the history."""
+    """Every answer, error, grant, position, count and account is the same, and every index is true."""
     empty_world.client.flushall()
     await empty_world.gateway("g1", LIMITS).length(MODEL)
     twins = Twins(empty_world, MemoryJobQueue(RedisClock(empty_world), LIMITS))
@@ -174,4 +211,5 @@ async def test_redis_and_memory_agree_step_by_step(
     await write(twins, "worker", "w1", 1, flag=False)
     for step in history:
         await take(twins, step)
+        audit(empty_world.client)
     empty_world.client.flushall()

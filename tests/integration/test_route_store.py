@@ -84,3 +84,34 @@ async def test_scripts_survive_a_restart_of_redis(empty_world: QueueWorld) -> No
     empty_world.client.script_flush()
     await empty_world.routes.write_route(MODEL, 2, 1, {"r1": 100})
     assert (await empty_world.routes.read_route(MODEL)) == Route(2, 1, {"r1": 100})
+
+
+async def test_a_revision_is_taken_from_a_worker_once_nobody_needs_it(world: QueueWorld) -> None:
+    """Not while the route serves it, nor while a request runs with it there; the other one stays."""
+    routes = world.routes
+    await world.add_worker(ready=("r1", "r2"), slots=2)
+    running = await world.grant("a")
+    assert not await routes.unready(MODEL, "w1", "r1", 1)
+    await world.set_route(epoch=2, r2=100)
+    assert not await routes.unready(MODEL, "w1", "r1", 1)
+    await world.finish(running)
+    assert await routes.unready(MODEL, "w1", "r1", 1)
+    assert await routes.unready(MODEL, "w1", "r1", 1)
+    assert WORKER_READY_PREFIX + "r1" not in world.client.hgetall(KEYS.worker("w1"))
+    assert (await world.grant("b")).revision == "r2"
+    await world.set_route(epoch=3, r1=100)
+    await world.wait("c")
+
+
+async def test_a_revision_that_a_request_must_go_on_with_stays_while_no_other_worker_has_it(
+    world: QueueWorld,
+) -> None:
+    """Its text began there; another worker that holds the revision lifts the ban."""
+    grant = await world.grant("a")
+    await world.gateway().requeue(MODEL, "a", grant.nonce, emitted=True)
+    await world.set_route(epoch=2, r2=100)
+    assert not await world.routes.unready(MODEL, "w1", "r1", 1)
+    await world.add_worker("w2", ready=("r1",), draining=True)
+    assert await world.routes.unready(MODEL, "w1", "r1", 1)
+    with pytest.raises(FenceStale):
+        await world.routes.unready(MODEL, "w2", "r1", 0)

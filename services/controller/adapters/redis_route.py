@@ -15,9 +15,10 @@ from services.common.redis_client import RedisStore, Script, read_script
 from services.controller.core.ports import FenceStale
 from services.controller.core.records import Route, WorkerRecord
 
-_CLOCK = Path(__file__).parents[2] / "common" / "scripts" / "clock.lua"
+_COMMON = Path(__file__).parents[2] / "common" / "scripts"
 _SCRIPTS = Path(__file__).parent / "scripts"
-_OPERATIONS = ("set_route", "set_worker", "remove_worker")
+_SHARED = (_COMMON / "clock.lua", _SCRIPTS / "shared" / "fence.lua", _COMMON / "index.lua")
+_OPERATIONS = ("set_route", "set_worker", "remove_worker", "unready")
 
 
 class RedisRouteStore:
@@ -26,8 +27,7 @@ class RedisRouteStore:
     def __init__(self, store: RedisStore) -> None:
         self._store = store
         self._scripts: dict[str, Script] = {
-            name: read_script(_CLOCK, _SCRIPTS / "shared" / "fence.lua", _SCRIPTS / f"{name}.lua")
-            for name in _OPERATIONS
+            name: read_script(*_SHARED, _SCRIPTS / f"{name}.lua") for name in _OPERATIONS
         }
 
     async def read_route(self, model: str) -> Route | None:
@@ -66,7 +66,21 @@ class RedisRouteStore:
         """See `RouteStore.remove_worker`."""
         await self._write("remove_worker", model, fence, worker_id)
 
-    async def _write(self, name: str, model: str, fence: int, *args: str | int) -> None:
+    async def unready(self, model: str, worker_id: str, revision: str, fence: int) -> bool:
+        """Takes a revision from a worker that is to unload it, if nobody needs it there.
+
+        Returns:
+            False, and nothing has changed, while the route serves the revision, the worker runs a request
+            with it, or a request must go on with it and no other worker holds it.
+
+        Raises:
+            FenceStale: A controller with a higher fence has written.
+            StoreUnavailable: The store cannot be reached.
+        """
+        return await self._write("unready", model, fence, worker_id, revision) == 1
+
+    async def _write(self, name: str, model: str, fence: int, *args: str | int) -> int:
         written = await self._store.run_script(self._scripts[name], [ModelKeys(model).prefix], [fence, *args])
         if not written:
             raise FenceStale(f"A controller with a fence above {fence} has written.")
+        return int(written)

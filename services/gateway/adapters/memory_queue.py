@@ -11,11 +11,13 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping
 
 from services.common.clock import Clock
-from services.common.errors import QueueFull, RequestExists
+from services.common.errors import RequestExists
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
-from services.gateway.core.queue_errors import ended_error
+from services.gateway.core.queue_errors import ended_error, hopeless, queue_full, tenant_full
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.queue_line import LiveJob, QueueLine, QueueWorker
+from services.gateway.core.queue_quota import window_age_s
+from services.gateway.core.tenancy import TenantUsage
 
 
 class MemoryJobQueue:
@@ -30,19 +32,15 @@ class MemoryJobQueue:
     def set_route(self, model: str, epoch: int, weights: Mapping[str, int]) -> None:
         """Says which revisions serve; what waits is granted with the next call."""
         line = self._line(model)
-        line.epoch, line.weights = epoch, dict(weights)
+        line.epoch, line.places.weights = epoch, dict(weights)
 
     def set_worker(self, model: str, worker: QueueWorker) -> None:
         """Adds a worker or replaces what was known of it; what waits is granted with the next call."""
-        line = self._line(model)
-        if worker.worker_id not in line.workers:
-            # It comes back as a new process, and no suspicion of the old one clings to it.
-            line.suspect_until.pop(worker.worker_id, None)
-        line.workers[worker.worker_id] = worker
+        self._line(model).places.set_worker(worker)
 
     def remove_worker(self, model: str, worker_id: str) -> None:
         """Forgets a worker; what runs on it ends by `settle` or `requeue`."""
-        self._line(model).workers.pop(worker_id, None)
+        self._line(model).places.workers.pop(worker_id, None)
 
     def on_grant(self, receive: Callable[[Grant], None]) -> None:
         """See `JobQueue.on_grant`."""
@@ -61,6 +59,8 @@ class MemoryJobQueue:
         entry = line.jobs.get(job.job_id)
         if entry is None:
             raise ended_error(line.ended[job.job_id].outcome)
+        if known is None and entry.grant is None:
+            self._check_time(line, entry)
         return entry.grant or line.place_of(entry)
 
     async def renew(self, model: str, running: Mapping[str, str], waiting: frozenset[str]) -> Renewal:
@@ -78,24 +78,17 @@ class MemoryJobQueue:
             waiting={job_id: line.place_of(entry) for job_id, entry in known.items() if entry.grant is None},
             lost=frozenset(lost | (waiting - known.keys())),
             unknown=frozenset(unknown),
-            workers=line.open_workers(self._now()) if somebody_waits else None,
+            workers=line.places.open_workers(self._now()) if somebody_waits else None,
         )
 
-    async def settle(
-        self,
-        model: str,
-        job_id: str,
-        nonce: str,
-        outcome: Outcome,
-        used_tokens: int,  # noqa: ARG002 - nothing is charged here
-    ) -> None:
+    async def settle(self, model: str, job_id: str, nonce: str, outcome: Outcome, used_tokens: int) -> None:
         """See `JobQueue.settle`."""
         line = self._line(model)
         entry = line.current(job_id, nonce)
         if entry is not None:
             if outcome is Outcome.FINISHED:
                 line.note_service(entry, self._now())
-            self._end(line, entry, outcome)
+            self._end(line, entry, outcome, used_tokens)
         self._deliver(self._grant_free(line))
 
     async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
@@ -104,10 +97,8 @@ class MemoryJobQueue:
         entry = line.current(job_id, nonce)
         if entry is None or entry.grant is None:
             return self._is_repeated(line, job_id, nonce)
-        if emitted:
-            entry.pin = entry.grant.revision
         entry.pin_until = self._now() + self._limits.failover_wait_s
-        self._put_back(line, entry, entry.grant, self._limits.suspect_s)
+        self._put_back(line, entry, self._limits.suspect_s, pin=emitted)
         return True
 
     async def refused(self, model: str, job_id: str, nonce: str, *, hold_s: float) -> bool:
@@ -117,7 +108,7 @@ class MemoryJobQueue:
         if entry is None or entry.grant is None:
             return self._is_repeated(line, job_id, nonce)
         entry.attempt -= 1
-        self._put_back(line, entry, entry.grant, hold_s)
+        self._put_back(line, entry, hold_s, pin=False)
         return True
 
     async def register(self, job: QueuedJob, grant: Grant) -> bool:
@@ -130,8 +121,9 @@ class MemoryJobQueue:
             return False
         if ended is not None and ended.submission == job.submission:
             return False
-        entry = line.add(job, self._now())
-        entry.grant, entry.attempt, entry.granted_at = grant, grant.attempt, self._now()
+        if known is None:
+            line.quotas.reserve(job.tenant, job.cost_tokens, None, self._now())
+        line.hold(job, grant, self._now(), self._limits.aging_s)
         return True
 
     async def cancel(self, model: str, job_id: str, submission: str) -> None:
@@ -145,7 +137,7 @@ class MemoryJobQueue:
     async def reap(self, model: str) -> None:
         """See `JobQueue.reap`. There is no other gateway; pinned jobs that nobody can continue end."""
         line, now = self._line(model), self._now()
-        held = {revision for worker in line.workers.values() for revision in worker.ready}
+        held = {revision for worker in line.places.workers.values() for revision in worker.ready}
         for entry in line.waiting():
             if entry.pin and entry.pin not in held and entry.pin_until <= now:
                 self._end(line, entry, Outcome.FAILED)
@@ -154,6 +146,27 @@ class MemoryJobQueue:
     async def length(self, model: str) -> int:
         """See `JobQueue.length`."""
         return len(self._line(model).waiting())
+
+    async def list_open(self, model: str, worker_id: str, sleep_s: float | None) -> None:
+        """See `BreakerBoard.list_open`."""
+        self._line(model).places.list_open(worker_id, sleep_s, self._now())
+
+    async def list_closed(self, model: str, worker_id: str) -> None:
+        """See `BreakerBoard.list_closed`."""
+        line = self._line(model)
+        line.places.opened.pop(worker_id, None)
+        self._deliver(self._grant_free(line))
+
+    async def usage(self, model: str, tenant: str) -> TenantUsage:
+        """See `UsageBook.usage`."""
+        line, now = self._line(model), self._now()
+        account = line.quotas.account(tenant, now)
+        return TenantUsage(
+            window_age_s(now),
+            account.used_tokens,
+            account.reserved_tokens,
+            line.running(tenant),
+        )
 
     def _now(self) -> float:
         return self._clock.monotonic()
@@ -165,18 +178,34 @@ class MemoryJobQueue:
         ended = line.ended.get(job.job_id)
         if ended is not None and ended.submission == job.submission:
             raise ended_error(ended.outcome)
-        waiting = len(line.waiting())
+        limit = job.limits.tokens_per_minute
         # A job that was accepted once comes back after a loss; it is not refused now.
-        if job.waited_s == 0 and waiting >= self._limits.waiting_jobs_max:
-            raise QueueFull(
-                f"The queue is full: {waiting} requests wait for this model.",
-                retry_after_s=max(1.0, line.wait_s(0) or 0.0),
-            )
-        line.add(job, self._now())
+        if job.waited_s > 0:
+            limit = None
+        else:
+            self._check_room(line, job.tenant)
+        line.quotas.reserve(job.tenant, job.cost_tokens, limit, self._now())
+        line.add(job, self._now(), self._limits.aging_s)
 
-    def _put_back(self, line: QueueLine, entry: LiveJob, grant: Grant, hold_s: float) -> None:
-        entry.avoid, entry.ended_nonce, entry.grant = grant.worker_id, grant.nonce, None
-        line.suspect_until[grant.worker_id] = self._now() + hold_s
+    def _check_room(self, line: QueueLine, tenant: str) -> None:
+        waiting = line.waiting()
+        own = sum(entry.job.tenant == tenant for entry in waiting)
+        if len(waiting) >= self._limits.waiting_jobs_max:
+            raise queue_full(len(waiting), line.wait_s(0))
+        if own >= self._limits.tenant_waiting_jobs_max:
+            raise tenant_full(own, line.wait_s(0))
+
+    def _check_time(self, line: QueueLine, entry: LiveJob) -> None:
+        """Lets nobody wait for nothing: a job that cannot start in time goes at once."""
+        place = line.place_of(entry)
+        left_s = entry.deadline - self._now()
+        if entry.job.waited_s == 0 and place.estimated_wait_s is not None and place.estimated_wait_s > left_s:
+            line.remove(entry, 0, self._now())
+            raise hopeless(place.position, place.estimated_wait_s, left_s)
+
+    def _put_back(self, line: QueueLine, entry: LiveJob, hold_s: float, *, pin: bool) -> None:
+        line.put_back(entry, pin=pin)
+        line.places.suspect_until[entry.avoid] = self._now() + hold_s
         self._deliver(self._grant_free(line))
 
     def _is_repeated(self, line: QueueLine, job_id: str, nonce: str) -> bool:
@@ -189,8 +218,10 @@ class MemoryJobQueue:
         self._deliver(made)
         return repeated
 
-    def _end(self, line: QueueLine, entry: LiveJob, outcome: Outcome) -> None:
-        line.end(entry, outcome, self._now(), self._limits.record_ttl_s)
+    def _end(self, line: QueueLine, entry: LiveJob, outcome: Outcome, used_tokens: int = 0) -> None:
+        now = self._now()
+        line.remove(entry, used_tokens, now)
+        line.remember(entry, outcome, now + self._limits.record_ttl_s, now)
 
     def _expire(self, line: QueueLine) -> None:
         for entry in line.waiting():
@@ -199,6 +230,7 @@ class MemoryJobQueue:
 
     def _grant_free(self, line: QueueLine) -> list[Grant]:
         self._expire(line)
+        line.age(self._now())
         made: list[Grant] = []
         while (grant := line.grant_next(secrets.token_hex(8), self._now())) is not None:
             made.append(grant)

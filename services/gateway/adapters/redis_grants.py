@@ -79,4 +79,5 @@ def read_grant(text: str) -> Grant:
         worker_address=fields["worker_address"],
         revision=fields["revision"],
         epoch=int(fields["epoch"]),
+        trial=fields["trial"],
     )

@@ -15,31 +15,38 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from services.common.errors import QueueFull, RequestExists, StoreUnavailable
+from services.common.errors import RequestExists, StoreUnavailable
 from services.common.queue_keys import ModelKeys
 from services.common.redis_client import RedisStore, Script, read_script
 from services.gateway.adapters.redis_grants import GrantListener, read_grant
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
-from services.gateway.core.queue_errors import ended_error
+from services.gateway.core.queue_errors import ended_error, hopeless, queue_full, tenant_full
 from services.gateway.core.queue_limits import QueueLimits
+from services.gateway.core.queue_quota import quota_exceeded
+from services.gateway.core.tenancy import TenantUsage
 
 _COMMON = Path(__file__).parents[2] / "common" / "scripts"
 _SCRIPTS = Path(__file__).parent / "scripts"
 _SHARED = (
     _COMMON / "clock.lua",
-    *(_SCRIPTS / "shared" / f"{part}.lua" for part in ("jobs", "workers", "grants")),
+    _SCRIPTS / "shared" / "call.lua",
+    _COMMON / "index.lua",
+    *(_SCRIPTS / "shared" / f"{part}.lua" for part in ("tenants", "jobs", "workers", "grants")),
 )
 _OPERATIONS = (
     "cancel",
     "enqueue",
     "grant",
     "length",
+    "list_closed",
+    "list_open",
     "reap",
     "refused",
     "register",
     "renew",
     "requeue",
     "settle",
+    "usage",
 )
 
 # A refusal or failure schedules one look when the worker may be used again; more at once say nothing new.
@@ -91,31 +98,22 @@ class RedisJobQueue:
 
     async def enqueue(self, job: QueuedJob) -> Grant | Waiting:
         """See `JobQueue.enqueue`."""
+        limits = self._limits
         with self._calling(job.job_id):
             reply = await self._run(
                 "enqueue",
                 job.model,
-                job.job_id,
-                job.submission,
-                job.tenant,
-                int(job.band),
-                job.cost_tokens,
-                _ms(job.timeout_s),
-                _ms(job.waited_s),
-                self._limits.waiting_jobs_max,
+                *_fields(job),
+                job.limits.weight,
+                _bound(job.limits.concurrency),
+                _bound(job.limits.tokens_per_minute),
+                limits.waiting_jobs_max,
+                limits.tenant_waiting_jobs_max,
+                _ms(limits.aging_s),
             )
-        match reply[0]:
-            case "full":
-                raise QueueFull(
-                    f"The queue is full: {reply[1]} requests wait for this model.",
-                    retry_after_s=max(1.0, _seconds(reply[2]) or 0.0),
-                )
-            case "exists":
-                raise RequestExists("This request id is in use by a request that has not ended.")
-            case "ended":
-                raise ended_error(Outcome(reply[1]))
-        own = self._deliver(reply[3], besides=job.job_id)
-        return own or Waiting(int(reply[1]), _seconds(reply[2]))
+        grants = reply[3] if len(reply) > 3 else []
+        own = self._deliver(grants, besides=job.job_id)
+        return own or _read_place(job, reply)
 
     async def renew(self, model: str, running: Mapping[str, str], waiting: frozenset[str]) -> Renewal:
         """See `JobQueue.renew`."""
@@ -167,19 +165,16 @@ class RedisJobQueue:
             current = await self._run(
                 "register",
                 job.model,
-                job.job_id,
-                job.submission,
-                job.tenant,
-                int(job.band),
-                job.cost_tokens,
-                _ms(job.timeout_s),
-                _ms(job.waited_s),
+                *_fields(job),
                 grant.nonce,
                 grant.attempt,
                 grant.worker_id,
                 grant.worker_address,
                 grant.revision,
                 grant.epoch,
+                job.limits.weight,
+                _bound(job.limits.concurrency),
+                _ms(self._limits.aging_s),
             )
         return bool(current)
 
@@ -196,6 +191,21 @@ class RedisJobQueue:
     async def length(self, model: str) -> int:
         """See `JobQueue.length`."""
         return int(await self._run("length", model))
+
+    async def list_open(self, model: str, worker_id: str, sleep_s: float | None) -> None:
+        """See `BreakerBoard.list_open`."""
+        await self._run("list_open", model, worker_id, "forced" if sleep_s is None else _ms(sleep_s))
+        if sleep_s is not None:
+            self._look_after(model, sleep_s)
+
+    async def list_closed(self, model: str, worker_id: str) -> None:
+        """See `BreakerBoard.list_closed`."""
+        self._deliver(await self._run("list_closed", model, worker_id))
+
+    async def usage(self, model: str, tenant: str) -> TenantUsage:
+        """See `UsageBook.usage`."""
+        age_ms, used, reserved, running = await self._run("usage", model, tenant)
+        return TenantUsage(int(age_ms) / 1000, int(used), int(reserved), int(running))
 
     async def _run(self, name: str, model: str, *args: str | float) -> Any:
         """Runs one operation; KEYS and the first five of ARGV are the same for all, see `jobs.lua`."""
@@ -261,6 +271,42 @@ class RedisJobQueue:
 
 def _ignore(grant: Grant) -> None:
     """Stands in until a receiver is set; the next renewal tells of the grant again."""
+
+
+def _fields(job: QueuedJob) -> tuple[str | int, ...]:
+    """What the scripts are told of a job first."""
+    return (
+        job.job_id,
+        job.submission,
+        job.tenant,
+        int(job.band),
+        job.cost_tokens,
+        _ms(job.timeout_s),
+        _ms(job.waited_s),
+    )
+
+
+def _bound(limit: int | None) -> str | int:
+    return "" if limit is None else limit
+
+
+def _read_place(job: QueuedJob, reply: list[Any]) -> Waiting:
+    """Where a job waits that was not granted; or the error that the queue refuses it with."""
+    match reply[0]:
+        case "full":
+            raise queue_full(reply[1], _seconds(reply[2]))
+        case "tenant_full":
+            raise tenant_full(reply[1], _seconds(reply[2]))
+        case "quota":
+            limit = job.limits.tokens_per_minute or 0
+            raise quota_exceeded(job.cost_tokens, reply[1], limit, reply[2] / 1000)
+        case "late":
+            raise hopeless(reply[1], reply[2] / 1000, job.timeout_s)
+        case "exists":
+            raise RequestExists("This request id is in use by a request that has not ended.")
+        case "ended":
+            raise ended_error(Outcome(reply[1]))
+    return Waiting(int(reply[1]), _seconds(reply[2]))
 
 
 def _ms(seconds: float) -> int:

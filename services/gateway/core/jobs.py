@@ -23,7 +23,7 @@ class Principal:
     Attributes:
         subject: The token's `sub`: the tenant.
         scopes: What the token allows.
-        limits: What the tenant may use, within the configuration's bounds.
+        limits: What the tenant may take.
     """
 
     subject: str
@@ -45,6 +45,9 @@ class QueuedJob:
         submission: Nonce of this submission; a repeated call with it is recognised.
         waited_s: Time since it arrived. Above 0 where an accepted job comes back after the store lost
             it: it takes its old place, and the queue's bound does not refuse it.
+        limits: What its tenant may take.
+        digest: Digest of what was asked: the same id with another one is a conflict.
+        payload: What another gateway needs to carry it on, of a resumable job; empty: it is not resumable.
     """
 
     job_id: str
@@ -55,6 +58,9 @@ class QueuedJob:
     timeout_s: float
     submission: str
     waited_s: float = 0.0
+    limits: TenantLimits = field(default_factory=TenantLimits)
+    digest: str = ""
+    payload: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,8 @@ class Grant:
         worker_address: `host:port` of its WorkerService.
         revision: The revision that answers.
         epoch: The route's epoch.
+        trial: Whether it is the one call that tries a worker whose breaker is open.
+        degraded: Whether it was made without the store that all gateways share.
     """
 
     job_id: str
@@ -78,6 +86,8 @@ class Grant:
     worker_address: str
     revision: str
     epoch: int
+    trial: bool = False
+    degraded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from services.gateway.core.attempts import AttemptEnd, Output, RefusalReason, Wo
 from services.gateway.core.events import Finished
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
 from services.gateway.core.params import Message
+from services.gateway.core.tenancy import TenantUsage
 
 
 class JobQueue(Protocol):
@@ -21,7 +22,9 @@ class JobQueue(Protocol):
         """Accepts a job, and grants it a slot at once where one is free and nobody is before it.
 
         Raises:
-            QueueFull: The model's bound is reached.
+            QueueFull: The model's bound or the tenant's is reached, or the job could not start before
+                its deadline by the present estimate.
+            QuotaExceeded: Its tokens do not fit into its tenant's minute.
             RequestExists: The id is in use by a job that has not ended; or this submission was
                 repeated after it had finished.
             DeadlineExceeded, RequestCancelled, WorkerLost: This submission was repeated after it had
@@ -46,7 +49,10 @@ class JobQueue(Protocol):
         ...
 
     async def settle(self, model: str, job_id: str, nonce: str, outcome: Outcome, used_tokens: int) -> None:
-        """Ends a granted job and frees its slot. Without effect unless the grant is current."""
+        """Ends a granted job and frees its slot. Without effect unless the grant is current.
+
+        What its tenant was charged, and what was reserved of its quota, is corrected to `used_tokens`.
+        """
         ...
 
     async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
@@ -81,6 +87,14 @@ class JobQueue(Protocol):
         ...
 
 
+class UsageBook(Protocol):
+    """What tenants take. Methods raise StoreUnavailable."""
+
+    async def usage(self, model: str, tenant: str) -> TenantUsage:
+        """What a tenant takes of a model now."""
+        ...
+
+
 class BreakerBoard(Protocol):
     """What every gateway sees of this gateway's breakers. Methods raise StoreUnavailable.
 
@@ -95,6 +109,10 @@ class BreakerBoard(Protocol):
     async def list_closed(self, model: str, worker_id: str) -> None:
         """Lets this gateway's jobs go to a worker again."""
         ...
+
+
+class SharedQueue(JobQueue, UsageBook, BreakerBoard, Protocol):
+    """All faces of the one queue: what a gateway is composed of. Everything else asks for one face."""
 
 
 class Tokenizer(Protocol):

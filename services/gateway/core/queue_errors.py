@@ -1,15 +1,43 @@
-"""What a caller is told when it asks for a job that has ended already."""
+"""What the queue tells a caller that it refuses, or whose job has ended already."""
 
 from __future__ import annotations
 
 from services.common.errors import (
     DeadlineExceeded,
     InterlockError,
+    QueueFull,
     RequestCancelled,
     RequestExists,
     WorkerLost,
 )
 from services.gateway.core.jobs import Outcome
+
+# Requests end all the time: a second later there may be room, whatever the estimate.
+RETRY_MIN_S = 1.0
+
+
+def queue_full(waiting: int, wait_s: float | None) -> QueueFull:
+    """The model's bound is reached; `wait_s` is the estimated time until one more has room."""
+    return QueueFull(
+        f"The queue is full: {waiting} requests wait for this model.", retry_after_s=_retry_s(wait_s)
+    )
+
+
+def tenant_full(waiting: int, wait_s: float | None) -> QueueFull:
+    """The tenant's bound is reached, while others may still enter."""
+    return QueueFull(
+        f"The queue is full for this subject: {waiting} of its requests wait for this model.",
+        retry_after_s=_retry_s(wait_s),
+    )
+
+
+def hopeless(position: int, wait_s: float, left_s: float) -> QueueFull:
+    """The job could not start before its deadline; it may once the queue has become shorter by the rest."""
+    return QueueFull(
+        f"The queue is too long for the deadline: {position} requests are ahead, which takes about "
+        f"{wait_s:.1f} s, and {left_s:.1f} s are left.",
+        retry_after_s=_retry_s(wait_s - left_s),
+    )
 
 
 def ended_error(outcome: Outcome) -> InterlockError:
@@ -23,3 +51,7 @@ def ended_error(outcome: Outcome) -> InterlockError:
             return WorkerLost("The request lost its worker, and none can continue it.")
         case Outcome.FINISHED:
             return RequestExists("This request has been answered already.")
+
+
+def _retry_s(wait_s: float | None) -> float:
+    return max(RETRY_MIN_S, wait_s or 0.0)

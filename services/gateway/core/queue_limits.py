@@ -11,6 +11,8 @@ class QueueLimits:
 
     Attributes:
         waiting_jobs_max: Most jobs that wait per model.
+        tenant_waiting_jobs_max: Most jobs of one tenant that wait per model.
+        aging_s: How long a job waits before it counts one band higher.
         lease_ttl_s: How long a job stays its gateway's without a renewal.
         gateway_ttl_s: How long a gateway may be silent before others end its jobs.
         record_ttl_s: How long the record of an ended job is kept.
@@ -20,6 +22,10 @@ class QueueLimits:
 
     # A minute of work for a busy laptop; beyond it, waiting helps nobody.
     waiting_jobs_max: int = 1_000
+    # Whoever sends most leaves half of the queue to the others.
+    tenant_waiting_jobs_max: int = 500
+    # Most of a minute's queue is served by then; what is still there has been overtaken.
+    aging_s: float = 30.0
     # Gateways renew every second: five missed renewals are a loss, not a hiccup.
     lease_ttl_s: float = 5.0
     gateway_ttl_s: float = 5.0

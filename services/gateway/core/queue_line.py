@@ -1,4 +1,4 @@
-"""One model's queue in memory. Owns: which job goes next, where it goes, and what is remembered of it.
+"""One model's queue in memory. Owns: which job goes next, and what is remembered of it.
 
 Pure: times are arguments, in seconds of any clock that does not go back. The scripts of the queue in Redis
 follow the same rules.
@@ -6,29 +6,23 @@ follow the same rules.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from services.gateway.core.jobs import Band, Grant, Outcome, QueuedJob, Waiting
+from services.gateway.core.queue_fair import Charge, FairShares
+from services.gateway.core.queue_places import Place, Places, QueueWorker
+from services.gateway.core.queue_quota import QuotaBook
+
+__all__ = ["EndedJob", "LiveJob", "QueueLine", "QueueWorker"]
 
 # One grant in so many looks at the bands from the bottom, so that the lowest never starves.
 BOTTOM_UP_EVERY = 8
-# A finished job's share of the mean service time.
+# A finished job's share of the mean service time and of the mean cost.
 SERVICE_SHARE = 0.1
 # Two arrivals are a microsecond apart at least, so that equal times keep their order.
 ARRIVAL_STEP_S = 1e-6
-
-
-@dataclass(frozen=True, slots=True)
-class QueueWorker:
-    """A worker as the queue sees it: the last that was known of it."""
-
-    worker_id: str
-    address: str
-    slots: int
-    ready: frozenset[str]
-    draining: bool = False
 
 
 @dataclass(slots=True)
@@ -37,10 +31,13 @@ class LiveJob:
 
     Attributes:
         job: What was submitted.
-        arrival: Its place among the others.
+        arrival: Its place among those of its tenant.
         deadline: When it expires, if it still waits.
+        band: The band that it counts in: one higher than its own once it has aged.
+        ages_at: When it ages.
         grant: The current one.
         granted_at: When that was made.
+        charge: What that was charged.
         attempt: How many attempts were charged.
         ended_nonce: The attempt that ended last, by which a repeated call is recognised.
         pin: The revision that it must go on with; empty while it has none.
@@ -51,21 +48,22 @@ class LiveJob:
     job: QueuedJob
     arrival: float
     deadline: float
+    band: Band
+    ages_at: float
     grant: Grant | None = None
     granted_at: float = 0.0
+    charge: Charge | None = None
     attempt: int = 0
     ended_nonce: str = ""
     pin: str = ""
     pin_until: float = 0.0
     avoid: str = ""
 
-    def is_before(self, other: LiveJob) -> bool:
-        """Whether it is counted as ahead of `other`: in a higher band, or older in the same."""
-        if other.pin:
-            return self.pin == other.pin and self.arrival < other.arrival
-        if self.job.band != other.job.band:
-            return self.job.band > other.job.band
-        return not self.pin and self.arrival < other.arrival
+    @property
+    def may_age(self) -> bool:
+        """Whether it waits for its tenant's turn in its own band, and there is a higher one."""
+        in_line = self.grant is None and not self.pin
+        return in_line and self.band == self.job.band and self.band is not Band.SYSTEM
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +79,28 @@ class EndedJob:
 class QueueLine:
     """Everything that one model's queue knows."""
 
-    weights: dict[str, int] = field(default_factory=dict)
     epoch: int = 0
-    workers: dict[str, QueueWorker] = field(default_factory=dict)
-    suspect_until: dict[str, float] = field(default_factory=dict)
+    places: Places = field(default_factory=Places)
+    shares: dict[Band, FairShares] = field(default_factory=lambda: {band: FairShares() for band in Band})
+    quotas: QuotaBook = field(default_factory=QuotaBook)
+    caps: dict[str, int | None] = field(default_factory=dict)
     jobs: dict[str, LiveJob] = field(default_factory=dict)
     ended: dict[str, EndedJob] = field(default_factory=dict)
     grants: int = 0
     service_s: float | None = None
+    service_tokens: float = 0.0
     last_arrival: float = 0.0
+
+    # --- jobs -----------------------------------------------------------------------------------------------
 
     def waiting(self) -> list[LiveJob]:
         """The jobs that wait, oldest first."""
         found = [entry for entry in self.jobs.values() if entry.grant is None]
         return sorted(found, key=lambda entry: entry.arrival)
+
+    def running(self, tenant: str) -> int:
+        """How many jobs of a tenant run."""
+        return sum(entry.grant is not None and entry.job.tenant == tenant for entry in self.jobs.values())
 
     def current(self, job_id: str, nonce: str) -> LiveJob | None:
         """The job, if `nonce` names the attempt that runs."""
@@ -103,26 +109,83 @@ class QueueLine:
             return None
         return entry
 
-    def add(self, job: QueuedJob, now: float) -> LiveJob:
-        """Takes a job in; it waits."""
-        self.last_arrival = max(now, self.last_arrival + ARRIVAL_STEP_S)
-        entry = LiveJob(job, self.last_arrival - job.waited_s, now + job.timeout_s)
+    def add(self, job: QueuedJob, now: float, aging_s: float) -> LiveJob:
+        """Takes a job in, whose tokens are reserved; it waits."""
+        entry = self._new_entry(job, now, aging_s)
+        self._enter(entry)
         self.jobs[job.job_id] = entry
-        self.ended.pop(job.job_id, None)
         return entry
 
-    def end(self, entry: LiveJob, outcome: Outcome, now: float, record_ttl_s: float) -> None:
-        """Ends a job and remembers how; forgets what is remembered long enough."""
-        del self.jobs[entry.job.job_id]
+    def hold(self, job: QueuedJob, grant: Grant, now: float, aging_s: float) -> None:
+        """Takes in a job that runs already, free of charge; in the place of what is known of it."""
+        entry = self._new_entry(job, now, aging_s)
+        if (known := self.jobs.get(job.job_id)) is not None:
+            entry.band = known.band
+        entry.grant, entry.attempt, entry.granted_at = grant, grant.attempt, now
+        self.jobs[job.job_id] = entry
+
+    def remove(self, entry: LiveJob, used_tokens: int, now: float) -> None:
+        """Takes a job out; what it was charged is corrected to what it used."""
+        self._correct(entry, used_tokens)
+        job = entry.job
+        del self.jobs[job.job_id]
+        self.quotas.settle(job.tenant, job.cost_tokens, used_tokens, now)
+        if not any(other.band == entry.band for other in self.jobs.values()):
+            self.shares[entry.band].clear()
+        if not any(other.job.tenant == job.tenant for other in self.jobs.values()):
+            del self.caps[job.tenant]
+
+    def remember(self, entry: LiveJob, outcome: Outcome, kept_until: float, now: float) -> None:
+        """Remembers how a job ended; forgets what is remembered long enough."""
         self.ended = {job_id: ended for job_id, ended in self.ended.items() if ended.kept_until > now}
-        self.ended[entry.job.job_id] = EndedJob(entry.job.submission, outcome, now + record_ttl_s)
+        self.ended[entry.job.job_id] = EndedJob(entry.job.submission, outcome, kept_until)
+
+    def put_back(self, entry: LiveJob, *, pin: bool) -> None:
+        """Ends an attempt; the job waits at its old place, and its tenant is given back the charge."""
+        grant = entry.grant
+        assert grant is not None
+        self._correct(entry, 0)
+        entry.avoid, entry.ended_nonce = grant.worker_id, grant.nonce
+        if pin:
+            entry.pin = grant.revision
+        entry.grant = None
+        if not entry.pin:
+            self._enter(entry)
+
+    def age(self, now: float) -> None:
+        """Lifts jobs that have waited long into the next band."""
+        for entry in self.waiting():
+            if entry.may_age and entry.ages_at <= now:
+                left, entry.band = entry.band, Band(entry.band + 1)
+                if not any(other.band == left for other in self.jobs.values()):
+                    self.shares[left].clear()
+                self._enter(entry)
+
+    # --- the next grant -------------------------------------------------------------------------------------
 
     def grant_next(self, nonce: str, now: float) -> Grant | None:
         """Lends a free slot to the job that is next; None where no slot is free for anyone."""
-        entry = self._next(now)
-        if entry is None:
-            return None
-        worker, revision = next(self._places(entry, now))
+        grants = [entry.grant for entry in self.jobs.values() if entry.grant is not None]
+        self.places.running = Counter(grant.worker_id for grant in grants)
+        for entry in self._turns():
+            place = self.places.place(entry.job.job_id, entry.pin, entry.avoid, now)
+            if place is not None:
+                return self._grant(entry, place, nonce, now)
+        return None
+
+    def _turns(self) -> Iterator[LiveJob]:
+        """Who goes first: pinned jobs; then by band in turn, the tenant served least, its oldest job."""
+        waiting = self.waiting()
+        yield from (entry for entry in waiting if entry.pin)
+        for band in sorted(Band, reverse=(self.grants + 1) % BOTTOM_UP_EVERY != 0):
+            lines = self._lines(band, waiting)
+            for tenant in self._ranked(band, lines):
+                yield from lines[tenant]
+
+    def _grant(self, entry: LiveJob, place: Place, nonce: str, now: float) -> Grant:
+        self._charge(entry)
+        if place.trial:
+            self.places.note_trial(place.worker.worker_id, now)
         entry.attempt += 1
         entry.granted_at = now
         self.grants += 1
@@ -130,86 +193,103 @@ class QueueLine:
             job_id=entry.job.job_id,
             attempt=entry.attempt,
             nonce=nonce,
-            worker_id=worker.worker_id,
-            worker_address=worker.address,
-            revision=revision,
+            worker_id=place.worker.worker_id,
+            worker_address=place.worker.address,
+            revision=place.revision,
             epoch=self.epoch,
+            trial=place.trial,
         )
         return entry.grant
 
-    def place_of(self, entry: LiveJob) -> Waiting:
-        """Where a waiting job stands."""
-        position = sum(other.is_before(entry) for other in self.waiting())
-        return Waiting(position, self.wait_s(position))
+    def _charge(self, entry: LiveJob) -> None:
+        shares, job = self.shares[entry.band], entry.job
+        if entry.pin:
+            # Its turn is none of the line's, and its tenant may have no other job there.
+            self._enter(entry)
+        else:
+            first = self._ranked(entry.band, self._lines(entry.band, self.waiting()))[0]
+            shares.raise_floor(shares.counter(first))
+        entry.charge = shares.charge(job.tenant, job.cost_tokens, job.limits.weight)
 
-    def wait_s(self, position: int) -> float | None:
-        """Estimated time until a job at `position` starts; None while nothing was measured."""
-        slots = sum(worker.slots for worker in self.workers.values())
+    def _correct(self, entry: LiveJob, used_tokens: int) -> None:
+        """Replaces what the attempt was charged by what it used."""
+        if entry.charge is not None:
+            self.shares[entry.band].correct(entry.job.tenant, entry.charge, used_tokens)
+            entry.charge = None
+
+    def _enter(self, entry: LiveJob) -> None:
+        """Its tenant enters the band, unless another of its jobs stands in line there."""
+        line = self._lines(entry.band, self.waiting()).get(entry.job.tenant, [])
+        if all(other is entry for other in line):
+            self.shares[entry.band].enter(entry.job.tenant)
+
+    def _lines(self, band: Band, waiting: Iterable[LiveJob]) -> dict[str, list[LiveJob]]:
+        """Each tenant's jobs that wait for its turn, oldest first."""
+        lines: dict[str, list[LiveJob]] = {}
+        for entry in waiting:
+            if entry.band == band and not entry.pin:
+                lines.setdefault(entry.job.tenant, []).append(entry)
+        return lines
+
+    def _ranked(self, band: Band, lines: dict[str, list[LiveJob]]) -> list[str]:
+        """Tenants in their turn: served least first, then by their oldest job; without those at their cap."""
+        shares = self.shares[band]
+        able = [tenant for tenant in lines if self._free_of_cap(tenant) != 0]
+        return sorted(able, key=lambda tenant: (shares.counter(tenant), lines[tenant][0].arrival))
+
+    def _free_of_cap(self, tenant: str) -> int | None:
+        """How many more jobs of a tenant may run; None: as many as there are."""
+        cap = self.caps.get(tenant)
+        return None if cap is None else max(0, cap - self.running(tenant))
+
+    # --- estimates ------------------------------------------------------------------------------------------
+
+    def place_of(self, entry: LiveJob) -> Waiting:
+        """Where a waiting job stands, and how long it will: an estimate."""
+        waiting = self.waiting()
+        if entry.pin:
+            position = sum(other.pin == entry.pin and other.arrival < entry.arrival for other in waiting)
+            return Waiting(position, self.wait_s(0))
+        higher = [other for other in waiting if other.band > entry.band]
+        band = [other for other in waiting if other.band == entry.band]
+        lines, tenant = self._lines(entry.band, band), entry.job.tenant
+        turns, place = self._ranked(entry.band, lines), lines[tenant].index(entry)
+        turn = turns.index(tenant) if tenant in turns else len(turns)
+        ahead = min(place * max(len(turns), 1) + turn, len(band) - 1)
+        tokens = sum(other.job.cost_tokens for other in higher)
+        tokens += ahead * sum(other.job.cost_tokens for other in band) // len(band)
+        return Waiting(len(higher) + ahead, self._longer(self.wait_s(tokens), tenant, place))
+
+    def _longer(self, wait_s: float | None, tenant: str, place: int) -> float | None:
+        """Whoever may run few jobs at once waits for its own, too."""
+        cap, free = self.caps.get(tenant), self._free_of_cap(tenant)
+        if wait_s is None or self.service_s is None or cap is None or free is None:
+            return wait_s
+        return max(wait_s, max(0, place + 1 - free) * self.service_s / cap)
+
+    def wait_s(self, tokens: float) -> float | None:
+        """Estimated time until a job behind so many tokens starts; None while nothing was measured."""
+        slots = self.places.slots
         if self.service_s is None or slots == 0:
             return None
-        return (position + 1) * self.service_s / slots
-
-    def open_workers(self, now: float) -> int:
-        """Workers that take jobs, with or without a free slot."""
-        return sum(
-            not worker.draining and self.suspect_until.get(worker.worker_id, now) <= now
-            for worker in self.workers.values()
-        )
+        return (tokens * self.service_s / self.service_tokens + self.service_s) / slots
 
     def note_service(self, entry: LiveJob, now: float) -> None:
-        """Takes a finished job's service time into the mean."""
-        took = now - entry.granted_at
-        mean = took if self.service_s is None else self.service_s
-        self.service_s = mean + SERVICE_SHARE * (took - mean)
+        """Takes a finished job's service time, and what it was expected to cost, into the means."""
+        took, tokens = now - entry.granted_at, float(entry.job.cost_tokens)
+        if self.service_s is None:
+            self.service_s, self.service_tokens = took, tokens
+        self.service_s += SERVICE_SHARE * (took - self.service_s)
+        self.service_tokens += SERVICE_SHARE * (tokens - self.service_tokens)
 
-    def _next(self, now: float) -> LiveJob | None:
-        """Pinned jobs first; then by band in turn, the oldest. Any free worker can take any of the latter."""
-        waiting = self.waiting()
-        for entry in waiting:
-            if entry.pin and self._pick(entry.pin, "", now):
-                return entry
-        if not any(self._pick(revision, "", now) for revision in self._routed()):
-            return None
-        bands = sorted(Band, reverse=(self.grants + 1) % BOTTOM_UP_EVERY != 0)
-        return next((e for band in bands for e in waiting if e.job.band == band and not e.pin), None)
-
-    def _places(self, entry: LiveJob, now: float) -> Iterator[tuple[QueueWorker, str]]:
-        """Where a job may go, best first: its pin alone, or the revision of its hash and then the others."""
-        wanted = entry.pin or self._weighted_revision(entry.job.job_id)
-        others = [] if entry.pin else [revision for revision in self._routed() if revision != wanted]
-        for revision in [wanted, *others]:
-            worker = self._pick(revision, entry.avoid, now)
-            if worker is not None:
-                yield worker, revision
-
-    def _pick(self, revision: str, avoid: str, now: float) -> QueueWorker | None:
-        """The least loaded worker with a free slot; the one to avoid only if there is no other."""
-        found = [
-            (worker.worker_id == avoid, self._running(worker.worker_id) / worker.slots, worker.worker_id)
-            for worker in self.workers.values()
-            if revision in worker.ready
-            and not worker.draining
-            and self.suspect_until.get(worker.worker_id, now) <= now
-            and self._running(worker.worker_id) < worker.slots
-        ]
-        return self.workers[min(found)[2]] if found else None
-
-    def _running(self, worker_id: str) -> int:
-        grants = (entry.grant for entry in self.jobs.values())
-        return sum(grant is not None and grant.worker_id == worker_id for grant in grants)
-
-    def _routed(self) -> list[str]:
-        """The revisions that serve, heaviest first, ties by name."""
-        serving = [revision for revision, weight in self.weights.items() if weight > 0]
-        return sorted(serving, key=lambda revision: (-self.weights[revision], revision))
-
-    def _weighted_revision(self, job_id: str) -> str:
-        """The revision that the weights give to this job, the same at each attempt."""
-        digest = hashlib.sha1(job_id.encode(), usedforsecurity=False).hexdigest()
-        routed = self._routed()
-        point = int(digest[:8], 16) % sum(self.weights[revision] for revision in routed)
-        for revision in routed:
-            point -= self.weights[revision]
-            if point < 0:
-                return revision
-        raise AssertionError("a point lies within the sum of the weights")
+    def _new_entry(self, job: QueuedJob, now: float, aging_s: float) -> LiveJob:
+        self.last_arrival = max(now, self.last_arrival + ARRIVAL_STEP_S)
+        self.caps[job.tenant] = job.limits.concurrency
+        self.ended.pop(job.job_id, None)
+        return LiveJob(
+            job,
+            arrival=self.last_arrival - job.waited_s,
+            deadline=now + job.timeout_s,
+            band=job.band,
+            ages_at=now - job.waited_s + aging_s,
+        )

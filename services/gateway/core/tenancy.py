@@ -1,4 +1,4 @@
-"""Tenancy. Owns: what a tenant may use, as its token asks for it and the configuration bounds it. Pure."""
+"""Tenants. Owns: what one may take, as its token asks and the configuration bounds, and what it took. Pure."""
 
 from __future__ import annotations
 
@@ -46,3 +46,20 @@ class TenantBounds:
 def _least(asked: int | None, most: int | None) -> int | None:
     """The smaller one of two bounds of which either may be missing."""
     return min((bound for bound in (asked, most) if bound is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class TenantUsage:
+    """What a tenant takes of one model now.
+
+    Attributes:
+        window_age_s: Time since the minute began that the tokens belong to.
+        used_tokens: Tokens of requests that ended in this minute.
+        reserved_tokens: Estimates of requests that wait or run.
+        running: Requests that run.
+    """
+
+    window_age_s: float
+    used_tokens: int
+    reserved_tokens: int
+    running: int

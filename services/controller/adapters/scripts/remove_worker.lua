@@ -2,7 +2,9 @@
 -- Removes a worker's record, so that it gets no more jobs. What runs on it ends with its jobs' leases.
 -- Returns 1, or 0 if the fence is stale.
 
+local worker_id = ARGV[2]
+
 if is_stale() then return 0 end
-redis.call('DEL', PREFIX .. 'worker:' .. ARGV[2])
-redis.call('SREM', PREFIX .. 'workers', ARGV[2])
+unindex_worker(worker_id)
+redis.call('DEL', PREFIX .. 'worker:' .. worker_id)
 return 1

@@ -1,21 +1,41 @@
--- enqueue(job_id, submission, tenant, band, cost_tokens, timeout_ms, waited_ms, waiting_jobs_max)
--- Accepts a job, and grants it a slot at once where one is free and nobody is before it.
--- Returns {'granted' | 'waiting', position, wait_ms, grants}, {'full', waiting, wait_ms}, {'exists'} or
--- {'ended', outcome}. Writes a job, its indices, and what the grants touch.
+-- enqueue(job_id, submission, tenant, band, cost_tokens, timeout_ms, waited_ms, weight, concurrency | '',
+--         tokens_per_minute | '', waiting_jobs_max, tenant_waiting_jobs_max, aging_ms)
+-- Accepts a job, and grants it a slot at once where one is free and it is its turn.
+-- Returns {'granted' | 'waiting', position, wait_ms, grants}, {'exists'}, {'ended', outcome}, or a refusal:
+-- {'full' | 'tenant_full', waiting, wait_ms}, {'quota', taken tokens, ms until the window ends} or
+-- {'late', position, wait_ms, grants}. Writes a job, its indices, its tenant's accounts, and what the grants
+-- touch.
 
 local id, submission, tenant, band = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
-local cost, timeout_ms, waited_ms, bound = ARGV[10], tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
+local cost, timeout_ms, waited_ms = ARGV[10], tonumber(ARGV[11]), tonumber(ARGV[12])
+local weight, cap, limit = ARGV[13], ARGV[14], tonumber(ARGV[15])
+local jobs_max, tenant_jobs_max, aging_ms = tonumber(ARGV[16]), tonumber(ARGV[17]), tonumber(ARGV[18])
+
+-- A job that was accepted once comes back after a loss in Redis; it is not refused now.
+local is_new = waited_ms == 0
 
 local function answer_of(job)
-  local view = grant_free()
+  grant_free()
   local current = load_job(id)
   if current.state == 'waiting' then
-    local position = position_of(current)
-    return { 'waiting', position, wait_of(position, view.slots), GRANTED }
+    local position, wait_ms = place_of(current)
+    return { 'waiting', position, wait_ms, GRANTED }
   end
   -- A repeated call whose first answer was lost hears of the grant again.
   if job.state == 'running' then GRANTED[#GRANTED + 1] = encode_grant(current) end
   return is_live(current) and { 'granted', 0, 0, GRANTED } or { 'ended', current.state }
+end
+
+-- Returns why there is no room for the job, or nil.
+local function refusal()
+  local waiting = count_waiting()
+  if waiting >= jobs_max then return { 'full', waiting, (wait_of(0)) } end
+  local own = tonumber(redis.call('HGET', tenant_key(tenant), 'waiting') or 0)
+  if own >= tenant_jobs_max then return { 'tenant_full', own, (wait_of(0)) } end
+  local used, reserved = read_account(tenant)
+  if limit and used + reserved + tonumber(cost) > limit then
+    return { 'quota', used + reserved, WINDOW_MS - NOW % WINDOW_MS }
+  end
 end
 
 local known = load_job(id)
@@ -26,18 +46,23 @@ end
 if is_live(known) then return { 'exists' } end
 
 expire_overdue()
-local waiting = count_waiting()
--- A job that was accepted once comes back after a loss in Redis; it is not refused now.
-if waited_ms == 0 and waiting >= bound then
-  return { 'full', waiting, wait_of(0, look_at_workers().slots) }
-end
+local refused = is_new and refusal()
+if refused then return refused end
 
 redis.call('DEL', PREFIX .. 'job:' .. id)
 local job = {
-  id = id, state = 'waiting', submission = submission, owner = CALLER, tenant = tenant, band = band,
-  cost = cost, deadline = NOW + timeout_ms, attempt = 0, nonce = '', ended_nonce = '', pin = '', avoid = '',
-  arrival = arrival_of(waited_ms),
+  id = id, state = 'waiting', submission = submission, owner = CALLER, tenant = tenant, band = band, aged = '0',
+  cost = cost, weight = weight, cap = cap, deadline = NOW + timeout_ms, ages_at = NOW - waited_ms + aging_ms,
+  attempt = 0, nonce = '', ended_nonce = '', pin = '', avoid = '', charged = '', arrival = arrival_of(waited_ms),
 }
 store_job(job)
+admit_job(job)
 put_waiting(job)
-return answer_of(job)
+local answer = answer_of(job)
+-- Nobody shall wait for nothing.
+if is_new and answer[1] == 'waiting' and answer[3] > timeout_ms then
+  finish_job(load_job(id), 'expired')
+  redis.call('DEL', PREFIX .. 'job:' .. id)
+  answer[1] = 'late'
+end
+return answer

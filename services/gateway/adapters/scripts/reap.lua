@@ -16,10 +16,7 @@ local function reap_leases()
 end
 
 local function is_held(revision)
-  for _, worker_id in ipairs(redis.call('SMEMBERS', PREFIX .. 'workers')) do
-    if redis.call('HEXISTS', PREFIX .. 'worker:' .. worker_id, 'r:' .. revision) == 1 then return true end
-  end
-  return false
+  return redis.call('EXISTS', PREFIX .. 'holders:' .. revision) == 1
 end
 
 -- A worker that was lost may be on its way back with the revision, so that a job waits a while first.
@@ -34,8 +31,20 @@ local function reap_pinned()
   end
 end
 
+-- Breakers of a gateway that is gone bar nobody.
+local function forget_gateway(gateway)
+  redis.call('ZREM', PREFIX .. 'gateways', gateway)
+  for _, worker_id in ipairs(redis.call('SMEMBERS', PREFIX .. 'opened')) do close_pair(gateway, worker_id) end
+end
+
+local function forget_gateways()
+  local gone = redis.call('ZRANGEBYSCORE', PREFIX .. 'gateways', '-inf', NOW - GATEWAYS_KEPT_MS, 'LIMIT', 0, JOBS_MAX)
+  for _, gateway in ipairs(gone) do forget_gateway(gateway) end
+end
+
 reap_leases()
 reap_pinned()
-redis.call('ZREMRANGEBYSCORE', PREFIX .. 'gateways', '-inf', NOW - GATEWAYS_KEPT_MS)
+forget_gateways()
+prune_shares(JOBS_MAX)
 grant_free()
 return GRANTED

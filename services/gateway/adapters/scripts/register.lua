@@ -1,12 +1,14 @@
 -- register(job_id, submission, tenant, band, cost_tokens, timeout_ms, waited_ms, nonce, attempt,
---          worker_id, address, revision, epoch)
--- Enters a job that runs already, after Redis lost it, so that its slot counts again. What Redis knows wins:
+--          worker_id, address, revision, epoch, weight, concurrency | '', aging_ms)
+-- Enters a job that runs already, after Redis lost it, so that its slot and its reservation count again; its
+-- tenant's share is not charged, since the shares began anew. What Redis knows wins:
 -- an attempt under another nonce, an end, or a namesake. Only this submission's own wait gives way.
 -- Returns 1 if the attempt is current now, else 0.
 
 local id, submission, tenant, band, cost = ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10]
 local timeout_ms, waited_ms, nonce, attempt = tonumber(ARGV[11]), tonumber(ARGV[12]), ARGV[13], ARGV[14]
 local worker, address, revision, epoch = ARGV[15], ARGV[16], ARGV[17], ARGV[18]
+local weight, cap, aging_ms = ARGV[19], ARGV[20], tonumber(ARGV[21])
 
 local known = load_job(id)
 if is_current(known, nonce) then
@@ -17,14 +19,19 @@ local is_same = known and known.submission == submission
 if is_same and known.state ~= 'waiting' then return 0 end
 if is_live(known) and not is_same then return 0 end
 
-if is_same then take_waiting(known) end
+if is_same then
+  band = known.band
+  take_waiting(known)
+end
 redis.call('DEL', PREFIX .. 'job:' .. id)
 local job = {
   id = id, state = 'running', submission = submission, owner = CALLER, tenant = tenant, band = band,
-  cost = cost, deadline = NOW + timeout_ms, arrival = arrival_of(waited_ms), attempt = attempt,
-  nonce = nonce, ended_nonce = '', pin = '', avoid = '',
-  worker = worker, address = address, revision = revision, epoch = epoch, granted_at = NOW,
+  aged = is_same and known.aged or '0', cost = cost, weight = weight, cap = cap, charged = '',
+  deadline = NOW + timeout_ms, ages_at = NOW - waited_ms + aging_ms, arrival = arrival_of(waited_ms),
+  attempt = attempt, nonce = nonce, ended_nonce = '', pin = '', avoid = '',
+  worker = worker, address = address, revision = revision, epoch = epoch, granted_at = NOW, trial = '0',
 }
 store_job(job)
+if is_same then set_cap(tenant, cap) else admit_job(job) end
 put_running(job)
 return 1

@@ -45,10 +45,8 @@ local positions = {}
 for _, id in ipairs(waiting) do
   local job = load_job(id)
   if job.state == 'waiting' then
-    local position = position_of(job)
-    for _, value in ipairs({ id, position, wait_of(position, view.slots) }) do
-      positions[#positions + 1] = value
-    end
+    local position, wait_ms = place_of(job)
+    for _, value in ipairs({ id, position, wait_ms }) do positions[#positions + 1] = value end
   end
 end
-return { GRANTED, positions, lost, unknown, view and #view.workers or -1 }
+return { GRANTED, positions, lost, unknown, view and count_takers(view) or -1 }

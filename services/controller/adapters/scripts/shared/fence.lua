@@ -1,9 +1,10 @@
--- The fence of the controller's writes. clock.lua stands before it, one operation after it.
+-- The fence of the controller's writes. clock.lua stands before it, index.lua and one operation after it.
 --
 -- KEYS[1] is the prefix of the model's keys, hash tag included; all other keys are derived from it and so lie
 -- in the same Cluster slot. ARGV[1] is the writer's fencing number.
 
 local PREFIX = KEYS[1]
+local NOW = read_clock(PREFIX)
 
 -- Whether a controller with a higher number has written. The highest one is kept, so that a controller that
 -- slept while another took over changes nothing when it wakes.

@@ -4,8 +4,8 @@
 local LOOKS_MAX = 64
 -- One grant in so many looks at the bands from the bottom, so that the lowest never starves.
 local BOTTOM_UP_EVERY = 8
--- A position is an estimate: beyond so many tenants with an older job, each counts for one job.
-local TENANTS_COUNTED_MAX = 8
+-- While breakers are open, a job may be barred from all free workers; then at most this many are looked at.
+local BARRED_LOOKS_MAX = 16
 -- A mean service time that was not touched for an hour says nothing about now.
 local STATS_TTL_S = 3600
 
@@ -22,12 +22,8 @@ local function encode_grant(job)
     revision = job.revision,
     -- As text: JSON numbers keep 14 digits here.
     epoch = job.epoch,
+    trial = job.trial == '1',
   })
-end
-
--- The one place that chooses among the tenants of a band: the one whose oldest job came first.
-local function choose_tenant(band)
-  return redis.call('ZRANGE', PREFIX .. 'tenants:' .. band, 0, 0)[1]
 end
 
 local function bands_in_turn()
@@ -36,37 +32,59 @@ local function bands_in_turn()
   return { BANDS[3], BANDS[2], BANDS[1] }
 end
 
--- Returns the oldest job among those whose pinned revision has a free worker, or nil.
+-- Returns the first of these jobs that a worker can take, and its place, or nil. Unless breakers are open, any
+-- free worker of the right revision takes any of them, so that nobody needs to look behind the head.
+local function first_placed(view, ids)
+  for _, id in ipairs(ids) do
+    if view.looks_left == 0 then return nil end
+    view.looks_left = view.looks_left - 1
+    local job = load_job(id)
+    local worker_id, revision, is_trial = place_job(view, job)
+    if worker_id then return job, { worker_id = worker_id, revision = revision, is_trial = is_trial } end
+  end
+end
+
+local function depth(view)
+  return view.has_open and BARRED_LOOKS_MAX - 1 or 0
+end
+
+-- Returns the oldest pinned job whose revision has a free worker, and its place, or nil.
 local function next_pinned(view)
-  local oldest, oldest_arrival
+  local oldest, oldest_place
   for _, revision in ipairs(redis.call('SMEMBERS', PREFIX .. 'pins')) do
-    local head = redis.call('ZRANGE', PREFIX .. 'pinned:' .. revision, 0, 0, 'WITHSCORES')
-    if pick_worker(view, revision, '') and (not oldest or tonumber(head[2]) < oldest_arrival) then
-      oldest, oldest_arrival = head[1], tonumber(head[2])
+    local ids = redis.call('ZRANGE', PREFIX .. 'pinned:' .. revision, 0, depth(view))
+    view.looks_left = #ids
+    local job, place = first_placed(view, ids)
+    if job and (not oldest or tonumber(job.arrival) < tonumber(oldest.arrival)) then
+      oldest, oldest_place = job, place
     end
   end
-  return oldest
+  return oldest, oldest_place
 end
 
--- Returns the job that is next while a routed revision has a free worker, or nil. Any of these workers can
--- take any such job, so that nobody needs to look behind the head.
-local function next_waiting(view)
-  if not place_job(view, { id = '', pin = '', avoid = '' }) then return nil end
+-- Returns the job whose turn it is and its place, or nil: by band, by tenant, the oldest.
+local function next_in_line(view)
+  view.looks_left = view.has_open and BARRED_LOOKS_MAX or 1
   for _, band in ipairs(bands_in_turn()) do
-    local tenant = choose_tenant(band)
-    if tenant then return redis.call('ZRANGE', PREFIX .. 'waiting:' .. band .. ':' .. tenant, 0, 0)[1] end
+    for _, seat in ipairs(redis.call('ZRANGE', PREFIX .. 'tenants:' .. band, 0, depth(view))) do
+      local line = PREFIX .. 'waiting:' .. band .. ':' .. tenant_of(seat)
+      local job, place = first_placed(view, redis.call('ZRANGE', line, 0, depth(view)))
+      if job then return job, place end
+      if view.looks_left == 0 then return nil end
+    end
   end
 end
 
-local function grant_job(view, job)
-  local worker, revision = place_job(view, job)
+local function grant_job(view, job, place)
+  charge_grant(job)
   take_waiting(job)
-  job.state, job.worker, job.address, job.revision = 'running', worker.id, worker.address, revision
+  job.state, job.worker, job.revision = 'running', place.worker_id, place.revision
+  job.address = redis.call('HGET', PREFIX .. 'worker:' .. place.worker_id, 'address')
   job.attempt = tonumber(job.attempt) + 1
-  job.epoch, job.granted_at = view.epoch, NOW
+  job.epoch, job.granted_at, job.trial = view.epoch, NOW, place.is_trial and '1' or '0'
   -- The number makes it unique even if this call is repeated with its nonce.
   job.nonce = CALL_NONCE .. '.' .. next_number()
-  worker.running = worker.running + 1
+  if place.is_trial then note_trial(job.owner, place.worker_id) end
   store_job(job)
   put_running(job)
   redis.call('HINCRBY', PREFIX .. 'clock', 'grants', 1)
@@ -80,48 +98,79 @@ end
 -- Lends every free slot. Returns the view of the workers, or nil if nobody waited.
 local function grant_free()
   expire_overdue()
+  lift_aged()
   local view
   for _ = 1, LOOKS_MAX do
     if count_waiting() == 0 then break end
     view = view or look_at_workers()
-    local id = next_pinned(view) or next_waiting(view)
-    if not id then break end
-    local job = load_job(id)
+    local job, place = next_pinned(view)
+    if not job then job, place = next_in_line(view) end
+    if not job then break end
     -- Left at the head, the job of a vanished gateway would block all behind it.
-    if has_vanished(job.owner) then finish_job(job, 'failed') else grant_job(view, job) end
+    if has_vanished(job.owner) then finish_job(job, 'failed') else grant_job(view, job, place) end
   end
   return view
 end
 
--- Returns the estimated number of jobs that start before this one.
-local function position_of(job)
-  if job.pin ~= '' then return redis.call('ZRANK', PREFIX .. 'pinned:' .. job.pin, job.id) end
-  local ahead = 0
+-- Returns milliseconds until a job starts that has so many estimated tokens before it; -1 while nothing was
+-- measured.
+local function wait_of(tokens)
+  local means = redis.call('HMGET', PREFIX .. 'stats', 'service_ms', 'service_tokens')
+  local slots = count_slots()
+  if not means[1] or slots == 0 then return -1, 0 end
+  local service_ms = tonumber(means[1])
+  return math.floor((tokens * service_ms / tonumber(means[2]) + service_ms) / slots), service_ms
+end
+
+-- Whoever may run few jobs at once waits for its own, too.
+local function wait_for_own(tenant, place, service_ms)
+  local free = free_of_cap(tenant)
+  if not free then return 0 end
+  local cap = tonumber(redis.call('HGET', tenant_key(tenant), 'cap'))
+  return math.floor(math.max(0, place + 1 - free) * service_ms / math.max(cap, 1))
+end
+
+-- Returns how many jobs are ahead of a waiting one within its band: as many rounds of all tenants as it has
+-- jobs of its own before it, and the tenants before its own. And its place among its own.
+local function ahead_in_band(job, waiting)
+  local seats = PREFIX .. 'tenants:' .. job.band
+  local tenants = redis.call('ZCARD', seats)
+  local seat = redis.call('HGET', tenant_key(job.tenant), 'seat:' .. job.band)
+  local turn = seat and redis.call('ZRANK', seats, seat) or tenants
+  local place = redis.call('ZRANK', PREFIX .. 'waiting:' .. job.band .. ':' .. job.tenant, job.id)
+  return math.min(place * math.max(tenants, 1) + turn, waiting - 1), place
+end
+
+-- Returns the estimated number of jobs that start before this one, and the estimated milliseconds until it
+-- starts, -1 while nothing was measured.
+local function place_of(job)
+  if job.pin ~= '' then
+    return redis.call('ZRANK', PREFIX .. 'pinned:' .. job.pin, job.id), (wait_of(0))
+  end
+  local ahead, tokens = 0, 0
   for _, band in ipairs(BANDS) do
-    if band > tonumber(job.band) then ahead = ahead + redis.call('ZCARD', PREFIX .. 'deadline:' .. band) end
+    if band > tonumber(job.band) then
+      ahead = ahead + redis.call('ZCARD', PREFIX .. 'deadline:' .. band)
+      tokens = tokens + tonumber(redis.call('HGET', PREFIX .. 'backlog', band) or 0)
+    end
   end
-  local before, tenants_key = '(' .. job.arrival, PREFIX .. 'tenants:' .. job.band
-  local tenants = redis.call('ZRANGEBYSCORE', tenants_key, '-inf', before, 'LIMIT', 0, TENANTS_COUNTED_MAX)
-  for _, tenant in ipairs(tenants) do
-    local waiting = PREFIX .. 'waiting:' .. job.band .. ':' .. tenant
-    ahead = ahead + redis.call('ZCOUNT', waiting, '-inf', before)
-  end
-  ahead = ahead + redis.call('ZCOUNT', tenants_key, '-inf', before) - #tenants
-  return ahead
+  local waiting = redis.call('ZCARD', PREFIX .. 'deadline:' .. job.band)
+  local before, place = ahead_in_band(job, waiting)
+  tokens = tokens + math.floor(before * tonumber(redis.call('HGET', PREFIX .. 'backlog', job.band)) / waiting)
+  local wait_ms, service_ms = wait_of(tokens)
+  if wait_ms >= 0 then wait_ms = math.max(wait_ms, wait_for_own(job.tenant, place, service_ms)) end
+  return ahead + before, wait_ms
 end
 
--- Returns the estimated milliseconds until the job at this position starts; -1 while nothing was measured.
-local function wait_of(position, slots)
-  local service_ms = redis.call('HGET', PREFIX .. 'stats', 'service_ms')
-  if not service_ms or slots == 0 then return -1 end
-  return math.floor((position + 1) * tonumber(service_ms) / slots)
-end
-
--- Takes a finished job's service time into the mean, a tenth of its weight at a time.
+-- Takes a finished job's service time, and what it was expected to cost, into the means, a tenth of their
+-- weight at a time.
 local function note_service(job)
-  local took = NOW - tonumber(job.granted_at)
-  local mean = tonumber(redis.call('HGET', PREFIX .. 'stats', 'service_ms') or took)
-  redis.call('HSET', PREFIX .. 'stats', 'service_ms', string.format('%.3f', mean + 0.1 * (took - mean)))
+  local took, tokens = NOW - tonumber(job.granted_at), tonumber(job.cost)
+  local means = redis.call('HMGET', PREFIX .. 'stats', 'service_ms', 'service_tokens')
+  local service_ms, service_tokens = tonumber(means[1] or took), tonumber(means[2] or tokens)
+  redis.call('HSET', PREFIX .. 'stats',
+    'service_ms', string.format('%.3f', service_ms + 0.1 * (took - service_ms)),
+    'service_tokens', string.format('%.3f', service_tokens + 0.1 * (tokens - service_tokens)))
   redis.call('EXPIRE', PREFIX .. 'stats', STATS_TTL_S)
 end
 
@@ -131,6 +180,7 @@ local function put_back(id, nonce, prepare)
   local job = load_job(id)
   if is_current(job, nonce) then
     take_running(job)
+    correct_charge(job, 0)
     prepare(job)
     job.state, job.nonce, job.ended_nonce = 'waiting', '', nonce
     store_job(job)

@@ -1,42 +1,10 @@
--- Jobs: their records, and the indices that a record stands in. Before it come clock.lua; after it
--- workers.lua, grants.lua and one operation.
---
--- KEYS[1] is the prefix of the model's keys, hash tag included; all other keys are derived from it and so lie
--- in the same Cluster slot. ARGV[1..5], the same for every operation:
---   gateway  nonce of this call  lease_ttl_ms  gateway_ttl_ms  record_ttl_ms
+-- Jobs: their records, and the indices that a record stands in. A job's band is the one it counts in: one
+-- higher than it asked for once it has aged.
 
-local PREFIX = KEYS[1]
-local CALLER, CALL_NONCE = ARGV[1], ARGV[2]
-local LEASE_MS, GATEWAY_MS, RECORD_MS = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-
--- Highest first; the values are those of the contract's priorities.
-local BANDS = { 3, 2, 1 }
 -- A call ends at most this many overdue jobs, so that it stays short; the next call goes on.
 local OVERDUE_MAX = 32
-
-local NOW = read_clock(PREFIX)
-
--- Every call is a sign of life of its gateway, not only a renewal.
-redis.call('ZADD', PREFIX .. 'gateways', NOW, CALLER)
-
-local function has_vanished(gateway)
-  local seen = redis.call('ZSCORE', PREFIX .. 'gateways', gateway)
-  return not seen or tonumber(seen) < NOW - GATEWAY_MS
-end
-
--- Returns a number greater than all before it, as text: Lua's own conversion keeps 14 digits. Microseconds of the clock, not a counter: after Redis was
--- emptied a counter would begin again below the jobs that come back.
-local function next_number()
-  local last = tonumber(redis.call('HGET', PREFIX .. 'clock', 'number') or 0)
-  local number = string.format('%.0f', math.max(NOW * 1000, last + 1))
-  redis.call('HSET', PREFIX .. 'clock', 'number', number)
-  return number
-end
-
--- Returns the arrival number of a job that has waited so long already: its place among the others.
-local function arrival_of(waited_ms)
-  return string.format('%.0f', tonumber(next_number()) - waited_ms * 1000)
-end
+-- And it lifts at most this many aged ones.
+local AGED_MAX = 16
 
 -- Returns the job's record with its id, or nil.
 local function load_job(id)
@@ -67,31 +35,35 @@ local function is_current(job, nonce)
   return job ~= nil and job.state == 'running' and job.nonce == nonce
 end
 
--- Tenants of a band are ranked by the arrival of their oldest job. Virtual counters would replace the score.
-local function rank_tenant(band, tenant)
-  local oldest = redis.call('ZRANGE', PREFIX .. 'waiting:' .. band .. ':' .. tenant, 0, 0, 'WITHSCORES')
-  if oldest[1] then
-    redis.call('ZADD', PREFIX .. 'tenants:' .. band, oldest[2], tenant)
-  else
-    redis.call('ZREM', PREFIX .. 'tenants:' .. band, tenant)
-  end
-end
-
--- A job with a pin must go on with that revision; its text began there.
-local function put_waiting(job)
+-- A job with a pin must go on with its revision, since its text began there; the others wait for the turn of
+-- their tenant.
+local function put_in_line(job)
   if job.pin ~= '' then
     redis.call('ZADD', PREFIX .. 'pinned:' .. job.pin, job.arrival, job.id)
     redis.call('SADD', PREFIX .. 'pins', job.pin)
-  else
-    redis.call('ZADD', PREFIX .. 'waiting:' .. job.band .. ':' .. job.tenant, job.arrival, job.id)
-    rank_tenant(job.band, job.tenant)
+    return
   end
+  local line = PREFIX .. 'waiting:' .. job.band .. ':' .. job.tenant
+  if redis.call('EXISTS', line) == 0 then enter_band(job.band, job.tenant) end
+  redis.call('ZADD', line, job.arrival, job.id)
+  rank_tenant(job.band, job.tenant)
+  if job.aged == '0' and job.band ~= tostring(BANDS[1]) then
+    redis.call('ZADD', PREFIX .. 'aging:' .. job.band, job.ages_at, job.id)
+  end
+end
+
+local function put_waiting(job)
+  add_count('tenant:' .. job.tenant, 'waiting', 1)
+  add_count('backlog', job.band, job.cost)
+  put_in_line(job)
   redis.call('ZADD', PREFIX .. 'deadline:' .. job.band, job.deadline, job.id)
   redis.call('ZADD', PREFIX .. 'lease', NOW + LEASE_MS, job.id)
   redis.call('HSET', PREFIX .. 'owned:' .. job.owner, job.id, '')
 end
 
 local function take_waiting(job)
+  add_count('tenant:' .. job.tenant, 'waiting', -1)
+  add_count('backlog', job.band, -job.cost)
   if job.pin ~= '' then
     redis.call('ZREM', PREFIX .. 'pinned:' .. job.pin, job.id)
     if redis.call('EXISTS', PREFIX .. 'pinned:' .. job.pin) == 0 then
@@ -99,6 +71,7 @@ local function take_waiting(job)
     end
   else
     redis.call('ZREM', PREFIX .. 'waiting:' .. job.band .. ':' .. job.tenant, job.id)
+    redis.call('ZREM', PREFIX .. 'aging:' .. job.band, job.id)
     rank_tenant(job.band, job.tenant)
   end
   redis.call('ZREM', PREFIX .. 'deadline:' .. job.band, job.id)
@@ -107,17 +80,39 @@ end
 -- Occupies a slot of job.worker under job.nonce.
 local function put_running(job)
   redis.call('HSET', PREFIX .. 'running:' .. job.worker, job.id, job.nonce)
+  index_worker(job.worker)
+  count_running(job.tenant, 1)
   redis.call('ZADD', PREFIX .. 'lease', NOW + LEASE_MS, job.id)
   redis.call('HSET', PREFIX .. 'owned:' .. job.owner, job.id, job.nonce)
 end
 
 local function take_running(job)
   redis.call('HDEL', PREFIX .. 'running:' .. job.worker, job.id)
+  index_worker(job.worker)
+  count_running(job.tenant, -1)
 end
 
--- Ends a live job. Its record stays a while, so that a repeated call finds out how it ended.
-local function finish_job(job, outcome)
+-- Takes in a new job: its tokens are reserved, and its tenant's cap is as it says.
+local function admit_job(job)
+  set_cap(job.tenant, job.cap)
+  book_tokens(job.tenant, tonumber(job.cost), 0)
+  count_live(job.band, 1)
+end
+
+-- The tenant's side of a job's end: charge, quota and counts.
+local function release_job(job, used_tokens)
+  correct_charge(job, used_tokens)
+  book_tokens(job.tenant, -tonumber(job.cost), used_tokens)
+  count_live(job.band, -1)
+  local counts = redis.call('HMGET', tenant_key(job.tenant), 'waiting', 'running')
+  if not counts[1] and not counts[2] then redis.call('DEL', tenant_key(job.tenant)) end
+end
+
+-- Ends a live job that has used so many tokens. Its record stays a while, so that a repeated call finds out
+-- how it ended.
+local function finish_job(job, outcome, used_tokens)
   if job.state == 'waiting' then take_waiting(job) else take_running(job) end
+  release_job(job, used_tokens or 0)
   redis.call('ZREM', PREFIX .. 'lease', job.id)
   redis.call('HDEL', PREFIX .. 'owned:' .. job.owner, job.id)
   redis.call('DEL', PREFIX .. 'job:' .. job.id)
@@ -131,6 +126,22 @@ local function expire_overdue()
     local index = PREFIX .. 'deadline:' .. band
     for _, id in ipairs(redis.call('ZRANGEBYSCORE', index, '-inf', NOW, 'LIMIT', 0, OVERDUE_MAX)) do
       finish_job(load_job(id), 'expired')
+    end
+  end
+end
+
+-- A job that has waited long counts one band higher.
+local function lift_aged()
+  for at = 2, #BANDS do
+    local index = PREFIX .. 'aging:' .. BANDS[at]
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', index, '-inf', NOW, 'LIMIT', 0, AGED_MAX)) do
+      local job = load_job(id)
+      take_waiting(job)
+      count_live(job.band, -1)
+      job.band, job.aged = tostring(BANDS[at - 1]), '1'
+      count_live(job.band, 1)
+      store_job(job)
+      put_waiting(job)
     end
   end
 end

@@ -1,30 +1,25 @@
 -- Workers and the route, as the controller wrote them, and which worker takes a job.
 
 -- A suspicion lasts a second at most; the key goes when nobody was suspect for a minute.
-local SUSPECTS_TTL_MS = 60000
+local HELD_TTL_MS = 60000
+-- A call brings at most this many workers back from a hold or a lapse, so that it stays short.
+local RETURNS_MAX = 64
+-- A job looks at this many workers of a revision at most; those before them must all be barred to it.
+local WORKERS_LOOKED_AT_MAX = 64
 
 -- Keeps a worker from new jobs for a while.
 local function suspect_worker(worker_id, hold_ms)
-  redis.call('HSET', PREFIX .. 'suspect', worker_id, NOW + hold_ms)
-  redis.call('PEXPIRE', PREFIX .. 'suspect', SUSPECTS_TTL_MS)
+  redis.call('ZADD', PREFIX .. 'held', NOW + hold_ms, worker_id)
+  redis.call('PEXPIRE', PREFIX .. 'held', HELD_TTL_MS)
+  index_worker(worker_id)
 end
 
-local function load_worker(worker_id)
-  local flat = redis.call('HGETALL', PREFIX .. 'worker:' .. worker_id)
-  local worker = { id = worker_id, ready = {} }
-  for i = 1, #flat, 2 do
-    if string.sub(flat[i], 1, 2) == 'r:' then
-      worker.ready[string.sub(flat[i], 3)] = true
-    else
-      worker[flat[i]] = flat[i + 1]
-    end
+-- Lets workers be used again whose hold has ended.
+local function release_held()
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', PREFIX .. 'held', '-inf', NOW, 'LIMIT', 0, RETURNS_MAX)) do
+    redis.call('ZREM', PREFIX .. 'held', id)
+    index_worker(id)
   end
-  local suspect_until = redis.call('HGET', PREFIX .. 'suspect', worker_id)
-  worker.slots = tonumber(worker.slots or 0)
-  worker.running = redis.call('HLEN', PREFIX .. 'running:' .. worker_id)
-  worker.is_alive = tonumber(worker.lease_end_ms or 0) > NOW
-  worker.is_open = worker.draining == '0' and not (suspect_until and tonumber(suspect_until) > NOW)
-  return worker
 end
 
 -- Heaviest first, ties by name: the order in which revisions are tried.
@@ -47,46 +42,75 @@ local function load_route(view)
   table.sort(view.routed, by_weight)
 end
 
--- Returns the route and the workers as they stand. Workers whose lease has lapsed are left out, unless all
--- have: then it is the controller that is away, and leases are not judged.
+-- Returns the route, and what holds for all workers. Leases are judged as long as any worker has one; when all
+-- have lapsed it is the controller that is away, and those that were left out return.
 local function look_at_workers()
-  local view = { epoch = '0', routed = {}, total_weight = 0, workers = {}, slots = 0 }
+  local view = { epoch = '0', routed = {}, total_weight = 0 }
   load_route(view)
-  local known, any_alive = {}, false
-  for _, worker_id in ipairs(redis.call('SMEMBERS', PREFIX .. 'workers')) do
-    local worker = load_worker(worker_id)
-    known[#known + 1] = worker
-    any_alive = any_alive or worker.is_alive
-    view.slots = view.slots + worker.slots
+  release_held()
+  view.judges_leases = redis.call('ZCOUNT', PREFIX .. 'expiry', '(' .. NOW, '+inf') > 0
+  if not view.judges_leases then
+    for _, id in ipairs(redis.call('SPOP', PREFIX .. 'lapsed', RETURNS_MAX)) do index_worker(id) end
   end
-  for _, worker in ipairs(known) do
-    if worker.is_open and (worker.is_alive or not any_alive) then
-      view.workers[#view.workers + 1] = worker
-    end
-  end
+  view.has_open = redis.call('EXISTS', PREFIX .. 'opened') == 1
   return view
 end
 
-local function is_less_loaded(a, b)
-  local load_a, load_b = a.running / a.slots, b.running / b.slots
-  if load_a ~= load_b then return load_a < load_b end
-  return a.id < b.id
+-- Returns how many workers take jobs, with or without a free slot.
+local function count_takers(view)
+  return redis.call('ZCOUNT', PREFIX .. 'takers', view.judges_leases and '(' .. NOW or '-inf', '+inf')
 end
 
--- Returns the least loaded worker with a free slot that is ready for the revision, or nil. The worker to
--- avoid, where the job failed last, is taken only if there is no other.
-local function pick_worker(view, revision, avoid)
-  local best, fallback
-  for _, worker in ipairs(view.workers) do
-    if worker.running < worker.slots and worker.ready[revision] then
-      if worker.id == avoid then
-        fallback = worker
-      elseif not best or is_less_loaded(worker, best) then
-        best = worker
-      end
+local function count_slots()
+  return tonumber(redis.call('HGET', PREFIX .. 'fleet', 'slots') or 0)
+end
+
+-- Returns whether the lease of a worker has lapsed; such a worker leaves the index until it is written again.
+local function has_lapsed(view, revision, worker_id)
+  if not view.judges_leases then return false end
+  if tonumber(redis.call('ZSCORE', PREFIX .. 'expiry', worker_id) or 0) > NOW then return false end
+  redis.call('ZREM', PREFIX .. 'free:' .. revision, worker_id)
+  redis.call('SADD', PREFIX .. 'lapsed', worker_id)
+  return true
+end
+
+-- Returns 'closed', 'open', or 'trial' where the sleep of an open breaker is over. An open pair holds its end
+-- and the length of its sleep, both in milliseconds, or 'forced'.
+local function breaker_of(view, gateway, worker_id)
+  local pair = view.has_open and redis.call('HGET', PREFIX .. 'open:' .. worker_id, gateway)
+  if not pair then return 'closed' end
+  if pair == 'forced' then return 'open' end
+  return tonumber(string.match(pair, '^%d+')) <= NOW and 'trial' or 'open'
+end
+
+local function close_pair(gateway, worker_id)
+  redis.call('HDEL', PREFIX .. 'open:' .. worker_id, gateway)
+  if redis.call('EXISTS', PREFIX .. 'open:' .. worker_id) == 0 then
+    redis.call('SREM', PREFIX .. 'opened', worker_id)
+  end
+end
+
+-- Lists a pair as open for another sleep: its one trial is under way.
+local function note_trial(gateway, worker_id)
+  local key = PREFIX .. 'open:' .. worker_id
+  local sleep_ms = string.match(redis.call('HGET', key, gateway), '(%d+)$')
+  redis.call('HSET', key, gateway, string.format('%.0f %s', NOW + tonumber(sleep_ms), sleep_ms))
+end
+
+-- Returns the least loaded worker with a free slot that is ready for the revision and not barred to the job's
+-- gateway, or nil; and whether it is a trial. The worker to avoid, where the job failed last, is taken only if
+-- there is no other.
+local function pick_worker(view, revision, job)
+  local fallback, fallback_trial
+  local ids = redis.call('ZRANGE', PREFIX .. 'free:' .. revision, 0, WORKERS_LOOKED_AT_MAX - 1)
+  for _, id in ipairs(ids) do
+    local breaker = breaker_of(view, job.owner, id)
+    if breaker ~= 'open' and not has_lapsed(view, revision, id) then
+      if id ~= job.avoid then return id, breaker == 'trial' end
+      fallback, fallback_trial = id, breaker == 'trial'
     end
   end
-  return best or fallback
+  return fallback, fallback_trial
 end
 
 -- Returns the revision that the route's weights give to this job. The same job gets the same answer as long
@@ -99,15 +123,20 @@ local function weighted_revision(view, job_id)
   end
 end
 
--- Returns worker and revision for a job, or nil while no worker can take it.
+-- Returns worker, revision and whether it is a trial, or nil while no worker can take the job.
 local function place_job(view, job)
-  if job.pin ~= '' then return pick_worker(view, job.pin, job.avoid), job.pin end
+  if job.pin ~= '' then
+    local worker_id, is_trial = pick_worker(view, job.pin, job)
+    return worker_id, job.pin, is_trial
+  end
   if view.total_weight == 0 then return nil end
   local wanted = weighted_revision(view, job.id)
-  local worker = pick_worker(view, wanted, job.avoid)
-  if worker then return worker, wanted end
+  local worker_id, is_trial = pick_worker(view, wanted, job)
+  if worker_id then return worker_id, wanted, is_trial end
   for _, revision in ipairs(view.routed) do
-    worker = pick_worker(view, revision.name, job.avoid)
-    if worker then return worker, revision.name end
+    if revision.name ~= wanted then
+      worker_id, is_trial = pick_worker(view, revision.name, job)
+      if worker_id then return worker_id, revision.name, is_trial end
+    end
   end
 end

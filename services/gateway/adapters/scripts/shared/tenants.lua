@@ -1,0 +1,164 @@
+-- Tenants: whose turn it is within a band, how many jobs of one may run, and what its minute has left.
+--
+--   served:<band>   tenants by their counter: tokens charged, divided by weight
+--   entered:<band>  tenant -> entry and slack, see correct_charge
+--   floors          band -> the counter at which an idle tenant enters
+--   tenants:<band>  seats of the tenants that may run now, by counter, then by the arrival of the oldest job
+--   tenant:<t>      counts of a tenant's jobs, its cap, and its seat in each band
+--   live            band -> jobs that have not ended
+--   backlog         band -> estimated tokens of the jobs that wait
+--   quota:<t>       window used reserved: tokens of the tenant's minute
+
+-- Tokens are counted by whole minutes of the clock.
+local WINDOW_MS = 60000
+-- An account that nobody has touched for two windows says nothing any more.
+local ACCOUNT_TTL_MS = 2 * WINDOW_MS
+-- A seat is the arrival of the oldest job, in this many digits, a colon and the tenant.
+local SEAT_DIGITS = 20
+
+local function tenant_key(tenant)
+  return PREFIX .. 'tenant:' .. tenant
+end
+
+local function tenant_of(seat)
+  return string.sub(seat, SEAT_DIGITS + 2)
+end
+
+-- Returns how many more jobs of a tenant may run, or nil: as many as there are. A cap holds for this model.
+local function free_of_cap(tenant)
+  local cap = redis.call('HMGET', tenant_key(tenant), 'cap', 'running')
+  if not cap[1] then return nil end
+  return math.max(0, tonumber(cap[1]) - tonumber(cap[2] or 0))
+end
+
+-- Gives a tenant the seat in a band that its counter and its oldest job are worth; none while it has no job
+-- there or has reached its cap.
+local function rank_tenant(band, tenant)
+  local seats, field = PREFIX .. 'tenants:' .. band, 'seat:' .. band
+  local old = redis.call('HGET', tenant_key(tenant), field)
+  if old then redis.call('ZREM', seats, old) end
+  local head = redis.call('ZRANGE', PREFIX .. 'waiting:' .. band .. ':' .. tenant, 0, 0, 'WITHSCORES')
+  if head[1] and free_of_cap(tenant) ~= 0 then
+    local seat = string.format('%0' .. SEAT_DIGITS .. '.0f', tonumber(head[2])) .. ':' .. tenant
+    redis.call('ZADD', seats, redis.call('ZSCORE', PREFIX .. 'served:' .. band, tenant), seat)
+    redis.call('HSET', tenant_key(tenant), field, seat)
+  elseif old then
+    redis.call('HDEL', tenant_key(tenant), field)
+  end
+end
+
+local function rank_everywhere(tenant)
+  for _, band in ipairs(BANDS) do rank_tenant(band, tenant) end
+end
+
+-- Counts a job of a tenant that has begun or ceased to run. At its cap a tenant loses its seats, and a job
+-- that ends brings them back.
+local function count_running(tenant, delta)
+  add_count('tenant:' .. tenant, 'running', delta)
+  if redis.call('HEXISTS', tenant_key(tenant), 'cap') == 1 then rank_everywhere(tenant) end
+end
+
+-- Takes in what a tenant may run at once, as its newest job says; empty: no bound.
+local function set_cap(tenant, cap)
+  local known = redis.call('HGET', tenant_key(tenant), 'cap') or ''
+  if known == cap then return end
+  if cap == '' then
+    redis.call('HDEL', tenant_key(tenant), 'cap')
+  else
+    redis.call('HSET', tenant_key(tenant), 'cap', cap)
+  end
+  rank_everywhere(tenant)
+end
+
+-- A tenant that had nothing waiting in a band has something now. It enters at the floor or its own counter,
+-- whichever is higher: idleness earns no credit.
+local function enter_band(band, tenant)
+  local floor = tonumber(redis.call('HGET', PREFIX .. 'floors', band) or 0)
+  local own = tonumber(redis.call('ZSCORE', PREFIX .. 'served:' .. band, tenant) or floor)
+  redis.call('ZADD', PREFIX .. 'served:' .. band, math.max(own, floor), tenant)
+  local slack = string.format('%.17g', math.max(own - floor, 0))
+  redis.call('HSET', PREFIX .. 'entered:' .. band, tenant, next_number() .. ' ' .. slack)
+end
+
+local function entry_of(band, tenant)
+  local text = redis.call('HGET', PREFIX .. 'entered:' .. band, tenant)
+  if not text then return nil end
+  local entry, slack = string.match(text, '^(%d+) (.+)$')
+  return entry, tonumber(slack)
+end
+
+-- Charges a grant by its estimate; the floor rises to the least counter of those that wait.
+local function charge_grant(job)
+  local band, tenant = job.band, job.tenant
+  if job.pin == '' then
+    local least = tonumber(redis.call('ZRANGE', PREFIX .. 'tenants:' .. band, 0, 0, 'WITHSCORES')[2])
+    local floor = tonumber(redis.call('HGET', PREFIX .. 'floors', band) or 0)
+    if least > floor then redis.call('HSET', PREFIX .. 'floors', band, string.format('%.17g', least)) end
+  elseif redis.call('EXISTS', PREFIX .. 'waiting:' .. band .. ':' .. tenant) == 0 then
+    -- Its turn is none of the line's, and its tenant has no other job there.
+    enter_band(band, tenant)
+  end
+  job.charged = string.format('%.17g', tonumber(job.cost) / tonumber(job.weight))
+  job.entry = entry_of(band, tenant)
+  redis.call('ZINCRBY', PREFIX .. 'served:' .. band, job.charged, tenant)
+  -- The job leaves no line by which its tenant would be ranked anew.
+  if job.pin ~= '' then rank_tenant(band, tenant) end
+end
+
+-- Replaces what a grant was charged by what it used. Of a charge from before the tenant's last entry no more is
+-- taken back than it stood above the floor then: the floor has forgiven the rest already, and nobody shall earn
+-- credit by asking for more than it uses.
+local function correct_charge(job, used_tokens)
+  if (job.charged or '') == '' then return end
+  local band, tenant = job.band, job.tenant
+  local delta = used_tokens / tonumber(job.weight) - tonumber(job.charged)
+  local entry, slack = entry_of(band, tenant)
+  job.charged = ''
+  if not entry then return end
+  if entry ~= job.entry and delta < 0 then
+    local given = math.min(slack, -delta)
+    slack, delta = slack - given, -given
+    redis.call('HSET', PREFIX .. 'entered:' .. band, tenant, entry .. ' ' .. string.format('%.17g', slack))
+  end
+  redis.call('ZINCRBY', PREFIX .. 'served:' .. band, string.format('%.17g', delta), tenant)
+  rank_tenant(band, tenant)
+end
+
+-- Counts a job into its band or out of it. When nothing waits or runs there, the shares begin anew.
+local function count_live(band, delta)
+  if add_count('live', band, delta) == 0 then
+    redis.call('DEL', PREFIX .. 'served:' .. band, PREFIX .. 'entered:' .. band)
+    redis.call('HDEL', PREFIX .. 'floors', band)
+  end
+end
+
+-- Forgets tenants that stand below the floor with nothing waiting: they would enter at the floor anyway.
+local function prune_shares(looks)
+  for _, band in ipairs(BANDS) do
+    local served, floor = PREFIX .. 'served:' .. band, redis.call('HGET', PREFIX .. 'floors', band)
+    local below = floor and redis.call('ZRANGEBYSCORE', served, '-inf', floor, 'LIMIT', 0, looks) or {}
+    for _, tenant in ipairs(below) do
+      if redis.call('EXISTS', PREFIX .. 'waiting:' .. band .. ':' .. tenant) == 0 then
+        redis.call('ZREM', served, tenant)
+        redis.call('HDEL', PREFIX .. 'entered:' .. band, tenant)
+      end
+    end
+  end
+end
+
+-- Returns used and reserved tokens of a tenant's minute, and the number of that minute.
+local function read_account(tenant)
+  local window = math.floor(NOW / WINDOW_MS)
+  local account = redis.call('HMGET', PREFIX .. 'quota:' .. tenant, 'window', 'used', 'reserved')
+  local used = tonumber(account[1] or -1) == window and tonumber(account[2]) or 0
+  return used, tonumber(account[3] or 0), window
+end
+
+-- Reserves a job's estimate, or replaces a reservation by what was used.
+local function book_tokens(tenant, reserved_delta, used_delta)
+  local key = PREFIX .. 'quota:' .. tenant
+  local used, reserved, window = read_account(tenant)
+  reserved = math.max(0, reserved + reserved_delta)
+  redis.call('HSET', key, 'window', window, 'used', used + used_delta, 'reserved', reserved)
+  if reserved > 0 then redis.call('PERSIST', key) else redis.call('PEXPIRE', key, ACCOUNT_TTL_MS) end
+end

@@ -1,0 +1,65 @@
+"""What a tenant is told of its own consumption, through the whole gateway."""
+
+from __future__ import annotations
+
+import time
+
+import grpc
+import pytest
+from interlock.v1 import gateway_service_pb2 as pb
+
+from tests.fakes.scripted_worker import Script
+from tests.fixtures.gateway_world import bearer, make_token, open_gateway
+
+REQUEST = pb.GenerateRequest(text="hi", max_tokens=100)
+PROMPT_TOKENS = len("user:hi\n")
+
+
+async def test_usage_is_reserved_while_a_request_runs_and_charged_when_it_ends() -> None:
+    """The estimate is prompt and max_tokens; the charge is what was produced; the minute is this one."""
+    async with open_gateway() as gateway:
+        worker = await gateway.add_worker("w1", Script(answer="x" * 20, interval_s=0.02))
+        call = gateway.call(REQUEST)
+        await worker.wait_until(lambda: worker.running)
+        running = await gateway.stub.GetUsage(pb.GetUsageRequest(), metadata=bearer())
+        assert (running.tenant, running.running, running.used_tokens) == ("alice", 1, 0)
+        assert running.reserved_tokens == PROMPT_TOKENS + 100
+        assert [event async for event in call]
+        await gateway.wait_idle()
+        ended = await gateway.stub.GetUsage(pb.GetUsageRequest(), metadata=bearer())
+        assert (ended.running, ended.reserved_tokens, ended.used_tokens) == (0, 0, PROMPT_TOKENS + 20)
+        assert ended.window.seconds == 60
+        assert -1 <= time.time() - ended.window_start.ToMicroseconds() / 1e6 <= 61
+        assert not ended.HasField("tokens_per_minute")
+        assert not ended.HasField("concurrency")
+        assert ended.weight == 1
+
+
+async def test_a_disconnect_is_charged_by_what_was_produced() -> None:
+    """The client leaves after some tokens: nothing stays reserved, and no more is used than was delivered."""
+    async with open_gateway() as gateway:
+        worker = await gateway.add_worker("w1", Script(answer="x" * 400, interval_s=0.005))
+        call = gateway.call(pb.GenerateRequest(text="hi", max_tokens=400))
+        async for event in call:
+            if event.HasField("chunk") and event.chunk.index >= 10:
+                break
+        call.cancel()
+        await worker.wait_until(lambda: worker.cancelled)
+        await gateway.wait_idle()
+        usage = await gateway.stub.GetUsage(pb.GetUsageRequest(), metadata=bearer())
+        assert usage.reserved_tokens == 0
+        assert PROMPT_TOKENS + 11 <= usage.used_tokens < PROMPT_TOKENS + 400
+
+
+async def test_usage_is_the_callers_own_and_needs_a_scope() -> None:
+    """Another subject has used nothing; a token without either scope is refused."""
+    async with open_gateway() as gateway:
+        await gateway.add_worker("w1", Script(answer="x"))
+        await gateway.generate(REQUEST)
+        await gateway.wait_idle()
+        reader = bearer(make_token("bob", "models:read"))
+        usage = await gateway.stub.GetUsage(pb.GetUsageRequest(), metadata=reader)
+        assert (usage.tenant, usage.used_tokens) == ("bob", 0)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await gateway.stub.GetUsage(pb.GetUsageRequest(), metadata=bearer(make_token("bob", "admin")))
+        assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED

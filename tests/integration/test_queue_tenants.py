@@ -1,0 +1,273 @@
+"""What a tenant may take: its share, its cap, its quota and its room in the queue."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.common.errors import QueueFull, QuotaExceeded
+from services.gateway.core.jobs import Band, Outcome
+from services.gateway.core.queue_limits import QueueLimits
+from services.gateway.core.tenancy import TenantLimits
+from tests.fixtures.queue_world import KEYS, MODEL, QueueWorld, make_job
+
+
+async def test_the_tenant_that_was_served_least_goes_first(world: QueueWorld) -> None:
+    """A long answer costs turns: after 300 tokens of one tenant the other has three of 100."""
+    running = await world.grant("running", tenant="x")
+    for name in ("a1", "a2"):
+        await world.wait(name, tenant="a", cost=300)
+    for name in ("b1", "b2", "b3", "b4"):
+        await world.wait(name, tenant="b", cost=100)
+    await world.finish(running)
+    assert await world.finish_all(used=300) == ["a1", "b1", "a2", "b2", "b3", "b4"]
+
+
+async def test_what_was_not_used_is_given_back(world: QueueWorld) -> None:
+    """A tenant that asks for 1,000 tokens and uses 10 waits no longer than one that asks for 10."""
+    running = await world.grant("running", tenant="x")
+    for number in range(3):
+        await world.wait(f"a{number}", tenant="a", cost=1_000)
+        await world.wait(f"b{number}", tenant="b", cost=10)
+    await world.finish(running)
+    assert await world.finish_all(used=10) == ["a0", "b0", "a1", "b1", "a2", "b2"]
+
+
+async def test_idleness_earns_no_credit(world: QueueWorld) -> None:
+    """A tenant that comes when another was served 500 tokens does not have the next 500 for itself."""
+    running = await world.grant("running", tenant="a", cost=100)
+    for number in range(9):
+        await world.wait(f"a{number}", tenant="a", cost=100)
+    await world.finish(running, used=100)
+    for _ in range(4):
+        await world.finish(world.received["g1"].pop(0), used=100)
+    for number in range(3):
+        await world.wait(f"late{number}", tenant="late", cost=100)
+    order = await world.finish_all(used=100)
+    assert order[:6] == ["a4", "late0", "a5", "late1", "a6", "late2"]
+
+
+async def test_asking_for_much_and_leaving_early_earns_no_credit(empty_world: QueueWorld) -> None:
+    """The charge of a job from before an idle time is taken back only as far as it stood above the floor."""
+    await empty_world.set_route()
+    await empty_world.add_worker(slots=2)
+    greedy = await empty_world.grant("greedy", tenant="a", cost=10_000)
+    other = await empty_world.grant("other", tenant="b", cost=100)
+    for number in range(4):
+        await empty_world.wait(f"b{number}", tenant="b", cost=100)
+    await empty_world.wait("a0", tenant="a", cost=100)
+    await empty_world.finish(greedy, used=10)
+    await empty_world.finish(other, used=100)
+    served = empty_world.client.zscore(KEYS.prefix + "served:2", "a")
+    assert served == 10.0 + (100.0 if "a0" in empty_world.running() else 0.0)
+    await empty_world.finish_all(used=100)
+
+
+async def test_weights_divide_the_turns(world: QueueWorld) -> None:
+    """Weight 3 has three jobs for each one of weight 1."""
+    running = await world.grant("running", tenant="x")
+    for number in range(9):
+        await world.wait(f"a{number}", tenant="a")
+        await world.wait(f"b{number}", tenant="b", limits=TenantLimits(weight=3))
+    await world.finish(running)
+    order = await world.finish_all(used=100)
+    assert sum(name.startswith("b") for name in order[:8]) == 6
+
+
+async def test_a_requeue_gives_back_the_charge(world: QueueWorld) -> None:
+    """A worker's failure is not the tenant's debt."""
+    running = await world.grant("a", tenant="a", cost=100)
+    assert world.client.zscore(KEYS.prefix + "served:2", "a") == 100.0
+    await world.gateway().requeue(MODEL, "a", running.nonce, emitted=False)
+    assert world.client.zscore(KEYS.prefix + "served:2", "a") == 0.0
+
+
+async def test_going_on_after_a_failure_costs_a_turn_too(world: QueueWorld) -> None:
+    """A pinned job goes before all turns; while it runs, the next job of its tenant waits its turn."""
+    await world.add_worker("w2")
+    failed, other = await world.grant("a0", tenant="a"), await world.grant("x", tenant="x")
+    await world.gateway().requeue(MODEL, "a0", failed.nonce, emitted=True)
+    await world.wait("a1", tenant="a")
+    await world.wait("b0", tenant="b")
+    await world.finish(other)
+    assert world.running("w2") == {"a0"}
+    world.advance(1)
+    await world.gateway().reap(MODEL)
+    assert world.running("w1") == {"b0"}
+
+
+async def test_an_idle_band_forgets_its_shares(world: QueueWorld) -> None:
+    """When nothing waits or runs any more, everybody begins anew."""
+    await world.finish(await world.grant("a", tenant="a"))
+    assert not world.client.exists(
+        KEYS.prefix + "served:2", KEYS.prefix + "entered:2", KEYS.prefix + "floors"
+    )
+
+
+async def test_tenants_that_left_long_ago_are_forgotten(world: QueueWorld) -> None:
+    """A band that is never idle does not remember every tenant that ever came."""
+    running = await world.grant("running", tenant="x")
+    for number in range(3):
+        await world.wait(f"old{number}", tenant=f"old{number}")
+    for number in range(6):
+        await world.wait(f"a{number}", tenant="a")
+    await world.finish(running, used=100)
+    for _ in range(7):
+        await world.finish(world.received["g1"].pop(0), used=100)
+    await world.gateway().reap(MODEL)
+    assert set(world.client.zrange(KEYS.prefix + "served:2", 0, -1)) == {"a"}
+
+
+async def test_a_tenant_at_its_cap_waits_for_its_own(empty_world: QueueWorld) -> None:
+    """Slots are free and its jobs wait all the same; each end starts the next; nobody is blocked."""
+    await empty_world.set_route()
+    await empty_world.add_worker(slots=4)
+    capped = TenantLimits(concurrency=1)
+    first = await empty_world.grant("a0", tenant="a", limits=capped)
+    await empty_world.wait("a1", tenant="a", limits=capped)
+    await empty_world.wait("a2", tenant="a", limits=capped, band=Band.SYSTEM)
+    await empty_world.grant("b0", tenant="b")
+    await empty_world.finish(first)
+    assert empty_world.running() == {"b0", "a2"}
+    assert await empty_world.finish_all() == ["a2", "a1"]
+
+
+async def test_a_raised_cap_holds_at_once(empty_world: QueueWorld) -> None:
+    """The newest token of a tenant says how many of its jobs may run."""
+    await empty_world.set_route()
+    await empty_world.add_worker(slots=4)
+    await empty_world.grant("a0", tenant="a", limits=TenantLimits(concurrency=1))
+    await empty_world.wait("a1", tenant="a", limits=TenantLimits(concurrency=1))
+    await empty_world.gateway().enqueue(make_job("a2", tenant="a"))
+    assert empty_world.running() == {"a0", "a1", "a2"}
+
+
+async def test_a_job_that_waited_long_counts_one_band_higher(world: QueueWorld) -> None:
+    """Old BATCH goes before new INTERACTIVE of a tenant that was served more, and never before SYSTEM."""
+    running = await world.grant("running", tenant="i")
+    await world.wait("batch", tenant="b", band=Band.BATCH)
+    world.advance(31)
+    for number in range(3):
+        await world.wait(f"i{number}", tenant="i")
+    await world.wait("system", tenant="s", band=Band.SYSTEM)
+    await world.finish(running, used=100)
+    assert (await world.finish_all())[:2] == ["system", "batch"]
+
+
+async def test_a_tenant_has_its_own_bound_in_the_queue(world: QueueWorld) -> None:
+    """One that floods the queue is refused while others still find room."""
+    gateway = world.gateway("g1", QueueLimits(tenant_waiting_jobs_max=2))
+    await world.grant("running")
+    for number in range(2):
+        await world.wait(f"a{number}", tenant="a")
+    with pytest.raises(QueueFull, match="2 of its requests wait") as refusal:
+        await gateway.enqueue(make_job("a2", tenant="a"))
+    assert refusal.value.retry_after_s is not None
+    await world.wait("b0", tenant="b")
+
+
+async def test_tokens_are_reserved_at_admission_and_settled_by_what_was_used(world: QueueWorld) -> None:
+    """Two estimates of 100 do not fit into 150; what the first did not use makes room for the second."""
+    limits = TenantLimits(tokens_per_minute=150)
+    first = await world.grant("a", limits=limits)
+    with pytest.raises(QuotaExceeded, match="100 tokens, and 100 of 150") as refusal:
+        await world.gateway().enqueue(make_job("b", limits=limits))
+    assert refusal.value.retry_after_s is not None
+    assert 1 <= refusal.value.retry_after_s <= 60
+    await world.finish(first, used=40)
+    usage = await world.gateway().usage(MODEL, "tenant")
+    assert (usage.used_tokens, usage.reserved_tokens, usage.running) == (40, 0, 0)
+    await world.grant("b", limits=limits)
+    usage = await world.gateway().usage(MODEL, "tenant")
+    assert (usage.used_tokens, usage.reserved_tokens, usage.running) == (40, 100, 1)
+
+
+async def test_the_minute_ends_and_reservations_stay(world: QueueWorld) -> None:
+    """Used tokens belong to the minute in which their request ended; what runs stays reserved."""
+    limits = TenantLimits(tokens_per_minute=250)
+    await world.add_worker(slots=2)
+    await world.grant("long", limits=limits)
+    await world.finish(await world.grant("a", limits=limits), used=100)
+    with pytest.raises(QuotaExceeded):
+        await world.gateway().enqueue(make_job("b", limits=limits))
+    world.advance(60)
+    usage = await world.gateway().usage(MODEL, "tenant")
+    assert (usage.used_tokens, usage.reserved_tokens) == (0, 100)
+    await world.grant("b", limits=limits)
+
+
+async def test_a_request_that_no_minute_holds_is_told_so(world: QueueWorld) -> None:
+    """Coming back later would not help, so no time is named."""
+    with pytest.raises(QuotaExceeded, match="limit is 99 a minute") as refusal:
+        await world.gateway().enqueue(make_job("a", limits=TenantLimits(tokens_per_minute=99)))
+    assert refusal.value.retry_after_s is None
+
+
+@pytest.mark.parametrize("waits", [True, False])
+async def test_a_cancelled_job_is_charged_what_it_used(world: QueueWorld, *, waits: bool) -> None:
+    """One that waited used nothing; one that ran used what its gateway says."""
+    running = await world.grant("a")
+    if waits:
+        await world.wait("b")
+        await world.gateway().cancel(MODEL, "b", "submission-of-b")
+    await world.gateway().settle(MODEL, "a", running.nonce, Outcome.CANCELLED, 17)
+    usage = await world.gateway().usage(MODEL, "tenant")
+    assert (usage.used_tokens, usage.reserved_tokens) == (17, 0)
+
+
+async def test_an_account_ends_by_itself(world: QueueWorld) -> None:
+    """Nothing is kept of a tenant that has stayed away for two minutes."""
+    await world.finish(await world.grant("a"))
+    assert 60_000 < world.client.pttl(KEYS.prefix + "quota:tenant") <= 120_000
+    assert not world.client.exists(KEYS.prefix + "tenant:tenant")
+
+
+async def test_a_job_that_cannot_start_in_time_is_refused_at_once(world: QueueWorld) -> None:
+    """By the measured service time; the refusal has the numbers, and leaves nothing behind."""
+    first = await world.grant("a")
+    world.advance(2)
+    world.advance(2)
+    await world.finish(first)
+    await world.grant("b")
+    await world.wait("c", timeout_s=4.5)
+    with pytest.raises(
+        QueueFull, match=r"1 requests are ahead, which takes about 8\.\d s, and 5\.0 s"
+    ) as refusal:
+        await world.gateway().enqueue(make_job("d", timeout_s=5.0))
+    assert refusal.value.retry_after_s == pytest.approx(3, rel=0.2)
+    assert await world.gateway().length(MODEL) == 1
+    assert not world.client.exists(KEYS.job("d"))
+    await world.wait("d", timeout_s=9.0)
+
+
+async def test_a_job_that_comes_back_is_not_refused_for_its_deadline(world: QueueWorld) -> None:
+    """It was promised a place before the store was emptied."""
+    first = await world.grant("a")
+    world.advance(2)
+    await world.finish(first)
+    await world.grant("b")
+    await world.wait("c", timeout_s=0.5, waited_s=1.0)
+
+
+async def test_the_estimate_follows_the_size_of_what_is_ahead(world: QueueWorld) -> None:
+    """A job behind one of five times the mean size waits six mean times."""
+    first = await world.grant("a", cost=100)
+    world.advance(2)
+    await world.finish(first)
+    await world.grant("b", cost=100)
+    await world.wait("c", tenant="c", cost=500)
+    place = await world.wait("d", tenant="d", cost=500)
+    assert place.position == 1
+    assert place.estimated_wait_s == pytest.approx(12, rel=0.05)
+
+
+async def test_the_estimate_of_a_capped_tenant_counts_its_own_jobs(empty_world: QueueWorld) -> None:
+    """Ten free slots do not help one that may use a single one."""
+    await empty_world.set_route()
+    await empty_world.add_worker(slots=10)
+    limits = TenantLimits(concurrency=1)
+    first = await empty_world.grant("a", limits=limits)
+    empty_world.advance(2)
+    await empty_world.finish(first)
+    await empty_world.grant("b", limits=limits)
+    waits = [(await empty_world.wait(name, limits=limits)).estimated_wait_s for name in "cd"]
+    assert waits == pytest.approx([2, 4], rel=0.05)
