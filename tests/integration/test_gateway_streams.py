@@ -269,7 +269,6 @@ async def test_counting_tokens_uses_the_template(gateway: GatewayWorld) -> None:
         (pb.GenerateRequest(text="hi", request_id="a b"), "INVALID_ARGUMENT", "request_id"),
         (pb.GenerateRequest(text="hi", model="no-such"), "NOT_FOUND", "no-such"),
         (pb.GenerateRequest(text="hi", n=2), "UNIMPLEMENTED", "n:"),
-        (pb.GenerateRequest(text="hi", resumable=True), "UNIMPLEMENTED", "resumable"),
         (pb.GenerateRequest(text="hi", stop=[""]), "INVALID_ARGUMENT", "stop"),
         (pb.GenerateRequest(text="hi", logprobs=21), "INVALID_ARGUMENT", "logprobs"),
         (pb.GenerateRequest(text="hi", format=generation_pb2.OutputFormat()), "INVALID_ARGUMENT", "format"),
@@ -295,7 +294,7 @@ async def test_counting_tokens_uses_the_template(gateway: GatewayWorld) -> None:
             "SYSTEM",
         ),
     ],
-    ids=range(17),
+    ids=range(16),
 )
 async def test_a_bad_request_is_refused_by_name_and_the_next_one_works(
     gateway: GatewayWorld, request_: pb.GenerateRequest, code: str, named: str

@@ -23,3 +23,8 @@ def ended_error(outcome: Outcome) -> InterlockError:
             return WorkerLost("The request lost its worker, and none can continue it.")
         case Outcome.FINISHED:
             return RequestExists("This request has been answered already.")
+
+
+def exists_with_other_body() -> RequestExists:
+    """The error for an id that stands for another body."""
+    return RequestExists("request_id: stands for a request with another body.")

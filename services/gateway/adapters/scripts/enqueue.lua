@@ -1,10 +1,12 @@
--- enqueue(job_id, submission, tenant, band, cost_tokens, timeout_ms, waited_ms, waiting_jobs_max)
+-- enqueue(job_id, submission, tenant, band, cost_tokens, timeout_ms, waited_ms, waiting_jobs_max,
+--         digest, payload, keep_ms)
 -- Accepts a job, and grants it a slot at once where one is free and nobody is before it.
 -- Returns {'granted' | 'waiting', position, wait_ms, grants}, {'full', waiting, wait_ms}, {'exists'} or
 -- {'ended', outcome}. Writes a job, its indices, and what the grants touch.
 
 local id, submission, tenant, band = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 local cost, timeout_ms, waited_ms, bound = ARGV[10], tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
+local digest, payload, keep_ms = ARGV[14], ARGV[15], ARGV[16]
 
 local function answer_of(job)
   local view = grant_free()
@@ -23,7 +25,8 @@ if known and known.submission == submission then
   if is_live(known) then return answer_of(known) end
   return { 'ended', known.state }
 end
-if is_live(known) then return { 'exists' } end
+-- The answer of a resumable job is kept in its log, and never generated twice.
+if is_live(known) or known and known.keep_ms then return { 'exists' } end
 
 expire_overdue()
 local waiting = count_waiting()
@@ -38,6 +41,7 @@ local job = {
   cost = cost, deadline = NOW + timeout_ms, attempt = 0, nonce = '', ended_nonce = '', pin = '', avoid = '',
   arrival = arrival_of(waited_ms),
 }
+note_resumable(job, digest, payload, keep_ms)
 store_job(job)
 put_waiting(job)
 return answer_of(job)

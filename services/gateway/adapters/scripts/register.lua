@@ -1,5 +1,5 @@
 -- register(job_id, submission, tenant, band, cost_tokens, timeout_ms, waited_ms, nonce, attempt,
---          worker_id, address, revision, epoch)
+--          worker_id, address, revision, epoch, digest, payload, keep_ms)
 -- Enters a job that runs already, after Redis lost it, so that its slot counts again. What Redis knows wins:
 -- an attempt under another nonce, an end, or a namesake. Only this submission's own wait gives way.
 -- Returns 1 if the attempt is current now, else 0.
@@ -15,7 +15,8 @@ if is_current(known, nonce) then
 end
 local is_same = known and known.submission == submission
 if is_same and known.state ~= 'waiting' then return 0 end
-if is_live(known) and not is_same then return 0 end
+-- A resumable job that another gateway took over has ended there.
+if known and not is_same and (is_live(known) or known.keep_ms) then return 0 end
 
 if is_same then take_waiting(known) end
 redis.call('DEL', PREFIX .. 'job:' .. id)
@@ -25,6 +26,7 @@ local job = {
   nonce = nonce, ended_nonce = '', pin = '', avoid = '',
   worker = worker, address = address, revision = revision, epoch = epoch, granted_at = NOW,
 }
+note_resumable(job, ARGV[19], ARGV[20], ARGV[21])
 store_job(job)
 put_running(job)
 return 1

@@ -88,7 +88,7 @@ local function grant_free()
     if not id then break end
     local job = load_job(id)
     -- Left at the head, the job of a vanished gateway would block all behind it.
-    if has_vanished(job.owner) then finish_job(job, 'failed') else grant_job(view, job) end
+    if has_vanished(job.owner) then reap_job(job) else grant_job(view, job) end
   end
   return view
 end

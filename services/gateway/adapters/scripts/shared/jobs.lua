@@ -14,6 +14,9 @@ local BANDS = { 3, 2, 1 }
 -- A call ends at most this many overdue jobs, so that it stays short; the next call goes on.
 local OVERDUE_MAX = 32
 
+-- Jobs of vanished gateways that this call made the caller's.
+local ADOPTED = {}
+
 local NOW = read_clock(PREFIX)
 
 -- Every call is a sign of life of its gateway, not only a renewal.
@@ -115,14 +118,22 @@ local function take_running(job)
   redis.call('HDEL', PREFIX .. 'running:' .. job.worker, job.id)
 end
 
+-- The log of a resumable job outlives it, and so does the record, which knows of ends that the log does not.
+local function keep_log(job)
+  redis.call('HSET', PREFIX .. 'job:' .. job.id, 'digest', job.digest, 'keep_ms', job.keep_ms)
+  redis.call('PEXPIRE', PREFIX .. 'job:' .. job.id, job.keep_ms)
+  redis.call('PEXPIRE', PREFIX .. 'log:' .. job.id, job.keep_ms)
+end
+
 -- Ends a live job. Its record stays a while, so that a repeated call finds out how it ended.
 local function finish_job(job, outcome)
   if job.state == 'waiting' then take_waiting(job) else take_running(job) end
   redis.call('ZREM', PREFIX .. 'lease', job.id)
   redis.call('HDEL', PREFIX .. 'owned:' .. job.owner, job.id)
-  redis.call('DEL', PREFIX .. 'job:' .. job.id)
+  redis.call('DEL', PREFIX .. 'job:' .. job.id, PREFIX .. 'payload:' .. job.id)
   redis.call('HSET', PREFIX .. 'job:' .. job.id, 'state', outcome, 'submission', job.submission)
   redis.call('PEXPIRE', PREFIX .. 'job:' .. job.id, RECORD_MS)
+  if job.keep_ms then keep_log(job) end
 end
 
 -- A job deep in a queue ends on time too: it is found by its deadline, not by its turn.
