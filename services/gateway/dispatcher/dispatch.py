@@ -27,7 +27,7 @@ from services.common.errors import (
 )
 from services.gateway.core.jobs import Grant, Outcome, Renewal
 from services.gateway.core.log import Notice, NoticeKind
-from services.gateway.core.params import GenerationJob
+from services.gateway.core.params import Decode, GenerationJob
 from services.gateway.core.payload import read_payload
 from services.gateway.core.ports import JobQueue, WorkerPool
 from services.gateway.core.queue_errors import exists_with_other_body
@@ -99,6 +99,7 @@ class Dispatcher:
         self._draining = False
         self._store_reachable = False
         self._chores: set[asyncio.Task[None]] = set()
+        self._taking: set[str] = set()
         queue.on_grant(self._deliver)
         queue.on_notice(self._hear)
 
@@ -309,6 +310,16 @@ class Dispatcher:
         known, decode = self._live.get(job_id), self._resumption.decoder(model)
         if self._draining or decode is None or (known is not None and not known.moved):
             return
+        if job_id in self._taking:
+            # Reaping, renewing and a notice may all find it at once; taken up twice, it would fence itself off.
+            return
+        self._taking.add(job_id)
+        try:
+            await self._go_on(model, job_id, decode)
+        finally:
+            self._taking.discard(job_id)
+
+    async def _go_on(self, model: str, job_id: str, decode: Decode) -> None:
         taken = await self._queue.take_up(model, job_id)
         if taken is None:
             # Of an earlier process of this name, and not resumable. The queue ends it with its lease.
