@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc
 
@@ -121,7 +121,8 @@ def generate(
         StreamBroken: A gateway sent events that do not continue those before.
     """
     channels = [targets] if isinstance(targets, grpc.Channel) else list(targets)
-    stubs = [GatewayServiceStub(channel) for channel in channels]
+    # The generated stub serves both kinds of channels, and its types name one alone.
+    stubs = [GatewayServiceStub(cast("Any", channel)) for channel in channels]
     progress = _begin(request, attempts, backoff_s, timeout_s)
     while True:
         call = progress.begin(stubs, metadata)

@@ -311,7 +311,8 @@ class Dispatcher:
         if self._draining or decode is None or (known is not None and not known.moved):
             return
         if job_id in self._taking:
-            # Reaping, renewing and a notice may all find it at once; taken up twice, it would fence itself off.
+            # Reaping, renewing and a notice may all find it at once; taken up twice it would fence itself off
+            # from its own worker.
             return
         self._taking.add(job_id)
         try:
