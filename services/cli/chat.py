@@ -8,8 +8,8 @@ import importlib
 import sys
 import unicodedata
 
+from interlock import resume
 from interlock.v1.gateway_service_pb2 import GenerateRequest
-from interlock.v1.gateway_service_pb2_grpc import GatewayServiceStub
 from interlock.v1.generation_pb2 import FINISH_REASON_LENGTH, ChatInput, ChatMessage
 
 from services.cli.access import entrance, running_mesh
@@ -65,8 +65,8 @@ async def _answer(turns: list[ChatMessage], arguments: argparse.Namespace) -> st
     spoken: list[str] = []
     try:
         async with entrance(home, mesh) as (channel, metadata):
-            stub = GatewayServiceStub(channel)
-            async for event in stub.Generate(request, metadata=metadata, timeout=_ANSWER_TIMEOUT_S):
+            events = resume.generate_async(channel, request, metadata=metadata, timeout_s=_ANSWER_TIMEOUT_S)
+            async for event in events:
                 if event.HasField("chunk"):
                     spoken.append(event.chunk.text)
                     print(_printable(event.chunk.text), end="", flush=True)

@@ -33,8 +33,14 @@ All keys of a model `M` bear the hash tag `{il:M}`, so that a script's keys lie 
 | `deadline:<band>` | zset | waiting jobs, pinned ones included, by deadline | gateways |
 | `gateways` | zset | gateways by the time they were last seen | gateways |
 | `owned:<gateway>` | hash | job -> nonce of the grant, or empty while it waits | gateways |
+| `payload:<id>` | string | what a resumable job asks, so that another gateway can go on | gateways |
+| `log:<id>` | list | the events of a resumable job, as JSON | gateways |
+| `followers:<id>` | zset | gateways by the time they last read the log for a client | gateways |
+| `leaving:<gateway>` | string | set while a gateway that shuts down may still count as seen | gateways |
 | `stats` | hash | `service_ms service_tokens`: means of finished jobs | gateways |
 | `clock` | hash | `real logical`: the clock of the scripts; `number grants`: counters | all |
+
+Outside these slots, a key for each id that a caller named: `il:{<job>}:where` -> digest of the body, model.
 
 Times in Redis are milliseconds of that clock; `fence` and `epoch` only grow.
 """
@@ -95,5 +101,15 @@ class ModelKeys:
 
 
 def gateway_channel(gateway_id: str) -> str:
-    """The Pub/Sub channel on which a gateway hears of its grants."""
+    """The Pub/Sub channel on which a gateway hears of its grants and of its jobs."""
     return f"il:gateway:{gateway_id}"
+
+
+def request_key(job_id: str) -> str:
+    """The key that says what a request id stands for."""
+    return f"il:{{{job_id}}}:where"
+
+
+def model_of(prefix: str) -> str:
+    """The model whose keys begin with `prefix`."""
+    return prefix.removeprefix("{il:").removesuffix("}:")

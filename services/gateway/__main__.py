@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+from dataclasses import dataclass
 
 from interlock.http.v1 import http_service_pb2_grpc
 from interlock.v1 import gateway_service_pb2_grpc
@@ -16,16 +17,19 @@ from services.common.tokens import SecretWeak
 from services.common.trust import Trust
 from services.gateway.adapters.controller_link import ControllerLink, Membership
 from services.gateway.adapters.grpc_worker import GrpcWorkerPool
+from services.gateway.adapters.redis_directory import RedisRequestDirectory
+from services.gateway.adapters.redis_log import RedisGenerationLog
 from services.gateway.adapters.redis_queue import RedisJobQueue
 from services.gateway.config import GatewayConfig
 from services.gateway.core.catalog import Catalog
-from services.gateway.core.ports import JobQueue, SharedQueue
+from services.gateway.core.ports import GenerationLog, RequestDirectory, SharedQueue
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.readiness import Readiness
 from services.gateway.core.tenancy import TenantBounds, TenantLimits
 from services.gateway.dispatcher.dispatch import Dispatcher, DispatcherLimits
 from services.gateway.dispatcher.generation import GenerationLimits
 from services.gateway.dispatcher.reception import DeadlineLimits, Reception
+from services.gateway.dispatcher.resumption import Resumption, ResumptionLimits
 from services.gateway.dispatcher.usage import UsageDesk
 from services.gateway.http.servicer import GatewayHttpServicer
 from services.gateway.servicer import GatewayServicer
@@ -34,6 +38,8 @@ SERVICES = ("interlock.v1.GatewayService", "interlock.http.v1.GatewayHttpService
 
 # After the drain only probes and refused calls are left.
 STOP_GRACE_S = 1.0
+# What ends the last streams comes before the server cuts them off.
+LEAVE_GRACE_S = 5.0
 # How often health looks whether a request could be answered.
 HEALTH_LOOK_S = 0.2
 
@@ -42,6 +48,7 @@ async def run(
     settings: GatewayConfig,
     *,
     queue: SharedQueue | None = None,
+    logs_of: tuple[GenerationLog, RequestDirectory] | None = None,
     clock: Clock | None = None,
     wait: server.Wait = server.run_until_signal,
 ) -> None:
@@ -50,6 +57,7 @@ async def run(
     Args:
         settings: What the process was told.
         queue: The queue; None: Redis, by the settings.
+        logs_of: Logs and directory of requests; they come with `queue`.
         clock: The time; None: the machine's.
         wait: Returns when the server shall end, after it has run its argument.
 
@@ -59,8 +67,8 @@ async def run(
         SecretWeak: The JWT secret is too short.
     """
     clock = clock or SystemClock()
-    if queue is not None:
-        await _serve(settings, queue, trust.build(settings, clock, None), clock, wait)
+    if queue is not None and logs_of is not None:
+        await _serve(settings, _Store(queue, *logs_of), trust.build(settings, clock, None), clock, wait)
         return
     store = redis_client.connect(settings.redis_url.get_secret_value())
     limits = QueueLimits(
@@ -68,23 +76,35 @@ async def run(
         tenant_waiting_jobs_max=settings.tenant_queue_jobs_max,
         aging_s=settings.queue_aging_s,
         failover_wait_s=settings.failover_wait_s,
+        resume_ttl_s=settings.resume_ttl_s,
     )
     redis_queue = RedisJobQueue(store, settings.id, limits)
+    redis_log = RedisGenerationLog(store, settings.id, limits)
     try:
         await redis_queue.start()
-        await _serve(settings, redis_queue, trust.build(settings, clock, store), clock, wait)
+        outside = _Store(redis_queue, redis_log, RedisRequestDirectory(store))
+        await _serve(settings, outside, trust.build(settings, clock, store), clock, wait)
     finally:
         await redis_queue.close()
         await store.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Store:
+    """What the gateway keeps outside itself."""
+
+    queue: SharedQueue
+    log: GenerationLog
+    directory: RequestDirectory
+
+
 async def _serve(
-    settings: GatewayConfig, queue: SharedQueue, tokens: Trust, clock: Clock, wait: server.Wait
+    settings: GatewayConfig, store: _Store, tokens: Trust, clock: Clock, wait: server.Wait
 ) -> None:
     await tokens.load()
     catalog = Catalog()
     workers = GrpcWorkerPool(settings.id, settings.mesh_token.get_secret_value(), clock)
-    dispatcher = _dispatcher(settings, queue, workers, clock, catalog)
+    dispatcher = _dispatcher(settings, store, workers, clock, catalog)
     reception = Reception(
         tokens.verifier,
         catalog,
@@ -101,7 +121,7 @@ async def _serve(
         store_reachable=lambda: dispatcher.store_reachable,
     )
     gateway_service_pb2_grpc.add_GatewayServiceServicer_to_server(
-        GatewayServicer(reception, UsageDesk(queue, catalog, clock)), serving.grpc_server
+        GatewayServicer(reception, UsageDesk(store.queue, catalog, clock)), serving.grpc_server
     )
     http_service_pb2_grpc.add_GatewayHttpServiceServicer_to_server(
         GatewayHttpServicer(reception, readiness), serving.grpc_server
@@ -121,9 +141,14 @@ async def _serve(
     async def drain() -> None:
         readiness.draining = True
         await serving.set_serving(False)
+        # Whoever probes learns it before the first call is refused.
+        await asyncio.sleep(settings.drain_notice_s)
         reception.drain()
+        # GOAWAY: connections take no new call, and what runs on them goes on.
+        leaving = asyncio.create_task(serving.grpc_server.stop(settings.drain_grace_s + LEAVE_GRACE_S))
         await dispatcher.drain(settings.drain_grace_s)
         await serving.grpc_server.stop(STOP_GRACE_S)
+        await leaving
 
     try:
         await wait(drain)
@@ -137,12 +162,14 @@ async def _serve(
 
 
 def _dispatcher(
-    settings: GatewayConfig, queue: JobQueue, workers: GrpcWorkerPool, clock: Clock, catalog: Catalog
+    settings: GatewayConfig, store: _Store, workers: GrpcWorkerPool, clock: Clock, catalog: Catalog
 ) -> Dispatcher:
+    limits = ResumptionLimits(followers_max=settings.requests_max, resume_ttl_s=settings.resume_ttl_s)
     return Dispatcher(
-        queue,
+        store.queue,
         workers,
         clock,
+        Resumption(store.log, store.directory, clock, catalog.decoder, limits),
         models=lambda: catalog.models,
         # Spreads the gateways' reaping in time; nothing is guarded by it.
         jitter=random.random,
@@ -152,6 +179,7 @@ def _dispatcher(
             client_stall_s=settings.client_stall_s,
             attempts_max=settings.attempts_max,
             failover_wait_s=settings.failover_wait_s,
+            detach_grace_s=settings.detach_grace_s,
         ),
     )
 

@@ -81,6 +81,18 @@ class GatewayConfig(TokenSettings):
     client_stall_s: Annotated[float, Field(gt=0)] = 30.0
     attempts_max: Annotated[int, Field(ge=1, le=10, description="Workers that a request may use up.")] = 3
     failover_wait_s: Annotated[float, Field(ge=0)] = 15.0
+    # A client that was cut off in a tunnel is back within this.
+    resume_ttl_s: Annotated[
+        float, Field(ge=1, le=86_400, description="How long the log of a resumable request is kept.")
+    ] = 600.0
+    # Long enough for a phone that changes networks; its answer is logged meanwhile.
+    detach_grace_s: Annotated[
+        float, Field(ge=0, description="How long a resumable request goes on without a client.")
+    ] = 60.0
+    # Envoy asks for health once a second: nobody sends new calls here once it has asked.
+    drain_notice_s: Annotated[
+        float, Field(ge=0, description="How long calls are still taken after health says NOT_SERVING.")
+    ] = 1.0
     drain_grace_s: Annotated[float, Field(ge=0)] = 30.0
     metrics_bind: Annotated[
         str,

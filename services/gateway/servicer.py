@@ -10,7 +10,6 @@ from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import gateway_service_pb2_grpc, generation_pb2, model_pb2
 
 from services.common import logs
-from services.common.errors import FeatureUnsupported
 from services.common.grpc_types import Context
 from services.gateway.core.catalog import CatalogEntry
 from services.gateway.core.events import Chunk, Event, Finished, FinishReason, Queued, Started, TokenLogprob
@@ -56,24 +55,30 @@ class GatewayServicer(gateway_service_pb2_grpc.GatewayServiceServicer):
         request_id = self._reception.request_id(asked.request_id)
         logs.annotate(request_id=request_id, subject=principal.subject)
         timeout_s = self._reception.timeout_s(metadata, context.time_remaining())
-        generation = await self._reception.generate(principal, request_id, asked, timeout_s)
-        async with aclosing(generation):
+        stream = await self._reception.generate(principal, request_id, asked, timeout_s)
+        async with aclosing(stream):
             # A client of gRPC hears of its place in the queue at once; only what is known is named here.
-            await context.send_initial_metadata(response_metadata(request_id, generation.started))
-            cursor = 0
-            async for event in generation:
-                cursor += 1
+            await context.send_initial_metadata(response_metadata(request_id, stream.started))
+            async for event in stream:
                 note_worker(event)
-                yield _response(cursor, event)
+                yield _response(stream.cursor, event)
 
     async def ResumeGeneration(
         self, request: pb.ResumeGenerationRequest, context: Context
     ) -> AsyncIterator[pb.ResumeGenerationResponse]:
-        """See the contract; not served yet."""
-        del request
-        self._authenticate(context, GENERATE_SCOPE)
-        raise FeatureUnsupported("ResumeGeneration is not served by this version yet.")
-        yield pb.ResumeGenerationResponse()  # makes this a generator
+        """See the contract."""
+        metadata = tuple(context.invocation_metadata() or ())
+        principal = self._reception.authenticate(metadata, GENERATE_SCOPE)
+        logs.annotate(request_id=request.request_id, subject=principal.subject, cursor=request.cursor)
+        stream = await self._reception.resume(principal, request.request_id, request.cursor)
+        async with aclosing(stream):
+            await context.send_initial_metadata(response_metadata(request.request_id, stream.started))
+            async for event in stream:
+                note_worker(event)
+                # The two messages have the same fields, by the contract.
+                yield pb.ResumeGenerationResponse.FromString(
+                    _response(stream.cursor, event).SerializeToString()
+                )
 
     async def CancelGeneration(
         self, request: pb.CancelGenerationRequest, context: Context
@@ -82,7 +87,7 @@ class GatewayServicer(gateway_service_pb2_grpc.GatewayServiceServicer):
         metadata = tuple(context.invocation_metadata() or ())
         principal = self._reception.authenticate(metadata, GENERATE_SCOPE)
         logs.annotate(request_id=request.request_id, subject=principal.subject)
-        cancelled = self._reception.cancel(principal, request.request_id)
+        cancelled = await self._reception.cancel(principal, request.request_id)
         return pb.CancelGenerationResponse(cancelled=cancelled)
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Context) -> pb.CountTokensResponse:
@@ -107,7 +112,7 @@ class GatewayServicer(gateway_service_pb2_grpc.GatewayServiceServicer):
     async def GetUsage(self, request: pb.GetUsageRequest, context: Context) -> pb.GetUsageResponse:
         """See the contract."""
         del request
-        principal = self._authenticate(context, GENERATE_SCOPE, MODELS_SCOPE)
+        principal = self._authenticate(context, GENERATE_SCOPE)
         return _usage(principal, await self._usage_desk.report(principal))
 
     def _authenticate(self, context: Context, *scopes: str) -> Principal:

@@ -69,9 +69,10 @@ class FakeMesh(grpc.GenericRpcHandler):
             if self.error is not None:
                 context.set_trailing_metadata(trailing_metadata(self.error))
                 context.abort(getattr(grpc.StatusCode, self.error.code.value), self.error.message)
-            for text in self.answer:
-                yield GenerateResponse(chunk=Chunk(text=text))
-            yield GenerateResponse(finished=Finished(reason=FINISH_REASON_STOP))
+            for cursor, text in enumerate(self.answer, 1):
+                yield GenerateResponse(cursor=cursor, chunk=Chunk(text=text))
+            end = len(self.answer) + 1
+            yield GenerateResponse(cursor=end, finished=Finished(reason=FINISH_REASON_STOP))
 
         return grpc.unary_stream_rpc_method_handler(
             answer, request_deserializer=GenerateRequest.FromString, response_serializer=_bytes

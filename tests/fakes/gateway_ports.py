@@ -8,9 +8,10 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from services.common.errors import InterlockError, StoreUnavailable
+from services.common.errors import InterlockError, RequestUnknown, StoreUnavailable
 from services.gateway.core.attempts import WorkOrder
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
+from services.gateway.core.log import LogTail, Notice, TakenUp
 from services.gateway.core.params import Message
 from services.gateway.core.ports import AttemptSink
 
@@ -100,6 +101,10 @@ class FakeQueue:
         down: Whether every call raises StoreUnavailable.
         registers: What `register` answers.
         renewal: What the next `renew` answers.
+        settles: What `settle` answers.
+        releases: What `release` answers.
+        taken: What `take_up` tells, by job.
+        tails: The tails of logs that ends of jobs brought.
     """
 
     calls: list[tuple[str, str]] = field(default_factory=list)
@@ -109,6 +114,11 @@ class FakeQueue:
     renewal: Renewal = field(default_factory=Renewal)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     receive: Callable[[Grant], None] = lambda _: None
+    tell: Callable[[Notice], None] = lambda _: None
+    settles: bool = True
+    releases: bool = True
+    taken: dict[str, TakenUp] = field(default_factory=dict)
+    tails: list[LogTail | None] = field(default_factory=list)
 
     def note(self, verb: str, name: str) -> None:
         """Remembers a call, or fails."""
@@ -141,9 +151,19 @@ class FakeQueue:
         renewal, self.renewal = self.renewal, Renewal()
         return renewal
 
-    async def settle(self, model: str, job_id: str, nonce: str, outcome: Outcome, used_tokens: int) -> None:
+    async def settle(
+        self,
+        model: str,
+        job_id: str,
+        nonce: str,
+        outcome: Outcome,
+        used_tokens: int,
+        tail: LogTail | None = None,
+    ) -> bool:
         """See `JobQueue.settle`."""
+        self.tails.append(tail)
         self.note(f"settle:{outcome}", nonce)
+        return self.settles
 
     async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
         """See `JobQueue.requeue`."""
@@ -160,13 +180,34 @@ class FakeQueue:
         self.note("register", grant.nonce)
         return self.registers
 
-    async def cancel(self, model: str, job_id: str, submission: str) -> None:
+    async def cancel(self, model: str, job_id: str, submission: str, tail: LogTail | None = None) -> None:
         """See `JobQueue.cancel`."""
+        self.tails.append(tail)
         self.note("cancel", submission)
 
-    async def reap(self, model: str) -> None:
+    async def stop(self, model: str, job_id: str) -> bool:
+        """See `JobQueue.stop`."""
+        self.note("stop", job_id)
+        raise RequestUnknown("nowhere")
+
+    async def take_up(self, model: str, job_id: str) -> TakenUp | None:
+        """See `JobQueue.take_up`."""
+        self.note("take_up", job_id)
+        return self.taken.pop(job_id, None)
+
+    async def release(self, model: str, job_id: str, submission: str) -> bool:
+        """See `JobQueue.release`."""
+        self.note("release", submission)
+        return self.releases
+
+    def on_notice(self, receive: Callable[[Notice], None]) -> None:
+        """See `JobQueue.on_notice`."""
+        self.tell = receive
+
+    async def reap(self, model: str) -> tuple[str, ...]:
         """See `JobQueue.reap`."""
         self.note("reap", model)
+        return ()
 
     async def length(self, model: str) -> int:
         """See `JobQueue.length`."""

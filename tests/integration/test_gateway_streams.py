@@ -269,7 +269,6 @@ async def test_counting_tokens_uses_the_template(gateway: GatewayWorld) -> None:
         (pb.GenerateRequest(text="hi", request_id="a b"), "INVALID_ARGUMENT", "request_id"),
         (pb.GenerateRequest(text="hi", model="no-such"), "NOT_FOUND", "no-such"),
         (pb.GenerateRequest(text="hi", n=2), "UNIMPLEMENTED", "n:"),
-        (pb.GenerateRequest(text="hi", resumable=True), "UNIMPLEMENTED", "resumable"),
         (pb.GenerateRequest(text="hi", stop=[""]), "INVALID_ARGUMENT", "stop"),
         (pb.GenerateRequest(text="hi", logprobs=21), "INVALID_ARGUMENT", "logprobs"),
         (pb.GenerateRequest(text="hi", format=generation_pb2.OutputFormat()), "INVALID_ARGUMENT", "format"),
@@ -295,7 +294,7 @@ async def test_counting_tokens_uses_the_template(gateway: GatewayWorld) -> None:
             "SYSTEM",
         ),
     ],
-    ids=range(17),
+    ids=range(16),
 )
 async def test_a_bad_request_is_refused_by_name_and_the_next_one_works(
     gateway: GatewayWorld, request_: pb.GenerateRequest, code: str, named: str
@@ -325,13 +324,6 @@ async def test_options_survive_a_failover(gateway: GatewayWorld) -> None:
     chunks = [event.chunk for event in events if event.HasField("chunk")]
     assert all(len(chunk.logprobs) == len(chunk.token_ids) for chunk in chunks)
     assert {score.alternatives[0].token_id for chunk in chunks for score in chunk.logprobs} == {ord("x")}
-
-
-async def test_what_is_not_served_yet_says_so(gateway: GatewayWorld) -> None:
-    """ResumeGeneration is UNIMPLEMENTED with a reason."""
-    with pytest.raises(grpc.aio.AioRpcError) as resumed:
-        await gateway.stub.ResumeGeneration(pb.ResumeGenerationRequest(), metadata=bearer()).read()
-    assert resumed.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_a_draining_gateway_ends_what_runs_and_takes_nothing_new(gateway: GatewayWorld) -> None:

@@ -57,7 +57,7 @@ async def test_usage_is_the_callers_own_and_needs_a_scope() -> None:
         await gateway.add_worker("w1", Script(answer="x"))
         await gateway.generate(REQUEST)
         await gateway.wait_idle()
-        reader = bearer(make_token("bob", "models:read"))
+        reader = bearer(make_token("bob", "generate"))
         usage = await gateway.stub.GetUsage(pb.GetUsageRequest(), metadata=reader)
         assert (usage.tenant, usage.used_tokens) == ("bob", 0)
         with pytest.raises(grpc.aio.AioRpcError) as refused:

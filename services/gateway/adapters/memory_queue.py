@@ -11,8 +11,9 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping
 
 from services.common.clock import Clock
-from services.common.errors import RequestExists
+from services.common.errors import RequestExists, RequestUnknown
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
+from services.gateway.core.log import LogTail, Notice, TakenUp
 from services.gateway.core.queue_errors import ended_error, hopeless, queue_full, tenant_full
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.queue_line import LiveJob, QueueLine, QueueWorker
@@ -21,13 +22,25 @@ from services.gateway.core.tenancy import TenantUsage
 
 
 class MemoryJobQueue:
-    """`JobQueue` in this process. `set_route` and `set_worker` say what it may grant."""
+    """`JobQueue` in this process. `set_route` and `set_worker` say what it may grant.
 
-    def __init__(self, clock: Clock, limits: QueueLimits | None = None) -> None:
+    Args:
+        clock: Measures.
+        limits: Bounds.
+        write_tail: Writes what is left of a log when its job ends; None: nothing is logged.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        limits: QueueLimits | None = None,
+        write_tail: Callable[[str, LogTail], None] | None = None,
+    ) -> None:
         self._clock = clock
         self._limits = limits or QueueLimits()
         self._lines: dict[str, QueueLine] = {}
         self._receive: Callable[[Grant], None] = _ignore
+        self._tail = write_tail
 
     def set_route(self, model: str, epoch: int, weights: Mapping[str, int]) -> None:
         """Says which revisions serve; what waits is granted with the next call."""
@@ -45,6 +58,9 @@ class MemoryJobQueue:
     def on_grant(self, receive: Callable[[Grant], None]) -> None:
         """See `JobQueue.on_grant`."""
         self._receive = receive
+
+    def on_notice(self, receive: Callable[[Notice], None]) -> None:
+        """See `JobQueue.on_notice`. There is no other gateway to tell anything."""
 
     async def enqueue(self, job: QueuedJob) -> Grant | Waiting:
         """See `JobQueue.enqueue`."""
@@ -81,15 +97,25 @@ class MemoryJobQueue:
             workers=line.places.open_workers(self._now()) if somebody_waits else None,
         )
 
-    async def settle(self, model: str, job_id: str, nonce: str, outcome: Outcome, used_tokens: int) -> None:
+    async def settle(
+        self,
+        model: str,
+        job_id: str,
+        nonce: str,
+        outcome: Outcome,
+        used_tokens: int,
+        tail: LogTail | None = None,
+    ) -> bool:
         """See `JobQueue.settle`."""
         line = self._line(model)
         entry = line.current(job_id, nonce)
         if entry is not None:
+            self._write_tail(job_id, tail)
             if outcome is Outcome.FINISHED:
                 line.note_service(entry, self._now())
             self._end(line, entry, outcome, used_tokens)
         self._deliver(self._grant_free(line))
+        return entry is not None
 
     async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
         """See `JobQueue.requeue`."""
@@ -126,15 +152,31 @@ class MemoryJobQueue:
         line.hold(job, grant, self._now(), self._limits.aging_s)
         return True
 
-    async def cancel(self, model: str, job_id: str, submission: str) -> None:
+    async def cancel(self, model: str, job_id: str, submission: str, tail: LogTail | None = None) -> None:
         """See `JobQueue.cancel`."""
         line = self._line(model)
         entry = line.jobs.get(job_id)
         if entry is not None and entry.job.submission == submission:
+            self._write_tail(job_id, tail)
             self._end(line, entry, Outcome.CANCELLED)
         self._deliver(self._grant_free(line))
 
-    async def reap(self, model: str) -> None:
+    async def stop(self, model: str, job_id: str) -> bool:
+        """See `JobQueue.stop`. What lives is this gateway's own, and is ended by its own means."""
+        line = self._line(model)
+        if job_id not in line.jobs and job_id not in line.ended:
+            raise RequestUnknown("No request of that id is under way for this subject.")
+        return job_id in line.jobs
+
+    async def take_up(self, model: str, job_id: str) -> TakenUp | None:  # noqa: ARG002 - see the port
+        """See `JobQueue.take_up`. No other process could leave anything here."""
+        return None
+
+    async def release(self, model: str, job_id: str, submission: str) -> bool:  # noqa: ARG002 - see the port
+        """See `JobQueue.release`. There is no other gateway."""
+        return False
+
+    async def reap(self, model: str) -> tuple[str, ...]:
         """See `JobQueue.reap`. There is no other gateway; pinned jobs that nobody can continue end."""
         line, now = self._line(model), self._now()
         held = {revision for worker in line.places.workers.values() for revision in worker.ready}
@@ -142,6 +184,7 @@ class MemoryJobQueue:
             if entry.pin and entry.pin not in held and entry.pin_until <= now:
                 self._end(line, entry, Outcome.FAILED)
         self._deliver(self._grant_free(line))
+        return ()
 
     async def length(self, model: str) -> int:
         """See `JobQueue.length`."""
@@ -167,6 +210,10 @@ class MemoryJobQueue:
             account.reserved_tokens,
             line.running(tenant),
         )
+
+    def _write_tail(self, job_id: str, tail: LogTail | None) -> None:
+        if tail is not None and self._tail is not None:
+            self._tail(job_id, tail)
 
     def _now(self) -> float:
         return self._clock.monotonic()

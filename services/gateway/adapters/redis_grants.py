@@ -1,4 +1,4 @@
-"""Grants that others make. Owns: their form as text, and the channel on which a gateway hears of its own."""
+"""What others tell this gateway. Owns: grants and notices as text, and the channel on which it hears them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from collections.abc import Callable
 from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
-from services.common.queue_keys import gateway_channel
+from services.common.queue_keys import gateway_channel, model_of
 from services.common.redis_client import RedisStore
 from services.gateway.core.jobs import Grant
+from services.gateway.core.log import Notice, NoticeKind
 
 # How long a subscription waits for a message before it looks whether its connection lives.
 _LISTEN_TIMEOUT_S = 5.0
@@ -24,11 +25,18 @@ _RESUBSCRIBE_MAX_S = 2.0
 class GrantListener:
     """One subscription, kept up for ever. A message that it misses is repaired by the next renewal."""
 
-    def __init__(self, store: RedisStore, gateway_id: str, receive: Callable[[Grant], None]) -> None:
+    def __init__(
+        self,
+        store: RedisStore,
+        gateway_id: str,
+        receive: Callable[[Grant], None],
+        notice: Callable[[Notice], None],
+    ) -> None:
         self.subscribed = asyncio.Event()
         self._store = store
         self._channel = gateway_channel(gateway_id)
         self._receive = receive
+        self._notice = notice
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -65,7 +73,15 @@ class GrantListener:
             if message["type"] == "subscribe":
                 self.subscribed.set()
             elif message["type"] == "message":
-                self._receive(read_grant(message["data"]))
+                self._read(message["data"])
+
+    def _read(self, text: str) -> None:
+        fields = json.loads(text)
+        if "kind" in fields:
+            model = model_of(fields["prefix"])
+            self._notice(Notice(NoticeKind(fields["kind"]), fields["job_id"], model))
+        else:
+            self._receive(read_grant(text))
 
 
 def read_grant(text: str) -> Grant:

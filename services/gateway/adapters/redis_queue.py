@@ -8,31 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
-import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from services.common.errors import RequestExists, StoreUnavailable
-from services.common.queue_keys import ModelKeys
-from services.common.redis_client import RedisStore, Script, read_script
+from services.common.errors import RequestExists, RequestUnknown, StoreUnavailable
+from services.common.redis_client import RedisStore
+from services.gateway.adapters.log_entries import read_entry, write_entry
+from services.gateway.adapters.queue_scripts import QueueScripts, ms
 from services.gateway.adapters.redis_grants import GrantListener, read_grant
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
+from services.gateway.core.log import LogTail, Notice, TakenUp
 from services.gateway.core.queue_errors import ended_error, hopeless, queue_full, tenant_full
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.queue_quota import quota_exceeded
 from services.gateway.core.tenancy import TenantUsage
 
-_COMMON = Path(__file__).parents[2] / "common" / "scripts"
-_SCRIPTS = Path(__file__).parent / "scripts"
-_SHARED = (
-    _COMMON / "clock.lua",
-    _SCRIPTS / "shared" / "call.lua",
-    _COMMON / "index.lua",
-    *(_SCRIPTS / "shared" / f"{part}.lua" for part in ("tenants", "jobs", "workers", "grants")),
-)
 _OPERATIONS = (
     "cancel",
     "enqueue",
@@ -43,9 +34,12 @@ _OPERATIONS = (
     "reap",
     "refused",
     "register",
+    "release",
     "renew",
     "requeue",
     "settle",
+    "stop",
+    "take_up",
     "usage",
 )
 
@@ -63,14 +57,11 @@ class RedisJobQueue:
     """
 
     def __init__(self, store: RedisStore, gateway_id: str, limits: QueueLimits | None = None) -> None:
-        self._store = store
-        self._gateway_id = gateway_id
         self._limits = limits or QueueLimits()
-        self._scripts: dict[str, Script] = {
-            name: read_script(*_SHARED, _SCRIPTS / f"{name}.lua") for name in _OPERATIONS
-        }
+        self._scripts = QueueScripts(store, gateway_id, self._limits, _OPERATIONS)
         self._receive: Callable[[Grant], None] = _ignore
-        self._listener = GrantListener(store, gateway_id, self._hand_over)
+        self._notice: Callable[[Notice], None] = _ignore
+        self._listener = GrantListener(store, gateway_id, self._hand_over, self._tell)
         self._looks: set[asyncio.Task[None]] = set()
         # Jobs with a call under way; a renewal that overlaps one cannot judge that job.
         self._busy: Counter[str] = Counter()
@@ -96,6 +87,10 @@ class RedisJobQueue:
         """See `JobQueue.on_grant`."""
         self._receive = receive
 
+    def on_notice(self, receive: Callable[[Notice], None]) -> None:
+        """See `JobQueue.on_notice`."""
+        self._notice = receive
+
     async def enqueue(self, job: QueuedJob) -> Grant | Waiting:
         """See `JobQueue.enqueue`."""
         limits = self._limits
@@ -109,7 +104,8 @@ class RedisJobQueue:
                 _bound(job.limits.tokens_per_minute),
                 limits.waiting_jobs_max,
                 limits.tenant_waiting_jobs_max,
-                _ms(limits.aging_s),
+                ms(limits.aging_s),
+                *self._kept(job),
             )
         grants = reply[3] if len(reply) > 3 else []
         own = self._deliver(grants, besides=job.job_id)
@@ -119,7 +115,7 @@ class RedisJobQueue:
         """See `JobQueue.renew`."""
         fences = [text for pair in running.items() for text in pair]
         with self._renewing() as touched:
-            grants, positions, lost, unknown, workers = await self._run(
+            grants, positions, lost, unknown, workers, cancelled = await self._run(
                 "renew", model, len(running), *fences, *waiting
             )
         return Renewal(
@@ -131,21 +127,33 @@ class RedisJobQueue:
             lost=frozenset(lost) - touched,
             unknown=frozenset(unknown) - touched,
             workers=None if int(workers) < 0 else int(workers),
+            cancelled=frozenset(cancelled),
         )
 
-    async def settle(self, model: str, job_id: str, nonce: str, outcome: Outcome, used_tokens: int) -> None:
+    async def settle(
+        self,
+        model: str,
+        job_id: str,
+        nonce: str,
+        outcome: Outcome,
+        used_tokens: int,
+        tail: LogTail | None = None,
+    ) -> bool:
         """See `JobQueue.settle`."""
         with self._calling(job_id):
-            _, grants = await self._run("settle", model, job_id, nonce, outcome.value, used_tokens)
+            current, grants = await self._run(
+                "settle", model, job_id, nonce, outcome.value, used_tokens, *_tail_args(tail)
+            )
         self._deliver(grants)
+        return bool(current)
 
     async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
         """See `JobQueue.requeue`."""
         suspect_s = self._limits.suspect_s
-        pin_ms = _ms(self._limits.failover_wait_s)
+        pin_ms = ms(self._limits.failover_wait_s)
         with self._calling(job_id):
             current, grants = await self._run(
-                "requeue", model, job_id, nonce, int(emitted), _ms(suspect_s), pin_ms
+                "requeue", model, job_id, nonce, int(emitted), ms(suspect_s), pin_ms
             )
         self._deliver(grants)
         self._look_after(model, suspect_s)
@@ -154,7 +162,7 @@ class RedisJobQueue:
     async def refused(self, model: str, job_id: str, nonce: str, *, hold_s: float) -> bool:
         """See `JobQueue.refused`."""
         with self._calling(job_id):
-            current, grants = await self._run("refused", model, job_id, nonce, _ms(hold_s))
+            current, grants = await self._run("refused", model, job_id, nonce, ms(hold_s))
         self._deliver(grants)
         self._look_after(model, hold_s)
         return bool(current)
@@ -174,19 +182,55 @@ class RedisJobQueue:
                 grant.epoch,
                 job.limits.weight,
                 _bound(job.limits.concurrency),
-                _ms(self._limits.aging_s),
+                ms(self._limits.aging_s),
+                *self._kept(job),
             )
         return bool(current)
 
-    async def cancel(self, model: str, job_id: str, submission: str) -> None:
+    async def cancel(self, model: str, job_id: str, submission: str, tail: LogTail | None = None) -> None:
         """See `JobQueue.cancel`."""
         with self._calling(job_id):
-            grants = await self._run("cancel", model, job_id, submission)
+            grants = await self._run("cancel", model, job_id, submission, *_tail_args(tail))
         self._deliver(grants)
 
-    async def reap(self, model: str) -> None:
+    async def stop(self, model: str, job_id: str) -> bool:
+        """See `JobQueue.stop`."""
+        state, grants = await self._run("stop", model, job_id)
+        self._deliver(grants)
+        if state == "unknown":
+            raise RequestUnknown("No request of that id is under way for this subject.")
+        return bool(state == "stopped")
+
+    async def reap(self, model: str) -> tuple[str, ...]:
         """See `JobQueue.reap`."""
-        self._deliver(await self._run("reap", model))
+        grants, adopted = await self._run("reap", model)
+        self._deliver(grants)
+        return tuple(adopted)
+
+    async def take_up(self, model: str, job_id: str) -> TakenUp | None:
+        """See `JobQueue.take_up`."""
+        with self._calling(job_id):
+            reply = await self._run("take_up", model, job_id)
+        if not reply:
+            return None
+        payload, submission, waited_ms, left_ms, adoptions, grant, entries, grants = reply
+        self._deliver(grants, besides=job_id)
+        return TakenUp(
+            payload=payload,
+            submission=submission,
+            waited_s=waited_ms / 1000,
+            left_s=left_ms / 1000,
+            adoptions=adoptions,
+            entries=tuple(map(read_entry, entries)),
+            grant=read_grant(grant) if grant else None,
+        )
+
+    async def release(self, model: str, job_id: str, submission: str) -> bool:
+        """See `JobQueue.release`."""
+        with self._calling(job_id):
+            released, grants = await self._run("release", model, job_id, submission)
+        self._deliver(grants)
+        return bool(released)
 
     async def length(self, model: str) -> int:
         """See `JobQueue.length`."""
@@ -194,7 +238,7 @@ class RedisJobQueue:
 
     async def list_open(self, model: str, worker_id: str, sleep_s: float | None) -> None:
         """See `BreakerBoard.list_open`."""
-        await self._run("list_open", model, worker_id, "forced" if sleep_s is None else _ms(sleep_s))
+        await self._run("list_open", model, worker_id, "forced" if sleep_s is None else ms(sleep_s))
         if sleep_s is not None:
             self._look_after(model, sleep_s)
 
@@ -208,16 +252,11 @@ class RedisJobQueue:
         return TenantUsage(int(age_ms) / 1000, int(used), int(reserved), int(running))
 
     async def _run(self, name: str, model: str, *args: str | float) -> Any:
-        """Runs one operation; KEYS and the first five of ARGV are the same for all, see `jobs.lua`."""
-        limits = self._limits
-        header = (
-            self._gateway_id,
-            secrets.token_hex(8),
-            _ms(limits.lease_ttl_s),
-            _ms(limits.gateway_ttl_s),
-            _ms(limits.record_ttl_s),
-        )
-        return await self._store.run_script(self._scripts[name], [ModelKeys(model).prefix], [*header, *args])
+        return await self._scripts.run(name, model, *args)
+
+    def _kept(self, job: QueuedJob) -> tuple[str, str, int]:
+        """What a record says of the job's body, and of the log that may outlive it."""
+        return job.digest, job.payload, ms(self._limits.resume_ttl_s)
 
     def _deliver(self, grants: list[str], *, besides: str | None = None) -> Grant | None:
         """Hands grants to the receiver; returns the one for the job `besides` instead."""
@@ -232,6 +271,9 @@ class RedisJobQueue:
 
     def _hand_over(self, grant: Grant) -> None:
         self._receive(grant)
+
+    def _tell(self, notice: Notice) -> None:
+        self._notice(notice)
 
     @contextlib.contextmanager
     def _calling(self, job_id: str) -> Iterator[None]:
@@ -269,8 +311,8 @@ class RedisJobQueue:
             self._deliver(await self._run("grant", model))
 
 
-def _ignore(grant: Grant) -> None:
-    """Stands in until a receiver is set; the next renewal tells of the grant again."""
+def _ignore(message: Grant | Notice) -> None:
+    """Stands in until a receiver is set; the next renewal tells of it again."""
 
 
 def _fields(job: QueuedJob) -> tuple[str | int, ...]:
@@ -281,8 +323,8 @@ def _fields(job: QueuedJob) -> tuple[str | int, ...]:
         job.tenant,
         int(job.band),
         job.cost_tokens,
-        _ms(job.timeout_s),
-        _ms(job.waited_s),
+        ms(job.timeout_s),
+        ms(job.waited_s),
     )
 
 
@@ -309,9 +351,8 @@ def _read_place(job: QueuedJob, reply: list[Any]) -> Waiting:
     return Waiting(int(reply[1]), _seconds(reply[2]))
 
 
-def _ms(seconds: float) -> int:
-    """Whole milliseconds, rounded up: what is short is not nothing."""
-    return math.ceil(seconds * 1000)
+def _tail_args(tail: LogTail | None) -> tuple[str | int, ...]:
+    return () if tail is None else (tail.position, *map(write_entry, tail.entries))
 
 
 def _seconds(ms: int) -> float | None:

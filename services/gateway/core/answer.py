@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from services.gateway.core.attempts import Output
 from services.gateway.core.detokenizer import Piece, Transcript
-from services.gateway.core.events import Finished, FinishReason, Timings, Usage
+from services.gateway.core.events import Chunk, Finished, FinishReason, Started, Timings, Usage
+from services.gateway.core.log import Entry
 from services.gateway.core.params import Decode
 
 
@@ -51,6 +52,7 @@ class Answer:
         self._cached_prompt_tokens = 0
         self._moments = _Moments(accepted_s)
         self._stop_text = ""
+        self._stopped = False
         self._reason = FinishReason.STOP
 
     @property
@@ -79,6 +81,33 @@ class Answer:
         if self._moments.granted_s is None:
             self._moments.granted_s = now_s
 
+    @property
+    def cached_prompt_tokens(self) -> int:
+        """Prompt tokens found in a cache, as far as is known."""
+        return self._cached_prompt_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is nothing left to generate."""
+        return self._stopped or self.index >= self._max_tokens
+
+    def restore(self, entries: Sequence[Entry]) -> bool:
+        """Goes through a log that another gateway wrote; returns whether its text is what comes out here."""
+        said, logged = "", ""
+        for entry in entries:
+            at_s = self._moments.accepted_s + entry.at_s
+            if isinstance(entry.event, Started):
+                self.grant(at_s)
+            elif isinstance(entry.event, Chunk):
+                chunk = entry.event
+                if chunk.index != self.index:
+                    return False
+                cached = entry.cached_prompt_tokens
+                output = Output(chunk.index, chunk.token_ids, None, cached, chunk.logprobs)
+                said += self.push(output, at_s).text
+                logged += chunk.text
+        return said == logged
+
     def continues(self, output: Output) -> bool:
         """Whether `output` begins where the answer ends, and is what was asked for."""
         tokens = len(output.token_ids)
@@ -93,10 +122,14 @@ class Answer:
             self._cached_prompt_tokens = output.cached_prompt_tokens
         piece = self._transcript.push(output.token_ids)
         self._stop_text = piece.stop or ""
+        self._stopped = piece.stop is not None
         return replace(piece, logprobs=output.logprobs[: len(piece.token_ids)])
 
     def flush(self, reason: FinishReason) -> Piece:
         """Ends the text for the worker's `reason`; returns what was held back."""
+        if self._stopped:
+            # Nothing is held back behind a stop string.
+            return Piece("", ())
         piece = self._transcript.flush()
         self._stop_text = piece.stop or ""
         self._reason = FinishReason.STOP if piece.stop else reason

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from services.common.errors import ModelUnknown, NoWorker
+from services.gateway.core.params import Decode
 from services.gateway.core.ports import Tokenizer
 
 # A mesh that has just started learns its models within seconds.
@@ -63,6 +64,11 @@ class Catalog:
             named, served = ascii(name)[:NAME_CHARS_SHOWN], ", ".join(self.models)
             raise ModelUnknown(f"model: {named} is not served; {served} can be asked.")
         return entry
+
+    def decoder(self, model: str) -> Decode | None:
+        """A model's way back to text; None where it is not served."""
+        entry = self._entries.get(model)
+        return None if entry is None else entry.tokenizer.decode
 
     @property
     def models(self) -> tuple[str, ...]:

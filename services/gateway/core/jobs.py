@@ -123,6 +123,7 @@ class Renewal:
             emptied), ended, expired, or another gateway's.
         unknown: Job ids that the queue gives to this gateway and the caller did not name.
         workers: Workers that take jobs now, with or without a free slot; None when nobody waited.
+        cancelled: Running jobs that their subject wants ended.
     """
 
     granted: tuple[Grant, ...] = ()
@@ -130,3 +131,4 @@ class Renewal:
     lost: frozenset[str] = frozenset()
     unknown: frozenset[str] = frozenset()
     workers: int | None = None
+    cancelled: frozenset[str] = frozenset()

@@ -152,6 +152,9 @@ class GenerationJob:
         submission: Nonce of this submission.
         decode: The tokenizer's way back to text.
         limits: What the tenant may take.
+        digest: Digest of what was asked.
+        resumable: Whether its events are logged, so that another gateway can go on with it.
+        waited_s: Time since it arrived, where another process began with it; `timeout_s` counts from there.
     """
 
     job_id: str
@@ -165,3 +168,6 @@ class GenerationJob:
     submission: str
     decode: Decode
     limits: TenantLimits = field(default_factory=TenantLimits)
+    digest: str = ""
+    resumable: bool = False
+    waited_s: float = 0.0

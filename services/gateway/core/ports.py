@@ -8,6 +8,16 @@ from typing import Protocol
 from services.gateway.core.attempts import AttemptEnd, Output, RefusalReason, WorkOrder
 from services.gateway.core.events import Finished
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
+from services.gateway.core.log import (
+    Appended,
+    Claim,
+    Entry,
+    LogBounds,
+    LogPage,
+    LogTail,
+    Notice,
+    TakenUp,
+)
 from services.gateway.core.params import Message
 from services.gateway.core.tenancy import TenantUsage
 
@@ -48,10 +58,19 @@ class JobQueue(Protocol):
         """
         ...
 
-    async def settle(self, model: str, job_id: str, nonce: str, outcome: Outcome, used_tokens: int) -> None:
+    async def settle(
+        self,
+        model: str,
+        job_id: str,
+        nonce: str,
+        outcome: Outcome,
+        used_tokens: int,
+        tail: LogTail | None = None,
+    ) -> bool:
         """Ends a granted job and frees its slot. Without effect unless the grant is current.
 
-        What its tenant was charged, and what was reserved of its quota, is corrected to `used_tokens`.
+        What its tenant was charged, and what was reserved of its quota, is corrected to `used_tokens`. Of a
+        resumable job it writes `tail` in the same step. Returns whether the grant was current.
         """
         ...
 
@@ -74,12 +93,38 @@ class JobQueue(Protocol):
         """
         ...
 
-    async def cancel(self, model: str, job_id: str, submission: str) -> None:
-        """Withdraws a submission: ends the job if it waits, or was granted without the caller's knowing."""
+    async def cancel(self, model: str, job_id: str, submission: str, tail: LogTail | None = None) -> None:
+        """Withdraws a submission: ends the job if it waits, or was granted without the caller's knowing.
+
+        Of a resumable job it writes `tail` in the same step.
+        """
         ...
 
-    async def reap(self, model: str) -> None:
-        """Ends what vanished gateways left behind: running jobs whose lease ended, waiting ones too."""
+    async def stop(self, model: str, job_id: str) -> bool:
+        """Ends a job for its subject, whichever gateway has it; returns False when it had ended before.
+
+        Raises:
+            RequestUnknown: The queue does not know it.
+        """
+        ...
+
+    async def reap(self, model: str) -> tuple[str, ...]:
+        """Ends what vanished gateways left behind: running jobs whose lease ended, waiting ones too.
+
+        Returns the ids of resumable ones, which are the caller's now: `take_up` tells what they are.
+        """
+        ...
+
+    async def take_up(self, model: str, job_id: str) -> TakenUp | None:
+        """Tells all about a resumable job that is the caller's and unknown to it; None: there is none."""
+        ...
+
+    async def release(self, model: str, job_id: str, submission: str) -> bool:
+        """Hands a resumable job to another gateway; returns whether there is one."""
+        ...
+
+    def on_notice(self, receive: Callable[[Notice], None]) -> None:
+        """Sets who hears what other gateways tell about jobs."""
         ...
 
     async def length(self, model: str) -> int:
@@ -92,6 +137,52 @@ class UsageBook(Protocol):
 
     async def usage(self, model: str, tenant: str) -> TenantUsage:
         """What a tenant takes of a model now."""
+        ...
+
+
+class GenerationLog(Protocol):
+    """The logs of resumable requests. Every method raises StoreUnavailable when they cannot be reached."""
+
+    async def append(
+        self,
+        model: str,
+        job_id: str,
+        nonce: str,
+        position: int,
+        entries: Sequence[Entry],
+        bounds: LogBounds,
+    ) -> Appended:
+        """Writes events behind the first `position` ones, if `nonce` names the attempt that runs.
+
+        What stands there already is not written again, so that a repeated call has the same effect.
+        """
+        ...
+
+    async def read(self, model: str, job_id: str, after: int) -> LogPage | None:
+        """Reads behind the first `after` events; the caller gets a notice of later ones for a while.
+
+        Returns None where there is no such job, or it is not resumable.
+        """
+        ...
+
+    async def unattended_s(self, model: str, job_id: str) -> float | None:
+        """How long ago a gateway read the log for a client; None: never, or not lately."""
+        ...
+
+
+class RequestDirectory(Protocol):
+    """What the ids of requests stand for. Every method raises StoreUnavailable."""
+
+    async def claim(self, job_id: str, claim: Claim, ttl_s: float) -> Claim | None:
+        """Lets an id stand for `claim`, unless it stands for something already, which is returned."""
+        ...
+
+    async def find(self, job_id: str) -> Claim | None:
+        """What an id stands for; None: nothing."""
+        ...
+
+    async def release(self, job_id: str, claim: Claim) -> None:
+        """Frees an id that stands for `claim`."""
         ...
 
 

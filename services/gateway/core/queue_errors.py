@@ -53,5 +53,10 @@ def ended_error(outcome: Outcome) -> InterlockError:
             return RequestExists("This request has been answered already.")
 
 
+def exists_with_other_body() -> RequestExists:
+    """The error for an id that stands for another body."""
+    return RequestExists("request_id: stands for a request with another body.")
+
+
 def _retry_s(wait_s: float | None) -> float:
     return max(RETRY_MIN_S, wait_s or 0.0)

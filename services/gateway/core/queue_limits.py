@@ -18,6 +18,7 @@ class QueueLimits:
         record_ttl_s: How long the record of an ended job is kept.
         suspect_s: How long a worker that failed a job gets no other.
         failover_wait_s: How long a job that must go on with its revision waits for a worker that has it.
+        resume_ttl_s: How long the log of a resumable job is kept after its end.
     """
 
     # A minute of work for a busy laptop; beyond it, waiting helps nobody.
@@ -35,3 +36,5 @@ class QueueLimits:
     suspect_s: float = 0.8
     # A supervisor restarts a worker within this.
     failover_wait_s: float = 15.0
+    # A client that was cut off in a tunnel is back within this.
+    resume_ttl_s: float = 600.0

@@ -6,7 +6,7 @@ queues, workers or wires. Time-outs arrive as events, and what must happen leave
 1. Every accepted request reaches exactly one terminal phase; nothing leaves a terminal phase.
 2. An event that its phase does not know raises `IllegalEvent` and changes nothing.
 
-    QUEUED -> GRANTED -> RUNNING -> FINISHED | FAILED | CANCELLED | EXPIRED
+    QUEUED -> GRANTED -> RUNNING -> FINISHED | FAILED | CANCELLED | EXPIRED | MOVED
        ^---------'----------'   (the worker refused, or was lost)
 """
 
@@ -67,7 +67,7 @@ RETRY_AFTER_LOSS_S = 2.0
 
 
 class Phase(StrEnum):
-    """Where a request is."""
+    """Where a request is. MOVED: another gateway goes on with it, which a resumable one survives."""
 
     QUEUED = "queued"
     GRANTED = "granted"
@@ -76,9 +76,10 @@ class Phase(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
     EXPIRED = "expired"
+    MOVED = "moved"
 
 
-TERMINAL = frozenset({Phase.FINISHED, Phase.FAILED, Phase.CANCELLED, Phase.EXPIRED})
+TERMINAL = frozenset({Phase.FINISHED, Phase.FAILED, Phase.CANCELLED, Phase.EXPIRED, Phase.MOVED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class Request:
 
     Attributes:
         attempts_max: Workers that it may use up.
+        resumable: Whether another gateway may go on with it.
         phase: Where it is.
         starts: How often a worker was asked; refusals count.
         failures: Workers that it has used up; refusals do not count.
@@ -97,6 +99,7 @@ class Request:
     """
 
     attempts_max: int = 3
+    resumable: bool = False
     phase: Phase = Phase.QUEUED
     starts: int = 0
     failures: int = 0
@@ -196,8 +199,8 @@ def _lose_lease(request: Request, _: LeaseLost) -> Step:
         "The queue gave this request's slot away while the gateway was not heard of.",
         retry_after_s=RETRY_AFTER_LOSS_S,
     )
-    ended = replace(request, phase=Phase.FAILED, grant=None)
-    return ended, (CancelAttempt(), Close(error))
+    phase = Phase.MOVED if request.resumable else Phase.FAILED
+    return replace(request, phase=phase, grant=None), (CancelAttempt(), Close(error))
 
 
 def _withdraw(request: Request, event: Withdrawn) -> Step:
@@ -256,6 +259,8 @@ TABLE: dict[tuple[Phase, type], Transition] = {
     (Phase.QUEUED, Granted): _start,
     (Phase.QUEUED, Forgotten): _enqueue_again,
     (Phase.QUEUED, Rejected): _reject,
+    # A gateway that slept learns that its place is another one's.
+    (Phase.QUEUED, LeaseLost): _lose_lease,
     (Phase.QUEUED, Withdrawn): _withdraw,
     (Phase.QUEUED, DeadlinePassed): _expire,
     (Phase.QUEUED, WaitedOut): _wait_out,

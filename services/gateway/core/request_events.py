@@ -62,7 +62,7 @@ class AttemptLost:
 
 @dataclass(frozen=True, slots=True)
 class LeaseLost:
-    """The queue has given its slot to somebody else."""
+    """The queue has given its slot, or its place, to somebody else."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Tenants. Owns: what one may take, as its token asks and the configuration bounds, and what it took. Pure."""
+"""Tenants. Owns: what one may take, as its token asks and configuration bounds, and what it took. Pure."""
 
 from __future__ import annotations
 

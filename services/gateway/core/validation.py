@@ -233,10 +233,8 @@ def _check_unsupported(request: GenerationRequest) -> None:
         raise ArgumentInvalid("n: 1 to 4 are allowed.")
     if request.logprobs is not None and not 0 <= request.logprobs <= LOGPROBS_MAX:
         raise ArgumentInvalid(f"logprobs: 0 to {LOGPROBS_MAX} are allowed.")
-    asked = {"n": request.n not in {None, 1}, "resumable": request.resumable}
-    for name, used in asked.items():
-        if used:
-            raise FeatureUnsupported(f"{name}: is not served by this version yet.")
+    if request.n not in {None, 1}:
+        raise FeatureUnsupported("n: is not served by this version yet.")
 
 
 def messages_of(prompt: TextPrompt | ChatPrompt) -> tuple[Message, ...]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from services.common import logs
 from services.common.clock import Clock
@@ -25,9 +26,15 @@ from services.common.errors import (
     StoreUnavailable,
 )
 from services.gateway.core.jobs import Grant, Outcome, Renewal
-from services.gateway.core.params import GenerationJob
+from services.gateway.core.log import Notice, NoticeKind
+from services.gateway.core.params import Decode, GenerationJob
+from services.gateway.core.payload import read_payload
 from services.gateway.core.ports import JobQueue, WorkerPool
+from services.gateway.core.queue_errors import exists_with_other_body
+from services.gateway.dispatcher.direct_stream import DirectStream
 from services.gateway.dispatcher.generation import Generation, GenerationLimits
+from services.gateway.dispatcher.resumption import Resumption
+from services.gateway.dispatcher.streams import AnswerStream
 
 # Grants whose message was lost are found within this time, and it is the gateway's sign of life.
 RENEW_S = 1.0
@@ -58,6 +65,7 @@ class Dispatcher:
         queue: Where slots come from.
         workers: Who generates.
         clock: Measures.
+        resumption: Logs, and who follows them.
         models: The models that are served now; their queues are looked after even when nobody waits here.
         jitter: Draws a number from 0 to 1, so that gateways do not reap in step.
         limits: Bounds of the dispatcher.
@@ -69,6 +77,7 @@ class Dispatcher:
         queue: JobQueue,
         workers: WorkerPool,
         clock: Clock,
+        resumption: Resumption,
         *,
         models: Callable[[], Iterable[str]],
         jitter: Callable[[], float],
@@ -78,6 +87,7 @@ class Dispatcher:
         self._queue = queue
         self._workers = workers
         self._clock = clock
+        self._resumption = resumption
         self._models = models
         self._jitter = jitter
         self._limits = limits
@@ -88,7 +98,10 @@ class Dispatcher:
         self._emptied = asyncio.Event()
         self._draining = False
         self._store_reachable = False
+        self._chores: set[asyncio.Task[None]] = set()
+        self._taking: set[str] = set()
         queue.on_grant(self._deliver)
+        queue.on_notice(self._hear)
 
     @property
     def store_reachable(self) -> bool:
@@ -100,8 +113,10 @@ class Dispatcher:
         """Requests that have not ended, or still owe something to the queue."""
         return len(self._live)
 
-    async def submit(self, job: GenerationJob) -> Generation:
+    async def submit(self, job: GenerationJob) -> AnswerStream:
         """Accepts a job; iterate over what is returned, and close it.
+
+        A resumable one that was accepted before is followed from its beginning, wherever it runs.
 
         Raises:
             QueueFull: The queue, or this process, is at its bound.
@@ -110,33 +125,71 @@ class Dispatcher:
             Draining: This gateway shuts down.
         """
         self._check_room(job)
-        generation = Generation(
-            job, self._queue, self._workers, self._clock, self._generation_limits, self._forget
-        )
-        self._live[job.job_id] = generation
+        if (known := self._live.get(job.job_id)) is not None:
+            return self._join(known, job)
+        if await self._resumption.claim(job) and job.resumable:
+            with contextlib.suppress(RequestUnknown):
+                return await self._resumption.follow(job.model, job.job_id, 0, job.digest)
+        if (known := self._live.get(job.job_id)) is not None:
+            return self._join(known, job)
+        generation = self._create(job)
         try:
             await generation.open()
         except InterlockError as error:
+            if generation.moved:
+                return await self._resumption.follow(job.model, job.job_id, 0, job.digest)
             self._store_reachable = self._store_reachable and not isinstance(error, StoreUnavailable)
             raise
         except asyncio.CancelledError:
             generation.withdraw(RequestCancelled("The client ended the call."))
             raise
-        return generation
+        return self._stream_of(generation)
 
-    def cancel(self, job_id: str) -> bool:
-        """Ends a request; returns False when it had ended before.
+    async def resume(self, job_id: str, cursor: int) -> AnswerStream:
+        """Follows a resumable request behind `cursor`, wherever it runs or ran.
 
         Raises:
-            RequestUnknown: No request of that id is, or was lately, at this gateway.
+            RequestUnknown: There is none of that id.
+            ArgumentInvalid: The cursor lies behind its log.
+            StoreUnavailable: The logs cannot be reached.
+            Draining: This gateway shuts down.
+        """
+        self._check_open()
+        generation = self._live.get(job_id)
+        if generation is not None and generation.chronicle is not None and not generation.moved:
+            return self._resumption.follow_here(generation, cursor)
+        claim = None if generation is not None else await self._resumption.find(job_id)
+        if generation is not None and generation.moved:
+            return await self._resumption.follow(generation.job.model, job_id, cursor)
+        if claim is None:
+            raise RequestUnknown("No resumable request of that id is known for this subject.")
+        return await self._resumption.follow(claim.model, job_id, cursor)
+
+    async def cancel(self, job_id: str) -> bool:
+        """Ends a request, whichever gateway has it; returns False when it had ended before.
+
+        Raises:
+            RequestUnknown: No request of that id is, or was lately, under way.
+            StoreUnavailable: It is not here, and others cannot be asked.
         """
         generation = self._live.get(job_id)
-        if generation is None and job_id not in self._ended:
-            raise RequestUnknown("No request of that id is under way for this subject.")
-        if generation is None or generation.ended:
+        if generation is not None and not generation.moved:
+            if generation.ended:
+                return False
+            generation.withdraw(_cancelled())
+            return True
+        if generation is None and job_id in self._ended:
             return False
-        generation.withdraw(RequestCancelled("The request was cancelled by its owner."))
-        return True
+        return await self._cancel_elsewhere(job_id)
+
+    async def _cancel_elsewhere(self, job_id: str) -> bool:
+        claim = await self._resumption.find(job_id)
+        # Ids that a gateway drew are not in the directory: each model's queue is asked.
+        models = self._known_models() if claim is None else (claim.model,)
+        for model in models:
+            with contextlib.suppress(RequestUnknown):
+                return await self._queue.stop(model, job_id)
+        raise RequestUnknown("No request of that id is under way for this subject.")
 
     async def run(self) -> None:
         """Renews and reaps until it is cancelled."""
@@ -154,15 +207,26 @@ class Dispatcher:
             self._note_store(reachable=False)
 
     async def drain(self, grace_s: float) -> None:
-        """Refuses new requests, lets the running ones end within `grace_s`, then ends the rest."""
+        """Refuses new requests, lets the running ones end within `grace_s`, hands over or ends the rest."""
         self._draining = True
         await self._wait_briefly(grace_s)
-        for generation in tuple(self._live.values()):
-            generation.withdraw(
-                Draining("The gateway is shutting down.", retry_after_s=RETRY_WHEN_DRAINING_S)
-            )
+        await asyncio.gather(*(self._part_with(generation) for generation in tuple(self._live.values())))
+        self._resumption.end_all(_draining())
         await self._wait_briefly(SETTLE_GRACE_S)
+        for chore in tuple(self._chores):
+            chore.cancel()
         await asyncio.gather(*(generation.close() for generation in tuple(self._live.values())))
+
+    async def _part_with(self, generation: Generation) -> None:
+        """Hands a resumable request to another gateway, and ends any other one in-band."""
+        if generation.chronicle is not None and not generation.ended:
+            job = generation.job
+            try:
+                if await self._queue.release(job.model, job.job_id, job.submission):
+                    generation.leave()
+            except StoreUnavailable:
+                logs.get_logger().warning("request.kept", request_id=job.request_id)
+        generation.withdraw(_draining())
 
     async def wait_empty(self) -> None:
         """Returns once no request is under way and nothing is owed to the queue."""
@@ -170,12 +234,40 @@ class Dispatcher:
             self._emptied.clear()
             await self._emptied.wait()
 
-    def _check_room(self, job: GenerationJob) -> None:
-        if self._draining:
-            raise Draining("The gateway is shutting down.", retry_after_s=RETRY_WHEN_DRAINING_S)
-        if job.job_id in self._live:
+    def _create(self, job: GenerationJob) -> Generation:
+        generation = Generation(
+            job,
+            self._queue,
+            self._workers,
+            self._resumption.log,
+            self._clock,
+            self._generation_limits,
+            self._forget,
+        )
+        self._live[job.job_id] = generation
+        return generation
+
+    def _stream_of(self, generation: Generation) -> AnswerStream:
+        if generation.chronicle is not None:
+            return self._resumption.follow_here(generation, 0)
+        stall_s = self._generation_limits.client_stall_s
+        return DirectStream(generation, generation.outbox, self._clock, stall_s)
+
+    def _join(self, known: Generation, job: GenerationJob) -> AnswerStream:
+        """Another client of a request that is under way here."""
+        if known.chronicle is None or not job.resumable:
             raise RequestExists("request_id: is in use by a request of this subject that has not ended.")
-        if len(self._live) >= self._limits.requests_max:
+        if known.job.digest != job.digest:
+            raise exists_with_other_body()
+        return self._resumption.follow_here(known, 0)
+
+    def _check_open(self) -> None:
+        if self._draining:
+            raise _draining()
+
+    def _check_room(self, job: GenerationJob) -> None:
+        self._check_open()
+        if job.job_id not in self._live and len(self._live) >= self._limits.requests_max:
             raise QueueFull(
                 f"This gateway carries {self._limits.requests_max} requests already.",
                 retry_after_s=RETRY_WHEN_FULL_S,
@@ -188,8 +280,61 @@ class Dispatcher:
         self._ended[generation.job.job_id] = None
         if len(self._ended) > ENDED_MAX:
             self._ended.popitem(last=False)
+        if not generation.job.resumable:
+            self._do(self._resumption.release(generation.job))
         if not self._live:
             self._emptied.set()
+
+    def _do(self, chore: Coroutine[Any, Any, None]) -> None:
+        """Does something in the background; there are no more chores than requests and notices of them."""
+        task = asyncio.get_running_loop().create_task(chore, name="dispatcher-chore")
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
+
+    def _hear(self, notice: Notice) -> None:
+        """Hears what another gateway tells. What is lost is found by the next renewal, or the next look."""
+        match notice.kind:
+            case NoticeKind.LOG:
+                self._resumption.notice(notice.job_id)
+            case NoticeKind.STOP:
+                self._stop(notice.job_id)
+            case NoticeKind.TAKE:
+                self._do(self._guarded(lambda: self._take_up(notice.model, notice.job_id)))
+
+    def _stop(self, job_id: str) -> None:
+        if (generation := self._live.get(job_id)) is not None:
+            generation.withdraw(_cancelled())
+
+    async def _take_up(self, model: str, job_id: str) -> None:
+        """Goes on with a resumable request that another process began and that is this gateway's now."""
+        known, decode = self._live.get(job_id), self._resumption.decoder(model)
+        if self._draining or decode is None or (known is not None and not known.moved):
+            return
+        if job_id in self._taking:
+            # Reaping, renewing and a notice may all find it at once; taken up twice it would fence itself off
+            # from its own worker.
+            return
+        self._taking.add(job_id)
+        try:
+            await self._go_on(model, job_id, decode)
+        finally:
+            self._taking.discard(job_id)
+
+    async def _go_on(self, model: str, job_id: str, decode: Decode) -> None:
+        taken = await self._queue.take_up(model, job_id)
+        if taken is None:
+            # Of an earlier process of this name, and not resumable. The queue ends it with its lease.
+            logs.get_logger().debug("job.unknown", job_id=job_id, model=model)
+            return
+        if taken.entries and taken.entries[-1].is_last:
+            # Only its record was left to write.
+            await self._queue.cancel(model, job_id, taken.submission)
+            return
+        job = read_payload(taken, decode)
+        logs.get_logger().info(
+            "request.taken_up", request_id=job.request_id, model=model, events=len(taken.entries)
+        )
+        self._create(job).carry_on(taken)
 
     async def _wait_briefly(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -223,7 +368,8 @@ class Dispatcher:
 
     async def _reap(self) -> None:
         for model in self._known_models():
-            await self._queue.reap(model)
+            for job_id in await self._queue.reap(model):
+                await self._take_up(model, job_id)
 
     def _known_models(self) -> tuple[str, ...]:
         return tuple(
@@ -251,9 +397,10 @@ class Dispatcher:
             await self._deliver_found(model, grant)
         for job_id in renewal.lost & named.keys():
             await self._reclaim(job_id, named[job_id])
-        for job_id in renewal.unknown - self._live.keys():
-            # Of an earlier process of this name. The queue ends it with its lease.
-            logs.get_logger().debug("job.unknown", job_id=job_id, model=model)
+        for job_id in renewal.cancelled:
+            self._stop(job_id)
+        for job_id in renewal.unknown:
+            await self._take_up(model, job_id)
 
     def _place(self, renewal: Renewal) -> None:
         for job_id, place in renewal.waiting.items():
@@ -292,3 +439,11 @@ class Dispatcher:
             generation.forgotten()
         elif not await self._queue.register(generation.queued_job(), grant):
             generation.lease_lost(grant.nonce)
+
+
+def _draining() -> Draining:
+    return Draining("The gateway is shutting down.", retry_after_s=RETRY_WHEN_DRAINING_S)
+
+
+def _cancelled() -> RequestCancelled:
+    return RequestCancelled("The request was cancelled by its owner.")

@@ -1,7 +1,8 @@
 """One request under way. Owns: its timers, its attempt at a worker and its events, from enqueue to end.
 
 The shell around `core.request`: everything that happens becomes an event for the table, and the effects that
-the table returns are performed here. Must not know: which queue, which workers, which API.
+the table returns are performed here. Must not know: which queue, which workers, which API, or who listens:
+its events go into an outbox, which a client empties, or the writer of its log.
 """
 
 from __future__ import annotations
@@ -9,23 +10,34 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
 
 from services.common import logs
 from services.common.clock import Clock
-from services.common.errors import ClientStalled, InterlockError, RequestCancelled
+from services.common.errors import (
+    InterlockError,
+    InternalError,
+    RequestCancelled,
+    RequestExists,
+    StoreUnavailable,
+    WorkerLost,
+)
 from services.gateway.core import request as life
 from services.gateway.core import request_events
 from services.gateway.core.answer import Answer
 from services.gateway.core.attempts import Output, RefusalReason, work_order
-from services.gateway.core.events import Event, FinishReason, Queued, Started
-from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Waiting
+from services.gateway.core.events import FinishReason, Queued, Started
+from services.gateway.core.jobs import Grant, QueuedJob, Waiting
+from services.gateway.core.log import LogTail, TakenUp
 from services.gateway.core.params import GenerationJob
-from services.gateway.core.ports import Attempt, JobQueue, WorkerPool
+from services.gateway.core.ports import Attempt, GenerationLog, JobQueue, WorkerPool
+from services.gateway.dispatcher.attendance import Attendance
+from services.gateway.dispatcher.chronicle import Chronicle
 from services.gateway.dispatcher.hearing import Hearing
 from services.gateway.dispatcher.outbox import Outbox
-from services.gateway.dispatcher.reader import ReaderWatch
 from services.gateway.dispatcher.ticket import Ticket
+
+# Starts that one gateway may count before the next one's numbers begin: a retry each 100 ms for an hour.
+ADOPTION_BITS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,18 +48,23 @@ class GenerationLimits:
     client_stall_s: float = 30.0
     attempts_max: int = 3
     failover_wait_s: float = 15.0
+    detach_grace_s: float = 60.0
 
 
 class Generation:
-    """A request from `open` to its end; an asynchronous iterator of its events.
+    """A request from `open` to its end.
 
-    Asking for the next event says that the last one is written: that renews the worker's credit. Iteration
-    ends after `Finished`, or raises the InterlockError that the request ended with.
+    Attributes:
+        job: What is asked.
+        outbox: Its events, for the one who takes them.
+        chronicle: The writer of its log, who takes them where it is resumable.
+        attendance: Who follows it, where it is resumable.
 
     Args:
         job: What is asked.
         queue: Where slots come from.
         workers: Who generates.
+        log: Where the events of resumable requests go.
         clock: Measures.
         limits: Bounds.
         on_end: Is called, perhaps more than once, when nothing is left to do.
@@ -58,27 +75,32 @@ class Generation:
         job: GenerationJob,
         queue: JobQueue,
         workers: WorkerPool,
+        log: GenerationLog,
         clock: Clock,
         limits: GenerationLimits,
         on_end: Callable[[Generation], None],
     ) -> None:
         self.job = job
+        self._queue = queue
         self._workers = workers
         self._clock = clock
         self._limits = limits
         self._on_end = on_end
-        self._request = life.Request(attempts_max=limits.attempts_max)
+        self._request = life.Request(attempts_max=limits.attempts_max, resumable=job.resumable)
         self._answer = Answer(
             len(job.prompt_ids),
             job.params.max_tokens,
             job.decode,
             job.params.stop,
-            accepted_s=clock.monotonic(),
+            accepted_s=clock.monotonic() - job.waited_s,
             scored=job.params.logprobs is not None,
         )
-        self._outbox = Outbox(limits.credit_tokens)
+        self.outbox = Outbox(limits.credit_tokens)
         self._ticket = Ticket(job, queue, clock, self, self._look_for_end)
-        self._reader = ReaderWatch(clock, limits.client_stall_s, self._stalled)
+        self.chronicle = Chronicle(job, self.outbox, log, self, clock) if job.resumable else None
+        self.attendance = Attendance(
+            limits.detach_grace_s, lambda: log.unattended_s(job.model, job.job_id), self._give_up
+        )
         self._attempt: Attempt | None = None
         self._started: Started | None = None
         self._unsaid = False
@@ -86,7 +108,7 @@ class Generation:
         self._accepted = False
         self._error: InterlockError | None = None
         self._deadline = asyncio.get_running_loop().call_later(
-            job.timeout_s, self._apply, request_events.DeadlinePassed()
+            max(job.timeout_s - job.waited_s, 0.0), self._apply, request_events.DeadlinePassed()
         )
         self._failover: asyncio.TimerHandle | None = None
 
@@ -113,6 +135,11 @@ class Generation:
         return self._ticket.idle and not self.ended
 
     @property
+    def moved(self) -> bool:
+        """Whether another gateway goes on with the request."""
+        return self._request.phase is life.Phase.MOVED
+
+    @property
     def idle(self) -> bool:
         """Whether the request has ended and owes nothing."""
         return self._ticket.idle and self.ended
@@ -131,11 +158,33 @@ class Generation:
         """The request as the queue knows it."""
         return self._ticket.queued_job()
 
+    def carry_on(self, taken: TakenUp) -> None:
+        """Goes on where another process stopped."""
+        assert self.chronicle is not None
+        self._accepted = True
+        self.chronicle.restore(taken.entries)
+        self.attendance.leave_alone()
+        self._started = self.chronicle.journal.started
+        is_exact = self._answer.restore(taken.entries)
+        self._request = life.Request(
+            attempts_max=self._limits.attempts_max,
+            resumable=True,
+            # Other numbers than those that a worker may have heard from the process before.
+            starts=taken.adoptions << ADOPTION_BITS,
+            failures=0 if self._started is None else self._started.attempt,
+            emitted=self._answer.index,
+            revision="" if self._started is None else self._started.revision,
+        )
+        if not is_exact:
+            self.withdraw(_unlike_log())
+        elif taken.grant is not None:
+            self.granted(taken.grant)
+
     async def open(self) -> None:
         """Enqueues the request; raises what the queue says against it."""
         self._ticket.enqueue()
         while not self._accepted and not self.ended:
-            await self._outbox.wait()
+            await self.outbox.wait()
         if not self._accepted and self._error is not None:
             raise self._error
 
@@ -145,18 +194,20 @@ class Generation:
         if self.waits:
             self._apply(request_events.Granted(grant))
         elif self._request.grant is None or self._request.grant.nonce != grant.nonce:
-            self._ticket.settle(grant, Outcome.CANCELLED, 0)
+            self._ticket.give_back(grant)
 
     def placed(self, place: Waiting) -> None:
         """The queue told the request's place; the client hears of a change."""
         self._accept()
         if self.waits and place.position != self._position:
             self._position = place.position
-            self._outbox.put(Queued(place.position, place.estimated_wait_s))
+            self.outbox.put(Queued(place.position, place.estimated_wait_s))
 
     def rejected(self, error: InterlockError) -> None:
         """The queue does not take the request."""
-        if self.waits:
+        if self.waits and self.job.resumable and isinstance(error, RequestExists):
+            self._apply(request_events.LeaseLost())
+        elif self.waits:
             self._apply(request_events.Rejected(error))
 
     def forgotten(self) -> None:
@@ -169,6 +220,10 @@ class Generation:
         if self._request.grant is not None and self._request.grant.nonce == nonce:
             self._apply(request_events.LeaseLost())
 
+    def leave(self) -> None:
+        """Another gateway goes on with the request."""
+        self._apply(request_events.LeaseLost())
+
     def withdraw(self, error: InterlockError) -> None:
         """Ends the request with `error` unless it has ended."""
         self._apply(request_events.Withdrawn(error))
@@ -180,59 +235,43 @@ class Generation:
 
     def _accept(self) -> None:
         self._accepted = True
-        self._outbox.wake()
+        self.outbox.wake()
 
-    # --- what the client's side asks ------------------------------------------------------------------------
+    def add_credit(self, tokens: int) -> None:
+        """Lets the worker send so many tokens more."""
+        if self._attempt is not None:
+            self._attempt.add_credit(tokens)
 
-    async def first_grant(self, timeout_s: float) -> Started | None:
-        """Returns what is known of the worker once one is granted; None when that takes longer."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self._started is None and not self.ended:
-                    await self._outbox.wait()
-        except TimeoutError:
-            return None
-        return self._started
+    # --- what the log says ----------------------------------------------------------------------------------
 
-    async def ready(self, timeout_s: float) -> bool:
-        """Whether, within `timeout_s`, asking for the next event will answer at once."""
-        self._return()
-        try:
-            async with asyncio.timeout(timeout_s):
-                while not self._outbox and not self.ended:
-                    await self._outbox.wait()
-        except TimeoutError:
-            return False
-        return True
+    @property
+    def cached_prompt_tokens(self) -> int:
+        """Prompt tokens found in a cache."""
+        return self._answer.cached_prompt_tokens
 
-    def __aiter__(self) -> Self:
-        """The request itself."""
-        return self
+    async def dispute(self, grant: Grant) -> None:
+        """The log was refused to `grant`: unless the queue confirms it, another gateway has the request."""
+        if not await self._queue.register(self.queued_job(), grant):
+            self.lease_lost(grant.nonce)
 
-    async def __anext__(self) -> Event:
-        """The next event, as soon as there is one."""
-        self._return()
-        while not self._outbox:
-            if self.ended:
-                raise self._error or StopAsyncIteration
-            await self._outbox.wait()
-        self._reader.left()
-        return self._outbox.take()
+    def overflow(self) -> None:
+        """The log is at its bound, which leaves room for every text that the request may get."""
+        self.withdraw(InternalError("The log of the request is full."))
 
-    async def aclose(self) -> None:
-        """Ends the request when the client is gone."""
-        self._reader.close()
-        self.withdraw(RequestCancelled("The client ended the call."))
+    def tail(self) -> LogTail | None:
+        """What is written into the log when the job ends."""
+        return None if self.chronicle is None else self.chronicle.tail()
 
-    def _return(self) -> None:
-        self._reader.returned()
-        credit = self._outbox.acknowledge()
-        if credit and self._attempt is not None:
-            self._attempt.add_credit(credit)
+    def settled(self, *, current: bool) -> None:
+        """The queue knows that the job has ended; unless `current`, it was another gateway's already."""
+        if self.chronicle is not None and current:
+            self.chronicle.settled()
+        elif self.chronicle is not None:
+            self.chronicle.abandon()
 
-    def _stalled(self) -> None:
-        stall_s = self._limits.client_stall_s
-        self.withdraw(ClientStalled(f"The client read nothing for {stall_s:g} s; its slot was freed."))
+    def _give_up(self) -> None:
+        grace_s = self._limits.detach_grace_s
+        self.withdraw(RequestCancelled(f"No client came back for the request within {grace_s:g} s."))
 
     # --- what the worker says -------------------------------------------------------------------------------
 
@@ -248,7 +287,7 @@ class Generation:
             piece = self._answer.push(output, self._clock.monotonic())
             self._apply(request_events.Progressed(len(piece.token_ids)))
             self._say_started()
-            self._outbox.put_piece(piece, index)
+            self.outbox.put_piece(piece, index)
             if piece.stop is not None:
                 self._apply(request_events.StopReached())
                 return
@@ -281,13 +320,13 @@ class Generation:
     def _say_started(self) -> None:
         if self._unsaid and self._started is not None:
             self._unsaid = False
-            self._outbox.put(self._started)
+            self.outbox.put(self._started)
 
     def _complete(self, reason: FinishReason) -> None:
         self._attempt = None
         self._say_started()
         piece = self._answer.flush(reason)
-        self._outbox.put_piece(piece, self._answer.index)
+        self.outbox.put_piece(piece, self._answer.index)
         self._apply(request_events.Completed())
 
     def _log(self, event: str, **fields: object) -> None:
@@ -315,8 +354,10 @@ class Generation:
             case request_events.Withdraw():
                 self._ticket.withdraw()
             case request_events.Requeue(grant, emitted):
+                self._pause_log()
                 self._ticket.requeue(grant, emitted=emitted)
             case request_events.Decline(grant, hold_s):
+                self._pause_log()
                 self._ticket.decline(grant, hold_s)
             case request_events.Settle(grant, outcome):
                 self._ticket.settle(grant, outcome, self._answer.used_tokens)
@@ -325,10 +366,19 @@ class Generation:
             case request_events.Close(error):
                 self._close(error)
 
+    def _pause_log(self) -> None:
+        if self.chronicle is not None:
+            self.chronicle.pause()
+
     def _start(self, grant: Grant, number: int) -> None:
         self._position = None
         self._answer.grant(self._clock.monotonic())
         job = self.job
+        if self.chronicle is not None:
+            self.chronicle.grant(grant)
+        if self._answer.is_complete:
+            self._complete(FinishReason.LENGTH)
+            return
         # Later workers are named with their first tokens: the client need not hear of those that refuse.
         self._unsaid = self._started is not None
         self._started = Started(
@@ -340,8 +390,8 @@ class Generation:
             queue_s=self._answer.queue_s,
         )
         if not self._unsaid:
-            self._outbox.put(self._started)
-        credit_tokens = self._outbox.first_credit_tokens()
+            self.outbox.put(self._started)
+        credit_tokens = self.outbox.first_credit_tokens()
         order = work_order(
             job, grant, number, emitted_ids=self._answer.token_ids, credit_tokens=credit_tokens
         )
@@ -372,12 +422,30 @@ class Generation:
         for timer in (self._deadline, self._failover):
             if timer is not None:
                 timer.cancel()
-        self._reader.close()
+        self.attendance.close()
         if error is None:
-            self._outbox.put(self._answer.finished(self._clock.monotonic()))
-        self._outbox.wake()
+            self.outbox.put(self._answer.finished(self._clock.monotonic()))
+        if self.chronicle is not None and self.moved:
+            self.chronicle.abandon()
+        elif self.chronicle is not None:
+            self.chronicle.close(error)
+        self.outbox.wake()
         self._look_for_end()
 
     def _look_for_end(self) -> None:
-        if self.idle:
-            self._on_end(self)
+        if not self.idle:
+            return
+        if self.chronicle is not None:
+            self.chronicle.finish(self._error or _store_away())
+        self._on_end(self)
+
+
+def _unlike_log() -> WorkerLost:
+    return WorkerLost(
+        "The request's gateway is gone, and its text cannot be continued exactly. Ask again.",
+        retry_after_s=life.RETRY_AFTER_LOSS_S,
+    )
+
+
+def _store_away() -> StoreUnavailable:
+    return StoreUnavailable("The end of the request could not be written.", retry_after_s=1.0)

@@ -64,7 +64,7 @@ class Outbox:
         """Removes and returns the oldest event."""
         event = self._events.popleft()
         if isinstance(event, Chunk):
-            self._taken_tokens = len(event.token_ids)
+            self._taken_tokens += len(event.token_ids)
         return event
 
     def acknowledge(self) -> int:

@@ -27,9 +27,10 @@ from services.gateway.core.params import (
     SamplingParams,
     TokenPrompt,
 )
+from services.gateway.core.payload import digest_of
 from services.gateway.core.tenancy import TenantBounds
 from services.gateway.dispatcher.dispatch import RETRY_WHEN_DRAINING_S, Dispatcher
-from services.gateway.dispatcher.generation import Generation
+from services.gateway.dispatcher.streams import AnswerStream
 
 GENERATE_SCOPE = "generate"
 MODELS_SCOPE = "models:read"
@@ -136,7 +137,7 @@ class Reception:
 
     async def generate(
         self, principal: Principal, request_id: str, request: GenerationRequest, timeout_s: float
-    ) -> Generation:
+    ) -> AnswerStream:
         """Checks, tokenizes and submits a request; iterate over what is returned, and close it.
 
         Raises:
@@ -169,18 +170,31 @@ class Reception:
             submission=secrets.token_hex(8),
             decode=entry.tokenizer.decode,
             limits=principal.limits,
+            # An id that was drawn here is nobody's business but its own.
+            digest=digest_of(entry.model, request) if request.request_id or request.resumable else "",
+            resumable=request.resumable,
         )
         return await self._dispatcher.submit(job)
 
-    def cancel(self, principal: Principal, request_id: str) -> bool:
+    async def resume(self, principal: Principal, request_id: str, cursor: int) -> AnswerStream:
+        """Goes on with a resumable request of the caller's own subject behind `cursor`.
+
+        Raises:
+            ArgumentInvalid: The id is not well-formed, or the cursor lies behind the log.
+            RequestUnknown: The subject has no such request.
+        """
+        validation.check_request_id(request_id)
+        return await self._dispatcher.resume(job_id(principal.subject, request_id), cursor)
+
+    async def cancel(self, principal: Principal, request_id: str) -> bool:
         """Ends a request of the caller's own subject; returns False when it had ended before.
 
         Raises:
             ArgumentInvalid: The id is not well-formed.
-            RequestUnknown: The subject has no such request here.
+            RequestUnknown: The subject has no such request.
         """
         validation.check_request_id(request_id)
-        return self._dispatcher.cancel(job_id(principal.subject, request_id))
+        return await self._dispatcher.cancel(job_id(principal.subject, request_id))
 
     async def count(self, model: str | None, prompt: Prompt | None) -> Count:
         """Counts the tokens of a prompt after the chat template."""

@@ -12,7 +12,9 @@ from typing import Protocol
 from services.common.clock import Clock
 from services.common.errors import InterlockError, StoreUnavailable
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Waiting
+from services.gateway.core.log import LogTail
 from services.gateway.core.params import GenerationJob
+from services.gateway.core.payload import write_payload
 from services.gateway.core.ports import JobQueue
 from services.gateway.dispatcher.errands import Errand, Errands
 
@@ -41,6 +43,14 @@ class TicketHolder(Protocol):
         """The queue does not know the job any more."""
         ...
 
+    def tail(self) -> LogTail | None:
+        """What is to be written into the job's log when it ends; None: nothing."""
+        ...
+
+    def settled(self, *, current: bool) -> None:
+        """The job's end is known to the queue; unless `current`, the job was another gateway's already."""
+        ...
+
 
 class Ticket:
     """The place of one job in the queue.
@@ -65,8 +75,10 @@ class Ticket:
         self._queue = queue
         self._clock = clock
         self._holder = holder
-        self._accepted_s = clock.monotonic()
-        self._known = False
+        self._accepted_s = clock.monotonic() - job.waited_s
+        # The queue knows a job that another gateway began.
+        self._known = job.waited_s > 0
+        self._payload = write_payload(job) if job.resumable else ""
         self._errands = Errands(clock, on_idle)
 
     @property
@@ -90,6 +102,8 @@ class Ticket:
             waited_s=waited_s,
             submission=job.submission,
             limits=job.limits,
+            digest=job.digest,
+            payload=self._payload,
         )
 
     def do(self, errand: Errand) -> None:
@@ -102,8 +116,13 @@ class Ticket:
 
     def withdraw(self) -> None:
         """Leaves the queue."""
-        job = self._job
-        self._errands.add(lambda: self._queue.cancel(job.model, job.job_id, job.submission))
+
+        async def call() -> None:
+            job = self._job
+            await self._queue.cancel(job.model, job.job_id, job.submission, self._holder.tail())
+            self._holder.settled(current=True)
+
+        self._errands.add(call)
 
     def requeue(self, grant: Grant, *, emitted: bool) -> None:
         """Gives back the slot of a lost worker and waits at the old place."""
@@ -126,11 +145,25 @@ class Ticket:
         self._errands.add(call)
 
     def settle(self, grant: Grant, outcome: Outcome, used_tokens: int) -> None:
-        """Gives a slot back for good."""
-        job = self._job
-        self._errands.add(
-            lambda: self._queue.settle(job.model, job.job_id, grant.nonce, outcome, used_tokens)
-        )
+        """Gives a slot back for good, and ends the job with it."""
+
+        async def call() -> None:
+            current = await self._settle(grant, outcome, used_tokens)
+            if not current and self._payload and await self._queue.register(self.queued_job(), grant):
+                # The store had lost the job; its log is written once more.
+                current = await self._settle(grant, outcome, used_tokens)
+            self._holder.settled(current=current)
+
+        self._errands.add(call)
+
+    def give_back(self, grant: Grant) -> None:
+        """Gives back a slot that nobody here has a use for."""
+
+        async def call() -> None:
+            job = self._job
+            await self._queue.settle(job.model, job.job_id, grant.nonce, Outcome.CANCELLED, 0)
+
+        self._errands.add(call)
 
     async def close(self) -> None:
         """Gives up what is still owed."""
@@ -152,6 +185,10 @@ class Ticket:
             self._holder.granted(answer)
         else:
             self._holder.placed(answer)
+
+    async def _settle(self, grant: Grant, outcome: Outcome, used_tokens: int) -> bool:
+        job, tail = self._job, self._holder.tail()
+        return await self._queue.settle(job.model, job.job_id, grant.nonce, outcome, used_tokens, tail)
 
     def _after_return(self, *, known: bool) -> None:
         if not known:

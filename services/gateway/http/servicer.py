@@ -18,8 +18,8 @@ from services.common.errors import InternalError, NoWorker
 from services.common.grpc_types import Context
 from services.gateway.core.events import Chunk, Finished, Started
 from services.gateway.core.readiness import Readiness
-from services.gateway.dispatcher.generation import Generation
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, Reception
+from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http import native
 from services.gateway.servicer import REQUEST_ID_KEY, note_worker, response_metadata
 
@@ -67,7 +67,7 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
 
     async def _open(
         self, request: HttpBody, context: Context, reply: _Reply
-    ) -> tuple[native.NativeRequest, Generation]:
+    ) -> tuple[native.NativeRequest, AnswerStream]:
         metadata = tuple(context.invocation_metadata() or ())
         principal = self._reception.authenticate(metadata, GENERATE_SCOPE)
         asked = native.read_request(request.data, request.content_type)
@@ -107,7 +107,7 @@ class _Reply:
         return HttpBody(content_type=native.JSON_TYPE, data=native.error_body(told, self.request_id))
 
 
-async def _whole(generation: Generation, reply: _Reply) -> AsyncGenerator[HttpBody, None]:
+async def _whole(generation: AnswerStream, reply: _Reply) -> AsyncGenerator[HttpBody, None]:
     """Waits for the end; the headers wait with it, so an error still has its status."""
     chunks: list[Chunk] = []
     finished: Finished | None = None
@@ -125,13 +125,12 @@ async def _whole(generation: Generation, reply: _Reply) -> AsyncGenerator[HttpBo
     yield HttpBody(content_type=native.JSON_TYPE, data=body)
 
 
-async def _stream(generation: Generation, reply: _Reply) -> AsyncGenerator[HttpBody, None]:
+async def _stream(generation: AnswerStream, reply: _Reply) -> AsyncGenerator[HttpBody, None]:
     """Sends each event as it comes, and a heartbeat where none does."""
     started = await generation.first_grant(GRANT_WAIT_S)
     if started is None and generation.error is not None:
         raise generation.error
     await reply.begin(started)
-    cursor = 0
     while True:
         if not await generation.ready(HEARTBEAT_S):
             yield _event(native.heartbeat_body())
@@ -139,9 +138,8 @@ async def _stream(generation: Generation, reply: _Reply) -> AsyncGenerator[HttpB
         event = await anext(generation, None)
         if event is None:
             return
-        cursor += 1
         note_worker(event)
-        yield _event(native.event_body(cursor, event))
+        yield _event(native.event_body(generation.cursor, event))
 
 
 def _event(data: bytes) -> HttpBody:

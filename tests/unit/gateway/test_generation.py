@@ -24,7 +24,10 @@ from services.gateway.core.events import Chunk, Event, Finished, FinishReason, S
 from services.gateway.core.jobs import Band, Renewal, Waiting
 from services.gateway.core.params import GenerationJob, GenerationParams, SamplingParams
 from services.gateway.dispatcher.dispatch import Dispatcher, DispatcherLimits
-from services.gateway.dispatcher.generation import Generation, GenerationLimits
+from services.gateway.dispatcher.generation import GenerationLimits
+from services.gateway.dispatcher.resumption import Resumption, ResumptionLimits
+from services.gateway.dispatcher.streams import AnswerStream
+from tests.fakes.gateway_logs import FakeLogs
 from tests.fakes.gateway_ports import FakeQueue, FakeTokenizer, FakeWorkerPool, grant
 
 
@@ -65,11 +68,12 @@ class World:
 @pytest.fixture
 async def world() -> AsyncIterator[World]:
     """A dispatcher that never renews by itself."""
-    queue, workers = FakeQueue(), FakeWorkerPool()
+    queue, workers, logs = FakeQueue(), FakeWorkerPool(), FakeLogs()
     dispatcher = Dispatcher(
         queue,
         workers,
         SystemClock(),
+        Resumption(logs, logs, SystemClock(), lambda _: FakeTokenizer().decode, ResumptionLimits()),
         models=lambda: ("m",),
         jitter=lambda: 0.5,
         limits=DispatcherLimits(requests_max=2, worker_wait_s=0.05),
@@ -80,7 +84,7 @@ async def world() -> AsyncIterator[World]:
     await dispatcher.drain(0)
 
 
-async def rest(generation: Generation) -> list[Event]:
+async def rest(generation: AnswerStream) -> list[Event]:
     """All events that are left."""
     return [event async for event in generation]
 
@@ -259,7 +263,7 @@ async def test_who_waits_is_told_when_no_worker_comes_back(world: World) -> None
     for workers in (0, 1, 0):
         world.queue.renewal = Renewal(waiting=waiting, workers=workers)
         await world.dispatcher.renew()
-    assert not generation.ended
+    assert generation.error is None
     await asyncio.sleep(0.06)
     world.queue.renewal = Renewal(waiting=waiting, workers=0)
     await world.dispatcher.renew()
@@ -274,12 +278,12 @@ async def test_an_accepted_request_waits_for_a_store_that_is_gone(world: World) 
     generation = await world.dispatcher.submit(job())
     await asyncio.sleep(0)
     world.queue.down = True
-    generation.forgotten()
+    world.dispatcher._live["j"].forgotten()
     world.queue.changed.clear()
     await world.queue.changed.wait()
     world.queue.down, world.queue.answer = False, None
     await world.workers.wait_started(1)
-    assert not generation.ended
+    assert generation.error is None
 
 
 async def test_an_invalid_order_is_told_and_not_tried_elsewhere(world: World) -> None:

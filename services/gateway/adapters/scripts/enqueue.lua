@@ -1,5 +1,5 @@
 -- enqueue(job_id, submission, tenant, band, cost_tokens, timeout_ms, waited_ms, weight, concurrency | '',
---         tokens_per_minute | '', waiting_jobs_max, tenant_waiting_jobs_max, aging_ms)
+--         tokens_per_minute | '', waiting_jobs_max, tenant_waiting_jobs_max, aging_ms, digest, payload, keep_ms)
 -- Accepts a job, and grants it a slot at once where one is free and it is its turn.
 -- Returns {'granted' | 'waiting', position, wait_ms, grants}, {'exists'}, {'ended', outcome}, or a refusal:
 -- {'full' | 'tenant_full', waiting, wait_ms}, {'quota', taken tokens, ms until the window ends} or
@@ -10,6 +10,7 @@ local id, submission, tenant, band = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 local cost, timeout_ms, waited_ms = ARGV[10], tonumber(ARGV[11]), tonumber(ARGV[12])
 local weight, cap, limit = ARGV[13], ARGV[14], tonumber(ARGV[15])
 local jobs_max, tenant_jobs_max, aging_ms = tonumber(ARGV[16]), tonumber(ARGV[17]), tonumber(ARGV[18])
+local digest, payload, keep_ms = ARGV[19], ARGV[20], ARGV[21]
 
 -- A job that was accepted once comes back after a loss in Redis; it is not refused now.
 local is_new = waited_ms == 0
@@ -43,7 +44,8 @@ if known and known.submission == submission then
   if is_live(known) then return answer_of(known) end
   return { 'ended', known.state }
 end
-if is_live(known) then return { 'exists' } end
+-- The answer of a resumable job is kept in its log, and never generated twice.
+if is_live(known) or known and known.keep_ms then return { 'exists' } end
 
 expire_overdue()
 local refused = is_new and refusal()
@@ -55,6 +57,7 @@ local job = {
   cost = cost, weight = weight, cap = cap, deadline = NOW + timeout_ms, ages_at = NOW - waited_ms + aging_ms,
   attempt = 0, nonce = '', ended_nonce = '', pin = '', avoid = '', charged = '', arrival = arrival_of(waited_ms),
 }
+note_resumable(job, digest, payload, keep_ms)
 store_job(job)
 admit_job(job)
 put_waiting(job)

@@ -1,7 +1,8 @@
 -- reap()
--- Ends what vanished gateways left behind, and pinned jobs whose revision nobody holds any more. The
--- caller's own jobs are skipped: it may have slept, and is about to renew them.
--- Returns the caller's grants.
+-- Takes over the resumable jobs that vanished gateways left behind, ends their other ones, and ends pinned
+-- jobs whose revision nobody holds any more. The caller's own jobs are skipped: it may have slept, and is
+-- about to renew them.
+-- Returns {grants, adopted job_ids}: `take_up` tells what an adopted job is.
 
 -- A call looks at this many jobs of each kind, so that it stays short after the loss of a large gateway.
 local JOBS_MAX = 32
@@ -11,7 +12,7 @@ local GATEWAYS_KEPT_MS = 60000
 local function reap_leases()
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', PREFIX .. 'lease', '-inf', NOW, 'LIMIT', 0, JOBS_MAX)) do
     local job = load_job(id)
-    if job.owner ~= CALLER and has_vanished(job.owner) then finish_job(job, 'failed') end
+    if job.owner ~= CALLER and has_vanished(job.owner) then reap_job(job) end
   end
 end
 
@@ -47,4 +48,4 @@ reap_pinned()
 forget_gateways()
 prune_shares(JOBS_MAX)
 grant_free()
-return GRANTED
+return { GRANTED, ADOPTED }

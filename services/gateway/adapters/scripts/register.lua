@@ -1,5 +1,5 @@
 -- register(job_id, submission, tenant, band, cost_tokens, timeout_ms, waited_ms, nonce, attempt,
---          worker_id, address, revision, epoch, weight, concurrency | '', aging_ms)
+--          worker_id, address, revision, epoch, weight, concurrency | '', aging_ms, digest, payload, keep_ms)
 -- Enters a job that runs already, after Redis lost it, so that its slot and its reservation count again; its
 -- tenant's share is not charged, since the shares began anew. What Redis knows wins:
 -- an attempt under another nonce, an end, or a namesake. Only this submission's own wait gives way.
@@ -17,7 +17,8 @@ if is_current(known, nonce) then
 end
 local is_same = known and known.submission == submission
 if is_same and known.state ~= 'waiting' then return 0 end
-if is_live(known) and not is_same then return 0 end
+-- A resumable job that another gateway took over has ended there.
+if known and not is_same and (is_live(known) or known.keep_ms) then return 0 end
 
 if is_same then
   band = known.band
@@ -31,6 +32,7 @@ local job = {
   attempt = attempt, nonce = nonce, ended_nonce = '', pin = '', avoid = '',
   worker = worker, address = address, revision = revision, epoch = epoch, granted_at = NOW, trial = '0',
 }
+note_resumable(job, ARGV[22], ARGV[23], ARGV[24])
 store_job(job)
 if is_same then set_cap(tenant, cap) else admit_job(job) end
 put_running(job)

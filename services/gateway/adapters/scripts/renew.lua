@@ -1,10 +1,11 @@
 -- renew(running_count, {job_id, nonce} ..., waiting job_id ...)
 -- Prolongs the caller's leases, compares both ways what it and Redis know, and lends what is free.
--- Returns {grants, {job_id, position, wait_ms, ...}, lost job_ids, unknown job_ids, workers}: how many
--- workers take jobs, with or without a free slot; -1 when nobody waited, for then nobody looked.
+-- Returns {grants, {job_id, position, wait_ms, ...}, lost job_ids, unknown job_ids, workers, cancelled
+-- job_ids}. Workers: how many take jobs, with or without a free slot; -1 when nobody waited, for then nobody
+-- looked.
 
 local running_end = 6 + 2 * tonumber(ARGV[6])
-local named, lost, waiting = {}, {}, {}
+local named, lost, waiting, cancelled = {}, {}, {}, {}
 
 expire_overdue()
 
@@ -15,7 +16,13 @@ end
 for i = 7, running_end, 2 do
   local id, nonce = ARGV[i], ARGV[i + 1]
   named[id] = true
-  if is_current(load_job(id), nonce) then prolong(id) else lost[#lost + 1] = id end
+  local job = load_job(id)
+  if is_current(job, nonce) then
+    prolong(id)
+    if job.cancelled then cancelled[#cancelled + 1] = id end
+  else
+    lost[#lost + 1] = id
+  end
 end
 
 for i = running_end + 1, #ARGV do
@@ -36,7 +43,7 @@ local unknown = {}
 for _, id in ipairs(redis.call('HKEYS', PREFIX .. 'owned:' .. CALLER)) do
   if not named[id] then
     unknown[#unknown + 1] = id
-    if tonumber(redis.call('ZSCORE', PREFIX .. 'lease', id)) < NOW then finish_job(load_job(id), 'failed') end
+    if tonumber(redis.call('ZSCORE', PREFIX .. 'lease', id)) < NOW then reap_job(load_job(id)) end
   end
 end
 
@@ -49,4 +56,4 @@ for _, id in ipairs(waiting) do
     for _, value in ipairs({ id, position, wait_ms }) do positions[#positions + 1] = value end
   end
 end
-return { GRANTED, positions, lost, unknown, view and count_takers(view) or -1 }
+return { GRANTED, positions, lost, unknown, view and count_takers(view) or -1, cancelled }

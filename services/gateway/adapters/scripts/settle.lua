@@ -1,6 +1,6 @@
--- settle(job_id, nonce, outcome, used_tokens)
+-- settle(job_id, nonce, outcome, used_tokens [, position, event ...])
 -- Ends a granted job, corrects what its tenant was charged, frees its slot, and lends it again. Without effect
--- unless the grant is current.
+-- unless the grant is current. Of a resumable job it carries the events that were not appended yet.
 -- Returns {1 | 0, grants}.
 
 local id, nonce, outcome, used_tokens = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
@@ -9,6 +9,7 @@ local job = load_job(id)
 local settled = is_current(job, nonce)
 if settled then
   if outcome == 'finished' then note_service(job) end
+  if ARGV[10] and job.keep_ms then append_log(job, tonumber(ARGV[10]), 11) end
   finish_job(job, outcome, tonumber(used_tokens))
   redis.call('HSET', PREFIX .. 'job:' .. id, 'used', used_tokens)
 end

@@ -107,7 +107,7 @@ local function grant_free()
     if not job then job, place = next_in_line(view) end
     if not job then break end
     -- Left at the head, the job of a vanished gateway would block all behind it.
-    if has_vanished(job.owner) then finish_job(job, 'failed') else grant_job(view, job, place) end
+    if has_vanished(job.owner) then reap_job(job) else grant_job(view, job, place) end
   end
   return view
 end

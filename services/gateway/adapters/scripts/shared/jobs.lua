@@ -6,6 +6,9 @@ local OVERDUE_MAX = 32
 -- And it lifts at most this many aged ones.
 local AGED_MAX = 16
 
+-- Jobs of vanished gateways that this call made the caller's.
+local ADOPTED = {}
+
 -- Returns the job's record with its id, or nil.
 local function load_job(id)
   local flat = redis.call('HGETALL', PREFIX .. 'job:' .. id)
@@ -108,6 +111,13 @@ local function release_job(job, used_tokens)
   if not counts[1] and not counts[2] then redis.call('DEL', tenant_key(job.tenant)) end
 end
 
+-- The log of a resumable job outlives it, and so does the record, which knows of ends that the log does not.
+local function keep_log(job)
+  redis.call('HSET', PREFIX .. 'job:' .. job.id, 'digest', job.digest, 'keep_ms', job.keep_ms)
+  redis.call('PEXPIRE', PREFIX .. 'job:' .. job.id, job.keep_ms)
+  redis.call('PEXPIRE', PREFIX .. 'log:' .. job.id, job.keep_ms)
+end
+
 -- Ends a live job that has used so many tokens. Its record stays a while, so that a repeated call finds out
 -- how it ended.
 local function finish_job(job, outcome, used_tokens)
@@ -115,9 +125,10 @@ local function finish_job(job, outcome, used_tokens)
   release_job(job, used_tokens or 0)
   redis.call('ZREM', PREFIX .. 'lease', job.id)
   redis.call('HDEL', PREFIX .. 'owned:' .. job.owner, job.id)
-  redis.call('DEL', PREFIX .. 'job:' .. job.id)
+  redis.call('DEL', PREFIX .. 'job:' .. job.id, PREFIX .. 'payload:' .. job.id)
   redis.call('HSET', PREFIX .. 'job:' .. job.id, 'state', outcome, 'submission', job.submission)
   redis.call('PEXPIRE', PREFIX .. 'job:' .. job.id, RECORD_MS)
+  if job.keep_ms then keep_log(job) end
 end
 
 -- A job deep in a queue ends on time too: it is found by its deadline, not by its turn.

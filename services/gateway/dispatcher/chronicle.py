@@ -1,0 +1,203 @@
+"""The writer of a log. Owns: how the events of one resumable request get into the log, and from there out.
+
+It is the reader of the request's outbox: one append is under way at a time, and all that comes meanwhile goes
+into the next one. Only what is written reaches a client, and only what is written renews the worker's credit.
+Must not know: clients, or how the queue names slots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+from services.common import logs
+from services.common.clock import Clock
+from services.common.errors import InterlockError, StoreUnavailable
+from services.gateway.core.events import Chunk, Event, Queued
+from services.gateway.core.jobs import Grant
+from services.gateway.core.log import AppendOutcome, Entry, Failed, LogTail, log_bounds
+from services.gateway.core.params import GenerationJob
+from services.gateway.core.ports import GenerationLog
+from services.gateway.dispatcher.journal import Journal
+from services.gateway.dispatcher.outbox import Outbox
+
+# After the store lost a log it is written again in calls of this size.
+EVENTS_AT_ONCE_MAX = 256
+# While the store is away the events wait: soon after its return they go on, and the tries are no load.
+RETRY_FIRST_S = 0.05
+RETRY_LAST_S = 1.0
+
+
+class Author(Protocol):
+    """Whose events are written."""
+
+    @property
+    def cached_prompt_tokens(self) -> int:
+        """Prompt tokens found in a cache."""
+        ...
+
+    def add_credit(self, tokens: int) -> None:
+        """Lets the worker send so many tokens more."""
+        ...
+
+    async def dispute(self, grant: Grant) -> None:
+        """The log was refused to `grant`: find out whether it holds, and give up the request if not."""
+        ...
+
+    def overflow(self) -> None:
+        """The log is at its bound."""
+        ...
+
+
+class Chronicle:
+    """Writes one request's log.
+
+    Args:
+        job: The request.
+        outbox: Where its events come from.
+        log: Where they go.
+        author: The request itself.
+        clock: Measures.
+    """
+
+    def __init__(
+        self, job: GenerationJob, outbox: Outbox, log: GenerationLog, author: Author, clock: Clock
+    ) -> None:
+        self.journal = Journal(job.digest)
+        self._job = job
+        self._outbox = outbox
+        self._log = log
+        self._author = author
+        self._clock = clock
+        self._accepted_s = clock.monotonic() - job.waited_s
+        self._bounds = log_bounds(job.params.max_tokens, job.params.logprobs)
+        self._said: list[Entry] = []
+        self._written = 0
+        self._grant: Grant | None = None
+        self._last: Failed | None = None
+        self._closing = False
+        self._sealed = False
+        self._pause_s = RETRY_FIRST_S
+        self._task = asyncio.get_running_loop().create_task(self._run(), name=f"chronicle-{job.request_id}")
+
+    def restore(self, entries: Sequence[Entry]) -> None:
+        """Goes on behind what another gateway wrote."""
+        self._said.extend(entries)
+        self._written = len(entries)
+        self.journal.extend(entries)
+
+    def grant(self, grant: Grant) -> None:
+        """The request has a slot, in whose name it is written."""
+        self._grant = grant
+        self._outbox.wake()
+
+    def pause(self) -> None:
+        """The slot is given back: what was said waits for the next one."""
+        self._grant = None
+
+    def close(self, error: InterlockError | None) -> None:
+        """The request has ended; what is left is written, with the slot's return at the latest."""
+        self._closing = True
+        if error is not None:
+            self._last = Failed(error)
+        self._outbox.wake()
+
+    def tail(self) -> LogTail | None:
+        """What was not written yet, or is on its way; None where nothing is logged."""
+        self._collect()
+        if self._grant is not None and self._grant.degraded:
+            return None
+        return LogTail(self._written, tuple(self._said[self._written :]))
+
+    def settled(self) -> None:
+        """The slot was given back, and the tail is written with it."""
+        self._note_written(len(self._said))
+        self._seal()
+
+    def abandon(self) -> None:
+        """Another gateway writes the log now."""
+        self.journal.move()
+        self._seal()
+
+    def finish(self, error: InterlockError) -> None:
+        """Ends for those who still read, where nothing else could: the store did not come back."""
+        self.journal.fail(error)
+        self._seal()
+
+    def _seal(self) -> None:
+        self._sealed = True
+        self._outbox.wake()
+
+    async def _run(self) -> None:
+        while not self._sealed:
+            self._collect()
+            if self._grant is None or self._written == len(self._said):
+                await self._outbox.wait()
+            elif self._grant.degraded:
+                # There is no store to write to; the client was told that it cannot resume.
+                self._note_written(len(self._said))
+            else:
+                await self._guarded(self._grant)
+
+    async def _guarded(self, grant: Grant) -> None:
+        try:
+            await self._append(grant)
+            self._pause_s = RETRY_FIRST_S
+        except StoreUnavailable:
+            await asyncio.sleep(self._pause_s)
+            self._pause_s = min(2 * self._pause_s, RETRY_LAST_S)
+        except Exception:  # noqa: BLE001 - logged; a defect must not leave the request's clients without an end
+            logs.get_logger().error("chronicle.crashed", request_id=self._job.request_id, exc_info=True)
+            await asyncio.sleep(RETRY_LAST_S)
+
+    async def _append(self, grant: Grant) -> None:
+        position = self._written
+        entries = self._said[position : position + EVENTS_AT_ONCE_MAX]
+        job = self._job
+        answer = await self._log.append(job.model, job.job_id, grant.nonce, position, entries, self._bounds)
+        match answer.outcome:
+            case AppendOutcome.WRITTEN:
+                self._note_written(answer.end)
+            case AppendOutcome.GAP:
+                # The store was emptied and this gateway has registered the job again: all is here still.
+                self._written = answer.end
+            case AppendOutcome.FULL:
+                self.pause()
+                self._author.overflow()
+            case AppendOutcome.STALE:
+                await self._judge(grant)
+
+    async def _judge(self, grant: Grant) -> None:
+        """Was the slot returned meanwhile, or is the job another gateway's?"""
+        if self._sealed or self._grant is not grant:
+            return
+        if self._closing:
+            # The call that gives the slot back finds out, and carries the tail.
+            self.pause()
+        else:
+            await self._author.dispute(grant)
+
+    def _note_written(self, end: int) -> None:
+        self._written = max(self._written, end)
+        self.journal.extend(self._said[len(self.journal.entries) : self._written])
+        if credit := self._outbox.acknowledge():
+            self._author.add_credit(credit)
+
+    def _collect(self) -> None:
+        """Takes what the outbox has."""
+        while self._outbox:
+            self._say(self._outbox.take())
+        if self._last is not None:
+            self._said.append(Entry(self._last, self._at_s()))
+            self._last = None
+
+    def _say(self, event: Event) -> None:
+        if isinstance(event, Queued):
+            self.journal.place(event)
+            return
+        cached = self._author.cached_prompt_tokens if isinstance(event, Chunk) and event.index == 0 else 0
+        self._said.append(Entry(event, self._at_s(), cached))
+
+    def _at_s(self) -> float:
+        return self._clock.monotonic() - self._accepted_s

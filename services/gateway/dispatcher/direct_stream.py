@@ -1,0 +1,95 @@
+"""The client of a request that cannot be resumed. Owns: its reading, which is what the request lives by.
+
+A client that is gone ends its request, and one that reads slowly slows it down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Self
+
+from services.common.clock import Clock
+from services.common.errors import ClientStalled, InterlockError, RequestCancelled
+from services.gateway.core.events import Event, Started
+from services.gateway.dispatcher.generation import Generation
+from services.gateway.dispatcher.outbox import Outbox
+from services.gateway.dispatcher.reader import ReaderWatch
+
+
+class DirectStream:
+    """The events of one request as they come; see `AnswerStream`.
+
+    Args:
+        generation: The request.
+        outbox: Where its events are.
+        clock: Measures.
+        stall_s: How long the client may leave an event unread.
+    """
+
+    def __init__(self, generation: Generation, outbox: Outbox, clock: Clock, stall_s: float) -> None:
+        self.cursor = 0
+        self._generation = generation
+        self._outbox = outbox
+        self._stall_s = stall_s
+        self._reader = ReaderWatch(clock, stall_s, self._stalled)
+
+    @property
+    def started(self) -> Started | None:
+        """See `AnswerStream.started`."""
+        return self._generation.started
+
+    @property
+    def error(self) -> InterlockError | None:
+        """See `AnswerStream.error`."""
+        return self._generation.error
+
+    async def first_grant(self, timeout_s: float) -> Started | None:
+        """See `AnswerStream.first_grant`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.started is None and not self._generation.ended:
+                    await self._outbox.wait()
+        except TimeoutError:
+            return None
+        return self.started
+
+    async def ready(self, timeout_s: float) -> bool:
+        """See `AnswerStream.ready`."""
+        self._return()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._outbox and not self._generation.ended:
+                    await self._outbox.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def __aiter__(self) -> Self:
+        """The stream itself."""
+        return self
+
+    async def __anext__(self) -> Event:
+        """The next event, as soon as there is one."""
+        self._return()
+        while not self._outbox:
+            if self._generation.ended:
+                self._reader.close()
+                raise self.error or StopAsyncIteration
+            await self._outbox.wait()
+        self._reader.left()
+        self.cursor += 1
+        return self._outbox.take()
+
+    async def aclose(self) -> None:
+        """Ends the request when the client is gone."""
+        self._reader.close()
+        self._generation.withdraw(RequestCancelled("The client ended the call."))
+
+    def _return(self) -> None:
+        self._reader.returned()
+        if credit := self._outbox.acknowledge():
+            self._generation.add_credit(credit)
+
+    def _stalled(self) -> None:
+        stalled = ClientStalled(f"The client read nothing for {self._stall_s:g} s; its slot was freed.")
+        self._generation.withdraw(stalled)

@@ -1,0 +1,253 @@
+"""One client of a resumable request. Owns: which event it gets next, wherever the request runs.
+
+It reads the journal of a request that runs here, and the log in the store of any other one, and turns from
+the first to the second when another gateway takes over; its client does not notice. Must not know: APIs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Self
+
+from services.common.clock import Clock
+from services.common.errors import InterlockError, RequestUnknown, StoreUnavailable, WorkerLost
+from services.gateway.core.events import Chunk, Event, Queued, Started
+from services.gateway.core.jobs import Outcome
+from services.gateway.core.log import Entry, Failed, LogPage
+from services.gateway.core.ports import GenerationLog
+from services.gateway.core.queue_errors import ended_error, exists_with_other_body
+from services.gateway.dispatcher.journal import Journal
+
+# A notice that was lost is made good within this.
+LOOK_AGAIN_S = 1.0
+# How long a follower waits for a store that is away, or for a log that was lost and may be written again.
+PATIENCE_S = 30.0
+LOST_LOG_WAIT_S = 5.0
+RETRY_AFTER_LOSS_S = 2.0
+
+
+class Follower:
+    """The events of one resumable request behind a cursor; see `AnswerStream`.
+
+    Args:
+        model: The model whose queue has the job.
+        job_id: The job.
+        cursor: The last position that the client has seen.
+        log: The logs in the store.
+        clock: Measures.
+        on_close: Is called once, when the client is gone.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        job_id: str,
+        cursor: int,
+        log: GenerationLog,
+        clock: Clock,
+        on_close: Callable[[Follower], None],
+    ) -> None:
+        self.job_id = job_id
+        self.cursor = cursor
+        self._model = model
+        self._log = log
+        self._clock = clock
+        self._on_close: Callable[[Follower], None] | None = on_close
+        self._journal: Journal | None = None
+        self._read = cursor
+        self._entries: deque[Entry] = deque()
+        self._queued: Queued | None = None
+        self._unsaid: Queued | None = None
+        self._started: Started | None = None
+        self._revision = ""
+        self._error: InterlockError | None = None
+        self._ended = False
+        self._trouble_s: float | None = None
+        self._noticed = asyncio.Event()
+
+    @property
+    def started(self) -> Started | None:
+        """See `AnswerStream.started`."""
+        return self._started or (self._journal.started if self._journal is not None else None)
+
+    @property
+    def error(self) -> InterlockError | None:
+        """See `AnswerStream.error`."""
+        return self._error
+
+    def read_journal(self, journal: Journal) -> None:
+        """Reads a request that runs here."""
+        self._journal = journal
+        journal.readers.add(self.notice)
+
+    async def read_store(self, digest: str = "") -> None:
+        """Reads the store once, for a request that runs elsewhere.
+
+        Raises:
+            RequestUnknown: It is not there, or was not asked to be resumable.
+            RequestExists: It was asked something else than `digest` says.
+            StoreUnavailable: The store does not answer.
+        """
+        page = await self._log.read(self._model, self.job_id, self._read)
+        if page is None:
+            raise RequestUnknown("No resumable request of that id is known for this subject.")
+        if digest and page.digest != digest:
+            raise exists_with_other_body()
+        self._take_page(page)
+
+    def notice(self) -> None:
+        """There may be more to read."""
+        self._noticed.set()
+
+    def end(self, error: InterlockError) -> None:
+        """Ends it for the client; the request itself goes on."""
+        if not self._ended:
+            self._fail(error)
+        self._noticed.set()
+
+    async def first_grant(self, timeout_s: float) -> Started | None:
+        """See `AnswerStream.first_grant`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.started is None and not self._ended and not self._entries:
+                    await self._fill()
+        except TimeoutError:
+            return None
+        return self.started
+
+    async def ready(self, timeout_s: float) -> bool:
+        """See `AnswerStream.ready`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._has_news:
+                    await self._fill()
+        except TimeoutError:
+            return False
+        return True
+
+    def __aiter__(self) -> Self:
+        """The stream itself."""
+        return self
+
+    async def __anext__(self) -> Event:
+        """The next event, as soon as there is one."""
+        while not self._has_news:
+            await self._fill()
+        if self._error is not None:
+            raise self._error
+        if self._entries:
+            return self._take(self._entries.popleft())
+        if self._unsaid is not None:
+            queued, self._unsaid = self._unsaid, None
+            return queued
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """See `AnswerStream.aclose`."""
+        on_close, self._on_close = self._on_close, None
+        if self._journal is not None:
+            self._journal.readers.discard(self.notice)
+        if on_close is not None:
+            on_close(self)
+
+    @property
+    def _has_news(self) -> bool:
+        return bool(self._entries) or self._unsaid is not None or self._ended
+
+    def _take(self, entry: Entry) -> Event:
+        event = entry.event
+        self.cursor += 1
+        if isinstance(event, Failed):
+            self._fail(event.error)
+            raise event.error
+        if isinstance(event, Chunk) and self._started is not None:
+            self._revision = self._started.revision
+        if isinstance(event, Started):
+            if self._revision not in {"", event.revision}:
+                # The log was lost and begun anew: two texts would be mixed.
+                lost = _lost_log()
+                self._fail(lost)
+                raise lost
+            self._started = event
+        if entry.is_last:
+            self._ended = True
+        return event
+
+    def _fail(self, error: InterlockError) -> None:
+        self._error = error
+        self._ended = True
+
+    async def _fill(self) -> None:
+        """Looks for more, or waits for a moment in which there may be some."""
+        self._noticed.clear()
+        journal = self._journal
+        if journal is None or journal.moved:
+            await self._fill_from_store()
+        elif len(journal.entries) > self._read:
+            self._entries.extend(journal.entries[self._read :])
+            self._read = len(journal.entries)
+        elif journal.queued is not self._queued and not journal.started:
+            self._queued = self._unsaid = journal.queued
+        elif journal.error is not None:
+            self._fail(journal.error)
+        elif journal.ended:
+            self._ended = True
+        else:
+            await self._noticed.wait()
+
+    async def _fill_from_store(self) -> None:
+        try:
+            page = await self._log.read(self._model, self.job_id, self._read)
+        except StoreUnavailable as error:
+            await self._bear(error, PATIENCE_S)
+            return
+        if page is None or page.end < self._read:
+            # Whoever runs it may have its events still, and write them again.
+            await self._bear(_lost_log(), LOST_LOG_WAIT_S if page and page.outcome is None else 0.0)
+            return
+        self._trouble_s = None
+        if not self._take_page(page):
+            await self._await_notice()
+
+    def _take_page(self, page: LogPage) -> bool:
+        """Takes what a page brings; returns whether that is news."""
+        self._entries.extend(page.entries)
+        self._read += len(page.entries)
+        if not page.entries and page.outcome is not None:
+            self._end_without_word(page, page.outcome)
+        return bool(page.entries) or self._ended
+
+    def _end_without_word(self, page: LogPage, outcome: Outcome) -> None:
+        """The job has ended, and nothing of the log is left to tell."""
+        if page.end < self._read or (outcome is Outcome.FINISHED and page.end == 0):
+            self._fail(_lost_log())
+        elif outcome is Outcome.FINISHED:
+            self._ended = True
+        else:
+            # Its end was reached where nobody could write.
+            self._fail(ended_error(outcome))
+
+    async def _bear(self, error: InterlockError, patience_s: float) -> None:
+        """Waits a moment for a trouble to pass, but not for ever."""
+        now = self._clock.monotonic()
+        self._trouble_s = now if self._trouble_s is None else self._trouble_s
+        if now - self._trouble_s >= patience_s:
+            self._fail(error)
+        else:
+            await self._await_notice()
+
+    async def _await_notice(self) -> None:
+        try:
+            async with asyncio.timeout(LOOK_AGAIN_S):
+                await self._noticed.wait()
+        except TimeoutError:
+            return
+
+
+def _lost_log() -> WorkerLost:
+    return WorkerLost(
+        "The log of the request was lost, and its text cannot be continued. Ask again.",
+        retry_after_s=RETRY_AFTER_LOSS_S,
+    )

@@ -1,0 +1,169 @@
+"""Resumption. Owns: what request ids stand for, and the clients that follow logs at this gateway.
+
+Must not know: the life of a request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.common.clock import Clock
+from services.common.errors import ArgumentInvalid, InterlockError, QueueFull, StoreUnavailable
+from services.gateway.core.log import Claim
+from services.gateway.core.params import Decode, GenerationJob
+from services.gateway.core.ports import GenerationLog, RequestDirectory
+from services.gateway.core.queue_errors import exists_with_other_body
+from services.gateway.dispatcher.follower import Follower
+from services.gateway.dispatcher.generation import Generation
+
+# A client may be served by somebody else within this.
+RETRY_WHEN_FULL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumptionLimits:
+    """Bounds of resumption; the settings of the same names say why.
+
+    Attributes:
+        followers_max: Most clients that follow logs at this gateway.
+        resume_ttl_s: How long a log outlives its request.
+        record_ttl_s: How long the queue remembers how another request ended.
+    """
+
+    followers_max: int = 4_096
+    resume_ttl_s: float = 600.0
+    record_ttl_s: float = 60.0
+
+
+class Resumption:
+    """Claims ids and lets clients follow logs.
+
+    Args:
+        log: The logs in the store.
+        directory: What ids stand for.
+        clock: Measures.
+        decoder: A model's way back to text; None where it is not served here.
+        limits: Bounds.
+    """
+
+    def __init__(
+        self,
+        log: GenerationLog,
+        directory: RequestDirectory,
+        clock: Clock,
+        decoder: Callable[[str], Decode | None],
+        limits: ResumptionLimits,
+    ) -> None:
+        self.log = log
+        self.decoder = decoder
+        self._directory = directory
+        self._clock = clock
+        self._limits = limits
+        self._followers: dict[str, set[Follower]] = {}
+        self._following = 0
+
+    @property
+    def following(self) -> int:
+        """Clients that follow a log here."""
+        return self._following
+
+    async def claim(self, job: GenerationJob) -> bool:
+        """Lets the request's id stand for it; returns whether it did so already.
+
+        Raises:
+            RequestExists: It stands for something else.
+        """
+        if not job.digest:
+            return False
+        kept_s = self._limits.resume_ttl_s if job.resumable else self._limits.record_ttl_s
+        try:
+            known = await self._directory.claim(job.job_id, _claim_of(job), job.timeout_s + kept_s)
+        except StoreUnavailable:
+            # The queue knows by itself whether it can do without the store.
+            return False
+        if known is not None and known.digest != job.digest:
+            raise exists_with_other_body()
+        return known is not None
+
+    async def release(self, job: GenerationJob) -> None:
+        """Lets the id of a request that cannot be resumed be used again, once it has ended."""
+        if job.digest:
+            # Its time ends by itself.
+            with contextlib.suppress(StoreUnavailable):
+                await self._directory.release(job.job_id, _claim_of(job))
+
+    async def find(self, job_id: str) -> Claim | None:
+        """What an id stands for."""
+        return await self._directory.find(job_id)
+
+    def follow_here(self, generation: Generation, cursor: int) -> Follower:
+        """A client of a request that runs at this gateway.
+
+        Raises:
+            ArgumentInvalid: The log is shorter than `cursor`.
+        """
+        assert generation.chronicle is not None
+        journal = generation.chronicle.journal
+        if cursor > len(journal.entries):
+            raise ArgumentInvalid(f"cursor: the log has {len(journal.entries)} events.")
+        attendance = generation.attendance
+
+        def leave(follower: Follower) -> None:
+            attendance.go()
+            self._drop(follower)
+
+        follower = self._add(
+            Follower(generation.job.model, generation.job.job_id, cursor, self.log, self._clock, leave)
+        )
+        attendance.come()
+        follower.read_journal(journal)
+        return follower
+
+    async def follow(self, model: str, job_id: str, cursor: int, digest: str = "") -> Follower:
+        """A client of a request that runs, or ended, anywhere.
+
+        Raises:
+            RequestUnknown: There is no such resumable request.
+            RequestExists: It was asked something else than `digest` says.
+        """
+        follower = self._add(Follower(model, job_id, cursor, self.log, self._clock, self._drop))
+        try:
+            await follower.read_store(digest)
+        except BaseException:
+            await follower.aclose()
+            raise
+        return follower
+
+    def notice(self, job_id: str) -> None:
+        """A log has grown."""
+        for follower in self._followers.get(job_id, ()):
+            follower.notice()
+
+    def end_all(self, error: InterlockError) -> None:
+        """Ends every follower; the requests go on."""
+        for followers in tuple(self._followers.values()):
+            for follower in followers:
+                follower.end(error)
+
+    def _add(self, follower: Follower) -> Follower:
+        if self._following >= self._limits.followers_max:
+            raise QueueFull(
+                f"This gateway carries {self._limits.followers_max} followers already.",
+                retry_after_s=RETRY_WHEN_FULL_S,
+            )
+        self._following += 1
+        self._followers.setdefault(follower.job_id, set()).add(follower)
+        return follower
+
+    def _drop(self, follower: Follower) -> None:
+        self._following -= 1
+        followers = self._followers[follower.job_id]
+        followers.discard(follower)
+        if not followers:
+            del self._followers[follower.job_id]
+
+
+def _claim_of(job: GenerationJob) -> Claim:
+    return Claim(job.model, job.digest)

@@ -1,0 +1,51 @@
+"""What an API's servicer reads. Owns: the one shape of an answer under way, wherever it is generated."""
+
+from __future__ import annotations
+
+from typing import Protocol, Self
+
+from services.common.errors import InterlockError
+from services.gateway.core.events import Event, Started
+
+
+class AnswerStream(Protocol):
+    """The events of one request for one client. Iterate over it, and close it.
+
+    Asking for the next event says that the last one is written. Iteration ends after `Finished`, or raises
+    the InterlockError that the request ended with.
+    """
+
+    @property
+    def cursor(self) -> int:
+        """The position of the event that was returned last."""
+        ...
+
+    @property
+    def started(self) -> Started | None:
+        """The latest grant that is known; None before the first."""
+        ...
+
+    @property
+    def error(self) -> InterlockError | None:
+        """What the request ended with; None while it is under way and after a success."""
+        ...
+
+    async def first_grant(self, timeout_s: float) -> Started | None:
+        """Returns what is known of the worker once one is granted; None when that takes longer."""
+        ...
+
+    async def ready(self, timeout_s: float) -> bool:
+        """Whether, within `timeout_s`, asking for the next event will answer at once."""
+        ...
+
+    async def aclose(self) -> None:
+        """The client is gone, or has all it wanted."""
+        ...
+
+    def __aiter__(self) -> Self:
+        """The stream itself."""
+        ...
+
+    async def __anext__(self) -> Event:
+        """The next event, as soon as there is one."""
+        ...

@@ -1,0 +1,107 @@
+"""Logs and a directory in memory, for gateways that have no store beside them."""
+
+# ruff: noqa: ARG002 - a fake takes what its port gives, whether it looks at it or not
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from services.common.errors import StoreUnavailable
+from services.gateway.core.jobs import Outcome
+from services.gateway.core.log import (
+    Appended,
+    AppendOutcome,
+    Claim,
+    Entry,
+    Failed,
+    LogBounds,
+    LogPage,
+    LogTail,
+)
+
+
+@dataclass
+class FakeLogs:
+    """`GenerationLog` and `RequestDirectory`; every attempt is current unless a test says otherwise.
+
+    Attributes:
+        entries: What was written, by job.
+        claims: What ids stand for.
+        answers: What the next appends answer instead of writing.
+        appends: Positions and sizes of the appends.
+        down: Whether every call raises StoreUnavailable.
+        unattended: What `unattended_s` answers.
+    """
+
+    entries: dict[str, list[Entry]] = field(default_factory=dict)
+    claims: dict[str, Claim] = field(default_factory=dict)
+    answers: list[Appended] = field(default_factory=list)
+    appends: list[tuple[str, int, int]] = field(default_factory=list)
+    down: bool = False
+    unattended: float | None = None
+
+    def write_tail(self, job_id: str, tail: LogTail) -> None:
+        """Writes what a job's end brings."""
+        self._write(job_id, tail.position, tail.entries)
+
+    async def append(
+        self,
+        model: str,
+        job_id: str,
+        nonce: str,
+        position: int,
+        entries: Sequence[Entry],
+        bounds: LogBounds,
+    ) -> Appended:
+        """See `GenerationLog.append`."""
+        self._check()
+        self.appends.append((nonce, position, len(entries)))
+        if self.answers:
+            return self.answers.pop(0)
+        return Appended(AppendOutcome.WRITTEN, self._write(job_id, position, entries))
+
+    async def read(self, model: str, job_id: str, after: int) -> LogPage | None:
+        """See `GenerationLog.read`."""
+        self._check()
+        known = self.entries.get(job_id)
+        if known is None:
+            return None
+        outcome = None
+        if known and known[-1].is_last:
+            outcome = Outcome.FAILED if isinstance(known[-1].event, Failed) else Outcome.FINISHED
+        claim = self.claims.get(job_id)
+        return LogPage(claim.digest if claim else "", len(known), tuple(known[after:]), outcome)
+
+    async def unattended_s(self, model: str, job_id: str) -> float | None:
+        """See `GenerationLog.unattended_s`."""
+        self._check()
+        return self.unattended
+
+    async def claim(self, job_id: str, claim: Claim, ttl_s: float) -> Claim | None:
+        """See `RequestDirectory.claim`."""
+        self._check()
+        known = self.claims.get(job_id)
+        self.claims.setdefault(job_id, claim)
+        return known
+
+    async def find(self, job_id: str) -> Claim | None:
+        """See `RequestDirectory.find`."""
+        self._check()
+        return self.claims.get(job_id)
+
+    async def release(self, job_id: str, claim: Claim) -> None:
+        """See `RequestDirectory.release`."""
+        self._check()
+        if self.claims.get(job_id) == claim:
+            del self.claims[job_id]
+
+    def _write(self, job_id: str, position: int, entries: Sequence[Entry]) -> int:
+        known = self.entries.setdefault(job_id, [])
+        assert position <= len(known)
+        known.extend(entries[len(known) - position :])
+        return len(known)
+
+    def _check(self) -> None:
+        if self.down:
+            raise StoreUnavailable("gone")

@@ -1,0 +1,195 @@
+"""Resumable streams over two gateways and a real Redis: gateways die and sleep, clients come and go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from interlock import resume
+from interlock.v1 import gateway_service_pb2 as pb
+from interlock.v1 import gateway_service_pb2_grpc
+
+from services.common.redis_client import RedisStore
+from tests.fakes.scripted_worker import Script
+from tests.fixtures.gateway_world import bearer, fail, joined, reason_of
+from tests.fixtures.redis_server import RedisServer
+from tests.fixtures.resumption_world import Peer, ResumptionWorld, open_resumption_world
+
+TEXT = "Streams survive the death of a gateway, and nobody hears a word twice. " * 2
+
+
+@pytest.fixture
+async def world(redis_process: RedisServer, redis_store: RedisStore) -> AsyncIterator[ResumptionWorld]:
+    """Two gateways, and a worker that takes about a second and a half for its answer."""
+    async with open_resumption_world(redis_process.url, redis_store) as world:
+        await world.add_worker("w1", Script(answer=TEXT, interval_s=0.01))
+        await world.add_gateway("g1")
+        await world.add_gateway("g2")
+        yield world
+
+
+def stub(peer: Peer) -> Any:
+    """A client of a gateway."""
+    return gateway_service_pb2_grpc.GatewayServiceStub(peer.channel)
+
+
+def asked(request_id: str = "r", **fields: Any) -> pb.GenerateRequest:
+    """A resumable request."""
+    return pb.GenerateRequest(
+        text="hi", request_id=request_id, **({"resumable": True, "max_tokens": 400} | fields)
+    )
+
+
+def begin(peer: Peer, request: pb.GenerateRequest | None = None) -> Any:
+    """Begins a call of Generate."""
+    return stub(peer).Generate(request or asked(), metadata=bearer())
+
+
+async def take(call: Any, chunks: int) -> list[Any]:
+    """Reads until so many chunks have come."""
+    events: list[Any] = []
+    while sum(event.HasField("chunk") for event in events) < chunks:
+        events.append(await call.read())
+    return events
+
+
+async def follow(peer: Peer, cursor: int, request_id: str = "r", **options: Any) -> list[Any]:
+    """What ResumeGeneration tells behind a cursor."""
+    request = pb.ResumeGenerationRequest(request_id=request_id, cursor=cursor)
+    options.setdefault("metadata", bearer())
+    return [event async for event in stub(peer).ResumeGeneration(request, **options)]
+
+
+async def test_the_clients_of_a_dead_gateway_get_the_rest_at_the_other(world: ResumptionWorld) -> None:
+    """Several streams, cut at different tokens: exact text, each index and each cursor once."""
+    g1, g2 = world.peers["g1"], world.peers["g2"]
+
+    async def one(number: int) -> list[Any]:
+        channels = [g1.channel, g2.channel]
+        return [
+            event
+            async for event in resume.generate_async(
+                channels, asked(f"r{number}"), metadata=bearer(), timeout_s=30
+            )
+        ]
+
+    clients = [asyncio.create_task(one(number)) for number in range(6)]
+    await world.workers["w1"].wait_until(lambda: len(world.workers["w1"].sent) == 6)
+    await asyncio.sleep(0.3)
+    await g1.die()
+    for events in await asyncio.gather(*clients):
+        assert joined(events) == TEXT
+        assert events[-1].finished.usage.completion_tokens == len(TEXT)
+        assert [event.started.attempt for event in events if event.HasField("started")] == [1, 2]
+
+
+async def test_a_gateway_that_slept_cannot_speak_and_its_client_follows(world: ResumptionWorld) -> None:
+    """The other one carries on; the sleeper's append is refused, and its stream ends with the same text."""
+    g1 = world.peers["g1"]
+    call = begin(g1)
+    events = await take(call, 3)
+    # The scripted worker cannot tell two sessions' jobs of one name apart; a real one can.
+    await world.add_worker("w2", Script(answer=TEXT, interval_s=0.01))
+    await world.add_worker("w1", Script(), draining=True)
+    await g1.sleep()
+    async with asyncio.timeout(10):
+        while not world.peers["g2"].dispatcher.live:  # noqa: ASYNC110 - an adoption has no event
+            await asyncio.sleep(0.02)
+    g1.wake()
+    while (event := await call.read()) is not grpc.aio.EOF:
+        events.append(event)
+    assert joined(events) == TEXT
+    assert joined(await follow(world.peers["g2"], 0)) == TEXT
+
+
+async def test_two_clients_follow_at_once_and_a_late_one_hears_all_again(world: ResumptionWorld) -> None:
+    """At the gateway that runs it and at another, from the beginning, from the middle, after the end."""
+    g1, g2 = world.peers["g1"], world.peers["g2"]
+    call = begin(g1)
+    first = await take(call, 2)
+    here, there = await asyncio.gather(follow(g1, 0), follow(g2, 0))
+    while (event := await call.read()) is not grpc.aio.EOF:
+        first.append(event)
+    late = await follow(g2, 0)
+    assert joined(first) == joined(here) == joined(there) == joined(late) == TEXT
+    middle = await follow(g2, late[-3].cursor)
+    assert [event.cursor for event in middle] == [late[-2].cursor, late[-1].cursor]
+
+
+async def test_the_same_request_again_joins_and_never_generates_twice(world: ResumptionWorld) -> None:
+    """While it runs and after its end, at both gateways; another body under its id is refused."""
+    call = begin(world.peers["g1"])
+    await take(call, 1)
+    for peer in world.peers.values():
+        error, _ = await fail(begin(peer, asked(max_tokens=7)))
+        assert error.code() is grpc.StatusCode.ALREADY_EXISTS
+    joint = [[event async for event in begin(peer)] for peer in world.peers.values()]
+    after = [[event async for event in begin(peer)] for peer in world.peers.values()]
+    assert [joined(events) for events in joint + after] == [TEXT] * 4
+    assert len(world.workers["w1"].starts) == 1
+    call.cancel()
+
+
+async def test_a_client_that_vanishes_does_not_end_its_request(world: ResumptionWorld) -> None:
+    """It goes on by itself, without anybody's credit, and is there when the client comes back."""
+    call = begin(world.peers["g1"])
+    events = await take(call, 2)
+    call.cancel()
+    rest = await follow(world.peers["g2"], events[-1].cursor)
+    assert joined(events + rest) == TEXT
+    assert not world.workers["w1"].cancelled
+
+
+async def test_a_request_that_nobody_comes_back_for_is_given_up(world: ResumptionWorld) -> None:
+    """After the grace its slot is free."""
+    g3 = await world.add_gateway("g3", detach_grace_s=0.2)
+    call = begin(g3)
+    await take(call, 1)
+    call.cancel()
+    await world.workers["w1"].wait_until(lambda: not world.workers["w1"].running)
+    assert world.workers["w1"].cancelled
+
+
+async def test_a_request_is_cancelled_from_any_gateway(world: ResumptionWorld) -> None:
+    """Resumable or not, named or not: the worker stops within a moment, and the stream says why."""
+    g1, g2 = world.peers["g1"], world.peers["g2"]
+    for request in (asked(), asked("named", resumable=False), pb.GenerateRequest(text="x", max_tokens=400)):
+        call = begin(g1, request)
+        request_id = (await take(call, 1))[0].started.request_id
+        cancel = pb.CancelGenerationRequest(request_id=request_id)
+        answer = await stub(g2).CancelGeneration(cancel, metadata=bearer())
+        assert answer.cancelled
+        async with asyncio.timeout(1):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:  # noqa: PT012 - it fails at any read
+                while await call.read() is not grpc.aio.EOF:
+                    pass
+        assert reason_of(caught.value) == "CANCELLED"
+
+
+async def test_foreign_and_unknown_ids_are_not_found(world: ResumptionWorld) -> None:
+    """Another subject's request is as unknown as one that never was."""
+    call = begin(world.peers["g1"])
+    await take(call, 1)
+    for request_id, subject in (("r", "mallory"), ("never", "alice")):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await follow(world.peers["g2"], 0, request_id, metadata=bearer(subject=subject))
+        assert reason_of(caught.value) == "REQUEST_UNKNOWN"
+    call.cancel()
+
+
+async def test_a_draining_gateway_hands_its_resumable_requests_over(world: ResumptionWorld) -> None:
+    """Its client is told that it leaves, and gets the rest at the other one at once."""
+    g1, g2 = world.peers["g1"], world.peers["g2"]
+
+    async def read() -> list[Any]:
+        channels = [g1.channel, g2.channel]
+        return [event async for event in resume.generate_async(channels, asked(), metadata=bearer())]
+
+    client = asyncio.create_task(read())
+    await world.workers["w1"].wait_until(lambda: bool(world.workers["w1"].sent))
+    await asyncio.sleep(0.2)
+    await g1.dispatcher.drain(0)
+    assert joined(await client) == TEXT
