@@ -58,5 +58,13 @@ class GatewayConfig:
     client_stall_s: Annotated[float, Field(gt=0)] = 30.0
     attempts_max: Annotated[int, Field(ge=1, le=10, description="Workers that a request may use up.")] = 3
     failover_wait_s: Annotated[float, Field(ge=0)] = 15.0
+    # A worker says something every second; twice that is silence, not a hiccup.
+    worker_silence_s: Annotated[
+        float, Field(ge=1.5, description="How long a worker with requests may say nothing.")
+    ] = 2.0
+    # The longest step is a chunk of a long prompt: a second on two idle cores, several on crowded ones.
+    worker_stall_s: Annotated[
+        float, Field(ge=1.5, description="How long the steps of a worker with requests may stand still.")
+    ] = 5.0
     drain_grace_s: Annotated[float, Field(ge=0)] = 30.0
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"

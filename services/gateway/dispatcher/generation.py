@@ -18,10 +18,12 @@ from services.gateway.core import request as life
 from services.gateway.core import request_events
 from services.gateway.core.answer import Answer
 from services.gateway.core.attempts import Output, RefusalReason, work_order
+from services.gateway.core.breaker import Verdict
 from services.gateway.core.events import Event, FinishReason, Queued, Started
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Waiting
 from services.gateway.core.params import GenerationJob
 from services.gateway.core.ports import Attempt, JobQueue, WorkerPool
+from services.gateway.core.retry import backoff_s
 from services.gateway.dispatcher.hearing import Hearing
 from services.gateway.dispatcher.outbox import Outbox
 from services.gateway.dispatcher.reader import ReaderWatch
@@ -250,6 +252,7 @@ class Generation:
             self._say_started()
             self._outbox.put_piece(piece, index)
             if piece.stop is not None:
+                self._cancel_attempt(Verdict.SUCCESS)
                 self._apply(request_events.StopReached())
                 return
         if output.finish is not None:
@@ -274,7 +277,7 @@ class Generation:
         return number == self._request.starts and self._attempt is not None
 
     def _break(self, cause: str) -> None:
-        self._cancel_attempt()
+        self._cancel_attempt(Verdict.FAILURE)
         self._log("attempt.broken", cause=cause)
         self._apply(request_events.AttemptLost())
 
@@ -315,6 +318,8 @@ class Generation:
             case request_events.Withdraw():
                 self._ticket.withdraw()
             case request_events.Requeue(grant, emitted):
+                pause_s = backoff_s(self._request.failures, grant.nonce)
+                self._ticket.do(lambda: asyncio.sleep(pause_s))
                 self._ticket.requeue(grant, emitted=emitted)
             case request_events.Decline(grant, hold_s):
                 self._ticket.decline(grant, hold_s)
@@ -338,6 +343,7 @@ class Generation:
             worker_id=grant.worker_id,
             attempt=self._request.failures + 1,
             queue_s=self._answer.queue_s,
+            degraded=grant.degraded,
         )
         if not self._unsaid:
             self._outbox.put(self._started)
@@ -348,10 +354,10 @@ class Generation:
         sink = Hearing(self, number)
         self._attempt = self._workers.start(grant.worker_id, grant.worker_address, order, sink)
 
-    def _cancel_attempt(self) -> None:
+    def _cancel_attempt(self, verdict: Verdict = Verdict.NEUTRAL) -> None:
         if self._attempt is None:
             return
-        ended, self._attempt = self._attempt.cancel(), None
+        ended, self._attempt = self._attempt.cancel(verdict), None
 
         async def wait() -> None:
             # A slot that is settled while its worker still winds down earns the next job a refusal.

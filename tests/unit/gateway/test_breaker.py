@@ -32,8 +32,8 @@ class Run:
     """A breaker under a script of words.
 
     `S` `F` `N`: a call that succeeds, fails or is neutral; `+T`: T seconds pass; `call`: a call begins and
-    stays under way; `S!` `F!` `N!`: the oldest call under way ends; `open` `closed` `release`: an operator's hold;
-    `process`: the target is a new process. `x` before a word: that many times.
+    stays under way; `S!` `F!` `N!`: the oldest call under way ends; `open` `closed` `release`: an
+    operator's hold; `process`: the target is a new process. `x` before a word: that many times.
     """
 
     now_s: float = 1_000.0
