@@ -13,14 +13,20 @@ from services.common import announce, config, ids, logs, redis_client, server
 from services.common.clock import Clock
 from services.common.system_clock import SystemClock
 from services.common.tokens import SecretWeak, TokenVerifier
+from services.gateway.adapters.breakers import Breakers
 from services.gateway.adapters.controller_link import ControllerLink, Membership
+from services.gateway.adapters.fallback_queue import FallbackJobQueue
 from services.gateway.adapters.grpc_worker import GrpcWorkerPool
+from services.gateway.adapters.guarded_workers import GuardedWorkerPool
+from services.gateway.adapters.redis_fleet import RedisFleet
 from services.gateway.adapters.redis_queue import RedisJobQueue
+from services.gateway.adapters.standby import Standby
 from services.gateway.config import GatewayConfig
 from services.gateway.core.catalog import Catalog
-from services.gateway.core.ports import JobQueue
+from services.gateway.core.ports import BreakerBoard, JobQueue, WorkerPool
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.readiness import Readiness
+from services.gateway.core.retry import RetryBudget
 from services.gateway.dispatcher.dispatch import Dispatcher, DispatcherLimits
 from services.gateway.dispatcher.generation import GenerationLimits
 from services.gateway.dispatcher.reception import DeadlineLimits, Reception
@@ -56,23 +62,37 @@ async def run(
         SecretWeak: The JWT secret is too short.
     """
     clock = clock or SystemClock()
+    catalog, breakers = Catalog(), Breakers(clock)
     if queue is not None:
-        await _serve(settings, queue, clock, wait)
+        await _serve(settings, queue, catalog, breakers, None, clock, wait)
         return
     store = redis_client.connect(settings.redis_url.get_secret_value())
     limits = QueueLimits(waiting_jobs_max=settings.queue_jobs_max, failover_wait_s=settings.failover_wait_s)
     redis_queue = RedisJobQueue(store, settings.id, limits)
+    standby = Standby(clock, limits)
+    fallback = FallbackJobQueue(redis_queue, standby, breakers.store, clock)
+    fleet = RedisFleet(store, settings.id, lambda: catalog.models, standby, breakers)
     try:
         await redis_queue.start()
-        await _serve(settings, redis_queue, clock, wait)
+        await _serve(settings, fallback, catalog, breakers, fleet, clock, wait)
     finally:
         await redis_queue.close()
         await store.close()
 
 
-async def _serve(settings: GatewayConfig, queue: JobQueue, clock: Clock, wait: server.Wait) -> None:
-    catalog = Catalog()
-    workers = GrpcWorkerPool(settings.id, settings.mesh_token.get_secret_value(), clock)
+async def _serve(
+    settings: GatewayConfig,
+    queue: JobQueue,
+    catalog: Catalog,
+    breakers: Breakers,
+    fleet: RedisFleet | None,
+    clock: Clock,
+    wait: server.Wait,
+) -> None:
+    if isinstance(queue, BreakerBoard):
+        breakers.use_board(queue)
+    pool = _pool(settings, clock)
+    workers = GuardedWorkerPool(pool, breakers, RetryBudget(), clock)
     dispatcher = _dispatcher(settings, queue, workers, clock, catalog)
     reception = Reception(
         _verifier(settings, clock),
@@ -103,6 +123,8 @@ async def _serve(settings: GatewayConfig, queue: JobQueue, clock: Clock, wait: s
         asyncio.create_task(dispatcher.run(), name="gateway.dispatcher"),
         asyncio.create_task(_tell_health(serving, readiness), name="gateway.health"),
     ]
+    if fleet is not None:
+        work.append(asyncio.create_task(fleet.run(), name="gateway.fleet"))
 
     async def drain() -> None:
         readiness.draining = True
@@ -118,11 +140,22 @@ async def _serve(settings: GatewayConfig, queue: JobQueue, clock: Clock, wait: s
             task.cancel()
         await asyncio.gather(*work, return_exceptions=True)
         await serving.grpc_server.stop(None)
-        await workers.close()
+        await pool.close()
+        await breakers.close()
+
+
+def _pool(settings: GatewayConfig, clock: Clock) -> GrpcWorkerPool:
+    return GrpcWorkerPool(
+        settings.id,
+        settings.mesh_token.get_secret_value(),
+        clock,
+        silence_s=settings.worker_silence_s,
+        stall_s=settings.worker_stall_s,
+    )
 
 
 def _dispatcher(
-    settings: GatewayConfig, queue: JobQueue, workers: GrpcWorkerPool, clock: Clock, catalog: Catalog
+    settings: GatewayConfig, queue: JobQueue, workers: WorkerPool, clock: Clock, catalog: Catalog
 ) -> Dispatcher:
     return Dispatcher(
         queue,

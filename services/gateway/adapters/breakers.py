@@ -1,4 +1,4 @@
-"""The breakers of this gateway. Owns: one circuit a worker and one for the store, and who hears of their moves.
+"""The breakers of this gateway. Owns: a circuit for each worker and for the store, and who hears of moves.
 
 Each move is logged and told to the board that the queue's grants obey. What is told is a level, not an edge:
 a board that could not be reached is told the latest state as soon as it can.
@@ -19,6 +19,9 @@ from services.gateway.core.ports import BreakerBoard
 
 STORE = "store"
 
+# A call of the store has been repeated on a new connection before it fails, and jobs can wait here meanwhile:
+# one failure is enough to stop asking, and a look each second is soon enough to find it back.
+STORE_LIMITS = BreakerLimits(row_max=1, sleep_s=0.9)
 # A mesh has dozens of workers; names come from grants and operators, and are kept while the process lives.
 TARGETS_MAX = 1_024
 # A board that is away is asked again this often; what it is told is a handful of states.
@@ -65,7 +68,7 @@ class Breakers:
         self._incarnations: dict[str, str] = {}
         self._untold: dict[str, None] = {}
         self._telling: asyncio.Task[None] | None = None
-        self.store = Circuit(STORE, store_limits or self._limits, clock, self._moved)
+        self.store = Circuit(STORE, store_limits or STORE_LIMITS, clock, self._moved)
         self._circuits = {STORE: self.store}
 
     def use_board(self, board: BreakerBoard) -> None:

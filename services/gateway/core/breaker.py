@@ -70,6 +70,7 @@ class BreakerLimits:
         calls_min: Fewer calls in the window say nothing.
         failed_percent: It opens at this share of failed calls, in whole per cent.
         sleep_s: How long it stays open before one call tries the target.
+        row_max: It opens also when so many calls failed in a row; None: only by volume and percentage.
     """
 
     window_s: float = 10.0
@@ -77,6 +78,7 @@ class BreakerLimits:
     calls_min: int = 20
     failed_percent: int = 50
     sleep_s: float = 5.0
+    row_max: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,7 @@ class Breaker:
         state: Whether calls pass.
         era: Counts the changes of state.
         changed_s: When the state last changed.
+        row: Calls that failed since the last success.
     """
 
     limits: BreakerLimits
@@ -109,6 +112,7 @@ class Breaker:
     state: State = State.CLOSED
     era: int = 0
     changed_s: float = 0.0
+    row: int = 0
 
     def tally(self, now_s: float) -> Tally:
         """The calls in the window."""
@@ -173,12 +177,13 @@ def _moved(breaker: Breaker, state: State, now_s: float) -> Breaker:
 
 
 def _closed(breaker: Breaker, now_s: float) -> Breaker:
-    return replace(_moved(breaker, State.CLOSED, now_s), window=breaker.window.cleared())
+    return replace(_moved(breaker, State.CLOSED, now_s), window=breaker.window.cleared(), row=0)
 
 
 def _count(breaker: Breaker, verdict: Verdict, now_s: float) -> Breaker:
-    window = breaker.window.counted(now_s, failed=verdict is Verdict.FAILURE)
-    return replace(breaker, window=window)
+    failed = verdict is Verdict.FAILURE
+    window = breaker.window.counted(now_s, failed=failed)
+    return replace(breaker, window=window, row=breaker.row + 1 if failed else 0)
 
 
 def _count_and_judge(breaker: Breaker, verdict: Verdict, now_s: float) -> Breaker:
@@ -187,8 +192,10 @@ def _count_and_judge(breaker: Breaker, verdict: Verdict, now_s: float) -> Breake
 
 
 def trips(breaker: Breaker, now_s: float) -> bool:
-    """Whether the window holds enough calls, and too many of them failed."""
+    """Whether the window holds enough calls and too many of them failed, or too many did in a row."""
     tally, limits = breaker.tally(now_s), breaker.limits
+    if limits.row_max is not None and breaker.row >= limits.row_max:
+        return True
     return tally.calls >= limits.calls_min and tally.failed_percent >= limits.failed_percent
 
 

@@ -39,9 +39,10 @@ class Run:
     now_s: float = 1_000.0
     refused: int = 0
     pending: list[Permit] = field(default_factory=list)
+    limits: BreakerLimits = LIMITS
 
     def __post_init__(self) -> None:
-        self.breaker = new_breaker(LIMITS, self.now_s)
+        self.breaker = new_breaker(self.limits, self.now_s)
 
     def play(self, script: str) -> None:
         """Plays all words."""
@@ -140,6 +141,16 @@ def test_vector(script: str, state: State, refused: int) -> None:
     run = Run()
     run.play(script)
     assert (run.breaker.state, run.refused) == (state, refused)
+
+
+def test_failures_in_a_row_open_it_where_that_is_asked_for() -> None:
+    """Two in a row among a thousand successes are enough for a limit of two; a success begins anew."""
+    run = Run(limits=BreakerLimits(row_max=2))
+    states = []
+    for words in ("1000xS F S F", "F", "+5 S F"):
+        run.play(words)
+        states.append(run.breaker.state)
+    assert states == [State.CLOSED, State.OPEN, State.CLOSED]
 
 
 def test_every_outcome_that_can_be_has_a_row() -> None:
