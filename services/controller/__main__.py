@@ -16,11 +16,12 @@ from services.common.system_clock import SystemClock
 from services.common.tokens import SecretWeak, TokenVerifier
 from services.controller import http_servicer, servicer
 from services.controller.adapters.local_revisions import LocalRevisionFiles, read_revision
+from services.controller.adapters.redis_breakers import RedisBreakerFleet
 from services.controller.adapters.redis_route import RedisRouteStore
 from services.controller.config import ControllerConfig
 from services.controller.coordinator import Coordinator
 from services.controller.core.catalog import Catalog
-from services.controller.core.ports import RouteStore
+from services.controller.core.ports import BreakerFleet, RouteStore
 
 # Streams end at once and admin calls within milliseconds; nothing is worth a longer wait.
 STOP_GRACE_S = 2.0
@@ -30,6 +31,7 @@ async def run(
     settings: ControllerConfig,
     *,
     store: RouteStore | None = None,
+    breakers: BreakerFleet | None = None,
     clock: Clock | None = None,
     wait: server.Wait = server.run_until_signal,
 ) -> None:
@@ -38,6 +40,7 @@ async def run(
     Args:
         settings: What the process was told.
         store: The route store; None: Redis, by the settings.
+        breakers: The gateways' breakers; None: in Redis, by the settings.
         clock: The time; None: the machine's.
         wait: Returns when the server shall end, after it has run its argument.
 
@@ -49,22 +52,19 @@ async def run(
     clock = clock or SystemClock()
     verifier = _verifier(settings, clock)
     catalog = await _register(settings, clock)
-    redis = None
-    if store is None:
-        redis = redis_client.connect(settings.redis_url.get_secret_value())
-        store = RedisRouteStore(redis)
+    redis = redis_client.connect(settings.redis_url.get_secret_value())
     try:
         coordinator = Coordinator(
             catalog,
-            store,
+            store or RedisRouteStore(redis),
             clock,
             lease_ttl_s=settings.lease_ttl_s,
             prepare_timeout_s=settings.prepare_timeout_s,
         )
-        await _serve(settings, coordinator, catalog, verifier, clock, wait)
+        shown = breakers or RedisBreakerFleet(redis)
+        await _serve(settings, coordinator, catalog, verifier, shown, clock, wait)
     finally:
-        if redis is not None:
-            await redis.close()
+        await redis.close()
 
 
 async def _register(settings: ControllerConfig, clock: Clock) -> Catalog:
@@ -102,13 +102,16 @@ async def _serve(
     coordinator: Coordinator,
     catalog: Catalog,
     verifier: TokenVerifier,
+    breakers: BreakerFleet,
     clock: Clock,
     wait: server.Wait,
 ) -> None:
     mesh_only = MeshOnly(settings.mesh_token.get_secret_value(), servicer.MESH_METHODS)
     serving = server.create((servicer.SERVICE, http_servicer.SERVICE), clock, interceptors=[mesh_only])
     controller_service_pb2_grpc.add_ControllerServiceServicer_to_server(
-        servicer.ControllerServicer(coordinator, catalog, LocalRevisionFiles(catalog), verifier, clock),
+        servicer.ControllerServicer(
+            coordinator, catalog, LocalRevisionFiles(catalog), verifier, clock, breakers
+        ),
         serving.grpc_server,
     )
     http_service_pb2_grpc.add_AdminHttpServiceServicer_to_server(

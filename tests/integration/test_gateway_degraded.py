@@ -87,6 +87,17 @@ class World:
             await asyncio.sleep(0.02)
 
 
+async def until_serving(channel: grpc.aio.Channel) -> None:
+    """Returns once health says SERVING."""
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    watch = stub.Watch(health_pb2.HealthCheckRequest())
+    async with asyncio.timeout(10):
+        async for reply in watch:
+            if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                break
+    watch.cancel()
+
+
 def degraded(events: list[pb.GenerateResponse]) -> bool:
     """Whether the slot was lent without Redis."""
     return next(event.started.degraded for event in events if event.HasField("started"))
@@ -119,6 +130,7 @@ async def world(tmp_path: Path, redis_server: RedisServer) -> AsyncIterator[Worl
         found = World(redis_server, worker, channel)
         await found.write_records()
         assert not degraded(await found.ask())
+        await until_serving(channel)
         with redis_server.client() as client:
             async with asyncio.timeout(10):
                 # The look that shows the breakers has seen the worker just before.
@@ -207,6 +219,8 @@ async def test_redis_fails_and_nobody_is_turned_away(
         text = joined(events)
         assert set(text) == {WORD}
         assert events[-1].HasField("finished")
+    # An assertion in it would show here.
+    assert not watching.done()
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
     assert len(delays) > 20
