@@ -45,7 +45,7 @@ def build() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_up, _down, _status, _token, _chat, _models, _workers, _envoy):
+    for add in (_up, _down, _status, _token, _chat, _models, _workers, _breakers, _envoy):
         add(commands)
     return parser
 
@@ -195,6 +195,28 @@ def _workers(commands: _Commands) -> None:
     group = commands.add_parser("workers", help="List workers.", description="List workers.")
     inner = group.add_subparsers(metavar="COMMAND", required=True)
     _add_json(_command(inner, "list", "Show the workers of the mesh.", run="workers:list_workers"))
+
+
+def _breakers(commands: _Commands) -> None:
+    summary = "List circuit breakers, or hold them."
+    group = commands.add_parser("breakers", help=summary, description=summary)
+    inner = group.add_subparsers(metavar="COMMAND", required=True)
+    _add_json(_command(inner, "list", "Show the breakers of all gateways.", run="breakers:list_breakers"))
+    force = _command(
+        inner,
+        "force",
+        "Hold the breakers of a worker, or of the store, until they are released.",
+        run="breakers:force",
+        examples="""\
+  interlock breakers force worker-1 open     no gateway sends it anything
+  interlock breakers force store closed      ask Redis whatever happens
+  interlock breakers release worker-1""",
+    )
+    release = _command(inner, "release", "Let the breakers of a target go.", run="breakers:release")
+    for parser in (force, release):
+        parser.add_argument("target", metavar="TARGET", help="a worker's id, or `store`")
+        _add_json(parser)
+    force.add_argument("state", choices=("open", "closed"), help="what they are held in")
 
 
 def _envoy(commands: _Commands) -> None:

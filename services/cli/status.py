@@ -1,8 +1,10 @@
-"""`interlock status`. Owns: what a command can see of the local mesh from outside, without asking it."""
+"""`interlock status`. Owns: what a command can see of the local mesh from outside, and its breakers."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import importlib
 import os
 import socket
 from pathlib import Path
@@ -15,12 +17,14 @@ from services.local.state import MeshState, Part
 
 # On one machine a listener answers at once.
 _CONNECT_TIMEOUT_S = 0.5
+# What runs is told also while nobody can be asked for the breakers.
+_ASK_TIMEOUT_S = 2.0
 
 _COLUMNS = {"kind": "KIND", "id": "ID", "state": "STATE", "address": "ADDRESS", "pid": "PID"}
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints one line a process. Returns 1 when one of them does not run."""
+    """Prints one line a process. Returns 1 when one of them does not run. Breakers follow."""
     home = Home.of_environment(os.environ)
     holder = home.holder()
     mesh = state.read(home.state_file) if holder is not None else None
@@ -28,14 +32,35 @@ def run(arguments: argparse.Namespace) -> int:
         starting = "" if holder is None else f" (process {holder} is starting or stopping one)"
         raise CommandFailed(f"no mesh runs in {home.path}{starting}. Start one with `interlock up`.")
     rows = [_row(kind, part) for kind, part in mesh.parts()]
+    shown = _breakers(home, mesh)
     if not arguments.json:
         _headline(home, mesh)
-    table.show(rows, _COLUMNS, as_json=arguments.json)
+    table.show([*rows, *shown], _COLUMNS, as_json=arguments.json)
     return 0 if all(row["state"] == "running" for row in rows) else 1
 
 
 def _headline(home: Home, mesh: MeshState) -> None:
     print(f"{mesh.model} at {mesh.http} (home {home.path}, supervisor {mesh.pid})\n")
+
+
+def _breakers(home: Home, mesh: MeshState) -> list[dict[str, str | int]]:
+    """One line a breaker, by gateway and target; none where the controller cannot be asked."""
+    # Loaded only where there is a mesh to ask: without one the command answers before gRPC would be there.
+    breakers = importlib.import_module("services.cli.breakers")
+    try:
+        found = asyncio.run(breakers.read_breakers(home, mesh, timeout_s=_ASK_TIMEOUT_S))
+    except CommandFailed:
+        return []
+    return [
+        {
+            "kind": "breaker",
+            "id": f"{row['gateway_id']}/{row['target']}",
+            "state": str(breakers.for_people(row)["state"]),
+            "address": "",
+            "pid": "",
+        }
+        for row in found
+    ]
 
 
 def _row(kind: str, part: Part) -> dict[str, str | int]:

@@ -42,6 +42,10 @@ All keys of a model `M` bear the hash tag `{il:M}`, so that a script's keys lie 
 
 Outside these slots, a key for each id that a caller named: `il:{<job>}:where` -> digest of the body, model.
 
+Two keys belong to no model and share the slot of the tag `{il}`: `holds` (hash: target -> the state that an
+operator holds its breakers in; written by the controller) and `breakers:<gateway>` (hash: target -> JSON;
+written by the gateway each second, and gone when it is).
+
 Times in Redis are milliseconds of that clock; `fence` and `epoch` only grow.
 """
 
@@ -98,6 +102,15 @@ class ModelKeys:
     def clock(self) -> str:
         """The logical clock."""
         return self.prefix + "clock"
+
+
+# What operators hold: target -> state. No key of a model: a target may be the store.
+BREAKER_HOLDS = "{il}:holds"
+
+
+def breakers_of(gateway_id: str) -> str:
+    """The breakers of one gateway: target -> JSON with `state calls failures changed_ms`."""
+    return f"{{il}}:breakers:{gateway_id}"
 
 
 def gateway_channel(gateway_id: str) -> str:

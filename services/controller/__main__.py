@@ -17,11 +17,12 @@ from services.common.tokens import SecretWeak
 from services.common.trust import Trust
 from services.controller import http_servicer, servicer
 from services.controller.adapters.local_revisions import LocalRevisionFiles, read_revision
+from services.controller.adapters.redis_breakers import RedisBreakerFleet
 from services.controller.adapters.redis_route import RedisRouteStore
 from services.controller.config import ControllerConfig
 from services.controller.coordinator import Coordinator
 from services.controller.core.catalog import Catalog
-from services.controller.core.ports import RouteStore
+from services.controller.core.ports import BreakerFleet, RouteStore
 
 # Streams end at once and admin calls within milliseconds; nothing is worth a longer wait.
 STOP_GRACE_S = 2.0
@@ -31,6 +32,7 @@ async def run(
     settings: ControllerConfig,
     *,
     store: RouteStore | None = None,
+    breakers: BreakerFleet | None = None,
     clock: Clock | None = None,
     wait: server.Wait = server.run_until_signal,
 ) -> None:
@@ -39,6 +41,7 @@ async def run(
     Args:
         settings: What the process was told.
         store: The route store; None: Redis, by the settings.
+        breakers: The gateways' breakers; None: in Redis, by the settings.
         clock: The time; None: the machine's.
         wait: Returns when the server shall end, after it has run its argument.
 
@@ -49,24 +52,21 @@ async def run(
         SecretWeak: The JWT secret is too short.
     """
     clock = clock or SystemClock()
-    redis = None
-    if store is None:
-        redis = redis_client.connect(settings.redis_url.get_secret_value())
-        store = RedisRouteStore(redis)
+    redis = redis_client.connect(settings.redis_url.get_secret_value())
     try:
         tokens = trust.build(settings, clock, redis)
         catalog = await _register(settings, clock)
         coordinator = Coordinator(
             catalog,
-            store,
+            store or RedisRouteStore(redis),
             clock,
             lease_ttl_s=settings.lease_ttl_s,
             prepare_timeout_s=settings.prepare_timeout_s,
         )
-        await _serve(settings, coordinator, catalog, tokens, clock, wait)
+        shown = breakers or RedisBreakerFleet(redis)
+        await _serve(settings, coordinator, catalog, tokens, shown, clock, wait)
     finally:
-        if redis is not None:
-            await redis.close()
+        await redis.close()
 
 
 async def _register(settings: ControllerConfig, clock: Clock) -> Catalog:
@@ -93,6 +93,7 @@ async def _serve(
     coordinator: Coordinator,
     catalog: Catalog,
     tokens: Trust,
+    breakers: BreakerFleet,
     clock: Clock,
     wait: server.Wait,
 ) -> None:
@@ -103,7 +104,13 @@ async def _serve(
     )
     controller_service_pb2_grpc.add_ControllerServiceServicer_to_server(
         servicer.ControllerServicer(
-            coordinator, catalog, LocalRevisionFiles(catalog), tokens.verifier, clock, tokens.revocations
+            coordinator,
+            catalog,
+            LocalRevisionFiles(catalog),
+            tokens.verifier,
+            clock,
+            tokens.revocations,
+            breakers,
         ),
         serving.grpc_server,
     )

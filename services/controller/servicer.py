@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import NoReturn
 
 from interlock.v1 import controller_service_pb2 as pb
@@ -21,12 +22,14 @@ from services.common.grpc_types import Context
 from services.common.revocation import RevocationList
 from services.common.tokens import TokenVerifier, bearer_token
 from services.controller.adapters import admin_messages
+from services.controller.adapters.breaker_messages import breaker_messages, read_hold
 from services.controller.adapters.member_messages import command_message, read_hello, read_report
 from services.controller.adapters.member_outbox import MemberOutbox
 from services.controller.coordinator import Coordinator, MemberKey
 from services.controller.core.catalog import Catalog
 from services.controller.core.member import Kind
-from services.controller.core.ports import RevisionFiles
+from services.controller.core.ports import BreakerFleet, RevisionFiles
+from services.controller.core.records import BreakerRecord
 from services.controller.core.residency import EventIllegal
 
 SERVICE = "interlock.v1.ControllerService"
@@ -54,6 +57,7 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         verifier: Believes the operators' tokens.
         clock: The time.
         revocations: The tokens that were taken back.
+        breakers: The breakers of all gateways.
     """
 
     def __init__(
@@ -64,7 +68,9 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         verifier: TokenVerifier,
         clock: Clock,
         revocations: RevocationList,
+        breakers: BreakerFleet,
     ) -> None:
+        self._breakers = breakers
         self._coordinator = coordinator
         self._catalog = catalog
         self._files = files
@@ -210,13 +216,28 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         """Not served by this version."""
         self._refuse(context, "CancelRollout")
 
-    async def ListBreakers(self, request: pb.ListBreakersRequest, context: Context) -> NoReturn:
-        """Not served by this version."""
-        self._refuse(context, "ListBreakers")
+    async def ListBreakers(
+        self, request: pb.ListBreakersRequest, context: Context
+    ) -> pb.ListBreakersResponse:
+        """The breakers of all gateways, as they were within the last second."""
+        self._require(context, "admin")
+        return pb.ListBreakersResponse(breakers=breaker_messages(await self._shown_breakers()))
 
-    async def ForceBreaker(self, request: pb.ForceBreakerRequest, context: Context) -> NoReturn:
-        """Not served by this version."""
-        self._refuse(context, "ForceBreaker")
+    async def ForceBreaker(
+        self, request: pb.ForceBreakerRequest, context: Context
+    ) -> pb.ForceBreakerResponse:
+        """Holds a breaker, or lets it go; gateways obey within a second, and are shown as if they had."""
+        self._require(context, "admin")
+        target, state = read_hold(request)
+        await self._breakers.hold(target, state)
+        logs.get_logger().warning("breaker.held", target=target, state=state)
+        found = [one for one in await self._shown_breakers() if one.target == target]
+        changed = [one if one.state == state else replace(one, state=state) for one in found]
+        return pb.ForceBreakerResponse(breakers=breaker_messages(changed))
+
+    async def _shown_breakers(self) -> tuple[BreakerRecord, ...]:
+        gateways = [member.id for member in self._coordinator.members(Kind.GATEWAY)]
+        return await self._breakers.list_breakers(gateways)
 
     def _require(self, context: Context, *scopes: str) -> None:
         """Raises unless the call carries a token with one of `scopes`."""

@@ -15,16 +15,22 @@ from services.common.clock import Clock
 from services.common.system_clock import SystemClock
 from services.common.tokens import SecretWeak
 from services.common.trust import Trust
+from services.gateway.adapters.breakers import Breakers
 from services.gateway.adapters.controller_link import ControllerLink, Membership
+from services.gateway.adapters.fallback_queue import FallbackJobQueue
 from services.gateway.adapters.grpc_worker import GrpcWorkerPool
+from services.gateway.adapters.guarded_workers import GuardedWorkerPool
 from services.gateway.adapters.redis_directory import RedisRequestDirectory
+from services.gateway.adapters.redis_fleet import RedisFleet
 from services.gateway.adapters.redis_log import RedisGenerationLog
 from services.gateway.adapters.redis_queue import RedisJobQueue
+from services.gateway.adapters.standby import Standby
 from services.gateway.config import GatewayConfig
 from services.gateway.core.catalog import Catalog
-from services.gateway.core.ports import GenerationLog, RequestDirectory, SharedQueue
+from services.gateway.core.ports import GenerationLog, RequestDirectory, SharedQueue, WorkerPool
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.readiness import Readiness
+from services.gateway.core.retry import RetryBudget
 from services.gateway.core.tenancy import TenantBounds, TenantLimits
 from services.gateway.dispatcher.dispatch import Dispatcher, DispatcherLimits
 from services.gateway.dispatcher.generation import GenerationLimits
@@ -67,8 +73,10 @@ async def run(
         SecretWeak: The JWT secret is too short.
     """
     clock = clock or SystemClock()
+    catalog, breakers = Catalog(), Breakers(clock)
     if queue is not None and logs_of is not None:
-        await _serve(settings, _Store(queue, *logs_of), trust.build(settings, clock, None), clock, wait)
+        outside = _Store(queue, *logs_of)
+        await _serve(settings, outside, trust.build(settings, clock, None), catalog, breakers, clock, wait)
         return
     store = redis_client.connect(settings.redis_url.get_secret_value())
     limits = QueueLimits(
@@ -80,10 +88,13 @@ async def run(
     )
     redis_queue = RedisJobQueue(store, settings.id, limits)
     redis_log = RedisGenerationLog(store, settings.id, limits)
+    standby = Standby(clock, limits)
+    fallback = FallbackJobQueue(redis_queue, standby, breakers.store, clock)
+    fleet = RedisFleet(store, settings.id, lambda: catalog.models, standby, breakers)
+    outside = _Store(fallback, redis_log, RedisRequestDirectory(store), fleet)
     try:
         await redis_queue.start()
-        outside = _Store(redis_queue, redis_log, RedisRequestDirectory(store))
-        await _serve(settings, outside, trust.build(settings, clock, store), clock, wait)
+        await _serve(settings, outside, trust.build(settings, clock, store), catalog, breakers, clock, wait)
     finally:
         await redis_queue.close()
         await store.close()
@@ -96,14 +107,22 @@ class _Store:
     queue: SharedQueue
     log: GenerationLog
     directory: RequestDirectory
+    fleet: RedisFleet | None = None
 
 
 async def _serve(
-    settings: GatewayConfig, store: _Store, tokens: Trust, clock: Clock, wait: server.Wait
+    settings: GatewayConfig,
+    store: _Store,
+    tokens: Trust,
+    catalog: Catalog,
+    breakers: Breakers,
+    clock: Clock,
+    wait: server.Wait,
 ) -> None:
     await tokens.load()
-    catalog = Catalog()
-    workers = GrpcWorkerPool(settings.id, settings.mesh_token.get_secret_value(), clock)
+    breakers.use_board(store.queue)
+    pool = _pool(settings, clock)
+    workers = GuardedWorkerPool(pool, breakers, RetryBudget(), clock)
     dispatcher = _dispatcher(settings, store, workers, clock, catalog)
     reception = Reception(
         tokens.verifier,
@@ -137,6 +156,8 @@ async def _serve(
         asyncio.create_task(tokens.run(), name="gateway.trust"),
         asyncio.create_task(_tell_health(serving, readiness), name="gateway.health"),
     ]
+    if store.fleet is not None:
+        work.append(asyncio.create_task(store.fleet.run(), name="gateway.fleet"))
 
     async def drain() -> None:
         readiness.draining = True
@@ -157,12 +178,23 @@ async def _serve(
             task.cancel()
         await asyncio.gather(*work, return_exceptions=True)
         await serving.grpc_server.stop(None)
-        await workers.close()
+        await pool.close()
+        await breakers.close()
         exposition.close()
 
 
+def _pool(settings: GatewayConfig, clock: Clock) -> GrpcWorkerPool:
+    return GrpcWorkerPool(
+        settings.id,
+        settings.mesh_token.get_secret_value(),
+        clock,
+        silence_s=settings.worker_silence_s,
+        stall_s=settings.worker_stall_s,
+    )
+
+
 def _dispatcher(
-    settings: GatewayConfig, store: _Store, workers: GrpcWorkerPool, clock: Clock, catalog: Catalog
+    settings: GatewayConfig, store: _Store, workers: WorkerPool, clock: Clock, catalog: Catalog
 ) -> Dispatcher:
     limits = ResumptionLimits(followers_max=settings.requests_max, resume_ttl_s=settings.resume_ttl_s)
     return Dispatcher(

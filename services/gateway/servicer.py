@@ -227,6 +227,7 @@ def _started_message(event: Started) -> generation_pb2.Started:
         worker_id=event.worker_id,
         attempt=event.attempt,
         queue_time=_duration(event.queue_s),
+        degraded=event.degraded,
     )
 
 

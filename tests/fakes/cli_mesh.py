@@ -12,6 +12,9 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 from interlock.v1.controller_service_pb2 import (
     ControllerServiceListModelsResponse,
+    ForceBreakerRequest,
+    ForceBreakerResponse,
+    ListBreakersResponse,
     ListWorkersResponse,
     RevokeTokenRequest,
     RevokeTokenResponse,
@@ -20,8 +23,11 @@ from interlock.v1.gateway_service_pb2 import GenerateRequest, GenerateResponse
 from interlock.v1.generation_pb2 import FINISH_REASON_STOP, Chunk, Finished
 from interlock.v1.model_pb2 import QUANTIZATION_INT8, Model
 from interlock.v1.worker_pb2 import (
+    BREAKER_STATE_OPEN,
     REVISION_PHASE_ACTIVE,
     WORKER_STATE_SERVING,
+    Breaker,
+    BreakerState,
     ResidentRevision,
     Worker,
     WorkerLoad,
@@ -40,6 +46,10 @@ def _bytes(message: Any) -> bytes:
     return data
 
 
+def _breaker(target: str, state: BreakerState.ValueType) -> Breaker:
+    return Breaker(gateway_id="gateway-1", target=target, state=state, calls=40, failures=21)
+
+
 class FakeMesh(grpc.GenericRpcHandler):
     """Answers the calls that commands make; keeps the requests; fails with `error` when it is set."""
 
@@ -55,6 +65,8 @@ class FakeMesh(grpc.GenericRpcHandler):
             "/interlock.v1.ControllerService/ListModels": self._models,
             "/interlock.v1.ControllerService/ListWorkers": self._workers,
             "/interlock.v1.ControllerService/RevokeToken": self._revoke,
+            "/interlock.v1.ControllerService/ListBreakers": self._breakers,
+            "/interlock.v1.ControllerService/ForceBreaker": self._force,
         }
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
@@ -84,6 +96,18 @@ class FakeMesh(grpc.GenericRpcHandler):
         )
         reply = ControllerServiceListModelsResponse(models=[model])
         return grpc.unary_unary_rpc_method_handler(lambda _, __: reply, response_serializer=_bytes)
+
+    def _breakers(self) -> Any:
+        reply = ListBreakersResponse(breakers=[_breaker("worker-1", BREAKER_STATE_OPEN)])
+        return grpc.unary_unary_rpc_method_handler(lambda _, __: reply, response_serializer=_bytes)
+
+    def _force(self) -> Any:
+        def answer(request: ForceBreakerRequest, _: grpc.ServicerContext) -> ForceBreakerResponse:
+            return ForceBreakerResponse(breakers=[_breaker(request.target, request.state)])
+
+        return grpc.unary_unary_rpc_method_handler(
+            answer, request_deserializer=ForceBreakerRequest.FromString, response_serializer=_bytes
+        )
 
     def _workers(self) -> Any:
         resident = ResidentRevision(model="tiny", revision="r1", phase=REVISION_PHASE_ACTIVE)

@@ -18,7 +18,7 @@ from services.common import channel
 from services.common.tokens import mint
 from services.controller.__main__ import run
 from services.controller.config import ControllerConfig
-from services.controller.core.ports import RouteStore
+from services.controller.core.ports import BreakerFleet, RouteStore
 from tests.fakes.controller_ports import TIMEOUT_S, FakeMember
 
 MESH_TOKEN = "m" * 32
@@ -64,7 +64,12 @@ def write_model(directory: Path) -> Path:
 
 @asynccontextmanager
 async def started(
-    tmp_path: Path, store: RouteStore, *, context_tokens: int = 0, lease_ttl_s: float = LEASE_TTL_S
+    tmp_path: Path,
+    store: RouteStore,
+    *,
+    context_tokens: int = 0,
+    lease_ttl_s: float = LEASE_TTL_S,
+    breakers: BreakerFleet | None = None,
 ) -> AsyncIterator[Controller]:
     """A controller process's `run`, in this process."""
     model = write_model(tmp_path / "model")
@@ -87,7 +92,7 @@ async def started(
         await drain()
         drained.set()
 
-    running = asyncio.create_task(run(settings, store=store, wait=wait))
+    running = asyncio.create_task(run(settings, store=store, breakers=breakers, wait=wait))
     watching = asyncio.create_task(bound.wait())
     await asyncio.wait({running, watching}, return_when=asyncio.FIRST_COMPLETED, timeout=TIMEOUT_S)
     watching.cancel()

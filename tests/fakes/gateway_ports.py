@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from services.common.errors import InterlockError, RequestUnknown, StoreUnavailable
 from services.gateway.core.attempts import WorkOrder
+from services.gateway.core.breaker import Verdict
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
 from services.gateway.core.log import LogTail, Notice, TakenUp
 from services.gateway.core.params import Message
@@ -46,14 +47,15 @@ class FakeAttempt:
     worker_id: str
     credit_tokens: int = 0
     cancelled: bool = False
+    verdict: Verdict | None = None
 
     def add_credit(self, tokens: int) -> None:
         """See `Attempt.add_credit`."""
         self.credit_tokens += tokens
 
-    def cancel(self) -> asyncio.Future[None]:
+    def cancel(self, verdict: Verdict = Verdict.NEUTRAL) -> asyncio.Future[None]:
         """See `Attempt.cancel`; the worker ends it at once."""
-        self.cancelled = True
+        self.cancelled, self.verdict = True, verdict
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         ended.set_result(None)
         return ended

@@ -39,6 +39,8 @@ class Script:
         message: The words of its refusals.
         scores: Whether it sends logprobs to those who ask for them.
         cached_prompt_tokens: What it tells with the first token of an answer.
+        stall_at: Index before which its steps stand still while it goes on saying that it lives; None: never.
+        failing: Every job is ended as failed before its first token.
     """
 
     answer: str = "The answer is forty-two."
@@ -52,6 +54,8 @@ class Script:
     message: str = ""
     scores: bool = True
     cached_prompt_tokens: int = 0
+    stall_at: int | None = None
+    failing: bool = False
 
 
 @dataclass
@@ -99,6 +103,7 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         self.changed = asyncio.Condition()
         self._server: Any = None
         self._silent = False
+        self._stalled = False
 
     async def wait_until(self, condition: Any) -> None:
         """Returns as soon as `condition()` holds; every message in or out is an occasion to look."""
@@ -164,9 +169,11 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
     async def _live(self, outgoing: asyncio.Queue[Any]) -> None:
         step = 0
         while True:
-            step += 1
+            step += 0 if self._stalled else 1
             if not self._silent:
-                outgoing.put_nowait(pb.SessionResponse(alive=pb.Alive(step=step, free_slots=1)))
+                paused = sum(job.credit < 1 for job in self.running.values())
+                alive = pb.Alive(step=step, free_slots=1, paused_jobs=paused)
+                outgoing.put_nowait(pb.SessionResponse(alive=alive))
             await asyncio.sleep(ALIVE_S)
 
     def _begin(self, start: pb.StartJob, outgoing: asyncio.Queue[Any]) -> None:
@@ -179,6 +186,9 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
             outgoing.put_nowait(pb.SessionResponse(refused=refused))
             return
         running = Running(start, start.credit_tokens)
+        if self.script.failing:
+            self._send(running, outgoing, 0, [], generation_pb2.FINISH_REASON_ERROR)
+            return
         self.running[start.job] = running
         running.task = asyncio.create_task(self._generate(running, outgoing))
 
@@ -204,6 +214,9 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
                 self.script.die_at = None
                 outgoing.put_nowait(None)
                 return
+            if self.script.stall_at is not None and index >= self.script.stall_at:
+                self._stalled = True
+                await asyncio.Event().wait()
             if self.script.hang_at is not None and index >= self.script.hang_at:
                 self._silent = True
                 await asyncio.Event().wait()

@@ -24,7 +24,9 @@ async def gateway() -> AsyncIterator[GatewayWorld]:
     """A gateway that suspects a worker only shortly, and waits half a second for another one."""
     limits = GenerationLimits(failover_wait_s=0.5)
     queue_limits = QueueLimits(suspect_s=0.05)
-    async with open_gateway(generation=limits, queue_limits=queue_limits, silence_s=0.6) as world:
+    async with open_gateway(
+        generation=limits, queue_limits=queue_limits, silence_s=0.6, stall_s=1.2
+    ) as world:
         yield world
 
 
@@ -77,21 +79,34 @@ async def test_nobody_goes_on_so_the_error_is_in_band(gateway: GatewayWorld) -> 
     assert await gateway.queue.length(MODEL) == 0
 
 
+async def test_a_request_that_two_workers_died_of_is_not_tried_on_a_third(gateway: GatewayWorld) -> None:
+    """Neither had sent a token for it: it ends with an error that asks nobody to try again."""
+    for name in ("w1", "w2", "w3"):
+        await gateway.add_worker(name, Script(answer=ANSWER, die_at=0))
+    error, events = await fail(gateway.call(REQUEST))
+    assert error.code() is grpc.StatusCode.INTERNAL
+    assert "not tried" in (error.details() or "")
+    assert "retry-after-ms" not in dict(error.trailing_metadata() or ())
+    assert joined(events) == ""
+    assert sum(len(worker.starts) for worker in gateway.workers.values()) == 2
+    await gateway.wait_idle()
+
+
 async def test_three_lost_workers_are_enough(gateway: GatewayWorld) -> None:
     """A request that loses its worker at each attempt ends after the third."""
-    worker = await gateway.add_worker("w1", Script(answer=ANSWER, die_at=0))
+    worker = await gateway.add_worker("w1", Script(answer=ANSWER, die_at=10))
 
     async def keep_dying() -> None:
-        while True:
+        for index in (20, 30):
             await worker.wait_until(lambda: worker.script.die_at is None)
-            worker.script.die_at = 0
+            worker.script.die_at = index
 
     dying = asyncio.create_task(keep_dying())
     error, events = await fail(gateway.call(REQUEST))
     dying.cancel()
     await asyncio.gather(dying, return_exceptions=True)
     assert error.code() is grpc.StatusCode.UNAVAILABLE
-    assert joined(events) == ""
+    assert joined(events) == ANSWER[:30]
     assert len(worker.starts) == 3
 
 
@@ -125,6 +140,18 @@ async def test_an_unreachable_worker_costs_no_attempt(gateway: GatewayWorld) -> 
 async def test_a_silent_worker_is_given_up(gateway: GatewayWorld) -> None:
     """It hangs mid-stream without closing anything: another one goes on."""
     first = await gateway.add_worker("w1", Script(answer=ANSWER, hang_at=10))
+    call = gateway.call(REQUEST)
+    await first.wait_until(lambda: first.starts)
+    gateway.queue.remove_worker(MODEL, "w1")
+    await gateway.add_worker("w2", Script(answer=ANSWER))
+    events = [event async for event in call]
+    assert joined(events) == ANSWER
+    assert attempts(events) == [("w1", 1), ("w2", 2)]
+
+
+async def test_a_worker_whose_steps_stand_still_is_given_up(gateway: GatewayWorld) -> None:
+    """It goes on saying that it lives, but makes no step for its one job: another worker goes on."""
+    first = await gateway.add_worker("w1", Script(answer=ANSWER, stall_at=10))
     call = gateway.call(REQUEST)
     await first.wait_until(lambda: first.starts)
     gateway.queue.remove_worker(MODEL, "w1")

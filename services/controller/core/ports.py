@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Protocol
 
 from services.controller.core.commands import Command
-from services.controller.core.records import Route, WorkerRecord
+from services.controller.core.records import BreakerRecord, Route, WorkerRecord
 
 
 class FenceStale(Exception):
@@ -35,6 +35,18 @@ class RouteStore(Protocol):
 
     async def remove_worker(self, model: str, worker_id: str, fence: int) -> None:
         """Removes one worker's record; without effect where there is none."""
+        ...
+
+
+class BreakerFleet(Protocol):
+    """The breakers of all gateways. Methods raise StoreUnavailable when they cannot be reached."""
+
+    async def list_breakers(self, gateway_ids: Iterable[str]) -> tuple[BreakerRecord, ...]:
+        """What these gateways show, by gateway and target."""
+        ...
+
+    async def hold(self, target: str, state: str) -> None:
+        """Has every gateway hold a target's breaker `forced_open` or `forced_closed`; `closed` lets it go."""
         ...
 
 

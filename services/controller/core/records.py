@@ -42,3 +42,24 @@ class Route:
     epoch: int
     fence: int
     weights: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerRecord:
+    """The breaker between one gateway and one of its targets, as the gateway shows it.
+
+    Attributes:
+        gateway_id: The gateway.
+        target: A worker's id, or `store`.
+        state: `closed`, `open`, `half_open`, `forced_open` or `forced_closed`.
+        calls: Calls in the rolling window.
+        failures: Those of them that failed.
+        changed_s: When it came into this state, in seconds since the epoch.
+    """
+
+    gateway_id: str
+    target: str
+    state: str
+    calls: int
+    failures: int
+    changed_s: float

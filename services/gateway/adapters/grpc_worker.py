@@ -21,11 +21,15 @@ from services.common.clock import Clock
 from services.common.credential import mesh_metadata
 from services.gateway.adapters.worker_messages import read_output, start_job
 from services.gateway.core.attempts import RefusalReason, WorkOrder
+from services.gateway.core.breaker import Verdict
 from services.gateway.core.events import FinishReason
 from services.gateway.core.ports import Attempt, AttemptSink
+from services.gateway.core.vital_signs import VitalSigns
 
 # A worker says something every second; twice that is silence, not a hiccup.
 SILENCE_S = 2.0
+# The longest step is a chunk of a long prompt: a second on two idle cores, several on crowded ones.
+STALL_S = 5.0
 # Looking this often finds a silence at most a tenth late.
 WATCH_S = 0.2
 # If this process itself stood still for so long, the worker may have spoken all the while.
@@ -58,14 +62,22 @@ class GrpcWorkerPool:
         mesh_token: The join token of the mesh.
         clock: Measures silence.
         silence_s: How long a worker with requests may say nothing.
+        stall_s: How long the steps of a worker with requests may stand still.
     """
 
     def __init__(
-        self, gateway_id: str, mesh_token: str, clock: Clock, *, silence_s: float = SILENCE_S
+        self,
+        gateway_id: str,
+        mesh_token: str,
+        clock: Clock,
+        *,
+        silence_s: float = SILENCE_S,
+        stall_s: float = STALL_S,
     ) -> None:
         self._metadata = mesh_metadata(mesh_token, **{"x-interlock-gateway-id": gateway_id})
         self._clock = clock
         self._silence_s = silence_s
+        self._stall_s = stall_s
         self._sessions: dict[str, _Session] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -86,7 +98,8 @@ class GrpcWorkerPool:
             self._end(session, "the worker came back elsewhere")
             session = None
         if session is None:
-            session = _Session(worker_id, address, self._metadata, self._clock, self._silence_s, self._end)
+            signs = VitalSigns(self._silence_s, self._stall_s)
+            session = _Session(worker_id, address, self._metadata, self._clock, signs, self._end)
             self._sessions[worker_id] = session
         return session
 
@@ -107,14 +120,13 @@ class _Session:
     address: str
     metadata: tuple[tuple[str, str], ...]
     clock: Clock
-    silence_s: float
+    signs: VitalSigns
     on_end: Callable[[_Session, str], None]
     _sinks: dict[Key, AttemptSink] = field(default_factory=dict)
     # Attempts that were cancelled and not yet confirmed; bounded by the time that each may stay.
     _ending: dict[Key, asyncio.Future[None]] = field(default_factory=dict)
     _outgoing: deque[worker_service_pb2.SessionRequest] = field(default_factory=deque)
     _has_outgoing: asyncio.Event = field(default_factory=asyncio.Event)
-    _heard_s: float = 0.0
     _task: asyncio.Task[None] | None = None
     # Set when nothing can be sent any more; `_ended_itself` when no one has to cancel the task for it.
     _over: bool = False
@@ -126,7 +138,7 @@ class _Session:
         """Sends an order, opening the stream with the first."""
         key = (order.job_id, order.attempt)
         if not self._sinks:
-            self._heard_s = self.clock.monotonic()
+            self.signs.reset(self.clock.monotonic())
         self._sinks[key] = sink
         self.send(worker_service_pb2.SessionRequest(start=start_job(order)))
         if self._task is None:
@@ -203,7 +215,7 @@ class _Session:
         if not await _connects(connection):
             return "it cannot be reached"
         self._connected = True
-        self._heard_s = self.clock.monotonic()
+        self.signs.reset(self.clock.monotonic())
         stub = worker_service_pb2_grpc.WorkerServiceStub(connection)
         call = stub.Session(metadata=self.metadata)
         reader = asyncio.ensure_future(self._read(call))
@@ -213,7 +225,7 @@ class _Session:
             first = await _first_done(reader, writer, watch)
         finally:
             call.cancel()
-        return f"it said nothing for {self.silence_s:g} s" if first is watch else "its session ended"
+        return watch.result() if first is watch else "its session ended"
 
     async def _write(self, call: Any) -> None:
         while True:
@@ -224,25 +236,30 @@ class _Session:
 
     async def _read(self, call: Any) -> None:
         async for response in call:
-            self._heard_s = self.clock.monotonic()
             match response.WhichOneof("event"):
                 case "step":
+                    self.signs.hear(self.clock.monotonic())
                     for output in response.step.outputs:
                         self._deliver(output)
                 case "refused":
+                    self.signs.hear(self.clock.monotonic())
                     self._refuse(response.refused)
+                case "alive":
+                    alive = response.alive
+                    can_step = len(self._sinks) > alive.paused_jobs
+                    self.signs.hear_alive(alive.step, can_step=can_step, now_s=self.clock.monotonic())
 
-    async def _watch(self) -> None:
-        """Returns when the worker is silent although it has work."""
+    async def _watch(self) -> str:
+        """Returns when the worker is silent or stands still although it has work, and says which."""
         looked_s = self.clock.monotonic()
         while True:
             await asyncio.sleep(WATCH_S)
             now_s = self.clock.monotonic()
             if now_s - looked_s > OWN_PAUSE_S:
-                self._heard_s = now_s
+                self.signs.reset(now_s)
             looked_s = now_s
-            if self._sinks and now_s - self._heard_s > self.silence_s:
-                return
+            if self._sinks and (ailment := self.signs.ailment(now_s)) is not None:
+                return ailment
 
     def _deliver(self, output: worker_service_pb2.StepOutput) -> None:
         key = (output.job, output.attempt)
@@ -285,7 +302,7 @@ class _SessionAttempt:
         """See `Attempt.add_credit`."""
         self.session.add_credit(self.key, tokens)
 
-    def cancel(self) -> asyncio.Future[None]:
+    def cancel(self, verdict: Verdict = Verdict.NEUTRAL) -> asyncio.Future[None]:  # noqa: ARG002 - nobody is judged here
         """See `Attempt.cancel`."""
         return self.session.cancel(self.key)
 
@@ -303,7 +320,7 @@ async def _connects(connection: grpc.aio.Channel) -> bool:
     return state is grpc.ChannelConnectivity.READY
 
 
-async def _first_done(*tasks: asyncio.Future[None]) -> asyncio.Future[None]:
+async def _first_done(*tasks: asyncio.Future[Any]) -> asyncio.Future[Any]:
     """Waits for the first task, cancels the others, raises what it raised, and returns it."""
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -96,7 +96,11 @@ class AttemptEnd(StrEnum):
 
 
 class RefusalReason(StrEnum):
-    """Why a worker did not take an attempt. UNREACHABLE: nothing of it has reached the worker."""
+    """Why a worker did not take an attempt.
+
+    UNREACHABLE: nothing of it has reached the worker. BREAKER_OPEN: the gateway did not even ask.
+    BUDGET_SPENT: the worker was lost, and the gateway cannot afford to go on elsewhere.
+    """
 
     BUSY = "busy"
     REVISION_NOT_READY = "revision_not_ready"
@@ -104,3 +108,5 @@ class RefusalReason(StrEnum):
     DRAINING = "draining"
     UNREACHABLE = "unreachable"
     INVALID = "invalid"
+    BREAKER_OPEN = "breaker_open"
+    BUDGET_SPENT = "budget_spent"

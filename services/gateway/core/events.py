@@ -37,6 +37,7 @@ class Started:
         worker_id: The worker.
         attempt: 1 for the first.
         queue_s: How long the request has waited.
+        degraded: Whether the slot was lent without the store that all gateways share.
     """
 
     request_id: str
@@ -45,6 +46,7 @@ class Started:
     worker_id: str
     attempt: int
     queue_s: float
+    degraded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

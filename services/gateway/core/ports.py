@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 from services.gateway.core.attempts import AttemptEnd, Output, RefusalReason, WorkOrder
+from services.gateway.core.breaker import Verdict
 from services.gateway.core.events import Finished
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
 from services.gateway.core.log import (
@@ -250,9 +251,10 @@ class Attempt(Protocol):
         """Lets the worker send so many tokens more."""
         ...
 
-    def cancel(self) -> Awaitable[None]:
+    def cancel(self, verdict: Verdict = Verdict.NEUTRAL) -> Awaitable[None]:
         """Tells the worker to stop, at once, and says nothing more to the sink.
 
+        `verdict` is what the caller learned of the worker; a client's wish to stop says nothing about it.
         What is returned is done when the worker has ended it, or a moment has passed; nobody needs to wait.
         """
         ...

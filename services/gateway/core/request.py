@@ -21,6 +21,7 @@ from services.common.errors import (
     ArgumentInvalid,
     DeadlineExceeded,
     InterlockError,
+    InternalError,
     StoreUnavailable,
     WorkerLost,
 )
@@ -51,6 +52,7 @@ from services.gateway.core.request_events import (
     Withdraw,
     Withdrawn,
 )
+from services.gateway.core.retry import BLAMES_MAX
 
 # How long a refusing worker is left alone: a slot frees within steps, a revision loads for longer, a worker
 # that drains does not come back, and one that cannot be reached restarts or is soon struck off.
@@ -60,6 +62,7 @@ HOLD_S = {
     RefusalReason.EPOCH_STALE: 0.1,
     RefusalReason.DRAINING: 2.0,
     RefusalReason.UNREACHABLE: 0.5,
+    RefusalReason.BREAKER_OPEN: 0.1,
 }
 
 # A supervisor restarts a worker within seconds; sooner, a client would only meet the same loss.
@@ -92,6 +95,7 @@ class Request:
         phase: Where it is.
         starts: How often a worker was asked; refusals count.
         failures: Workers that it has used up; refusals do not count.
+        blames: Those of them that were lost before they emitted anything for it.
         emitted: Tokens that were generated so far.
         revision: The revision of the latest grant; once tokens were emitted, of all of them.
         waited_out: Whether, since the last loss, workers were waited for as long as is allowed.
@@ -103,6 +107,7 @@ class Request:
     phase: Phase = Phase.QUEUED
     starts: int = 0
     failures: int = 0
+    blames: int = 0
     emitted: int = 0
     revision: str = ""
     waited_out: bool = False
@@ -175,14 +180,29 @@ def _refuse(request: Request, event: Refused) -> Step:
         # Another worker would say the same: it is what only workers can check, a format above all.
         error = ArgumentInvalid(event.message or "The worker could not make sense of the request.")
         return _end(request, Phase.FAILED, error)
+    if event.reason is RefusalReason.BUDGET_SPENT:
+        return _end(request, Phase.FAILED, _unaffordable())
     if request.waited_out:
         return _end(request, Phase.FAILED, _nobody_goes_on())
     waiting = replace(request, phase=Phase.QUEUED, grant=None)
     return waiting, (Decline(request.grant, HOLD_S[event.reason]),)
 
 
-def _fail_over(request: Request, _: AttemptLost | Refused) -> Step:
+def _blame(request: Request, event: AttemptLost) -> Step:
+    # Only a request that had no token yet may have killed the worker: the others ran well on it.
+    blamed = replace(request, blames=request.blames + 1)
+    if blamed.blames < BLAMES_MAX:
+        return _fail_over(blamed, event)
+    error = InternalError(
+        f"{BLAMES_MAX} workers were lost as they began this request. It is not tried on another one."
+    )
+    return _end(replace(blamed, failures=blamed.failures + 1), Phase.FAILED, error)
+
+
+def _fail_over(request: Request, event: AttemptLost | Refused) -> Step:
     assert request.grant is not None
+    if isinstance(event, Refused) and event.reason is RefusalReason.BUDGET_SPENT:
+        return _end(request, Phase.FAILED, _unaffordable())
     failures = request.failures + 1
     if failures >= request.attempts_max:
         error = WorkerLost(
@@ -223,6 +243,13 @@ def _note_wait(request: Request, _: WaitedOut) -> Step:
 
 def _ignore_wait(request: Request, _: WaitedOut) -> Step:
     return request, ()
+
+
+def _unaffordable() -> WorkerLost:
+    return WorkerLost(
+        "The worker was lost, and too many others were lost lately to go on elsewhere.",
+        retry_after_s=RETRY_AFTER_LOSS_S,
+    )
 
 
 def _nobody_goes_on() -> WorkerLost:
@@ -267,7 +294,7 @@ TABLE: dict[tuple[Phase, type], Transition] = {
     (Phase.GRANTED, Progressed): _progress,
     (Phase.GRANTED, Completed): _complete,
     (Phase.GRANTED, Refused): _refuse,
-    (Phase.GRANTED, AttemptLost): _fail_over,
+    (Phase.GRANTED, AttemptLost): _blame,
     (Phase.GRANTED, LeaseLost): _lose_lease,
     (Phase.GRANTED, Withdrawn): _withdraw,
     (Phase.GRANTED, DeadlinePassed): _expire,

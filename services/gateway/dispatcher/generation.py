@@ -25,11 +25,13 @@ from services.gateway.core import request as life
 from services.gateway.core import request_events
 from services.gateway.core.answer import Answer
 from services.gateway.core.attempts import Output, RefusalReason, work_order
+from services.gateway.core.breaker import Verdict
 from services.gateway.core.events import FinishReason, Queued, Started
 from services.gateway.core.jobs import Grant, QueuedJob, Waiting
 from services.gateway.core.log import LogTail, TakenUp
 from services.gateway.core.params import GenerationJob
 from services.gateway.core.ports import Attempt, GenerationLog, JobQueue, WorkerPool
+from services.gateway.core.retry import backoff_s
 from services.gateway.dispatcher.attendance import Attendance
 from services.gateway.dispatcher.chronicle import Chronicle
 from services.gateway.dispatcher.hearing import Hearing
@@ -289,6 +291,7 @@ class Generation:
             self._say_started()
             self.outbox.put_piece(piece, index)
             if piece.stop is not None:
+                self._cancel_attempt(Verdict.SUCCESS)
                 self._apply(request_events.StopReached())
                 return
         if output.finish is not None:
@@ -313,7 +316,7 @@ class Generation:
         return number == self._request.starts and self._attempt is not None
 
     def _break(self, cause: str) -> None:
-        self._cancel_attempt()
+        self._cancel_attempt(Verdict.FAILURE)
         self._log("attempt.broken", cause=cause)
         self._apply(request_events.AttemptLost())
 
@@ -355,6 +358,8 @@ class Generation:
                 self._ticket.withdraw()
             case request_events.Requeue(grant, emitted):
                 self._pause_log()
+                pause_s = backoff_s(self._request.failures, grant.nonce)
+                self._ticket.do(lambda: asyncio.sleep(pause_s))
                 self._ticket.requeue(grant, emitted=emitted)
             case request_events.Decline(grant, hold_s):
                 self._pause_log()
@@ -388,6 +393,7 @@ class Generation:
             worker_id=grant.worker_id,
             attempt=self._request.failures + 1,
             queue_s=self._answer.queue_s,
+            degraded=grant.degraded,
         )
         if not self._unsaid:
             self.outbox.put(self._started)
@@ -398,10 +404,10 @@ class Generation:
         sink = Hearing(self, number)
         self._attempt = self._workers.start(grant.worker_id, grant.worker_address, order, sink)
 
-    def _cancel_attempt(self) -> None:
+    def _cancel_attempt(self, verdict: Verdict = Verdict.NEUTRAL) -> None:
         if self._attempt is None:
             return
-        ended, self._attempt = self._attempt.cancel(), None
+        ended, self._attempt = self._attempt.cancel(verdict), None
 
         async def wait() -> None:
             # A slot that is settled while its worker still winds down earns the next job a refusal.

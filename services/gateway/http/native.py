@@ -138,7 +138,7 @@ def _event_fields(event: Event) -> tuple[str, dict[str, Any]]:
                 "worker_id": event.worker_id,
                 "attempt": event.attempt,
                 "queue_time_s": _seconds(event.queue_s),
-                "degraded": False,
+                "degraded": event.degraded,
             }
         case Chunk(index, text, token_ids):
             fields = {"sequence": 0, "index": index, "text": text, "token_ids": token_ids}

@@ -51,6 +51,8 @@ def test_without_a_mesh_commands_say_what_to_do(command: str, home: Home, capsys
         "token jwks",
         "chat hi --max-tokens 0",
         "models",
+        "breakers force worker-1",
+        "breakers force worker-1 half_open",
     ],
 )
 def test_misuse_exits_with_2(command: str, capsys: Capture) -> None:
@@ -74,6 +76,7 @@ def test_misuse_exits_with_2(command: str, capsys: Capture) -> None:
         "chat",
         "models fetch",
         "workers list",
+        "breakers force",
     ],
 )
 def test_every_command_explains_itself(command: str, capsys: Capture) -> None:
@@ -162,8 +165,9 @@ def test_status_shows_every_process(mesh: FakeMesh, capsys: Capture) -> None:
     assert "gateway-1" in capsys.readouterr().out
     assert main(["status", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["kind"] for row in rows] == ["redis", "gateway", "envoy"]
-    assert {row["state"] for row in rows} == {"running"}
+    assert [row["kind"] for row in rows] == ["redis", "gateway", "envoy", "breaker"]
+    assert [row["state"] for row in rows] == ["running", "running", "running", "open"]
+    assert rows[-1]["id"] == "gateway-1/worker-1"
     assert mesh.requests == []
 
 
@@ -174,8 +178,21 @@ def test_status_fails_when_a_process_is_gone(mesh: FakeMesh, capsys: Capture) ->
     assert found is not None
     state.write(file, found.with_pid("gateway-1", 2**22 + 1))
     assert main(["status", "--json"]) == 1
-    states = {row["id"]: row["state"] for row in json.loads(capsys.readouterr().out)}
+    rows = json.loads(capsys.readouterr().out)
+    states = {row["id"]: row["state"] for row in rows if row["kind"] != "breaker"}
     assert states == {"redis": "running", "gateway-1": "restarting", "envoy": "running"}
+
+
+def test_breakers_are_listed_held_and_released(mesh: FakeMesh, capsys: Capture) -> None:
+    """People read states as words; JSON has the contract's own names."""
+    assert mesh.requests == []
+    assert main(["breakers", "list"]) == 0
+    assert "gateway-1  worker-1  open   40     21" in capsys.readouterr().out
+    assert main(["breakers", "force", "worker-1", "open"]) == 0
+    assert "forced open" in capsys.readouterr().out
+    assert main(["breakers", "release", "store", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["target"], row["state"]) == ("store", "BREAKER_STATE_CLOSED")
 
 
 def test_chat_prints_the_answer(mesh: FakeMesh, capsys: Capture) -> None:

@@ -1,0 +1,341 @@
+"""The queue with a fallback. Owns: which queue lends slots now, the shared one or this gateway's own.
+
+While the shared queue answers, everything goes there. The first call that finds it gone moves every live job
+into a queue in memory, over the last known workers and route, and new jobs join them there: running streams
+notice nothing, new ones are marked as degraded. Each renewal may try the shared queue once; when it answers,
+every job is told to it, and the queue in memory is thrown away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from services.common import logs
+from services.common.clock import Clock
+from services.common.errors import InterlockError, StoreUnavailable
+from services.gateway.adapters.homecoming import bring_home, tell_end
+from services.gateway.adapters.job_book import JobBook, LiveEntry, OwedEnd
+from services.gateway.adapters.memory_queue import MemoryJobQueue
+from services.gateway.adapters.pybreaker_circuit import Circuit
+from services.gateway.adapters.standby import Standby
+from services.gateway.core.breaker import State, Verdict
+from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
+from services.gateway.core.log import LogTail, Notice, TakenUp
+from services.gateway.core.ports import BreakerBoard, JobQueue, SharedQueue
+from services.gateway.core.tenancy import TenantUsage
+
+T = TypeVar("T")
+
+# Ends that the store has not heard of; beyond it the oldest are left to the leases, which end them too.
+OWED_MAX = 4_096
+# Jobs come and go while others are brought home; what is left after so many rounds is found by renewals.
+ROUNDS_MAX = 4
+
+
+class FallbackJobQueue:
+    """`JobQueue` and `BreakerBoard` over a shared queue and one of this gateway's own.
+
+    Args:
+        primary: The queue that all gateways share.
+        standby: Makes the queue in memory from what was last known.
+        circuit: The breaker around the primary.
+        clock: Measures.
+    """
+
+    def __init__(self, primary: SharedQueue, standby: Standby, circuit: Circuit, clock: Clock) -> None:
+        self._primary = primary
+        self._standby = standby
+        self._circuit = circuit
+        self._clock = clock
+        self._book = JobBook()
+        self._owed: deque[OwedEnd] = deque(maxlen=OWED_MAX)
+        self._own: MemoryJobQueue | None = None
+        self._returning = asyncio.Lock()
+        self._receive: Callable[[Grant], None] = _ignore
+        primary.on_grant(self._granted_by_primary)
+
+    @property
+    def degraded(self) -> bool:
+        """Whether slots are lent by this gateway alone."""
+        return self._own is not None
+
+    # --- JobQueue -------------------------------------------------------------------------------------------
+
+    def on_grant(self, receive: Callable[[Grant], None]) -> None:
+        """See `JobQueue.on_grant`."""
+        self._receive = receive
+
+    def on_notice(self, receive: Callable[[Notice], None]) -> None:
+        """See `JobQueue.on_notice`. Other gateways speak through the shared queue alone."""
+        self._primary.on_notice(receive)
+
+    async def enqueue(self, job: QueuedJob) -> Grant | Waiting:
+        """See `JobQueue.enqueue`."""
+        entry = self._book.write(job, self._clock.monotonic())
+        try:
+            return await self._either(job.model, lambda queue: self._enqueue(queue, entry))
+        except InterlockError:
+            self._book.strike(entry)
+            raise
+
+    async def renew(self, model: str, running: Mapping[str, str], waiting: frozenset[str]) -> Renewal:
+        """See `JobQueue.renew`. Here, once a second, the way back is looked for."""
+        await self._return(model)
+        renewal = await self._either(model, lambda queue: queue.renew(model, running, waiting))
+        granted = tuple(map(self._note, renewal.granted))
+        return replace(renewal, granted=granted)
+
+    async def settle(
+        self,
+        model: str,
+        job_id: str,
+        nonce: str,
+        outcome: Outcome,
+        used_tokens: int,
+        tail: LogTail | None = None,
+    ) -> bool:
+        """See `JobQueue.settle`."""
+        entry = self._book.strike_ended(job_id, nonce)
+        settled = await self._either(
+            model, lambda queue: queue.settle(model, job_id, nonce, outcome, used_tokens, tail)
+        )
+        if self.degraded and entry is not None and entry.at_store is not None:
+            self._owed.append(
+                OwedEnd(model, job_id, entry.at_store, entry.job.submission, outcome, used_tokens)
+            )
+        return settled
+
+    async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
+        """See `JobQueue.requeue`."""
+        self._give_back(job_id, nonce, emitted=emitted)
+        return await self._either(model, lambda queue: queue.requeue(model, job_id, nonce, emitted=emitted))
+
+    async def refused(self, model: str, job_id: str, nonce: str, *, hold_s: float) -> bool:
+        """See `JobQueue.refused`."""
+        self._give_back(job_id, nonce, emitted=False)
+        return await self._either(model, lambda queue: queue.refused(model, job_id, nonce, hold_s=hold_s))
+
+    async def register(self, job: QueuedJob, grant: Grant) -> bool:
+        """See `JobQueue.register`."""
+        entry = self._book.write(job, self._clock.monotonic())
+        entry.grant = grant
+        current = await self._either(job.model, lambda queue: queue.register(entry.job, grant))
+        if not current:
+            # Somebody else's now: nothing further is heard of it.
+            self._book.strike(entry)
+        return current
+
+    async def cancel(self, model: str, job_id: str, submission: str, tail: LogTail | None = None) -> None:
+        """See `JobQueue.cancel`."""
+        entry = self._book.find(job_id)
+        if entry is not None:
+            submission = entry.job.submission
+            self._book.strike(entry)
+        await self._either(model, lambda queue: queue.cancel(model, job_id, submission, tail))
+        if self.degraded:
+            self._owed.append(OwedEnd(model, job_id, "", submission, Outcome.CANCELLED, 0))
+
+    async def stop(self, model: str, job_id: str) -> bool:
+        """See `JobQueue.stop`."""
+        return await self._either(model, lambda queue: queue.stop(model, job_id))
+
+    async def take_up(self, model: str, job_id: str) -> TakenUp | None:
+        """See `JobQueue.take_up`. Should the store go away later, `register` enters the job here."""
+        return await self._either(model, lambda queue: queue.take_up(model, job_id))
+
+    async def release(self, model: str, job_id: str, submission: str) -> bool:
+        """See `JobQueue.release`."""
+        released = await self._either(model, lambda queue: queue.release(model, job_id, submission))
+        entry = self._book.find(job_id)
+        if released and entry is not None:
+            self._book.strike(entry)
+        return released
+
+    async def usage(self, model: str, tenant: str) -> TenantUsage:
+        """See `UsageBook.usage`."""
+        return await self._either(model, lambda queue: queue.usage(model, tenant))
+
+    async def reap(self, model: str) -> tuple[str, ...]:
+        """See `JobQueue.reap`."""
+        return await self._either(model, lambda queue: queue.reap(model))
+
+    async def length(self, model: str) -> int:
+        """See `JobQueue.length`."""
+        return await self._either(model, lambda queue: queue.length(model))
+
+    # --- BreakerBoard ---------------------------------------------------------------------------------------
+
+    async def list_open(self, model: str, worker_id: str, sleep_s: float | None) -> None:
+        """See `BreakerBoard.list_open`."""
+        await self._post(lambda board: board.list_open(model, worker_id, sleep_s))
+
+    async def list_closed(self, model: str, worker_id: str) -> None:
+        """See `BreakerBoard.list_closed`."""
+        await self._post(lambda board: board.list_closed(model, worker_id))
+
+    async def _post(self, tell: Callable[[BreakerBoard], Awaitable[None]]) -> None:
+        """Tells the queue that lends now; the shared one is told, too, once it is back."""
+        if self._own is not None:
+            await tell(self._own)
+            raise StoreUnavailable("The board is told when it is back.")
+        await tell(self._primary)
+
+    # --- which queue ----------------------------------------------------------------------------------------
+
+    async def _either(self, model: str, ask: Callable[[SharedQueue], Awaitable[T]]) -> T:
+        """Asks the queue that lends slots now; the own one also where the shared one fails just then.
+
+        Raises:
+            StoreUnavailable: The shared queue is gone, and nothing is known to lend without it.
+        """
+        own = self._own
+        if own is None:
+            try:
+                return await self._guarded(lambda: ask(self._primary))
+            except StoreUnavailable:
+                own = self._own
+                if own is None or not self._standby.serves(model):
+                    raise
+        elif not self._standby.serves(model):
+            raise StoreUnavailable("The queue's store does not answer. Try again in a moment.")
+        return await ask(own)
+
+    async def _guarded(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Makes one call to the shared queue under its breaker."""
+        permit = self._circuit.admit()
+        if permit is None:
+            await self._retreat()
+            raise StoreUnavailable("The queue's store is not asked now.")
+        verdict = Verdict.NEUTRAL
+        try:
+            result = await call()
+            verdict = Verdict.SUCCESS
+        except StoreUnavailable:
+            verdict = Verdict.FAILURE
+            raise
+        except InterlockError:
+            # A refusal is an answer.
+            verdict = Verdict.SUCCESS
+            raise
+        else:
+            return result
+        finally:
+            self._circuit.settle(permit, verdict)
+            if self._circuit.breaker.state in {State.OPEN, State.FORCED_OPEN}:
+                await self._retreat()
+
+    async def _enqueue(self, queue: JobQueue, entry: LiveEntry) -> Grant | Waiting:
+        if queue is self._primary:
+            # Whatever becomes of the call, the store may know the job from now on.
+            entry.at_store = ""
+        answer = await queue.enqueue(entry.job)
+        if not isinstance(answer, Grant):
+            return answer
+        if queue is self._primary:
+            entry.at_store = answer.nonce
+        noted = self._note(answer)
+        if queue is self._primary and self._own is not None:
+            await self._own.register(entry.job, noted)
+        return noted
+
+    def _note(self, grant: Grant) -> Grant:
+        """Enters a grant of the queue that lends now; returns it as the client is told of it."""
+        entry = self._book.find(grant.job_id)
+        if entry is not None and entry.grant is not None and entry.grant.nonce == grant.nonce:
+            return entry.grant
+        told = replace(grant, degraded=self.degraded)
+        self._book.note_grant(told)
+        if entry is not None and not self.degraded:
+            entry.at_store = grant.nonce
+        return told
+
+    def _give_back(self, job_id: str, nonce: str, *, emitted: bool) -> None:
+        entry = self._book.find(job_id)
+        if entry is not None and entry.grant is not None and entry.grant.nonce == nonce:
+            entry.grant = None
+            entry.emitted = entry.emitted or emitted
+            if not self.degraded:
+                entry.at_store = ""
+
+    def _granted_by_primary(self, grant: Grant) -> None:
+        entry = self._book.find(grant.job_id)
+        if self.degraded:
+            # It comes too late: the job runs, or waits, here. The store is told so on the way back.
+            if entry is not None:
+                entry.at_store = grant.nonce
+            return
+        self._receive(self._note(grant))
+
+    def _granted_by_own(self, grant: Grant) -> None:
+        self._receive(self._note(grant))
+
+    # --- there and back -------------------------------------------------------------------------------------
+
+    async def _retreat(self) -> None:
+        """Moves every live job into a queue of this gateway's own. Nothing is awaited on the way."""
+        if self.degraded:
+            return
+        logs.get_logger().warning("queue.retreated", jobs=sum(1 for _ in self._book))
+        self._own = own = self._standby.make_queue()
+        own.on_grant(self._granted_by_own)
+        entries = sorted(self._book, key=lambda entry: entry.grant is None)
+        now_s = self._clock.monotonic()
+        # Running ones first, so that their slots are not lent again.
+        for entry in entries:
+            if entry.grant is not None:
+                await own.register(entry.aged(now_s), entry.grant)
+            elif self._standby.serves(entry.job.model):
+                answer = await own.enqueue(entry.aged(now_s))
+                if isinstance(answer, Grant):
+                    self._receive(self._note(answer))
+
+    async def _return(self, model: str) -> None:
+        """Looks, when the breaker's sleep is over, whether the shared queue answers, and goes back to it."""
+        if not self.degraded or self._returning.locked():
+            return
+        async with self._returning:
+            permit = self._circuit.admit()
+            if permit is None:
+                return
+            try:
+                await self._bring_all_home(model)
+            except StoreUnavailable:
+                self._circuit.settle(permit, Verdict.FAILURE)
+                return
+            except BaseException:
+                self._circuit.settle(permit, Verdict.NEUTRAL)
+                raise
+            # No await from here on: what happens next happens at the shared queue.
+            self._circuit.settle(permit, Verdict.SUCCESS)
+            if self._circuit.breaker.state in {State.CLOSED, State.FORCED_CLOSED}:
+                self._own = None
+                logs.get_logger().warning("queue.returned", jobs=sum(1 for _ in self._book))
+
+    async def _bring_all_home(self, model: str) -> None:
+        # This writes the clock, too: a store that may only be read is not back.
+        await self._primary.length(model)
+        while self._owed:
+            await tell_end(self._primary, self._owed[0])
+            self._owed.popleft()
+        for _ in range(ROUNDS_MAX):
+            abroad = [entry for entry in self._book if not entry.at_home]
+            for entry in abroad:
+                if self._book.lives(entry):
+                    await bring_home(self._primary, entry, self._clock.monotonic(), self._granted_at_home)
+            if not abroad:
+                return
+
+    def _granted_at_home(self, entry: LiveEntry, grant: Grant) -> None:
+        """The shared queue lent a slot to a job that it was told of."""
+        entry.at_store = grant.nonce
+        if entry.grant is None and self._book.lives(entry):
+            entry.grant = grant
+            self._receive(grant)
+
+
+def _ignore(grant: Grant) -> None:
+    """Stands in until a receiver is set; the next renewal tells of the grant again."""

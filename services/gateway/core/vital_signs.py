@@ -1,0 +1,52 @@
+"""A worker's signs of life. Owns: when one that has work counts as hung.
+
+Pure: times are arguments, in seconds of a clock that never goes back. Two things are a hang: silence, and
+signs of life that never tell of a further step although jobs could make one. A job that waits for its client
+makes none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class VitalSigns:
+    """What was last heard of one worker.
+
+    Attributes:
+        silence_s: How long it may say nothing.
+        stall_s: How long its steps may stand still.
+        heard_s: When it last said anything.
+        moved_s: When it last made progress, or had none to make.
+        step: The last step that it told of.
+    """
+
+    silence_s: float
+    stall_s: float
+    heard_s: float = 0.0
+    moved_s: float = 0.0
+    step: int = -1
+
+    def reset(self, now_s: float) -> None:
+        """Begins anew: nothing was expected of it before."""
+        self.heard_s = self.moved_s = now_s
+
+    def hear(self, now_s: float) -> None:
+        """It did something for a job."""
+        self.heard_s = self.moved_s = now_s
+
+    def hear_alive(self, step: int, *, can_step: bool, now_s: float) -> None:
+        """It told how many steps it has made; `can_step`: whether a job of ours does not wait for credit."""
+        self.heard_s = now_s
+        if step != self.step or not can_step:
+            self.moved_s = now_s
+        self.step = step
+
+    def ailment(self, now_s: float) -> str | None:
+        """What is wrong with a worker that has work; None: nothing."""
+        if now_s - self.heard_s > self.silence_s:
+            return f"it said nothing for {self.silence_s:g} s"
+        if now_s - self.moved_s > self.stall_s:
+            return f"it made no step for {self.stall_s:g} s"
+        return None

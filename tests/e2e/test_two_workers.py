@@ -1,0 +1,129 @@
+"""One of two workers is killed, then stopped, under load: no stream ends, and no text changes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from interlock.v1 import gateway_service_pb2 as pb
+from interlock.v1 import gateway_service_pb2_grpc, generation_pb2
+
+from tests.fixtures.mesh import Mesh, started
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+GREEDY, SEEDED = 16, 4
+TOKENS = 64
+# What the design promises. A stopped worker is noticed by its silence alone.
+KILL_GAP_S, STOP_GAP_S = 3.0, 5.0
+
+
+@dataclass
+class Stream:
+    """What one client saw.
+
+    Attributes:
+        text: All that came.
+        workers: Who answered, in order.
+        gap_s: The longest wait between two chunks after the fault.
+    """
+
+    text: str = ""
+    workers: list[str] = field(default_factory=list)
+    gap_s: float = 0.0
+
+
+@dataclass
+class Load:
+    """Streams that run at once; `midway` is set once each has some text."""
+
+    mesh: Mesh
+    midway: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    fault_s: float = float("inf")
+
+    def run(self, fault: Any = None) -> list[Stream]:
+        """All streams; `fault` is called with the worker of the first one when all are midway."""
+        with ThreadPoolExecutor(GREEDY + SEEDED) as pool, grpc.insecure_channel(self.mesh.address) as channel:
+            running = [pool.submit(self._follow, channel, number) for number in range(GREEDY + SEEDED)]
+            for _ in running:
+                assert self.midway.acquire(timeout=120)
+            if fault is not None:
+                fault()
+                self.fault_s = time.monotonic()
+            return [one.result(timeout=180) for one in running]
+
+    def _follow(self, channel: grpc.Channel, number: int) -> Stream:
+        stub: Any = gateway_service_pb2_grpc.GatewayServiceStub(channel)  # type: ignore[arg-type]
+        sampling = generation_pb2.SamplingParams()
+        if number >= GREEDY:
+            sampling = generation_pb2.SamplingParams(temperature=0.9, seed=number)
+        request = pb.GenerateRequest(
+            text=f"Tell me a long story about the number {number}.", max_tokens=TOKENS, sampling=sampling
+        )
+        metadata = (("authorization", f"Bearer {self.mesh.token}"),)
+        stream, position, came_s = Stream(), 0, time.monotonic()
+        for event in stub.Generate(request, metadata=metadata):
+            if event.HasField("started"):
+                stream.workers.append(event.started.worker_id)
+            if not event.HasField("chunk"):
+                continue
+            now_s = time.monotonic()
+            if now_s > self.fault_s:
+                stream.gap_s = max(stream.gap_s, now_s - max(came_s, self.fault_s))
+            came_s = now_s
+            assert event.chunk.index == position
+            if position < 8 <= position + len(event.chunk.token_ids):
+                self.midway.release()
+            position += len(event.chunk.token_ids)
+            stream.text += event.chunk.text
+        return stream
+
+
+@pytest.fixture(scope="module")
+def pair(model_path: Path) -> Iterator[Mesh]:
+    """A mesh with two workers, either of which can carry all streams."""
+    with started(model_path, "--workers", "2", "--dtype", "fp32", INTERLOCK_WORKER_SLOTS="24") as mesh:
+        yield mesh
+
+
+@pytest.mark.parametrize(
+    ("harm", "limit_s"), [(signal.SIGKILL, KILL_GAP_S), (signal.SIGSTOP, STOP_GAP_S)], ids=["kill", "stop"]
+)
+def test_streams_go_on_at_the_other_worker(
+    pair: Mesh, harm: signal.Signals, limit_s: float, record_property: Callable[[str, object], None]
+) -> None:
+    """Greedy and seeded text is that of a quiet run, indices contiguous; gaps are bounded; it rejoins."""
+    quiet = [stream.text for stream in Load(pair).run()]
+    victim = pair.refresh()["workers"][0]
+    streams = Load(pair).run(lambda: os.kill(victim["pid"], harm))
+    if harm is signal.SIGSTOP:
+        os.kill(victim["pid"], signal.SIGCONT)
+    moved = [stream for stream in streams if stream.workers[0] == victim["id"]]
+    gap_s = max(stream.gap_s for stream in moved)
+    record_property("longest_gap_s", round(gap_s, 2))
+    record_property("streams_moved", len(moved))
+    assert [stream.text for stream in streams] == quiet
+    assert moved, [stream.workers for stream in streams]
+    assert all(stream.workers[-1] != victim["id"] for stream in moved)
+    assert gap_s <= limit_s
+    await_rejoined(pair, victim["id"])
+
+
+def await_rejoined(mesh: Mesh, worker_id: str) -> None:
+    """Asks until the worker answers again."""
+    deadline = time.monotonic() + 60
+    while True:
+        reply = mesh.post("/v1/generate", {"text": "Hello.", "max_tokens": 1})
+        if reply.headers.get("x-interlock-worker") == worker_id:
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -1,0 +1,261 @@
+"""Redis dies, sleeps, fills up or may only be read: streams go on, new work is served, and all heals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from interlock.v1 import gateway_service_pb2 as pb
+from interlock.v1 import gateway_service_pb2_grpc
+from pydantic import SecretStr
+
+from services.common.queue_keys import BREAKER_HOLDS, ModelKeys, breakers_of
+from services.common.redis_client import connect
+from services.controller.adapters.redis_route import RedisRouteStore
+from services.controller.core.records import WorkerRecord
+from services.gateway import __main__ as gateway_main
+from services.gateway.config import GatewayConfig
+from tests.fakes.scripted_controller import manifest_of, scripted_controller
+from tests.fakes.scripted_worker import MESH_TOKEN, ScriptedWorker, scripted_worker
+from tests.fixtures.gateway_world import SECRET, bearer, joined
+from tests.fixtures.redis_server import RedisServer
+from tests.fixtures.tiny_tokenizer import write_tokenizer
+from tests.integration.test_gateway_process import MODEL, REVISION, script, wait_for
+
+WORD = "é"
+# Health is asked every few milliseconds; a loop that blocks answers late.
+HEALTH_LIMIT_S = 0.1
+HEAL_LIMIT_S = 10.0
+
+
+@dataclass
+class World:
+    """A gateway's process over a real Redis, with one scripted worker."""
+
+    redis: RedisServer
+    worker: ScriptedWorker
+    channel: grpc.aio.Channel
+
+    def generate(self, tokens: int = 60) -> Any:
+        """Begins a call that takes `tokens` / 100 seconds."""
+        stub: Any = gateway_service_pb2_grpc.GatewayServiceStub(self.channel)
+        return stub.Generate(pb.GenerateRequest(text="hi", max_tokens=tokens), metadata=bearer())
+
+    async def ask(self, tokens: int = 4) -> list[pb.GenerateResponse]:
+        """All events of a short call."""
+        return [event async for event in self.generate(tokens)]
+
+    async def write_records(self) -> None:
+        """Writes route and worker as a controller does each second."""
+        store = connect(self.redis.url)
+        routes = RedisRouteStore(store)
+        epoch = time.time_ns() // 1_000_000
+        record = WorkerRecord(
+            "w1", self.worker.address, "i1", 4, draining=False, ready=frozenset({REVISION}), lease_ttl_s=600.0
+        )
+        await routes.write_worker(MODEL, record, 1)
+        await routes.write_route(MODEL, epoch, 1, {REVISION: 1})
+        await store.close()
+
+    async def until_normal(self) -> float:
+        """Asks until an answer is not degraded; returns how long that took."""
+        began_s = time.monotonic()
+        async with asyncio.timeout(HEAL_LIMIT_S):
+            while degraded(await self.ask()):  # noqa: ASYNC110 - only asking tells
+                await asyncio.sleep(0.1)
+        return time.monotonic() - began_s
+
+    async def watch_health(self, delays: list[float]) -> None:
+        """Notes how long each look at the health takes, until it is cancelled."""
+        health: Any = health_pb2_grpc.HealthStub(self.channel)
+        while True:
+            asked_s = time.monotonic()
+            reply = await health.Check(health_pb2.HealthCheckRequest())
+            delays.append(time.monotonic() - asked_s)
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+            await asyncio.sleep(0.02)
+
+
+async def until_serving(channel: grpc.aio.Channel) -> None:
+    """Returns once health says SERVING."""
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    watch = stub.Watch(health_pb2.HealthCheckRequest())
+    async with asyncio.timeout(10):
+        async for reply in watch:
+            if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                break
+    watch.cancel()
+
+
+def degraded(events: list[pb.GenerateResponse]) -> bool:
+    """Whether the slot was lent without Redis."""
+    return next(event.started.degraded for event in events if event.HasField("started"))
+
+
+@pytest.fixture
+async def world(tmp_path: Path, redis_server: RedisServer) -> AsyncIterator[World]:
+    """A gateway that has answered once, and has looked at Redis since."""
+    directory = write_tokenizer(tmp_path / "model")
+    manifest = manifest_of(directory, model=MODEL, revision=REVISION, local_path=str(directory))
+    announce, terminate = tmp_path / "announce.json", asyncio.Event()
+    async with AsyncExitStack() as exits:
+        controller, address = await exits.enter_async_context(scripted_controller(manifest, directory))
+        answer = script(directory, WORD * 400, interval_s=0.01)
+        worker = await exits.enter_async_context(scripted_worker("w1", answer))
+        settings = GatewayConfig(
+            bind="127.0.0.1:0",
+            announce_file=announce,
+            controllers=(address,),
+            redis_url=SecretStr(redis_server.url),
+            cache_dir=tmp_path / "cache",
+            mesh_token=SecretStr(MESH_TOKEN),
+            jwt_secret=SecretStr(SECRET),
+            drain_grace_s=1.0,
+        )
+        task = asyncio.create_task(gateway_main.run(settings, wait=wait_for(terminate)))
+        await controller.wait_heard("activated")
+        told = json.loads(announce.read_text())
+        channel = await exits.enter_async_context(grpc.aio.insecure_channel(told["address"]))
+        found = World(redis_server, worker, channel)
+        await found.write_records()
+        assert not degraded(await found.ask())
+        await until_serving(channel)
+        with redis_server.client() as client:
+            async with asyncio.timeout(10):
+                # The look that shows the breakers has seen the worker just before.
+                while "w1" not in client.hgetall(breakers_of(settings.id)):  # noqa: ASYNC110 - Redis tells nobody
+                    await asyncio.sleep(0.05)
+        yield found
+        terminate.set()
+        await task
+
+
+def kill(world: World) -> None:
+    """SIGKILL."""
+    world.redis.stop()
+
+
+def sleep(world: World) -> None:
+    """SIGSTOP."""
+    os.kill(world.redis.pid, signal.SIGSTOP)
+
+
+def only_read(world: World) -> None:
+    """It believes to be somebody's replica."""
+    with world.redis.client() as client:
+        client.replicaof("127.0.0.1", 1)
+
+
+def fill(world: World) -> None:
+    """It has no memory for another write."""
+    with world.redis.client() as client:
+        client.config_set("maxmemory", 1)
+
+
+async def restart(world: World) -> None:
+    """It begins again, empty; the controller writes its records."""
+    world.redis.start()
+    await world.write_records()
+
+
+async def wake(world: World) -> None:
+    """SIGCONT, after five seconds of sleep in all."""
+    os.kill(world.redis.pid, signal.SIGCONT)
+
+
+async def write_again(world: World) -> None:
+    """It is nobody's replica."""
+    with world.redis.client() as client:
+        client.replicaof("NO", "ONE")
+
+
+async def make_room(world: World) -> None:
+    """Its memory has no bound."""
+    with world.redis.client() as client:
+        client.config_set("maxmemory", 0)
+
+
+@pytest.mark.parametrize(
+    ("harm", "heal", "lasts_s"),
+    [
+        pytest.param(kill, restart, 1.5, id="killed"),
+        pytest.param(sleep, wake, 5.0, id="stopped-for-5-s"),
+        pytest.param(only_read, write_again, 1.5, id="read-only"),
+        pytest.param(fill, make_room, 1.5, id="out-of-memory"),
+    ],
+)
+async def test_redis_fails_and_nobody_is_turned_away(
+    world: World, harm: Any, heal: Any, lasts_s: float
+) -> None:
+    """A stream begun before ends whole, new ones are degraded, health answers, and soon all is as it was."""
+    delays: list[float] = []
+    before = world.generate(300)
+    first = await before.read()
+    watching = asyncio.create_task(world.watch_health(delays))
+    harm(world)
+    harmed_s = time.monotonic()
+    during = await world.ask()
+    assert degraded(during)
+    assert joined(during) == WORD * 2
+    across = world.generate(400)
+    begun = [await across.read()]
+    await asyncio.sleep(max(0.0, lasts_s - (time.monotonic() - harmed_s)))
+    await heal(world)
+    assert await world.until_normal() < HEAL_LIMIT_S
+    for call, events in ((before, [first]), (across, begun)):
+        while (event := await call.read()) is not grpc.aio.EOF:
+            events.append(event)
+        text = joined(events)
+        assert set(text) == {WORD}
+        assert events[-1].HasField("finished")
+    # An assertion in it would show here.
+    assert not watching.done()
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+    assert len(delays) > 20
+    assert sorted(delays)[len(delays) * 99 // 100] < HEALTH_LIMIT_S
+    with world.redis.client() as client:
+        async with asyncio.timeout(HEAL_LIMIT_S):
+            while client.hlen(ModelKeys(MODEL).running("w1")):  # noqa: ASYNC110 - Redis tells nobody
+                await asyncio.sleep(0.05)
+
+
+async def test_an_operator_holds_a_worker_and_the_store(world: World) -> None:
+    """A hold is obeyed within a second or two, shown to the fleet, and ends when it is deleted."""
+    with world.redis.client() as client:
+        client.hset(BREAKER_HOLDS, mapping={"w1": "forced_open", "store": "forced_open"})
+        await until_shown(client, "w1", "forced_open")
+        assert shown(client, "store") == "forced_open"
+        held = world.generate(4)
+        starts = len(world.worker.starts)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                _ = [event async for event in held]
+        assert len(world.worker.starts) == starts
+        client.delete(BREAKER_HOLDS)
+        await until_shown(client, "w1", "closed")
+    await world.until_normal()
+
+
+async def until_shown(client: Any, target: str, state: str) -> None:
+    """Returns once the fleet sees a breaker in a state."""
+    async with asyncio.timeout(5):
+        while shown(client, target) != state:  # noqa: ASYNC110 - Redis tells nobody
+            await asyncio.sleep(0.05)
+
+
+def shown(client: Any, target: str) -> str:
+    """The state of a breaker as the fleet sees it."""
+    text = client.hget(breakers_of("gateway-1"), target)
+    return str(json.loads(text)["state"]) if text else ""

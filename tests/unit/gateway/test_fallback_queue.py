@@ -1,0 +1,222 @@
+"""A queue with a fallback: nobody waits for a store that is gone, and it learns the truth when it is back."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from services.common.errors import QueueFull, StoreUnavailable
+from services.gateway.adapters.breakers import STORE_LIMITS
+from services.gateway.adapters.fallback_queue import FallbackJobQueue
+from services.gateway.adapters.memory_queue import MemoryJobQueue
+from services.gateway.adapters.pybreaker_circuit import Circuit
+from services.gateway.adapters.standby import FleetView, Standby
+from services.gateway.core.breaker import State
+from services.gateway.core.jobs import Band, Grant, Outcome, QueuedJob, Waiting
+from services.gateway.core.queue_limits import QueueLimits
+from services.gateway.core.queue_line import QueueWorker
+from tests.fakes.turned_clock import TurnedClock
+
+MODEL = "m"
+LIMITS = QueueLimits(waiting_jobs_max=3)
+
+
+class FaultyQueue(MemoryJobQueue):
+    """A queue that is gone on cue: before a call, or after it, so that only its answer is lost."""
+
+    down = False
+    loses_answers = False
+
+    def __getattribute__(self, name: str) -> object:
+        """Every verb of the queue may fail; the rest is as it is."""
+        found = super().__getattribute__(name)
+        verbs = {"enqueue", "renew", "settle", "requeue", "refused", "register", "cancel", "reap", "length"}
+        return self._faulty(found) if name in verbs else found
+
+    def _faulty(self, call: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
+        async def attempt(*args: object, **fields: object) -> object:
+            if self.down:
+                raise StoreUnavailable("gone")
+            answer = await call(*args, **fields)
+            if self.loses_answers:
+                raise StoreUnavailable("no answer")
+            return answer
+
+        return attempt
+
+
+class World:
+    """A queue over a faulty store, with one worker of two slots that two gateways share."""
+
+    def __init__(self) -> None:
+        self.clock = TurnedClock()
+        self.standby = Standby(self.clock, LIMITS)
+        self.circuit = Circuit("store", STORE_LIMITS, self.clock, lambda _: None)
+        worker = QueueWorker("w1", "127.0.0.1:1", 2, frozenset({"r1"}))
+        self.store = FaultyQueue(self.clock, LIMITS)
+        self.fill(self.store, worker)
+        self.standby.remember(MODEL, FleetView(1, {"r1": 1}, [worker], {"w1": "i1"}, 2))
+        self.queue = FallbackJobQueue(self.store, self.standby, self.circuit, self.clock)
+        self.heard: list[Grant] = []
+        self.queue.on_grant(self.heard.append)
+
+    @staticmethod
+    def fill(queue: MemoryJobQueue, worker: QueueWorker) -> None:
+        """Lets the queue grant the worker's slots."""
+        queue.set_route(MODEL, 1, {"r1": 1})
+        queue.set_worker(MODEL, worker)
+
+    async def come_back(self, *, empty: bool) -> None:
+        """The store answers again, as it was or without any job; the next renewal finds it."""
+        self.store.down = self.store.loses_answers = False
+        if empty:
+            self.store._lines[MODEL].jobs.clear()
+        self.clock.turn(1)
+
+    def at_store(self) -> dict[str, str]:
+        """What the store knows: the job's nonce, or empty while it waits."""
+        jobs = self.store._lines[MODEL].jobs
+        return {name: "" if entry.grant is None else entry.grant.nonce for name, entry in jobs.items()}
+
+
+@pytest.fixture
+def world() -> World:
+    """A world in which all is well."""
+    return World()
+
+
+def job(name: str) -> QueuedJob:
+    """A job with plain values."""
+    return QueuedJob(name, MODEL, "alice", Band.INTERACTIVE, 10, 60.0, f"s-{name}")
+
+
+async def granted(world: World, name: str) -> Grant:
+    """Enqueues a job that gets a slot at once."""
+    answer = await world.queue.enqueue(job(name))
+    assert isinstance(answer, Grant)
+    return answer
+
+
+async def test_while_the_store_answers_nothing_is_degraded(world: World) -> None:
+    """Grants are the store's own; the book is empty once all has ended."""
+    grant = await granted(world, "a")
+    assert not grant.degraded
+    await world.queue.settle(MODEL, "a", grant.nonce, Outcome.FINISHED, 10)
+    await world.queue.enqueue(job("b"))
+    await world.queue.cancel(MODEL, "b", "s-b")
+    assert not tuple(world.queue._book)
+    assert world.at_store() == {}
+
+
+async def test_a_new_job_is_served_at_once_when_the_store_is_gone(world: World) -> None:
+    """The very call that finds it out is answered with a degraded grant; the store is not asked again."""
+    world.store.down = True
+    grant = await granted(world, "a")
+    assert grant.degraded
+    assert world.circuit.breaker.state is State.OPEN
+    world.store.down = False
+    assert isinstance(await world.queue.enqueue(job("b")), Waiting)
+    assert world.at_store() == {}
+
+
+async def test_its_own_queue_is_bounded_and_lends_its_share(world: World) -> None:
+    """Of two slots that two gateways share it lends one; three jobs wait, and the next is refused."""
+    world.store.down = True
+    await granted(world, "a")
+    for name in "bcd":
+        assert isinstance(await world.queue.enqueue(job(name)), Waiting)
+    with pytest.raises(QueueFull):
+        await world.queue.enqueue(job("e"))
+    assert len(tuple(world.queue._book)) == 4
+
+
+async def test_running_jobs_keep_their_slots_and_waiting_ones_their_turn(world: World) -> None:
+    """Two run and one waits as the store goes: the slots are not lent twice, and the third gets the first."""
+    first, second = await granted(world, "a"), await granted(world, "b")
+    await world.queue.enqueue(job("c"))
+    world.store.down = True
+    renewal = await world.queue.renew(MODEL, {"a": first.nonce, "b": second.nonce}, frozenset("c"))
+    assert (renewal.lost, list(renewal.waiting)) == (frozenset(), ["c"])
+    await world.queue.settle(MODEL, "a", first.nonce, Outcome.FINISHED, 10)
+    assert not world.heard
+    await world.queue.settle(MODEL, "b", second.nonce, Outcome.FINISHED, 10)
+    (grant,) = world.heard
+    assert (grant.job_id, grant.degraded) == ("c", True)
+
+
+@pytest.mark.parametrize("empty", [True, False], ids=["empty", "as-it-was"])
+async def test_the_store_learns_the_truth_when_it_is_back(world: World, empty: bool) -> None:  # noqa: FBT001 - a parameter of the table
+    """One job ran before, one began meanwhile, one waits, one ended: it knows the others."""
+    before = await granted(world, "a")
+    ended = await granted(world, "e")
+    world.store.down = True
+    await world.queue.settle(MODEL, "e", ended.nonce, Outcome.FINISHED, 10)
+    await world.queue.requeue(MODEL, "a", before.nonce, emitted=True)
+    world.clock.turn(0.8)
+    during = next((grant for grant in world.heard if grant.job_id == "a"), None)
+    during = during or (await world.queue.renew(MODEL, {}, frozenset("a"))).granted[0]
+    assert during.degraded
+    await world.queue.enqueue(job("w"))
+    await world.come_back(empty=empty)
+    renewal = await world.queue.renew(MODEL, {"a": during.nonce}, frozenset("w"))
+    assert not world.queue.degraded
+    assert renewal.lost == frozenset()
+    known = world.at_store()
+    assert known["a"] == during.nonce
+    assert set(known) == {"a", "w"}
+    # The store has a second slot: what waited here runs there now.
+    assert known["w"] == world.heard[-1].nonce
+    assert not world.heard[-1].degraded
+
+
+async def test_a_call_whose_answer_was_lost_is_undone(world: World) -> None:
+    """The store granted a slot that nobody heard of; the job runs there once, under its own grant."""
+    world.store.loses_answers = True
+    grant = await granted(world, "a")
+    assert grant.degraded
+    assert world.at_store()["a"] != grant.nonce
+    await world.come_back(empty=False)
+    renewal = await world.queue.renew(MODEL, {"a": grant.nonce}, frozenset())
+    assert renewal.lost == frozenset()
+    assert world.at_store() == {"a": grant.nonce}
+    await world.queue.settle(MODEL, "a", grant.nonce, Outcome.FINISHED, 10)
+    assert world.at_store() == {}
+
+
+async def test_it_comes_back_by_itself_and_not_before_the_sleep_is_over(world: World) -> None:
+    """A renewal at once does not ask; one after the sleep does; one that is still gone is left alone."""
+    world.store.down = True
+    await granted(world, "a")
+    world.store.down = False
+    await world.queue.renew(MODEL, {}, frozenset())
+    assert world.queue.degraded
+    world.store.down = True
+    world.clock.turn(1)
+    await world.queue.renew(MODEL, {}, frozenset())
+    assert world.queue.degraded
+    await world.come_back(empty=True)
+    await world.queue.renew(MODEL, {}, frozenset())
+    assert not world.queue.degraded
+
+
+async def test_without_knowledge_there_is_no_fallback(world: World) -> None:
+    """A gateway that never saw a worker of a model refuses, as it cannot lend anything."""
+    world.store.down = True
+    other = QueuedJob("a", "other", "alice", Band.INTERACTIVE, 10, 60.0, "s")
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable):
+            await world.queue.enqueue(other)
+    assert not tuple(world.queue._book)
+
+
+async def test_an_operator_may_keep_the_store_out(world: World) -> None:
+    """Forced open: degraded though the store is well, until it is released."""
+    world.circuit.force(State.FORCED_OPEN)
+    assert (await granted(world, "a")).degraded
+    world.clock.turn(60)
+    await world.queue.renew(MODEL, {}, frozenset())
+    assert world.queue.degraded
+    world.circuit.force(State.CLOSED)
+    await world.queue.renew(MODEL, {}, frozenset())
+    assert not world.queue.degraded
