@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import sys
 
+import uvloop
 from interlock.http.v1 import http_service_pb2_grpc
 from interlock.v1 import gateway_service_pb2_grpc
 
 from services.common import announce, config, ids, logs, redis_client, server
 from services.common.clock import Clock
 from services.common.system_clock import SystemClock
+from services.common.token_cache import TokenCache
 from services.common.tokens import SecretWeak, TokenVerifier
 from services.gateway.adapters.controller_link import ControllerLink, Membership
 from services.gateway.adapters.grpc_worker import GrpcWorkerPool
@@ -31,6 +34,9 @@ SERVICES = ("interlock.v1.GatewayService", "interlock.http.v1.GatewayHttpService
 
 # After the drain only probes and refused calls are left.
 STOP_GRACE_S = 1.0
+# A request makes a few hundred objects, most of which end with it: Python's default would look through them
+# with every other request, for a tenth of the processor's time.
+GC_THRESHOLDS = (50_000, 20, 50)
 # How often health looks whether a request could be answered.
 HEALTH_LOOK_S = 0.2
 
@@ -75,7 +81,7 @@ async def _serve(settings: GatewayConfig, queue: JobQueue, clock: Clock, wait: s
     workers = GrpcWorkerPool(settings.id, settings.mesh_token.get_secret_value(), clock)
     dispatcher = _dispatcher(settings, queue, workers, clock, catalog)
     reception = Reception(
-        _verifier(settings, clock),
+        TokenCache(_verifier(settings, clock), clock.now),
         catalog,
         dispatcher,
         DeadlineLimits(settings.deadline_default_s, settings.deadline_max_s),
@@ -179,8 +185,10 @@ def main() -> None:
     """Runs the gateway until SIGTERM; ends with 2 when its settings cannot be used."""
     settings = config.from_command_line(GatewayConfig, "gateway")
     logs.configure("gateway", settings.id, level=settings.log_level)
+    gc.set_threshold(*GC_THRESHOLDS)
     try:
-        asyncio.run(run(settings))
+        # It takes a fifth of the processor's time off a request: where the loop meets gRPC and Redis.
+        uvloop.run(run(settings))
     except (SecretWeak, config.ConfigInvalid, server.PortTaken) as error:
         print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - told before any log is read
         sys.exit(2)

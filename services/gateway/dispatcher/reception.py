@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 
 from services.common import ids, logs
 from services.common.errors import ArgumentInvalid, Draining
-from services.common.tokens import TokenVerifier, bearer_token
+from services.common.token_cache import Verifier
+from services.common.tokens import bearer_token
 from services.gateway.core import validation
 from services.gateway.core.catalog import Catalog, CatalogEntry
 from services.gateway.core.jobs import Principal
@@ -70,7 +71,7 @@ class Reception:
 
     def __init__(
         self,
-        verifier: TokenVerifier,
+        verifier: Verifier,
         catalog: Catalog,
         dispatcher: Dispatcher,
         deadlines: DeadlineLimits,
