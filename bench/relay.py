@@ -1,12 +1,12 @@
 """What a gateway costs: its tokens/s and requests/s beside those of a bare relay, and the TTFT that it adds.
 
-    python -m bench.relay [--model DIRECTORY] [--rounds 5] [--json]
+    python -m bench.relay [--model DIRECTORY] [--rounds 5] [--check]
 
-Everything runs on this machine: a source of tokens, a relay that hands streams on and does nothing else, and a
-gateway with authentication, its queue in Redis and detokenization; one client drives both in turns. A token is a
-message at the source. Where the gateway merges tokens that came while a client was written to, fewer messages
-reach the client: both are counted, and the ratio of messages is the stricter one. Processor time is that of the
-relay's and the gateway's process; it does not depend on what else the machine does.
+Everything runs on this machine: a source of tokens, a relay that hands streams on and does nothing else, and
+a gateway with authentication, its queue in Redis and detokenization; one client drives both in turns. The
+relay gets a token a message, the gateway a message a step for all its streams, as from a worker. Where the
+gateway merges tokens that came while a client was written to, fewer messages reach the client: both are
+counted. Processor time is that of the relay's and the gateway's own process.
 """
 
 from __future__ import annotations
@@ -234,7 +234,9 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and prints; returns 1 where a goal is missed and `--check` asks for it."""
     parser = argparse.ArgumentParser(
-        prog="interlock bench relay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="interlock bench relay",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", type=Path, help="directory with tokenizer.json (a small tokenizer)")
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,4 +1,4 @@
-"""The world of `bench.relay`: a source, a bare relay and a gateway with its Redis, each a process of its own."""
+"""The world of `bench.relay`: a source, a bare relay, and a gateway with its Redis, each its own process."""
 
 from __future__ import annotations
 
