@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,6 +24,7 @@ from redis.exceptions import NoScriptError, RedisError
 
 from services.common.config import ConfigInvalid
 from services.common.errors import StoreUnavailable
+from services.common.redis_batch import RedisBatcher
 
 Client: TypeAlias = Redis | RedisCluster
 
@@ -31,7 +32,7 @@ Client: TypeAlias = Redis | RedisCluster
 SOCKET_TIMEOUT_S = 1.0
 # A call with its one repetition on a fresh connection, and its wait for a connection, ends within this.
 CALL_TIMEOUT_S = 2.0
-# Scripts run one after another anyway; more connections only lengthen the line inside Redis.
+# Redis runs one call after another anyway; more connections only lengthen the line inside it.
 CALLS_AT_ONCE_MAX = 32
 # Finds a connection that a firewall has forgotten.
 HEALTH_CHECK_INTERVAL_S = 10
@@ -64,6 +65,8 @@ class RedisStore:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._calls = asyncio.Semaphore(CALLS_AT_ONCE_MAX)
+        # A cluster's client finds the node of each call by itself.
+        self._batcher = RedisBatcher(client) if isinstance(client, Redis) else None
 
     async def run_script(self, script: Script, keys: Sequence[str], args: Iterable[str | int | float]) -> Any:
         """Runs a script and returns its reply, with text for bytes.
@@ -73,11 +76,11 @@ class RedisStore:
         Raises:
             StoreUnavailable: Redis cannot be reached, did not answer in time, or refused.
         """
-        return await self._call(lambda: self._evaluate(script, [*keys, *args], len(keys)))
+        return await self._told(self._evaluate(script, [*keys, *args], len(keys)))
 
     async def fetch(self, *command: str) -> Any:
         """Runs a command that only reads, and returns its reply. Raises StoreUnavailable as `run_script`."""
-        return await self._call(lambda: self._client.execute_command(*command))
+        return await self._told(self._execute(*command))
 
     async def open_pubsub(self) -> PubSub:
         """Returns a subscription on a connection of its own; the caller closes it.
@@ -91,18 +94,27 @@ class RedisStore:
 
     async def close(self) -> None:
         """Closes all connections."""
+        if self._batcher is not None:
+            await self._batcher.close()
         await self._client.aclose()
 
     async def _evaluate(self, script: Script, values: list[str | int | float], key_count: int) -> Any:
         try:
-            return await self._client.execute_command("EVALSHA", script.sha1, key_count, *values)
+            return await self._execute("EVALSHA", script.sha1, key_count, *values)
         except NoScriptError:
-            return await self._client.execute_command("EVAL", script.text, key_count, *values)
+            return await self._execute("EVAL", script.text, key_count, *values)
 
-    async def _call(self, call: Callable[[], Awaitable[Any]]) -> Any:
+    async def _execute(self, *command: str | float) -> Any:
+        if self._batcher is not None:
+            return await self._batcher.call(*command)
+        async with self._calls:
+            return await self._client.execute_command(*command)
+
+    async def _told(self, call: Coroutine[Any, Any, Any]) -> Any:
+        """Awaits a call for as long as one may take; what goes wrong with Redis becomes our error."""
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S), self._calls:
-                return await call()
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                return await call
         except (RedisError, OSError, TimeoutError) as error:
             raise StoreUnavailable(
                 "The queue's store does not answer. Try again in a moment.", retry_after_s=RETRY_AFTER_S

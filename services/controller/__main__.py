@@ -54,7 +54,7 @@ async def run(
     clock = clock or SystemClock()
     redis = redis_client.connect(settings.redis_url.get_secret_value())
     try:
-        tokens = trust.build(settings, clock, redis)
+        tokens = trust.build(settings, clock, redis if store is None else None)
         catalog = await _register(settings, clock)
         coordinator = Coordinator(
             catalog,

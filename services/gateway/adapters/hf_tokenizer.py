@@ -18,11 +18,17 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from services.common.errors import ArgumentInvalid, ArtifactInvalid
-from services.gateway.adapters.chat_template import ChatTemplate
+from services.gateway.adapters.chat_template import RENDER_LIMIT_S, ChatTemplate
 from services.gateway.core.params import Message
 
 # Tokenizing a prompt of 1 MiB takes about a second of one core: more at once would starve the event loop.
 ENCODINGS_AT_ONCE = 4
+
+# A short prompt is encoded within half a millisecond: waking a thread for it, which then fights the event
+# loop for the interpreter, delays everybody for longer.
+BRIEF_CHARS_MAX = 1_000
+# A template that takes longer over a short prompt does its work in a thread from then on.
+BRIEF_RENDER_LIMIT_S = 0.005
 
 # Characters that no text uses by agreement; the first that a conversation does not contain breaks tokens.
 _PRIVATE = range(0xE000, 0xF8FF)
@@ -48,6 +54,7 @@ class HfTokenizer:
         names = sorted(self._specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
         self._turn = asyncio.Semaphore(ENCODINGS_AT_ONCE)
+        self._is_slow = False
 
     @classmethod
     def load(cls, directory: Path) -> HfTokenizer:
@@ -74,6 +81,14 @@ class HfTokenizer:
 
     async def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """See `Tokenizer.encode`."""
+        if (
+            not self._is_slow
+            and sum(len(turn.role) + len(turn.content) for turn in messages) <= BRIEF_CHARS_MAX
+        ):
+            ids = self._encode_within(messages, BRIEF_RENDER_LIMIT_S)
+            if ids is not None:
+                return ids
+            self._is_slow = True
         async with self._turn:
             return await asyncio.to_thread(self.encode_now, messages)
 
@@ -83,18 +98,27 @@ class HfTokenizer:
         Raises:
             ArgumentInvalid: The template refuses the conversation, or there is none for more than a text.
         """
-        if self._template is None:
-            return self._encode_plain(messages)
-        guard, broken = self._break_specials(messages)
-        rendered = self._template.render(broken)
-        if guard is None:
-            # Nobody typed a special token: one call, which is right for every kind of tokenizer.
-            return tuple(self._tokenizer.encode(rendered, add_special_tokens=False).ids)
-        return tuple(self._encode_pieces(rendered, guard))
+        ids = self._encode_within(messages, RENDER_LIMIT_S)
+        if ids is None:
+            raise ArgumentInvalid("messages: the model's chat template took too long over them.")
+        return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def _encode_within(self, messages: Sequence[Message], limit_s: float) -> tuple[int, ...] | None:
+        """The ids; None where the template takes longer than `limit_s`."""
+        if self._template is None:
+            return self._encode_plain(messages)
+        guard, broken = self._break_specials(messages)
+        rendered = self._template.render_within(broken, limit_s)
+        if rendered is None:
+            return None
+        if guard is None:
+            # Nobody typed a special token: one call, which is right for every kind of tokenizer.
+            return tuple(self._tokenizer.encode(rendered, add_special_tokens=False).ids)
+        return tuple(self._encode_pieces(rendered, guard))
 
     def _encode_plain(self, messages: Sequence[Message]) -> tuple[int, ...]:
         if len(messages) != 1:

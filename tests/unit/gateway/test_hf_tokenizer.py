@@ -156,3 +156,18 @@ def test_what_templates_in_use_do_with_text_still_works() -> None:
     """Concatenation in both spellings, numbers among them, and bounded replacement."""
     source = "{{ 'a' ~ 1 ~ none }} {{ 'b' + 'c' }} {{ 'xyx'.replace('x', '-') }} {{ 'q'|replace('q', 'r') }}"
     assert ChatTemplate(source, {}).render(user("hi")) == "a1None bc -y- r"
+
+
+async def test_a_short_prompt_is_encoded_at_once_and_a_slow_template_goes_to_a_thread(tmp_path: Path) -> None:
+    """The loop is not left for a short prompt; a template that takes long over one is not run on it again."""
+    quick = HfTokenizer.load(write_tokenizer(tmp_path / "quick"))
+    with pytest.raises(StopIteration) as ended:
+        quick.encode(user("hello")).send(None)
+    assert ended.value.value == quick.encode_now(user("hello"))
+    loops = "{% for a in range(1000) %}{% for b in range(200) %}{% endfor %}{% endfor %}"
+    slow = HfTokenizer.load(write_tokenizer(tmp_path / "slow", template=loops + TEMPLATE))
+    for _ in range(2):
+        assert await slow.encode(user("hello")) == quick.encode_now(user("hello"))
+    asked_of_the_loop = slow.encode(user("hello"))
+    assert asked_of_the_loop.send(None) is not None
+    asked_of_the_loop.close()
