@@ -10,6 +10,7 @@ maps them.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -76,6 +77,8 @@ class TorchLoader:
         library_logs.set_verbosity(logging.CRITICAL)
         library_logs.disable_progress_bar()
         logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+        # What all decoders of the library share takes a second to import: better now than at the first model.
+        importlib.import_module("transformers.models.llama.modeling_llama")
 
     def verify(self, directory: Path, spec: RevisionSpec) -> None:
         """See `RevisionLoader.verify`."""

@@ -16,7 +16,7 @@ from services.worker.adapters.lean_runner import LeanRunner
 from services.worker.adapters.stored_forms import StoredForms
 from services.worker.adapters.torch_loader import TorchLoader, TorchSettings
 from services.worker.adapters.torch_runner import TorchRunner
-from services.worker.core.batch import Batch, Chunk
+from services.worker.core.batch import Batch, Chunk, Decode, Draw
 from services.worker.core.ports import LoadWatch
 from services.worker.core.revision import (
     ComputeDtype,
@@ -26,6 +26,7 @@ from services.worker.core.revision import (
     RevisionFile,
     RevisionSpec,
 )
+from services.worker.core.sequence import Sampling
 from tests.fakes import tiny_models
 
 PROMPT = tuple(range(3, 40))
@@ -116,6 +117,27 @@ def test_a_mapped_start_says_what_the_first_one_said(
     stored = (tmp_path / "forms").exists()
     assert stored is not (name == "phi")
     assert not stored or set(stages[1]) == {LoadStage.MAP}
+
+
+def anonymous_kb(path: Path) -> int:
+    """Memory of this process that was copied from a mapped file; raises where it has not mapped it."""
+    blocks = Path("/proc/self/smaps").read_text().split(f"{path}\n")[1:]
+    assert blocks
+    return sum(int(block.split("Anonymous:")[1].split()[0]) for block in blocks)
+
+
+@pytest.mark.parametrize("quantization", [Quantization.NONE, Quantization.INT8, Quantization.NF4])
+def test_mapped_weights_are_never_copied(quantization: Quantization, tmp_path: Path) -> None:
+    """After prefill and decode all pages of the form are still the file's, which workers share."""
+    directory, spec = made(tmp_path / "model")
+    model = directory, replace(spec, quantization=quantization, compute_dtype=ComputeDtype.BF16)
+    load(model, tmp_path / "forms")
+    runner = load(model, tmp_path / "forms")
+    logits(runner)
+    with torch.inference_mode():
+        runner.decode([Decode(0, len(PROMPT), 5, Draw(Sampling(), 0, 0))])
+    files = [*(tmp_path / "forms").glob("*/*.safetensors")]
+    assert {anonymous_kb(file) for file in files} == {0}
 
 
 def truncate(forms: Path) -> None:
