@@ -120,7 +120,7 @@ def worker(
     home: Home, number: int, bind: str, controllers: str, plan: MeshPlan, shared: Mapping[str, str]
 ) -> ServicePart:
     """A worker; `controllers` is a JSON list of addresses."""
-    settings = {"controllers": controllers, "cache_dir": str(home.cache / f"worker-{number}")}
+    settings = {"controllers": controllers, "cache_dir": str(home.cache / "workers")}
     if plan.workers > 1 and "INTERLOCK_WORKER_THREADS" not in os.environ:
         # Two models that each take every core are slower than two that share them.
         cores = len(os.sched_getaffinity(0))

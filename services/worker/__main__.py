@@ -73,6 +73,7 @@ class _Process:
         self.clock = clock
         self._die = die
         self._changes: set[asyncio.Task[None]] = set()
+        self._abandoned = False
         self.link: ControllerLink | None = None
         self.preparation: Preparation | None = None
         self.formats: FormatLibrary | None = None
@@ -163,15 +164,18 @@ class _Process:
                 await self.engine.drained()
 
     async def close(self) -> None:
-        """Ends the engine and the server."""
+        """Ends the engine and the server; at last the process, where a thread does not let go."""
         if self.preparation is not None:
-            await self.preparation.stop()
+            self._abandoned = not await self.preparation.stop()
         await self.engine.stop()
         if self.formats is not None:
             await self.formats.close()
         await self.server.grpc_server.stop(STOP_GRACE_S)
         await asyncio.gather(*self._changes)
         self.exposition.close()
+        if self._abandoned:
+            logs.get_logger().info("process.stopped", abandoned="a load")
+            self._die(0)
 
     def _on_fatal(self, cause: str) -> None:
         self.refuse_new_work()

@@ -25,9 +25,14 @@ class WorkerConfig:
     controllers: Annotated[
         tuple[str, ...], Field(min_length=1, description="host:port of each controller.")
     ] = ("127.0.0.1:50052",)
-    cache_dir: Annotated[Path, Field(description="Where downloaded revisions are kept.")] = Path(
-        ".interlock/cache"
-    )
+    # The workers of a host share it: they map the same files, and so hold one copy of the weights.
+    cache_dir: Annotated[
+        Path, Field(description="Where downloaded revisions are kept, and weights in their final layout.")
+    ] = Path(".interlock/cache")
+    # Room for two models of a size that a machine without a data centre around it can serve.
+    cache_forms_bytes: Annotated[
+        int, Field(ge=0, description="Most bytes of weights in their final layout; 0: none are stored.")
+    ] = 64 << 30
     mesh_token: Annotated[
         SecretStr, Field(min_length=MESH_TOKEN_CHARS_MIN, description="Join token of the mesh.")
     ]

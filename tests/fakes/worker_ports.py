@@ -10,8 +10,8 @@ from pathlib import Path
 from services.common.errors import ArtifactInvalid
 from services.worker.core.batch import Batch, Choice, Chunk, Decode
 from services.worker.core.format import Constraint, Format
-from services.worker.core.ports import ModelRunner, Progress
-from services.worker.core.revision import ModelFacts, RevisionSpec
+from services.worker.core.ports import LoadWatch, ModelRunner, Progress, unwatched
+from services.worker.core.revision import LoadStage, ModelFacts, RevisionSpec
 from services.worker.core.scheduler import NO_TOKEN
 
 VOCABULARY = 1_000
@@ -170,6 +170,9 @@ class FakeLoader:
         error: Raised by `load` when set.
         runners: What was loaded.
         facts: Of the runners.
+        told: What a load tells its watch.
+        gate: When set to an event, a load waits for it before it goes on telling.
+        entered: A load has begun.
     """
 
     def __init__(self, facts: ModelFacts = FACTS) -> None:
@@ -177,14 +180,27 @@ class FakeLoader:
         self.error: Exception | None = None
         self.runners: list[FakeRunner] = []
         self.facts = facts
+        self.told: list[tuple[LoadStage, int, int]] = []
+        self.gate: threading.Event | None = None
+        self.entered = threading.Event()
 
     def verify(self, directory: Path, spec: RevisionSpec) -> None:  # noqa: ARG002 - the port's signature
         """See `RevisionLoader.verify`."""
         if self.flaw:
             raise ArtifactInvalid(self.flaw)
 
-    def load(self, directory: Path, spec: RevisionSpec) -> ModelRunner:  # noqa: ARG002 - as above
+    def load(
+        self,
+        directory: Path,  # noqa: ARG002 - as above
+        spec: RevisionSpec,  # noqa: ARG002 - as above
+        watch: LoadWatch = unwatched,
+    ) -> ModelRunner:
         """See `RevisionLoader.load`."""
+        self.entered.set()
+        for one in self.told:
+            if self.gate is not None:
+                self.gate.wait(30)
+            watch(*one)
         if self.error is not None:
             raise self.error
         self.runners.append(FakeRunner(self.facts))

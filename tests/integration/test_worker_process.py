@@ -35,6 +35,7 @@ from services.common.credential import mesh_metadata
 from services.common.system_clock import SystemClock
 from services.worker.__main__ import Compute, run, torch_compute
 from services.worker.config import WorkerConfig
+from services.worker.core.revision import LoadStage
 from tests.fakes import tiny_models
 from tests.fakes.worker_ports import FakeLoader, continuation
 
@@ -348,7 +349,8 @@ async def test_a_real_tiny_model_is_fetched_loaded_and_served(
     assert (await script.hear("ready")).weights_bytes > 0
     await script.activate(9)
     assert len(await generate(address, (5, 6, 7), 5)) <= 5
-    assert (tmp_path / "cache").exists() is not local
+    assert (tmp_path / "cache" / "revisions").exists() is not local
+    assert [*(tmp_path / "cache" / "forms").iterdir()]
     await worker.stop()
 
 
@@ -407,6 +409,47 @@ async def test_a_real_process_ends_with_zero_on_sigterm(tmp_path: Path) -> None:
     events = [json.loads(line)["event"] for line in errors.decode().splitlines()]
     assert events[0] == "process.started"
     assert events[-1] == "process.stopped"
+
+
+async def test_a_load_tells_its_stages_and_bytes(
+    controller: tuple[ScriptedController, str], tmp_path: Path
+) -> None:
+    """Progress moves while weights are loaded, and Ready has the time of each stage beside the phases."""
+    script, controller_address = controller
+    loader = FakeLoader()
+    loader.told = [(LoadStage.QUANTIZE, 0, 30), (LoadStage.QUANTIZE, 20, 30), (LoadStage.MAP, 5, 5)]
+    worker = Worker(config_for(tmp_path, controller_address), lambda _: Compute((), loader))
+    await script.prepare(model_pb2.Manifest(model="m", revision="r1"))
+    progress = await script.hear("progress")
+    while (progress.phase, progress.done_bytes) != (worker_pb2.REVISION_PHASE_LOAD, 5):
+        progress = await script.hear("progress")
+    ready = await script.hear("ready")
+    assert set(ready.phases) == {"fetch", "verify", "load", "warm", "quantize", "map"}
+    stages = [ready.phases[name].ToNanoseconds() for name in ("quantize", "map")]
+    assert sum(stages) <= ready.phases["load"].ToNanoseconds()
+    await worker.stop()
+
+
+@pytest.mark.parametrize("listens", [True, False], ids=["halts", "is abandoned"])
+async def test_a_load_does_not_hold_up_the_end(
+    controller: tuple[ScriptedController, str], tmp_path: Path, *, listens: bool
+) -> None:
+    """A load ends where it next tells how far it is; the process ends without one that does not."""
+    script, controller_address = controller
+    loader = FakeLoader()
+    loader.gate = threading.Event()
+    loader.told = [(LoadStage.QUANTIZE, done, 1_000) for done in range(1_000)]
+    worker = Worker(config_for(tmp_path, controller_address), lambda _: Compute((), loader))
+    await script.prepare(model_pb2.Manifest(model="m", revision="r1"))
+    assert await asyncio.to_thread(loader.entered.wait, 10)
+    stopping = asyncio.create_task(worker.stop())
+    if listens:
+        await asyncio.sleep(0)
+        loader.gate.set()
+    await stopping
+    assert worker.died == ([] if listens else [0])
+    assert not loader.runners
+    loader.gate.set()
 
 
 async def test_a_retired_revision_is_closed_and_forgotten(

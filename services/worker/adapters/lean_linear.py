@@ -95,18 +95,22 @@ class Int8Linear:
     """LLM.int8: integers for all but the outliers, which have more bits and a scale of their own.
 
     Args:
-        weight: `[outputs, inputs]`, of any floating type.
+        weight: `[outputs, inputs]`, of any floating type, or int8 with its scales.
         bias: `[outputs]`, or None.
+        scales: Of each output, `[outputs]`; None: the weight is quantized here.
         threshold: From which magnitude on an input is an outlier.
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, *, threshold: float = OUTLIER_THRESHOLD
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        scales: torch.Tensor | None = None,
+        threshold: float = OUTLIER_THRESHOLD,
     ) -> None:
-        wide = weight.float()
-        self._scales = wide.abs().amax(1).clamp_(min=TINY).div_(INT8_MAX)
-        # Not in place: the module that the weight belongs to is still wanted, for the probe.
-        self._weight = (wide / self._scales.unsqueeze(1)).round_().to(torch.int8)
+        # Integers are used as they are: they may be pages of a file that other workers share.
+        self._weight, self._scales = quantized(weight) if scales is None else (weight, scales)
         self._turned = self._weight.t()
         self._bias = None if bias is None else bias.float()
         self._threshold = threshold
@@ -177,6 +181,13 @@ class Int8Linear:
 
     def _gathered(self, columns: torch.Tensor) -> torch.Tensor:
         return self._weight.index_select(1, columns).float().t().contiguous()
+
+
+def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight `[outputs, inputs]` as int8, and the scale of each output; the weight is left as it is."""
+    wide = weight.float()
+    scales = wide.abs().amax(1).clamp_(min=TINY).div_(INT8_MAX)
+    return (wide / scales.unsqueeze(1)).round_().to(torch.int8), scales
 
 
 def _integer_product(rows: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:

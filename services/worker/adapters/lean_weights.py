@@ -1,13 +1,20 @@
-"""Weights of the lean forward. Owns: which models it serves, and how a loaded module becomes one."""
+"""Weights of the lean forward. Owns: which models it serves, and the layout of their tensors.
+
+A loaded module becomes a stream of named tensors, fused and quantized layer by layer; the same tensors,
+mapped from a file or fresh from the stream, become a decoder without another copy.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import ctypes
+import mmap
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 
 from services.worker.adapters.lean_decoder import Heads, Layer, LeanDecoder, Turns
-from services.worker.adapters.lean_linear import Int8Linear, Linear, Norm, PlainLinear
+from services.worker.adapters.lean_linear import Int8Linear, Linear, Norm, PlainLinear, quantized
 
 # What the decoder was written for, and is tested with. Others run as the library's modules.
 KINDS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -15,13 +22,11 @@ KINDS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 # Rotations whose frequencies do not depend on the length of the sequence.
 ROTATIONS = frozenset({"default", "linear", "llama3", "yarn"})
 
+Named = Iterator[tuple[str, torch.Tensor]]
+"""Tensors with their names, each made when it is asked for."""
 
-class MakeLinear(Protocol):
-    """Makes a linear layer of a weight `[outputs, inputs]` and a bias."""
-
-    def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        """Returns the layer; the weight may be used up."""
-        ...
+Progress = Callable[[int, int], None]
+"""Is told how many bytes are done, of how many; what it raises ends the work."""
 
 
 def serves(config: Any) -> bool:
@@ -39,58 +44,116 @@ def serves(config: Any) -> bool:
     )
 
 
-def plain_decoder(module: Any, dtype: torch.dtype) -> LeanDecoder:
-    """The decoder in `dtype`, of a module in that type."""
-    return _decoder(module, dtype, PlainLinear, PlainLinear)
+def tensors_of(module: Any, dtype: torch.dtype, progress: Progress, *, int8: bool) -> Named:
+    """The tensors of a decoder in their final layout, of a loaded module.
 
-
-def int8_decoder(module: Any) -> LeanDecoder:
-    """The decoder in LLM.int8 with single precision around it.
-
-    The product with the vocabulary is int8 as well. There outliers count: without them apart the
-    perplexity of SmolLM2-135M rises by another per cent.
+    Args:
+        module: The module; for plain weights in `dtype`.
+        dtype: Of activations.
+        progress: Is told the bytes of the module that are done.
+        int8: LLM.int8, with single precision around it. The product with the vocabulary is int8 as well.
+            There outliers count: without them apart the perplexity of SmolLM2-135M rises by another per cent.
     """
-    return _decoder(module, torch.float32, Int8Linear, Int8Linear)
+    model, config = module.model, module.config
+    linear = _int8 if int8 else _plain
+    total = sum(parameter.nbytes for parameter in module.parameters())
+    done = 0
+    for number, layer in enumerate(model.layers):
+        progress(done, total)
+        if number + 1 < len(model.layers):
+            _read_ahead(model.layers[number + 1])
+        for name, tensor in _layer_tensors(layer, heads_of(config), dtype, linear):
+            yield f"layers.{number}.{name}", tensor
+        done += sum(parameter.nbytes for parameter in layer.parameters())
+    yield "norm", model.norm.weight.detach().to(dtype)
+    embedding, head = model.embed_tokens.weight.detach(), module.lm_head
+    yield "embedding", embedding
+    # A head that is the embedding is one tensor, unless integers make another of it.
+    if int8 or head.weight.data_ptr() != embedding.data_ptr():
+        yield from linear("head", head.weight.detach(), _detached(head.bias))
+    yield "turns.frequencies", model.rotary_emb.inv_freq.float()
+    yield "turns.scaling", torch.tensor(float(model.rotary_emb.attention_scaling), dtype=torch.float64)
+    progress(total, total)
 
 
-def _decoder(module: Any, dtype: torch.dtype, linear: MakeLinear, head: MakeLinear) -> LeanDecoder:
-    config, model = module.config, module.model
-    dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    heads = Heads(config.num_attention_heads, config.num_key_value_heads, dim, dim**-0.5)
-    rotation = model.rotary_emb
+def decoder(tensors: Mapping[str, torch.Tensor], config: Any, dtype: torch.dtype) -> LeanDecoder:
+    """The decoder over tensors that `tensors_of` has made; they are used as they are."""
+    eps = float(config.rms_norm_eps)
+    embedding = tensors["embedding"]
     return LeanDecoder(
-        embedding=model.embed_tokens.weight.detach(),
-        layers=tuple(_layer(layer, heads, dtype, linear) for layer in model.layers),
-        norm=_norm(model.norm, dtype),
-        head=head(module.lm_head.weight.detach(), _detached(module.lm_head.bias)),
-        heads=heads,
-        turns=Turns(rotation.inv_freq, float(rotation.attention_scaling)),
+        embedding=embedding,
+        layers=tuple(_layer(tensors, f"layers.{number}.", eps) for number in range(config.num_hidden_layers)),
+        norm=Norm(tensors["norm"], eps),
+        head=_linear(tensors, "head") if "head.weight" in tensors else PlainLinear(embedding, None),
+        heads=heads_of(config),
+        turns=Turns(tensors["turns.frequencies"], float(tensors["turns.scaling"])),
         dtype=dtype,
     )
 
 
-def _layer(layer: Any, heads: Heads, dtype: torch.dtype, linear: MakeLinear) -> Layer:
+def heads_of(config: Any) -> Heads:
+    """How a model's attention is cut."""
+    dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return Heads(config.num_attention_heads, config.num_key_value_heads, dim, dim**-0.5)
+
+
+def _plain(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Named:
+    yield f"{name}.weight", weight
+    if bias is not None:
+        yield f"{name}.bias", bias
+
+
+def _int8(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Named:
+    integers, scales = quantized(weight)
+    yield f"{name}.weight", integers
+    yield f"{name}.scales", scales
+    if bias is not None:
+        yield f"{name}.bias", bias.float()
+
+
+def _linear(tensors: Mapping[str, torch.Tensor], name: str) -> Linear:
+    weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+    scales = tensors.get(f"{name}.scales")
+    return PlainLinear(weight, bias) if scales is None else Int8Linear(weight, bias, scales=scales)
+
+
+def _layer_tensors(
+    layer: Any, heads: Heads, dtype: torch.dtype, linear: Callable[[str, torch.Tensor, Any], Named]
+) -> Named:
     attention, mlp = layer.self_attn, layer.mlp
+    turning = [attention.q_proj, attention.k_proj]
+    yield "attention_norm", layer.input_layernorm.weight.detach().to(dtype)
+    yield from linear("qkv", *_fused([*turning, attention.v_proj], heads.dim, turning=2))
+    if hasattr(attention, "q_norm"):
+        yield "head_norm", _head_norm(attention, heads)
+    yield from linear("output", *_fused([attention.o_proj], heads.dim, turning=0))
+    yield "mlp_norm", layer.post_attention_layernorm.weight.detach().to(dtype)
+    yield from linear("gate_up", *_fused([mlp.gate_proj, mlp.up_proj], heads.dim, turning=0))
+    yield from linear("down", *_fused([mlp.down_proj], heads.dim, turning=0))
+
+
+def _layer(tensors: Mapping[str, torch.Tensor], prefix: str, eps: float) -> Layer:
+    head_norm = tensors.get(f"{prefix}head_norm")
     return Layer(
-        attention_norm=_norm(layer.input_layernorm, dtype),
-        qkv=_fused(linear, [attention.q_proj, attention.k_proj, attention.v_proj], heads.dim, turning=2),
-        head_norm=_head_norm(attention, heads),
-        output=linear(attention.o_proj.weight.detach(), _detached(attention.o_proj.bias)),
-        mlp_norm=_norm(layer.post_attention_layernorm, dtype),
-        gate_up=_fused(linear, [mlp.gate_proj, mlp.up_proj], heads.dim, turning=0),
-        down=linear(mlp.down_proj.weight.detach(), _detached(mlp.down_proj.bias)),
+        attention_norm=Norm(tensors[f"{prefix}attention_norm"], eps),
+        qkv=_linear(tensors, f"{prefix}qkv"),
+        head_norm=None if head_norm is None else Norm(head_norm, eps),
+        output=_linear(tensors, f"{prefix}output"),
+        mlp_norm=Norm(tensors[f"{prefix}mlp_norm"], eps),
+        gate_up=_linear(tensors, f"{prefix}gate_up"),
+        down=_linear(tensors, f"{prefix}down"),
     )
 
 
-def _fused(linear: MakeLinear, parts: list[Any], dim: int, *, turning: int) -> Linear:
-    """One layer of several; the outputs of the first `turning` are paired within each head."""
+def _fused(parts: list[Any], dim: int, *, turning: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One weight and bias of several; the outputs of the first `turning` are paired within each head."""
     weights = [_paired(part.weight.detach(), dim, at < turning) for at, part in enumerate(parts)]
     biases = [
         _paired(part.bias.detach(), dim, at < turning)
         for at, part in enumerate(parts)
         if part.bias is not None
     ]
-    return linear(torch.cat(weights), torch.cat(biases) if biases else None)
+    return torch.cat(weights), torch.cat(biases) if biases else None
 
 
 def _paired(tensor: torch.Tensor, dim: int, turning: bool) -> torch.Tensor:  # noqa: FBT001 - a plain fact
@@ -101,20 +164,24 @@ def _paired(tensor: torch.Tensor, dim: int, turning: bool) -> torch.Tensor:  # n
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
-def _norm(norm: Any, dtype: torch.dtype) -> Norm:
-    return Norm(norm.weight.detach().to(dtype), float(norm.variance_epsilon))
-
-
-def _head_norm(attention: Any, heads: Heads) -> Norm | None:
-    if not hasattr(attention, "q_norm"):
-        return None
+def _head_norm(attention: Any, heads: Heads) -> torch.Tensor:
     query, key = (
         _paired(norm.weight.detach().float(), heads.dim, turning=True)
         for norm in (attention.q_norm, attention.k_norm)
     )
-    weight = torch.cat((query.expand(heads.queries, -1), key.expand(heads.shared, -1)))
-    return Norm(weight, float(attention.q_norm.variance_epsilon))
+    return torch.cat((query.expand(heads.queries, -1), key.expand(heads.shared, -1)))
 
 
 def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.detach()
+
+
+def _read_ahead(layer: Any) -> None:
+    """Lets the disk read a layer while the one before it is worked on; the weights may be mapped files."""
+    advise = ctypes.CDLL(None).madvise
+    for parameter in layer.parameters():
+        if parameter.device.type == "cpu":
+            begin = parameter.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+            length = parameter.data_ptr() + parameter.nbytes - begin
+            # A kernel that cannot do it says so, and loses nothing.
+            advise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_WILLNEED)

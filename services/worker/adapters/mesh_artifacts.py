@@ -46,7 +46,7 @@ class MeshArtifacts:
             files,
             local_path=spec.local_path,
             download=download,
-            directory=self._cache_dir / spec.model / spec.revision,
+            directory=self._cache_dir / "revisions" / spec.model / spec.revision,
             on_progress=progress,
         )
 

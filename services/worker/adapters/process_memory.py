@@ -18,11 +18,21 @@ def resident_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that can be had without swapping, in bytes; control groups are heeded."""
+    """Memory that can be had without swapping, in bytes; control groups are heeded.
+
+    Files that this process has mapped do not count as free, though the kernel could drop them: weights are
+    read again in every step.
+    """
     available = [_meminfo_available(), _cgroup_available()]
-    return (
-        min(value for value in available if value is not None) if any(available) else AVAILABLE_BYTES_DEFAULT
-    )
+    known = [value for value in available if value is not None]
+    return max(0, min(known) - _mapped_file_bytes()) if known else AVAILABLE_BYTES_DEFAULT
+
+
+def _mapped_file_bytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[2]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _meminfo_available() -> int | None:

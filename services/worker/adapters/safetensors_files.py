@@ -74,23 +74,39 @@ def check_files(directory: Path, spec: RevisionSpec) -> None:
     if not weights:
         raise ArtifactInvalid("The revision has no safetensors file.")
     for name in weights:
-        _check_header(directory / name)
+        check_header(directory / name)
 
 
-def _check_header(path: Path) -> None:
+def check_header(path: Path) -> None:
+    """Checks that the header of a weight file is well-formed and accounts for every byte.
+
+    Raises:
+        ArtifactInvalid: It does not.
+    """
     try:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > HEADER_BYTES_MAX:
-                raise ArtifactInvalid(f"{path.name}: the header is too long.")
-            header = json.loads(stream.read(length))
-        data_bytes = path.stat().st_size - 8 - length
+        text = read_header(path)
+        header = json.loads(text)
+        data_bytes = path.stat().st_size - 8 - len(text)
     except (OSError, ValueError, RecursionError):
         raise ArtifactInvalid(f"{path.name}: the header is not readable.") from None
     if not isinstance(header, dict):
         raise ArtifactInvalid(f"{path.name}: the header is no object.")
     header.pop("__metadata__", None)
     _check_tensors(path.name, header, data_bytes)
+
+
+def read_header(path: Path) -> bytes:
+    """The header of a weight file as it stands.
+
+    Raises:
+        ArtifactInvalid: It is too long.
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > HEADER_BYTES_MAX:
+            raise ArtifactInvalid(f"{path.name}: the header is too long.")
+        return stream.read(length)
 
 
 def _check_tensors(name: str, header: dict[str, Any], data_bytes: int) -> None:

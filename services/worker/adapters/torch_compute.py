@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from services.worker.adapters.process_memory import available_bytes
+from services.worker.adapters.stored_forms import StoredForms
 from services.worker.adapters.torch_loader import TorchLoader, TorchSettings
 from services.worker.config import WorkerConfig
 
@@ -46,7 +47,10 @@ def make_loader(config: WorkerConfig, device: torch.device) -> TorchLoader:
         return int(free) // KV_CACHE_SHARE
 
     threads = config.threads or len(os.sched_getaffinity(0))
-    return TorchLoader(TorchSettings(device, threads, config.slots, kv_bytes))
+    forms = None
+    if config.cache_forms_bytes:
+        forms = StoredForms(config.cache_dir / "forms", config.cache_forms_bytes)
+    return TorchLoader(TorchSettings(device, threads, config.slots, kv_bytes, forms=forms))
 
 
 def _processor() -> str:

@@ -20,29 +20,36 @@ TOLERANCE_EXACT = 1e-2
 TOLERANCE_ROUNDED = 0.3
 
 
-def probe(model: DecoderModel, runner: TorchRunner, *, vocabulary: int, kind: str, exact: bool) -> None:
-    """Passes tokens through the slots and through the bare model, and compares.
+def bare_logits(model: DecoderModel, *, vocabulary: int) -> torch.Tensor:
+    """What the bare model says to the probe's tokens, `[2, vocabulary]` in single precision."""
+    ids = _tokens(vocabulary)
+    with torch.inference_mode():
+        return torch.cat([_bare(model, ids), _bare(model, ids[: SHORT_TOKENS + 1])])
+
+
+def probe(runner: TorchRunner, bare: torch.Tensor, *, kind: str, exact: bool) -> None:
+    """Passes tokens through the slots, and compares with what the bare model has said to them.
 
     Args:
-        model: The bare model.
-        runner: The same over slots.
-        vocabulary: Token ids are below it.
+        runner: The model over slots.
+        bare: What `bare_logits` has found, now or when the weights were stored.
         kind: The model's type, for the message.
         exact: Whether nothing but rounding in single precision may differ.
 
     Raises:
         ArtifactInvalid: The logits differ or are not finite.
     """
-    ids = tuple((7 * position + 3) % vocabulary for position in range(PROBE_TOKENS))
     with torch.inference_mode():
-        slots = _over_slots(runner, ids)
-        short = _bare(model, ids[: SHORT_TOKENS + 1])
-        bare = torch.cat([_bare(model, ids), short])
+        slots = _over_slots(runner, _tokens(bare.shape[1])).to(bare.device)
     if not bool(torch.isfinite(slots).all() and torch.isfinite(bare).all()):
         raise ArtifactInvalid("The model yields numbers that are not finite; its weights are damaged.")
     error = float((slots - bare).norm() / bare.norm().clamp(min=1e-6))
     if error > (TOLERANCE_EXACT if exact else TOLERANCE_ROUNDED):
         raise ArtifactInvalid(f"Models of type {kind} cannot be served: their answers change over slots.")
+
+
+def _tokens(vocabulary: int) -> tuple[int, ...]:
+    return tuple((7 * position + 3) % vocabulary for position in range(PROBE_TOKENS))
 
 
 def _over_slots(runner: TorchRunner, ids: tuple[int, ...]) -> torch.Tensor:

@@ -92,10 +92,10 @@ def report_message(report: Report) -> controller_service_pb2.AttachRequest:
         case BecameReady(revision, weights_bytes, phases_s):
             request.ready.revision = revision
             request.ready.weights_bytes = weights_bytes
-            for phase, duration_s in phases_s:
+            for name, duration_s in phases_s:
                 duration = duration_pb2.Duration(nanos=0)
                 duration.FromNanoseconds(int(duration_s * 1e9))
-                request.ready.phases[phase.value.lower()].CopyFrom(duration)
+                request.ready.phases[name].CopyFrom(duration)
         case BecameActive(revision, epoch):
             request.activated.revision = revision
             request.activated.epoch = epoch

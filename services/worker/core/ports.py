@@ -8,10 +8,18 @@ from typing import Protocol, runtime_checkable
 
 from services.worker.core.batch import Batch, Choice
 from services.worker.core.format import Constraint, Format
-from services.worker.core.revision import ModelFacts, RevisionSpec
+from services.worker.core.revision import LoadStage, ModelFacts, RevisionSpec
 
 Progress = Callable[[int, int], None]
 """Is told how many bytes are done, of how many; 0 of 0 where nobody can know."""
+
+LoadWatch = Callable[[LoadStage, int, int], None]
+"""Is told by a load what it is busy with, bytes done and of how many; raises `LoadHalted` to end it."""
+
+
+def unwatched(stage: LoadStage, done_bytes: int, total_bytes: int) -> None:
+    """A `LoadWatch` for who does not care."""
+    del stage, done_bytes, total_bytes
 
 
 @runtime_checkable
@@ -70,7 +78,10 @@ class ArtifactStore(Protocol):
 
 
 class RevisionLoader(Protocol):
-    """How files become a runner. Both verbs block; they are called in a thread of their own."""
+    """How files become a runner. Both verbs block; they are called in a thread of their own.
+
+    A load tells its watch how far it is whenever it can stop.
+    """
 
     def verify(self, directory: Path, spec: RevisionSpec) -> None:
         """Checks configuration and headers without reading a weight.
@@ -80,10 +91,11 @@ class RevisionLoader(Protocol):
         """
         ...
 
-    def load(self, directory: Path, spec: RevisionSpec) -> ModelRunner:
-        """Reads and quantizes the weights.
+    def load(self, directory: Path, spec: RevisionSpec, watch: LoadWatch) -> ModelRunner:
+        """Quantizes the weights, or maps what was quantized before.
 
         Raises:
+            LoadHalted: The watch wanted the end.
             ArtifactInvalid: The weights do not make the model that the configuration describes.
         """
         ...

@@ -42,6 +42,19 @@ class Phase(StrEnum):
     FAILED = "FAILED"
 
 
+class LoadStage(StrEnum):
+    """What LOAD is busy with."""
+
+    QUANTIZE = "quantize"
+    """The weights are brought into their final layout, or another worker is doing it."""
+    MAP = "map"
+    """They are taken from where they are stored."""
+
+
+class LoadHalted(Exception):
+    """A load was ended on demand. Raised by who watches it, through whoever performs it."""
+
+
 # From each phase, where a revision may go next. FAILED may be prepared again; RETIRING ends in removal.
 NEXT: dict[Phase, frozenset[Phase]] = {
     Phase.FETCH: frozenset({Phase.VERIFY, Phase.FAILED}),
@@ -199,11 +212,17 @@ class Progressed:
 
 @dataclass(frozen=True, slots=True)
 class BecameReady:
-    """A revision has generated a token; `phases_s` holds the duration of each phase in seconds."""
+    """A revision has generated a token.
+
+    Attributes:
+        revision: The revision's name.
+        weights_bytes: Memory of the weights.
+        phases_s: The duration of each phase in seconds, and of the stages of LOAD, by name in lower case.
+    """
 
     revision: str
     weights_bytes: int
-    phases_s: tuple[tuple[Phase, float], ...]
+    phases_s: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, slots=True)

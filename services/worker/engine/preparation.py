@@ -1,13 +1,15 @@
 """Preparation. Owns: how a revision gets into the engine, phase by phase, and out of it again.
 
 FETCH, VERIFY, LOAD and WARM run beside serving: what blocks is in a thread. One revision is prepared at a
-time, for two would compete for the same memory and disk. Knows ports; who asks is the controller link.
+time, for two would compete for the same memory and disk. A load that is no longer wanted is halted where it
+next tells how far it is. Knows ports; who asks is the controller link.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ from services.worker.core.ports import (
     ArtifactStore,
     FormatCompiler,
     FormatLibrary,
+    LoadWatch,
     ModelRunner,
     RevisionLoader,
 )
@@ -25,6 +28,8 @@ from services.worker.core.revision import (
     BecameActive,
     BecameReady,
     BecameRetired,
+    LoadHalted,
+    LoadStage,
     Phase,
     PreparationFailed,
     Progressed,
@@ -33,9 +38,13 @@ from services.worker.core.revision import (
     RevisionSpec,
 )
 from services.worker.core.warmup import warm
+from services.worker.engine.abandonable import in_thread
 from services.worker.engine.engine import Engine
 
 T = TypeVar("T")
+
+# A load notices within a layer that it shall end. What takes longer sits in a library and is not waited for.
+STOP_WAIT_S = 2.0
 
 
 class Preparation:
@@ -108,12 +117,15 @@ class Preparation:
         if (task := self._tasks.get(revision)) is not None and revision not in self._ready:
             task.cancel()
 
-    async def stop(self) -> None:
-        """Ends what is under way. A thread that loads ends with the process."""
+    async def stop(self) -> bool:
+        """Ends what is under way; returns whether it did. A thread that has not ends with the process."""
         tasks = tuple(self._tasks.values())
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if not tasks:
+            return True
+        _, pending = await asyncio.wait(tasks, timeout=STOP_WAIT_S)
+        return not pending
 
     def _spawn(self, revision: str, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name=f"revision-{revision}")
@@ -143,12 +155,12 @@ class Preparation:
         ready = BecameReady(spec.revision, weights_bytes, stages.durations_s())
         self._ready[spec.revision] = ready
         logs.get_logger().info(
-            "revision.prepared",
+            "revision.ready",
             model=spec.model,
             revision=spec.revision,
             weights_bytes=weights_bytes,
             kv_tokens=runner.facts.kv_tokens,
-            **{f"{phase.value.lower()}_s": round(duration_s, 3) for phase, duration_s in ready.phases_s},
+            **{f"{name}_s": round(duration_s, 3) for name, duration_s in ready.phases_s},
         )
         self._report(ready)
 
@@ -160,16 +172,33 @@ class Preparation:
         progress(0, 0)
         directory = await self._store.fetch(spec, progress)
         self._advance(spec, stages, Phase.VERIFY)
-        await _finished(asyncio.to_thread(self._loader.verify, directory, spec))
+        halt = threading.Event()
+        await _finished(in_thread(lambda: self._loader.verify(directory, spec), "verify"), halt)
         self._advance(spec, stages, Phase.LOAD)
-        runner = await _finished(asyncio.to_thread(self._loader.load, directory, spec))
+        watch = self._watch(spec, stages, halt)
+        runner = await _finished(in_thread(lambda: self._loader.load(directory, spec, watch), "load"), halt)
         try:
             self._advance(spec, stages, Phase.WARM)
-            await _finished(asyncio.to_thread(warm, runner))
+            await _finished(in_thread(lambda: warm(runner), "warm"), halt)
         except BaseException:
             runner.close()
             raise
         return runner, None if self._formats is None else self._formats.open(directory, runner.facts)
+
+    def _watch(self, spec: RevisionSpec, stages: _Stages, halt: threading.Event) -> LoadWatch:
+        """What a load tells from its thread, reported on the loop."""
+        loop = asyncio.get_running_loop()
+
+        def report(stage: LoadStage, done_bytes: int, total_bytes: int) -> None:
+            stages.turn_to(stage)
+            self._report(Progressed(spec.revision, Phase.LOAD, done_bytes, total_bytes))
+
+        def watch(stage: LoadStage, done_bytes: int, total_bytes: int) -> None:
+            if halt.is_set():
+                raise LoadHalted
+            loop.call_soon_threadsafe(report, stage, done_bytes, total_bytes)
+
+        return watch
 
     def _advance(self, spec: RevisionSpec, stages: _Stages, phase: Phase) -> None:
         stages.enter(phase)
@@ -196,12 +225,16 @@ class Preparation:
         self._report(BecameRetired(revision))
 
 
-async def _finished(work: Coroutine[Any, Any, T]) -> T:
-    """Awaits work in a thread to its end, even when cancelled: what it allocates must not go astray."""
+async def _finished(work: Coroutine[Any, Any, T], halt: threading.Event) -> T:
+    """Awaits work in a thread to its end, even when cancelled: what it allocates must not go astray.
+
+    Cancelled, it asks the work to halt.
+    """
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
+        halt.set()
         with contextlib.suppress(Exception):
             result = await task
             if isinstance(result, ModelRunner):
@@ -210,21 +243,35 @@ async def _finished(work: Coroutine[Any, Any, T]) -> T:
 
 
 class _Stages:
-    """Which phase runs, and how long each took."""
+    """Which phase runs, and which stage of LOAD, and how long each took."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._entered: list[tuple[Phase, float]] = []
+        self._stage: LoadStage | None = None
+        self._stage_began_s = 0.0
+        self._stages_s: dict[LoadStage, float] = {}
 
     @property
     def phase(self) -> Phase:
         return self._entered[-1][0] if self._entered else Phase.FETCH
 
     def enter(self, phase: Phase) -> None:
+        self.turn_to(None)
         self._entered.append((phase, self._clock.monotonic()))
 
-    def durations_s(self) -> tuple[tuple[Phase, float], ...]:
+    def turn_to(self, stage: LoadStage | None) -> None:
+        """Ends a stage and begins another; None: there is none from now on."""
+        now_s = self._clock.monotonic()
+        if self._stage is not None:
+            passed_s = now_s - self._stage_began_s
+            self._stages_s[self._stage] = self._stages_s.get(self._stage, 0.0) + passed_s
+        self._stage, self._stage_began_s = stage, now_s
+
+    def durations_s(self) -> tuple[tuple[str, float], ...]:
         ends = [*(began_s for _, began_s in self._entered[1:]), self._clock.monotonic()]
-        return tuple(
-            (phase, end_s - began_s) for (phase, began_s), end_s in zip(self._entered, ends, strict=True)
-        )
+        phases = [
+            (phase.value.lower(), end_s - began_s)
+            for (phase, began_s), end_s in zip(self._entered, ends, strict=True)
+        ]
+        return (*phases, *((stage.value, passed_s) for stage, passed_s in self._stages_s.items()))

@@ -1,0 +1,62 @@
+"""What a configuration says of a decoder. Owns: its attention, how it is called, and what ends an answer."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+
+from services.common.errors import ArtifactInvalid
+from services.worker.adapters.torch_runner import FULL, SLIDING
+
+
+def attention_of(config: Any) -> tuple[frozenset[str], int]:
+    """The kinds of attention in a model and its window.
+
+    Raises:
+        ArtifactInvalid: There are layers of another kind, or another half beside the decoder.
+    """
+    text = config.get_text_config()
+    if config.is_encoder_decoder or not getattr(text, "is_decoder", True):
+        raise ArtifactInvalid(f"Models of type {config.model_type} have an encoder; decoders are served.")
+    if not getattr(text, "num_attention_heads", 0):
+        raise ArtifactInvalid(f"Models of type {config.model_type} have no attention; it is needed.")
+    window = int(getattr(text, "sliding_window", None) or 0)
+    kinds = frozenset(getattr(text, "layer_types", None) or ())
+    if not kinds:
+        slides = window > 0 and getattr(text, "use_sliding_window", True)
+        kinds = frozenset({SLIDING if slides else FULL})
+    if not kinds <= {FULL, SLIDING}:
+        other = ", ".join(sorted(kinds - {FULL, SLIDING}))
+        raise ArtifactInvalid(
+            f"Models of type {config.model_type} have layers that cannot be served: {other}."
+        )
+    return kinds, window
+
+
+def check_forward(config: Any) -> None:
+    """Refuses a model that takes neither positions nor a cache: rows of several lengths need both.
+
+    Raises:
+        ArtifactInvalid: It is one.
+    """
+    decoder: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    accepted = inspect.signature(decoder.forward).parameters
+    wanted = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
+    if any(name not in accepted for name in wanted):
+        raise ArtifactInvalid(f"Models of type {config.model_type} cannot decode several lengths at once.")
+
+
+def end_ids(directory: Path, config: Any) -> frozenset[int]:
+    """What ends an answer: the tokens that the generation settings name, and the model's own."""
+    settings: Any = GenerationConfig
+    if (directory / "generation_config.json").is_file():
+        generation = settings.from_pretrained(directory, local_files_only=True)
+    else:
+        generation = settings.from_model_config(config)
+    found: set[int] = set()
+    for entry in (generation.eos_token_id, config.get_text_config().eos_token_id):
+        found.update(entry if isinstance(entry, list) else [] if entry is None else [entry])
+    return frozenset(found)
