@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -30,7 +28,7 @@ from pathlib import Path
 
 from bench.race import prompts
 from bench.race.child import Child, ContestantFailed
-from bench.race.command_line import add_machine, add_model
+from bench.race.command_line import add_machine, add_model, as_told
 from bench.race.contestant import CONTINUOUS, GENERATE, LLAMA, Entry
 from bench.race.gguf_file import NotConvertible, write_q8_0
 from bench.race.goals import BITSANDBYTES, Finding, goals_of, judge
@@ -71,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     """Runs the race, prints its report and writes it where it was asked for."""
     given = sys.argv[1:] if argv is None else argv
     arguments = _parse(given)
-    report = _race(arguments, shlex.join(["python", "-m", "bench.engine", *given]))
+    report = _race(arguments, as_told(SECTION, given))
     text = report.markdown()
     print(text)
     if arguments.json:
@@ -85,7 +83,7 @@ def _race(arguments: argparse.Namespace, command: str) -> Report:
     notes: list[str] = []
     with ExitStack() as stack:
         children = _load(arguments, stack, notes)
-        samples = _run(arguments, children)
+        samples = _run(arguments, children, notes)
         findings = [judge(goal, samples) for goal in goals_of(_main_mode(arguments), arguments.batches)]
         if (own := children.get(_main_mode(arguments))) is not None and arguments.chat_tokens:
             findings.append(_second_turn(arguments, own))
@@ -94,19 +92,24 @@ def _race(arguments: argparse.Namespace, command: str) -> Report:
         f"{arguments.prompt_tokens}-token prompts, {arguments.new_tokens} new tokens, greedy, "
         f"medians of {arguments.repeat}; memory is that of the first round."
     )
-    return Report(command, machine_line(_threads(arguments)), work, samples, findings, load_s, notes)
+    return Report(command, machine_line(arguments.threads), work, samples, findings, load_s, notes)
 
 
 def _load(arguments: argparse.Namespace, stack: ExitStack, notes: list[str]) -> dict[str, Child]:
     entries = list(_entries(arguments, stack, notes))
     children: dict[str, Child] = {}
+    # One after the other, so that the time of loading is that of one alone. A quick run has no such figure.
+    waiting = map(Child, entries) if not arguments.quick else [Child(entry) for entry in entries]
     with shown(len(entries)) as show:
-        for entry in entries:
+        for entry, child in zip(entries, waiting, strict=True):
             show(f"loading {entry.kind}")
+            stack.enter_context(child)
             try:
-                children[entry.kind] = stack.enter_context(Child(entry))
+                child.await_loaded()
             except ContestantFailed as error:
                 notes.append(f"Absent: {error}.")
+            else:
+                children[entry.kind] = child
     if not children:
         raise SystemExit("bench.engine: no contestant could be loaded. " + " ".join(notes))
     return children
@@ -115,7 +118,7 @@ def _load(arguments: argparse.Namespace, stack: ExitStack, notes: list[str]) -> 
 def _entries(arguments: argparse.Namespace, stack: ExitStack, notes: list[str]) -> Iterator[Entry]:
     tokens = arguments.prompt_tokens + arguments.new_tokens
     slots = max(arguments.batches)
-    machine = Machine(arguments.device, _threads(arguments), slots, arguments.kv_bytes)
+    machine = Machine(arguments.device, arguments.threads, slots, arguments.kv_bytes)
     # Its slots are rounded up to whole cells of the cache.
     context = -(-(tokens + 1) // 256) * 256
     for kind in (*arguments.quantization, *arguments.peers):
@@ -137,7 +140,7 @@ def _written_gguf(model: Path, stack: ExitStack) -> Path:
     return file
 
 
-def _run(arguments: argparse.Namespace, children: Mapping[str, Child]) -> list[Sample]:
+def _run(arguments: argparse.Namespace, children: Mapping[str, Child], notes: list[str]) -> list[Sample]:
     course = Course(
         prompts.cut(arguments.model, max(arguments.batches), arguments.prompt_tokens),
         arguments.new_tokens,
@@ -145,7 +148,11 @@ def _run(arguments: argparse.Namespace, children: Mapping[str, Child]) -> list[S
         arguments.repeat,
     )
     with shown(sum(1 for _ in course.starts())) as show:
-        return run(children, course, lambda name, batch, lap: show(f"round {lap + 1}, batch {batch}, {name}"))
+        samples, failed = run(
+            children, course, lambda name, batch, lap: show(f"round {lap + 1}, batch {batch}, {name}")
+        )
+    notes.extend(f"Failed: {why}." for why in failed.values())
+    return samples
 
 
 def _batches(name: str, arguments: argparse.Namespace) -> Sequence[int]:
@@ -173,11 +180,8 @@ def _second_turn(arguments: argparse.Namespace, own: Child) -> Finding:
 
 def _main_mode(arguments: argparse.Namespace) -> str:
     """The mode that ratios are about: the default one where it takes part."""
-    return "int8" if "int8" in arguments.quantization else str(arguments.quantization[0])
-
-
-def _threads(arguments: argparse.Namespace) -> int:
-    return arguments.threads or len(os.sched_getaffinity(0))
+    modes: list[str] = arguments.quantization
+    return "int8" if "int8" in modes or not modes else modes[0]
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -188,7 +192,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add_model(parser)
     who = parser.add_argument_group("who takes part")
-    who.add_argument("--quantization", nargs="+", choices=OWN_MODES, default=["int8", "bf16"])
+    who.add_argument("--quantization", nargs="*", choices=OWN_MODES, default=["int8", "bf16"])
     who.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     who.add_argument("--llama-server", type=Path, metavar="PATH", help="the `llama-server` program")
     who.add_argument("--gguf", type=Path, help="its model; left out: the same weights, written in Q8_0")

@@ -27,13 +27,10 @@ class ContestantFailed(Exception):
 
 
 class Child:
-    """A loaded contestant in its own process; a context manager that ends it.
+    """A contestant in its own process, which begins to load; a context manager that ends it.
 
     Args:
         entry: Who it is.
-
-    Raises:
-        ContestantFailed: It could not be loaded.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -51,11 +48,8 @@ class Child:
             text=True,
             env={**os.environ, "PYTHONPATH": path},
         )
-        try:
-            self.load_s = float(self._ask(asdict(entry))["load_s"])
-        except BaseException:
-            self.close()
-            raise
+        self.load_s = 0.0
+        self._tell(asdict(entry))
 
     def __enter__(self) -> Self:
         return self
@@ -63,11 +57,18 @@ class Child:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def await_loaded(self) -> None:
+        """Waits until it can work; raises ContestantFailed when it never will."""
+        self.load_s = float(self._hear()["load_s"])
+
     def measure(self, work: Work) -> tuple[Trace, Memory]:
         """Lets it work; returns when tokens came, and its memory after and during the work."""
         reply = self._ask({"prompts": work.prompts, "new_tokens": work.new_tokens})
         trace = Trace(tuple(map(tuple, reply["arrivals_s"])))
-        trace.check(work)
+        try:
+            trace.check(work)
+        except ValueError as error:
+            raise ContestantFailed(f"{self.entry.kind}: {error}") from None
         return trace, Memory(reply["resident_bytes"], reply["peak_bytes"])
 
     def second_turn_s(self, turns: Sequence[Sequence[int]], share: float) -> float:
@@ -89,12 +90,17 @@ class Child:
         self._log.close()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._tell(request)
+        return self._hear()
+
+    def _tell(self, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
+        # Whether it still reads shows when it is heard.
+        with contextlib.suppress(BrokenPipeError):
             print(json.dumps(request), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            raise self._failed() from None
+
+    def _hear(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
         if not (line := self._process.stdout.readline()):
             raise self._failed()
         reply: dict[str, Any] = json.loads(line)

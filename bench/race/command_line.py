@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 DEMO_MODEL = "smollm2-135m-instruct"
@@ -25,8 +27,16 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     """Adds what the model may use of the machine."""
     group = parser.add_argument_group("on what")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    group.add_argument("--threads", type=int, default=0, help="0: all cores")
+    # Counted before a model is loaded: it may bind this thread to one core.
+    cores = len(os.sched_getaffinity(0))
+    group.add_argument("--threads", type=int, default=cores, help="of a forward pass (default: %(default)s)")
     group.add_argument("--kv-bytes", type=int, default=2 << 30, help="budget of the KV cache")
+
+
+def as_told(module: str, argv: Sequence[str]) -> str:
+    """The command as a report repeats it: files by their names, for where they lay says nothing to others."""
+    words = [Path(word).name if os.sep in word else word for word in argv]
+    return shlex.join(["python", "-m", module, *words])
 
 
 def _model(text: str) -> Path:

@@ -87,7 +87,7 @@ def main() -> None:
         entry = json.loads(sys.stdin.readline())
         entry["machine"] = Machine(**entry["machine"])
         began_s = time.perf_counter()
-        runner = _open(Entry(**entry))
+        runner = open_runner(Entry(**entry))
         try:
             pid = getattr(runner, "pid", os.getpid())
             answer({"load_s": time.perf_counter() - began_s, **asdict(memory_of(pid))})
@@ -97,7 +97,8 @@ def main() -> None:
             runner.close()
 
 
-def _open(entry: Entry) -> Runner:
+def open_runner(entry: Entry) -> Runner:
+    """Loads who an entry names, into this process."""
     directory, machine = Path(entry.directory), entry.machine
     if entry.kind in MODES:
         return _Own(entry)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from bench.race.child import Child
+from bench.race.child import ContestantFailed
 from bench.race.process_memory import Memory
-from bench.race.work import Figures, Work, figures
+from bench.race.work import Figures, Trace, Work, figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,37 @@ class Course:
                         yield lap, batch, name
 
 
+class Starter(Protocol):
+    """A contestant that can be told to work."""
+
+    def measure(self, work: Work) -> tuple[Trace, Memory]:
+        """Works; raises ContestantFailed when it cannot go on."""
+        ...
+
+
 def run(
-    children: Mapping[str, Child], course: Course, on_start: Callable[[str, int, int], None]
-) -> list[Sample]:
-    """Runs the course; `on_start` hears the contestant, batch and lap of each piece of work before it."""
-    samples = []
+    starters: Mapping[str, Starter], course: Course, on_start: Callable[[str, int, int], None]
+) -> tuple[list[Sample], dict[str, str]]:
+    """Runs the course. Who fails is left behind; the others go on.
+
+    Args:
+        starters: The contestants, by name.
+        course: What is run.
+        on_start: Hears the contestant, batch and lap of each piece of work before it.
+
+    Returns:
+        What was measured, and by contestant why it failed.
+    """
+    samples: list[Sample] = []
+    failed: dict[str, str] = {}
     for lap, batch, name in course.starts():
         on_start(name, batch, lap)
-        trace, memory = children[name].measure(Work(course.prompts[:batch], course.new_tokens))
-        samples.append(Sample(name, batch, lap, figures(trace), memory))
-    return samples
+        if name in failed:
+            continue
+        try:
+            trace, memory = starters[name].measure(Work(course.prompts[:batch], course.new_tokens))
+        except ContestantFailed as error:
+            failed[name] = f"batch {batch}, {error}"
+        else:
+            samples.append(Sample(name, batch, lap, figures(trace), memory))
+    return samples, failed

@@ -16,8 +16,8 @@ def machine_line(threads: int) -> str:
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     libraries = ", ".join(f"{name} {metadata.version(name)}" for name in _LIBRARIES)
     today = dt.datetime.now(dt.UTC).date().isoformat()
-    cores = len(os.sched_getaffinity(0))
-    return f"{_processor()}, {cores} cores, {threads} threads, {memory_gib:.0f} GiB; {libraries}; {today}."
+    machine = f"{_processor()}, {os.cpu_count()} cores, {memory_gib:.0f} GiB"
+    return f"{machine}; {threads} threads; {libraries}; {today}."
 
 
 def _processor() -> str:
