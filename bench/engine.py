@@ -29,7 +29,7 @@ from pathlib import Path
 from bench.race import prompts
 from bench.race.child import Child, ContestantFailed
 from bench.race.command_line import add_machine, add_model, as_told
-from bench.race.contestant import CONTINUOUS, GENERATE, LLAMA, Entry
+from bench.race.contestant import CONTINUOUS, FIRST_ANSWER_TOKENS, GENERATE, LLAMA, Entry
 from bench.race.gguf_file import NotConvertible, write_q8_0
 from bench.race.goals import BITSANDBYTES, Finding, goals_of, judge
 from bench.race.laps import Course, Sample, run
@@ -47,8 +47,7 @@ PEERS = (GENERATE, CONTINUOUS, BITSANDBYTES)
 # time of a run.
 PEER_BATCHES = {GENERATE: (1, 4, 8), CONTINUOUS: (1, 8, 32, 64), BITSANDBYTES: (1, 8, 32)}
 
-# The second turn of a chat: what the first one answered, and the user's next words.
-ANSWER_TOKENS = 32
+# The user's next words in a chat.
 NEXT_TOKENS = 20
 CHAT_SHARES = {"without": 0.0, "with": 0.5}
 CHAT_GOAL = 5.0
@@ -165,7 +164,7 @@ def _batches(name: str, arguments: argparse.Namespace) -> Sequence[int]:
 
 def _second_turn(arguments: argparse.Namespace, own: Child) -> Finding:
     """How much sooner the second turn of a chat begins when the first one's rows were kept."""
-    first_tokens = arguments.chat_tokens - ANSWER_TOKENS
+    first_tokens = arguments.chat_tokens - FIRST_ANSWER_TOKENS
     ids = prompts.text_ids(arguments.model, first_tokens + NEXT_TOKENS)
     turns = ids[:first_tokens], ids[first_tokens:]
     ratios = []

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from bench.race.contestant import Entry
 from bench.race.process_memory import Memory
-from bench.race.work import Trace, Work
+from bench.race.work import Figures, Trace, Work, figures
 from services.local import leash
 
 # It closes a model or ends a server; whatever takes longer is killed.
@@ -61,15 +61,17 @@ class Child:
         """Waits until it can work; raises ContestantFailed when it never will."""
         self.load_s = float(self._hear()["load_s"])
 
-    def measure(self, work: Work) -> tuple[Trace, Memory]:
-        """Lets it work; returns when tokens came, and its memory after and during the work."""
+    def measure(self, work: Work) -> tuple[Figures, Memory]:
+        """Lets it work; returns its figures, and its memory after and during the work."""
         reply = self._ask({"prompts": work.prompts, "new_tokens": work.new_tokens})
         trace = Trace(tuple(map(tuple, reply["arrivals_s"])))
+        gathered = Trace(tuple(map(tuple, reply["gathered_s"]))) if reply["gathered_s"] else None
         try:
-            trace.check(work)
+            for one in (trace, gathered or trace):
+                one.check(work)
         except ValueError as error:
             raise ContestantFailed(f"{self.entry.kind}: {error}") from None
-        return trace, Memory(reply["resident_bytes"], reply["peak_bytes"])
+        return figures(trace, gathered), Memory(reply["resident_bytes"], reply["peak_bytes"])
 
     def second_turn_s(self, turns: Sequence[Sequence[int]], share: float) -> float:
         """The time to the first token of a chat's second turn; only Interlock's own engine tells it."""

@@ -8,6 +8,7 @@ one line. What libraries print goes to standard error, so that nothing of theirs
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -20,10 +21,13 @@ from typing import IO, Any, Protocol
 from bench.race import own_engine
 from bench.race.own_engine import MODES, Machine, OwnEngine
 from bench.race.process_memory import memory_of, reset_peak
-from bench.race.work import Trace, Work
+from bench.race.work import Trace, Work, decode_rate
 
 # The kinds that are not Interlock's own modes.
 GENERATE, CONTINUOUS, LLAMA = "transformers-generate", "transformers-continuous", "llama.cpp"
+
+# Of the first turn of a chat; they belong to the second one's prompt.
+FIRST_ANSWER_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +69,32 @@ class _Own:
     def __init__(self, entry: Entry) -> None:
         self.runner = own_engine.load(Path(entry.directory), MODES[entry.kind], entry.machine)
         self._engine = OwnEngine(self.runner)
-        # A second cache over the same weights: what it keeps must not help the race.
-        self.close = self.runner.close
 
     def run(self, work: Work) -> Trace:
         """Does the work."""
         return self._engine.run(work)
 
+    def gathered(self, work: Work, trace: Trace) -> Trace | None:
+        """A second run for the decode rate, if the first one has none.
+
+        The engine paces prefill so that running streams feel little of it. When many requests come at once,
+        the first have ended before the last begin, and never do all decode. So in this run they wait for
+        one another after their first token.
+        """
+        return self._engine.run_gathered(work) if math.isnan(decode_rate(trace)) else None
+
     def second_turn_s(self, turns: tuple[tuple[int, ...], tuple[int, ...]], share: float) -> float:
         """The time to the first token of a chat's second turn, with a prefix cache of that share."""
+        # Each chat begins with nothing kept, and keeps nothing for the race.
         engine = OwnEngine(self.runner, prefix_share=share)
         first, second = turns
-        answers, _ = engine.answer([first], 32)
+        answers, _ = engine.answer([first], FIRST_ANSWER_TOKENS)
         _, trace = engine.answer([(*first, *answers[0], *second)], 2)
         return trace.arrivals_s[0][0]
+
+    def close(self) -> None:
+        """Frees the model."""
+        self.runner.close()
 
 
 def main() -> None:
@@ -122,7 +138,9 @@ def _do(runner: Runner, pid: int, request: dict[str, Any]) -> dict[str, Any]:
     work = Work(tuple(map(tuple, request["prompts"])), request["new_tokens"])
     reset_peak(pid)
     trace = runner.run(work)
-    return {"arrivals_s": trace.arrivals_s, **asdict(memory_of(pid))}
+    reply = {"arrivals_s": trace.arrivals_s, **asdict(memory_of(pid))}
+    gathered = runner.gathered(work, trace) if isinstance(runner, _Own) else None
+    return reply | {"gathered_s": None if gathered is None else gathered.arrivals_s}
 
 
 @contextmanager

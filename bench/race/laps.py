@@ -8,7 +8,7 @@ from typing import Protocol
 
 from bench.race.child import ContestantFailed
 from bench.race.process_memory import Memory
-from bench.race.work import Figures, Trace, Work, figures
+from bench.race.work import Figures, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Course:
 class Starter(Protocol):
     """A contestant that can be told to work."""
 
-    def measure(self, work: Work) -> tuple[Trace, Memory]:
+    def measure(self, work: Work) -> tuple[Figures, Memory]:
         """Works; raises ContestantFailed when it cannot go on."""
         ...
 
@@ -82,9 +82,9 @@ def run(
         if name in failed:
             continue
         try:
-            trace, memory = starters[name].measure(Work(course.prompts[:batch], course.new_tokens))
+            found, memory = starters[name].measure(Work(course.prompts[:batch], course.new_tokens))
         except ContestantFailed as error:
             failed[name] = f"batch {batch}, {error}"
         else:
-            samples.append(Sample(name, batch, lap, figures(trace), memory))
+            samples.append(Sample(name, batch, lap, found, memory))
     return samples, failed

@@ -28,7 +28,7 @@ from services.worker.core.revision import (
     RevisionSpec,
 )
 from services.worker.core.sequence import Output, SequenceKey, SequenceStart
-from services.worker.core.stepper import Admit, Host, Stepper
+from services.worker.core.stepper import AddCredit, Admit, Host, Stepper
 from services.worker.core.warmup import warm
 
 if TYPE_CHECKING:
@@ -125,6 +125,17 @@ class OwnEngine:
         """Does the work."""
         return self.answer(work.prompts, work.new_tokens)[1]
 
+    def run_gathered(self, work: Work) -> Trace:
+        """Does the work, but no sequence goes on before every one has its first token."""
+        began_s = time.perf_counter()
+        keys = [self._admit(prompt, work.new_tokens, (), credit=1) for prompt in work.prompts]
+        firsts = self._finish(keys, began_s)[1]
+        for key in keys:
+            self._stepper.handle(AddCredit(key, work.new_tokens - 1))
+        rest = self._finish(keys, began_s)[1]
+        pairs = zip(firsts.arrivals_s, rest.arrivals_s, strict=True)
+        return Trace(tuple(first + later for first, later in pairs))
+
     def answer(
         self,
         prompts: Sequence[tuple[int, ...]],
@@ -140,9 +151,13 @@ class OwnEngine:
         """
         began_s = time.perf_counter()
         keys = [
-            self._admit(prompt, new_tokens, emitted[place] if emitted else ())
+            self._admit(prompt, new_tokens, emitted[place] if emitted else (), credit=new_tokens)
             for place, prompt in enumerate(prompts)
         ]
+        return self._finish(keys, began_s)
+
+    def _finish(self, keys: Sequence[SequenceKey], began_s: float) -> tuple[list[list[int]], Trace]:
+        """Steps until there is nothing to do; returns what came of these sequences meanwhile."""
         answers: dict[SequenceKey, list[int]] = {key: [] for key in keys}
         arrivals: dict[SequenceKey, list[float]] = {key: [] for key in keys}
         while self._stepper.has_work:
@@ -153,10 +168,12 @@ class OwnEngine:
                 arrivals[output.key].extend([now_s] * len(output.token_ids))
         return list(answers.values()), Trace(tuple(map(tuple, arrivals.values())))
 
-    def _admit(self, prompt: tuple[int, ...], new_tokens: int, emitted: tuple[int, ...]) -> SequenceKey:
+    def _admit(
+        self, prompt: tuple[int, ...], new_tokens: int, emitted: tuple[int, ...], *, credit: int
+    ) -> SequenceKey:
         self._jobs += 1
         key = SequenceKey(1, str(self._jobs))
-        start = SequenceStart(key, prompt, new_tokens, emitted, credit_tokens=new_tokens)
+        start = SequenceStart(key, prompt, new_tokens, emitted, credit_tokens=credit)
         for refusal in self._stepper.handle(Admit(JobStart(REVISION, REVISION, 1, start))):
             raise RuntimeError(f"The KV cache has no room for all sequences: {refusal}.")
         return key

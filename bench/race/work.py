@@ -69,8 +69,8 @@ class Figures:
     itl_p95_s: float
 
 
-def figures(trace: Trace) -> Figures:
-    """What is quoted of a trace."""
+def figures(trace: Trace, gathered: Trace | None = None) -> Figures:
+    """What is quoted of a trace; its decode rate is that of the gathered one, where there was one."""
     answers = trace.arrivals_s
     firsts = [answer[0] for answer in answers]
     gaps = [later - earlier for answer in answers for earlier, later in itertools.pairwise(answer)]
@@ -79,7 +79,7 @@ def figures(trace: Trace) -> Figures:
     return Figures(
         latency_s=sum(latencies) / len(latencies),
         tokens_per_s=tokens / max(answer[-1] for answer in answers),
-        decode_tokens_per_s=_decode_rate(answers),
+        decode_tokens_per_s=decode_rate(gathered or trace),
         ttft_p50_s=percentile(firsts, 0.50),
         ttft_p95_s=percentile(firsts, 0.95),
         itl_p50_s=percentile(gaps, 0.50),
@@ -94,7 +94,9 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
-def _decode_rate(answers: Sequence[Sequence[float]]) -> float:
+def decode_rate(trace: Trace) -> float:
+    """Tokens per second of the time in which every sequence decodes; NaN if there is none."""
+    answers = trace.arrivals_s
     # From the last sequence's first token to the first sequence's last one: neither prefill nor a batch
     # that grows empty is counted, whoever the contestant is.
     begin_s = max(answer[0] for answer in answers)

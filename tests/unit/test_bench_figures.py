@@ -39,6 +39,15 @@ def test_without_a_time_in_which_all_decode_there_is_no_decode_rate() -> None:
     assert math.isnan(figures(Trace((evenly(0.0, 0.1, 5), evenly(9.0, 0.1, 5)))).decode_tokens_per_s)
 
 
+def test_a_gathered_run_gives_the_decode_rate_alone() -> None:
+    """Latency and throughput stay those of the run that nobody held up."""
+    trace = Trace((evenly(0.0, 0.1, 5), evenly(9.0, 0.1, 5)))
+    gathered = Trace((evenly(1.0, 0.5, 5), evenly(1.0, 0.5, 5)))
+    found = figures(trace, gathered)
+    assert found.decode_tokens_per_s == pytest.approx(4.0)
+    assert found.tokens_per_s == figures(trace).tokens_per_s
+
+
 def test_the_latency_is_that_of_fifty_tokens() -> None:
     """Longer answers are cut at the fiftieth token, and answers are averaged."""
     found = figures(Trace((evenly(1.0, 0.1, 64), evenly(2.0, 0.1, 64))))
@@ -76,12 +85,12 @@ class FakeStarter:
         self._fails_at = fails_at
         self.batches: list[int] = []
 
-    def measure(self, work: Work) -> tuple[Trace, Memory]:
+    def measure(self, work: Work) -> tuple[Figures, Memory]:
         """See `Starter.measure`."""
         self.batches.append(work.batch)
         if work.batch == self._fails_at:
             raise ContestantFailed("weak: it fell")
-        return Trace((evenly(0.1, 0.1, work.new_tokens),) * work.batch), Memory(1, 2)
+        return figures(Trace((evenly(0.1, 0.1, work.new_tokens),) * work.batch)), Memory(1, 2)
 
 
 def test_who_fails_is_left_behind_and_the_others_go_on() -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from bench import engine, quality
+from bench.race import own_engine
 from bench.race.contestant import Entry, open_runner
 from bench.race.gguf_file import NotConvertible, write_q8_0
 from bench.race.llama_server import LlamaServer
 from bench.race.own_engine import Machine
-from bench.race.work import Work
+from bench.race.work import Work, decode_rate
 from tests.fakes import llama_server, tiny_models
 
 
@@ -55,6 +56,19 @@ def test_every_contestant_does_the_work(kind: str, model: Path) -> None:
             runner.run(work).check(work)
     finally:
         runner.close()
+
+
+def test_gathered_sequences_decode_together(model: Path) -> None:
+    """However slowly prompts are read, all sequences decode from the last first token to the end."""
+    machine = Machine("cpu", 1, 2, 1 << 24)
+    runner = own_engine.load(model, own_engine.MODES["fp32"], machine)
+    work = Work((tuple(range(20, 80)), (30, 40)), 6)
+    trace = own_engine.OwnEngine(runner).run_gathered(work)
+    runner.close()
+    trace.check(work)
+    firsts, seconds = ([answer[place] for answer in trace.arrivals_s] for place in (0, 1))
+    assert max(firsts) <= min(seconds)
+    assert decode_rate(trace) > 0
 
 
 def test_a_race_runs_and_its_report_is_written(
