@@ -93,14 +93,14 @@ class GatewayConfig(TokenSettings):
     drain_notice_s: Annotated[
         float, Field(ge=0, description="How long calls are still taken after health says NOT_SERVING.")
     ] = 1.0
-    # A worker says something every second; twice that is silence, not a hiccup.
+    # A worker says something every second; three of them missed are silence, not a busy machine's hiccup.
     worker_silence_s: Annotated[
         float, Field(ge=1.5, description="How long a worker with requests may say nothing.")
-    ] = 2.0
+    ] = 3.0
     # The longest step is a chunk of a long prompt: a second on two idle cores, several on crowded ones.
     worker_stall_s: Annotated[
         float, Field(ge=1.5, description="How long the steps of a worker with requests may stand still.")
-    ] = 5.0
+    ] = 10.0
     drain_grace_s: Annotated[float, Field(ge=0)] = 30.0
     metrics_bind: Annotated[
         str,

@@ -26,10 +26,10 @@ from services.gateway.core.events import FinishReason
 from services.gateway.core.ports import Attempt, AttemptSink
 from services.gateway.core.vital_signs import VitalSigns
 
-# A worker says something every second; twice that is silence, not a hiccup.
-SILENCE_S = 2.0
+# A worker says something every second; three of them missed are silence, not a busy machine's hiccup.
+SILENCE_S = 3.0
 # The longest step is a chunk of a long prompt: a second on two idle cores, several on crowded ones.
-STALL_S = 5.0
+STALL_S = 10.0
 # Looking this often finds a silence at most a tenth late.
 WATCH_S = 0.2
 # If this process itself stood still for so long, the worker may have spoken all the while.
@@ -132,6 +132,8 @@ class _Session:
     _over: bool = False
     # Until then no order has left this process, so none can be to blame for a loss.
     _connected: bool = False
+    # Whether the stream broke, as it does with the worker's process.
+    _crashed: bool = False
     _ended_itself: bool = False
 
     def start(self, order: WorkOrder, sink: AttemptSink) -> Attempt:
@@ -180,7 +182,7 @@ class _Session:
             self._ended(key)
         for sink in sinks:
             if self._connected:
-                sink.lost(cause)
+                sink.lost(cause, crashed=self._crashed)
             else:
                 sink.refused(RefusalReason.UNREACHABLE, cause)
 
@@ -197,7 +199,7 @@ class _Session:
             cause = await self._converse(connection)
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             code = error.code() if isinstance(error, grpc.aio.AioRpcError) else "closed"
-            cause = f"its session failed: {code}"
+            cause, self._crashed = f"its session failed: {code}", True
         except Exception:  # noqa: BLE001 - a defect here must reach the attempts as a loss, not as silence
             logs.get_logger().error("session.crashed", worker_id=self.worker_id, exc_info=True)
             cause = "the gateway could not read its session"
@@ -225,7 +227,10 @@ class _Session:
             first = await _first_done(reader, writer, watch)
         finally:
             call.cancel()
-        return watch.result() if first is watch else "its session ended"
+        if first is watch:
+            return watch.result()
+        self._crashed = True
+        return "its session ended"
 
     async def _write(self, call: Any) -> None:
         while True:
@@ -277,7 +282,7 @@ class _Session:
             return
         if output.token_ids:
             sink.output(read_output(output, None))
-        sink.lost("it ended the sequence without finishing it")
+        sink.lost("it ended the sequence without finishing it", crashed=True)
 
     def _refuse(self, refused: worker_service_pb2.Refused) -> None:
         sink = self._sinks.pop((refused.job, refused.attempt), None)

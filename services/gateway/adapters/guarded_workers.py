@@ -101,11 +101,11 @@ class _Guarded:
         self._settle(verdict_of(_REFUSAL_CODES.get(reason, "RESOURCE_EXHAUSTED")))
         self.sink.refused(reason, message)
 
-    def lost(self, cause: str) -> None:
+    def lost(self, cause: str, *, crashed: bool) -> None:
         """See `AttemptSink.lost`."""
         self._settle(Verdict.FAILURE)
         if self.budget.spend(self.circuit.target, self.clock.monotonic()):
-            self.sink.lost(cause)
+            self.sink.lost(cause, crashed=crashed)
         else:
             self.sink.refused(RefusalReason.BUDGET_SPENT, cause)
 

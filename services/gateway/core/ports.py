@@ -239,8 +239,11 @@ class AttemptSink(Protocol):
         """The worker did not take it: an end."""
         ...
 
-    def lost(self, cause: str) -> None:
-        """The worker is gone or broke the protocol: an end."""
+    def lost(self, cause: str, *, crashed: bool) -> None:
+        """The worker is gone or broke the protocol: an end.
+
+        `crashed`: its process, or the job in it, came to an end; else it was silent, or stood still.
+        """
         ...
 
 

@@ -190,11 +190,13 @@ def _refuse(request: Request, event: Refused) -> Step:
 
 def _blame(request: Request, event: AttemptLost) -> Step:
     # Only a request that had no token yet may have killed the worker: the others ran well on it.
+    if not event.crashed:
+        return _fail_over(request, event)
     blamed = replace(request, blames=request.blames + 1)
     if blamed.blames < BLAMES_MAX:
         return _fail_over(blamed, event)
     error = InternalError(
-        f"{BLAMES_MAX} workers were lost as they began this request. It is not tried on another one."
+        f"{BLAMES_MAX} workers crashed as they began this request. It is not tried on another one."
     )
     return _end(replace(blamed, failures=blamed.failures + 1), Phase.FAILED, error)
 

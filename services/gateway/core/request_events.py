@@ -57,7 +57,13 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class AttemptLost:
-    """The worker went away, fell silent or broke the protocol."""
+    """The worker went away, fell silent or broke the protocol.
+
+    Attributes:
+        crashed: Whether its process, or the job in it, came to an end; silence may be a busy machine's.
+    """
+
+    crashed: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -304,12 +304,12 @@ class Generation:
             self._log("attempt.refused", cause=reason.value, message=message)
             self._apply(request_events.Refused(reason, message))
 
-    def lost(self, number: int, cause: str) -> None:
+    def lost(self, number: int, cause: str, *, crashed: bool) -> None:
         """The worker of attempt `number` is gone."""
         if self._hears(number):
             self._attempt = None
             self._log("attempt.lost", cause=cause)
-            self._apply(request_events.AttemptLost())
+            self._apply(request_events.AttemptLost(crashed))
 
     def _hears(self, number: int) -> bool:
         """Whether `number` is the attempt under way; what an earlier one says comes too late."""
@@ -318,7 +318,7 @@ class Generation:
     def _break(self, cause: str) -> None:
         self._cancel_attempt(Verdict.FAILURE)
         self._log("attempt.broken", cause=cause)
-        self._apply(request_events.AttemptLost())
+        self._apply(request_events.AttemptLost(crashed=False))
 
     def _say_started(self) -> None:
         if self._unsaid and self._started is not None:

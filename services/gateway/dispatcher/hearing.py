@@ -19,7 +19,7 @@ class AttemptListener(Protocol):
         """Attempt `number` was not taken."""
         ...
 
-    def lost(self, number: int, cause: str) -> None:
+    def lost(self, number: int, cause: str, *, crashed: bool) -> None:
         """The worker of attempt `number` is gone."""
         ...
 
@@ -39,6 +39,6 @@ class Hearing:
         """See `AttemptSink.refused`."""
         self.listener.refused(self.number, reason, message)
 
-    def lost(self, cause: str) -> None:
+    def lost(self, cause: str, *, crashed: bool) -> None:
         """See `AttemptSink.lost`."""
-        self.listener.lost(self.number, cause)
+        self.listener.lost(self.number, cause, crashed=crashed)

@@ -120,7 +120,7 @@ async def test_a_new_attempt_gets_no_more_credit_than_the_reader_left(world: Wor
     """What lies unread in the outbox is taken off the window."""
     await world.dispatcher.submit(job())
     world.workers.attempts[0].sink.output(Output(0, ids("abcde")))
-    world.workers.attempts[0].sink.lost("test")
+    world.workers.attempts[0].sink.lost("test", crashed=True)
     world.queue.receive(grant("n2"))
     second = await world.workers.wait_started(2)
     assert second.order.emitted_ids == ids("abcde")
@@ -141,11 +141,11 @@ async def test_a_late_attempt_is_not_heard(world: World) -> None:
     """What the first worker says after it was given up reaches nobody."""
     generation = await world.dispatcher.submit(job())
     first = world.workers.attempts[0]
-    first.sink.lost("test")
+    first.sink.lost("test", crashed=True)
     world.queue.receive(grant("n2"))
     second = await world.workers.wait_started(2)
     first.sink.output(Output(0, ids("late")))
-    first.sink.lost("again")
+    first.sink.lost("again", crashed=True)
     second.sink.output(Output(0, ids("right"), FinishReason.STOP))
     texts = [event.text for event in await rest(generation) if isinstance(event, Chunk)]
     assert texts == ["right"]
@@ -321,7 +321,7 @@ async def test_a_worker_that_leaves_logprobs_out_is_given_up(world: World) -> No
 async def test_nobody_takes_over_in_time(world: World) -> None:
     """After the failover wait the request ends in-band and leaves the queue."""
     generation = await world.dispatcher.submit(job())
-    world.workers.attempts[0].sink.lost("test")
+    world.workers.attempts[0].sink.lost("test", crashed=True)
     with pytest.raises(WorkerLost):
         await rest(generation)
     await world.queue.wait_for("cancel", "s-j")

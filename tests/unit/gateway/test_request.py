@@ -52,7 +52,7 @@ EVENTS = st.one_of(
     st.just(request_events.Completed()),
     st.just(request_events.StopReached()),
     st.sampled_from(list(RefusalReason)).map(request_events.Refused),
-    st.just(request_events.AttemptLost()),
+    st.just(request_events.AttemptLost(crashed=True)),
     st.just(request_events.LeaseLost()),
     st.just(request_events.Withdrawn(RequestCancelled("bye"))),
     st.just(request_events.DeadlinePassed()),
@@ -121,17 +121,17 @@ def test_a_stop_string_also_ends_the_worker() -> None:
 
 def test_a_lost_worker_means_another_place_in_the_queue() -> None:
     """The job is pinned to its revision once it has emitted, and the wait for another worker is bounded."""
-    request, effects = step(running(), request_events.AttemptLost())
+    request, effects = step(running(), request_events.AttemptLost(crashed=True))
     assert (request.phase, request.failures) == (Phase.QUEUED, 1)
     assert effects == (request_events.Requeue(grant(), emitted=True), request_events.AwaitWorker())
     early, _ = step(Request(), request_events.Granted(grant()))
-    _, effects = step(early, request_events.AttemptLost())
+    _, effects = step(early, request_events.AttemptLost(crashed=True))
     assert effects[0] == request_events.Requeue(grant(), emitted=False)
 
 
 def test_another_revision_never_continues_a_text() -> None:
     """One response, one revision: the request ends rather than mix two."""
-    waiting, _ = step(running(), request_events.AttemptLost())
+    waiting, _ = step(running(), request_events.AttemptLost(crashed=True))
     request, effects = step(waiting, request_events.Granted(grant("n2", revision="r2")))
     assert request.phase is Phase.FAILED
     assert effects[0] == request_events.Settle(grant("n2", revision="r2"), Outcome.FAILED)
@@ -140,7 +140,7 @@ def test_another_revision_never_continues_a_text() -> None:
 def test_before_the_first_token_any_revision_will_do() -> None:
     """Nothing was said yet, so nothing can be mixed."""
     request, _ = step(Request(), request_events.Granted(grant()))
-    waiting, _ = step(request, request_events.AttemptLost())
+    waiting, _ = step(request, request_events.AttemptLost(crashed=True))
     granted, _ = step(waiting, request_events.Granted(grant("n2", revision="r2")))
     assert (granted.phase, granted.revision, granted.starts) == (Phase.GRANTED, "r2", 2)
 
@@ -153,9 +153,18 @@ def test_a_refusal_costs_no_attempt() -> None:
     assert effects == (request_events.Decline(grant(), 0.1),)
 
 
+def test_silence_is_not_blamed_on_a_request() -> None:
+    """A busy machine's workers fall silent one after the other; that says nothing about who waits on them."""
+    granted, _ = step(Request(), request_events.Granted(grant()))
+    once, _ = step(granted, request_events.AttemptLost(crashed=False))
+    again, _ = step(once, request_events.Granted(grant("n2")))
+    twice, _ = step(again, request_events.AttemptLost(crashed=False))
+    assert (twice.phase, twice.failures, twice.blames) == (Phase.QUEUED, 2, 0)
+
+
 def test_refusals_after_a_loss_end_when_the_wait_is_over() -> None:
     """A worker that was asked in time and refuses is no worker: the request ends."""
-    waiting, _ = step(running(), request_events.AttemptLost())
+    waiting, _ = step(running(), request_events.AttemptLost(crashed=True))
     granted, _ = step(waiting, request_events.Granted(grant("n2")))
     granted, _ = step(granted, request_events.WaitedOut())
     request, effects = step(granted, request_events.Refused(RefusalReason.UNREACHABLE))
