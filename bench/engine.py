@@ -87,9 +87,10 @@ def _race(arguments: argparse.Namespace, command: str) -> Report:
         if (own := children.get(_main_mode(arguments))) is not None and arguments.chat_tokens:
             findings.append(_second_turn(arguments, own))
         load_s = {name: round(child.load_s, 2) for name, child in children.items()}
+    laps = 1 + max((one.lap for one in samples), default=0)
     work = (
         f"{arguments.prompt_tokens}-token prompts, {arguments.new_tokens} new tokens, greedy, "
-        f"medians of {arguments.repeat}; memory is that of the first round."
+        f"medians of {laps}; memory is that of the first round."
     )
     return Report(command, machine_line(arguments.threads), work, samples, findings, load_s, notes)
 
@@ -148,7 +149,10 @@ def _run(arguments: argparse.Namespace, children: Mapping[str, Child], notes: li
     )
     with shown(sum(1 for _ in course.starts())) as show:
         samples, failed = run(
-            children, course, lambda name, batch, lap: show(f"round {lap + 1}, batch {batch}, {name}")
+            children,
+            course,
+            lambda name, batch, lap: show(f"round {lap + 1}, batch {batch}, {name}"),
+            limit_s=60.0 * arguments.minutes,
         )
     notes.extend(f"Failed: {why}." for why in failed.values())
     return samples
@@ -199,6 +203,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     what.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64])
     what.add_argument("--every-batch", action="store_true", help="slow peers run every batch, too")
     what.add_argument("--repeat", type=int, default=5, help="rounds")
+    what.add_argument("--minutes", type=float, default=15, help="no round begins that would end later")
     what.add_argument("--prompt-tokens", type=int, default=42)
     what.add_argument("--new-tokens", type=int, default=64)
     what.add_argument("--chat-tokens", type=int, default=1_000, help="of the first turn; 0: no chat")

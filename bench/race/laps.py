@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -63,7 +65,12 @@ class Starter(Protocol):
 
 
 def run(
-    starters: Mapping[str, Starter], course: Course, on_start: Callable[[str, int, int], None]
+    starters: Mapping[str, Starter],
+    course: Course,
+    on_start: Callable[[str, int, int], None],
+    *,
+    limit_s: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[list[Sample], dict[str, str]]:
     """Runs the course. Who fails is left behind; the others go on.
 
@@ -71,13 +78,24 @@ def run(
         starters: The contestants, by name.
         course: What is run.
         on_start: Hears the contestant, batch and lap of each piece of work before it.
+        limit_s: No lap begins that would take the race beyond it, if it took as long as the longest so far.
+            The first one always runs.
+        clock: The time in seconds.
 
     Returns:
         What was measured, and by contestant why it failed.
     """
     samples: list[Sample] = []
     failed: dict[str, str] = {}
+    began_s = lap_began_s = clock()
+    longest_s, running = 0.0, 0
     for lap, batch, name in course.starts():
+        if lap != running:
+            now_s = clock()
+            longest_s = max(longest_s, now_s - lap_began_s)
+            if now_s + longest_s > began_s + limit_s:
+                break
+            running, lap_began_s = lap, now_s
         on_start(name, batch, lap)
         if name in failed:
             continue

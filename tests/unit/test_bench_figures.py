@@ -104,6 +104,25 @@ def test_who_fails_is_left_behind_and_the_others_go_on() -> None:
     assert [one.contestant for one in samples].count("weak") == 1
 
 
+@pytest.mark.parametrize(("limit_s", "laps"), [(0, 1), (3, 1), (4, 2), (100, 5)])
+def test_no_lap_begins_that_would_end_too_late(limit_s: float, laps: int) -> None:
+    """A lap of two seconds is begun when two seconds are left; the first one always runs."""
+    now_s = 0.0
+
+    class SlowStarter(FakeStarter):
+        """Takes a second for each batch."""
+
+        def measure(self, work: Work) -> tuple[Figures, Memory]:
+            """See `Starter.measure`."""
+            nonlocal now_s
+            now_s += 1.0
+            return super().measure(work)
+
+    course = Course(((1,), (2,)), 4, {"slow": (1, 2)}, laps=5)
+    samples, _ = run({"slow": SlowStarter()}, course, lambda *_: None, limit_s=limit_s, clock=lambda: now_s)
+    assert len(samples) == 2 * laps
+
+
 def test_a_ratio_is_the_median_of_the_ratios_of_the_laps() -> None:
     """A lap in which the machine is slow is slow for both sides, and changes no ratio."""
     rates = ((20.0, 10.0), (2.0, 1.0), (90.0, 30.0))
