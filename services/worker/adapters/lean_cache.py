@@ -28,7 +28,7 @@ class CacheShape:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The piece of the cache that a pass reads and writes.
+    """A piece of the cache that a pass reads and writes: several tokens of one row, or one token of each row.
 
     Attributes:
         rows: The rows as a slice where they are contiguous, else as an index tensor.
@@ -43,6 +43,11 @@ class Place:
     positions: torch.Tensor
     length: int
     shared: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it takes in."""
+        return self.positions.shape[0]
 
 
 class LeanCache:
@@ -91,13 +96,22 @@ class LeanCache:
         chosen = slice(rows[0], rows[-1] + 1) if contiguous else row_ids
         return Place(chosen, row_ids, places, length, shared=len(rows) == 1)
 
-    def write(self, layer: int, states: torch.Tensor, place: Place) -> None:
-        """Writes the keys and values of each token, `[tokens, 2, heads, head_dim]`."""
-        by_place = self._layers[layer].permute(1, 3, 0, 2, 4)
-        by_place.index_put_((place.row_ids, place.positions), states)
+    def targets(self, places: Sequence[Place]) -> torch.Tensor:
+        """Where `write` puts the states of all tokens of these places; it is the same in every layer."""
+        heads, device = self.shape.heads, self.shape.device
+        row_ids = torch.cat([place.row_ids for place in places])
+        positions = torch.cat([place.positions for place in places])
+        kinds = torch.arange(2, device=device).unsqueeze(1) * self.rows
+        lines = (kinds + row_ids.view(-1, 1, 1)) * heads + torch.arange(heads, device=device)
+        return (lines * self.capacity + positions.view(-1, 1, 1)).flatten()
+
+    def write(self, layer: int, states: torch.Tensor, targets: torch.Tensor) -> None:
+        """Writes the keys and values of each token, `[tokens, 2 * heads, head_dim]`."""
+        lines = self._layers[layer].view(-1, self.shape.head_dim)
+        lines.index_copy_(0, targets, states.reshape(-1, self.shape.head_dim))
 
     def read(self, layer: int, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the pass's rows, each `[rows * heads, length, head_dim]`."""
+        """Keys and values of a place's rows, each `[rows * heads, length, head_dim]`."""
         tensor = self._layers[layer]
         if isinstance(place.rows, slice):
             tensor = tensor[:, place.rows, :, : place.length]

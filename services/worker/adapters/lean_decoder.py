@@ -112,20 +112,32 @@ class LeanDecoder:
     dtype: torch.dtype
 
     def forward(
-        self, token_ids: Sequence[int], cache: LeanCache, place: Place, threads: Threads
+        self, token_ids: Sequence[int], cache: LeanCache, places: Sequence[Place], threads: Threads
     ) -> torch.Tensor:
-        """Passes tokens through all layers; returns the last states, `[tokens, width]`."""
+        """Passes the tokens of all places, in their order, through all layers.
+
+        The products take all tokens together, so the weights are read once; attention takes each place by
+        itself, for they have different lengths. No row is in two places.
+
+        Returns:
+            The last states, `[tokens, width]`.
+        """
         ids = torch.tensor(token_ids, device=self.embedding.device)
         x = self.embedding.index_select(0, ids).to(self.dtype)
-        turn = self.turns.at(place.positions, place.length)
-        mask = _mask(place, self.heads, self.dtype)
+        positions = torch.cat([place.positions for place in places])
+        turn = self.turns.at(positions, max(place.length for place in places))
+        targets, masks = cache.targets(places), [_mask(place, self.heads, self.dtype) for place in places]
+        sizes = [place.tokens for place in places]
         for number, layer in enumerate(self.layers):
             heads = self._turned(layer, x, turn)
             queries, states = torch.split(heads, [self.heads.queries, 2 * self.heads.shared], dim=1)
-            cache.write(number, torch.unflatten(states, 1, (2, self.heads.shared)), place)
-            keys, values = cache.read(number, place)
+            cache.write(number, states, targets)
             _use(threads.attention)
-            attended = attend(queries, keys, values, mask, self.heads)
+            parts = [
+                attend(part, *cache.read(number, place), mask, self.heads)
+                for part, place, mask in zip(torch.split(queries, sizes), places, masks, strict=True)
+            ]
+            attended = parts[0] if len(parts) == 1 else torch.cat(parts)
             _use(threads.products)
             x = x + layer.output(attended)
             gate, up = layer.gate_up(x, layer.mlp_norm).chunk(2, dim=1)
@@ -135,6 +147,11 @@ class LeanDecoder:
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """From last states to `[tokens, vocabulary]`."""
         return self.head(x, self.norm)
+
+    @property
+    def joins(self) -> bool:
+        """Whether a token's numbers are the same beside any others, so that prefills may share a pass."""
+        return self.head.by_row
 
     @property
     def bytes(self) -> int:

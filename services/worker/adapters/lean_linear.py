@@ -54,7 +54,13 @@ class Norm:
 
 
 class Linear(Protocol):
-    """A matrix product with rows `[rows, inputs]`, after a normalization where one is given."""
+    """A matrix product with rows `[rows, inputs]`, after a normalization where one is given.
+
+    Attributes:
+        by_row: Whether a row's product is the same, bit for bit, beside any other rows.
+    """
+
+    by_row: bool
 
     def __call__(self, x: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
         """Returns `[rows, outputs]`."""
@@ -72,6 +78,9 @@ class Linear(Protocol):
 
 class PlainLinear:
     """A product in the precision of the weights."""
+
+    # The matrix library chooses the order of its sums by the number of rows.
+    by_row = False
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = weight
@@ -100,6 +109,8 @@ class Int8Linear:
         scales: Of each output, `[outputs]`; None: the weight is quantized here.
         threshold: From which magnitude on an input is an outlier.
     """
+
+    by_row = True
 
     def __init__(
         self,

@@ -1,7 +1,8 @@
 """The runner. Owns: the forward passes of one loaded model over its slot cache.
 
 Performs what a batch says and decides nothing. Prefill takes one row at a time, so that a sequence's
-numbers do not depend on who else begins; decode takes all rows together.
+numbers do not depend on who else begins; decode takes all rows together. A runner whose numbers never
+depend on that may join them.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class TorchRunner:
             for move in batch.moves:
                 self._cache.move(move.source, move.target, move.tokens)
             self._cache.ensure(batch.rows, batch.capacity)
-            logits, rows = self._forward(batch)
+            logits, rows = self.forward(batch)
             choices = sample(torch.cat(logits), batch.draws) if logits else []
             for row, choice in zip(rows, choices, strict=True):
                 if choice.token_id == NO_TOKEN:
@@ -127,7 +128,8 @@ class TorchRunner:
         self._cache.ensure(1, bucketed(len(token_ids)))
         return self._pass([0], [0], [token_ids], every=True)
 
-    def _forward(self, batch: Batch) -> tuple[list[torch.Tensor], list[int]]:
+    def forward(self, batch: Batch) -> tuple[list[torch.Tensor], list[int]]:
+        """Passes all tokens of a batch; returns the logits of its draws in their order, and their rows."""
         logits: list[torch.Tensor] = []
         rows: list[int] = []
         for chunk in batch.chunks:

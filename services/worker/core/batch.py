@@ -93,7 +93,7 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step: first the moves in order, then the chunks one by one, then all decodes together.
+    """One step: first the moves in order, then chunks and decodes, of which each row has one at most.
 
     Rows that the step before did not have are added before the moves, for they may lead there; rows that
     the step does not have may be given up after them.

@@ -86,6 +86,30 @@ def test_int8_logits_do_not_depend_on_how_the_prompt_came(directory: Path) -> No
         assert torch.equal(stepped, whole)
 
 
+@pytest.mark.parametrize("quantization", [Quantization.INT8, Quantization.NONE])
+def test_a_step_of_chunks_and_decodes_has_the_logits_that_each_has_apart(
+    directory: Path, quantization: Quantization
+) -> None:
+    """Bit for bit: eight decodes, short and long, beside two chunks of prompts, of which one goes on."""
+    runner, draw = load(directory, quantization), Draw(Sampling(), 0, 0)
+    asked = prompts([9 + number for number in range(7)] + [290], seed=6)
+    half, whole, ids_of_another = prompts([150, 40, 120], seed=7)
+    chunks = (Chunk(8, 60, half[60:100], None), Chunk(9, 0, whole, draw))
+    decodes = tuple(Decode(row, len(ids), ids[0], draw) for row, ids in enumerate(asked))
+    rest = Chunk(8, 100, half[100:], draw)
+    with torch.inference_mode():
+        reserve(runner, 400)
+        for row, ids in enumerate([*asked, half[:60]]):
+            fill(runner, row, ids)
+        runner.prefill(chunks[0])
+        apart = [runner.prefill(chunks[1]), runner.decode(decodes), runner.prefill(rest)]
+        for row, ids in enumerate([*asked, half[:60], ids_of_another]):
+            fill(runner, row, ids)
+        together, rows = runner.forward(Batch(10, 400, (), chunks, decodes))
+        assert rows == [9, *range(8)]
+        assert torch.equal(torch.cat([*together, runner.prefill(rest)]), torch.cat(apart))
+
+
 def test_int8_requests_together_equal_each_alone(directory: Path) -> None:
     """Each of 32 mixed-length requests that run together has the tokens that it has alone."""
     runner = load(directory, Quantization.INT8)
