@@ -69,7 +69,11 @@ class DirectCaller:
                 credit_tokens=ask.answer_tokens,
             )
         )  # fmt: skip
-        await job.ended.wait()
+        try:
+            await job.ended.wait()
+        finally:
+            # A client that was cut waits for nothing more, however the session ends.
+            self._jobs.pop(name, None)
 
     async def orders(self) -> AsyncIterator[pb.SessionRequest]:
         """What the session sends."""
