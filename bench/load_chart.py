@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ _LINES = ((True, "with the queue", "o-", "#1b6ca8"), (False, "without", "s--", "
 
 
 def draw(steps: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws the closed-loop steps against their clients into a PNG file."""
+    """Draws the closed-loop steps against their clients into a PNG file; of repeated ones, the median."""
     # Imported here: everything else works without it, and choosing a backend is for this function alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - see above
     from matplotlib.figure import Figure  # noqa: PLC0415 - see above
@@ -24,8 +25,7 @@ def draw(steps: Sequence[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, (title, value) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
         for queue, name, style, colour in _LINES:
-            points = [(step["clients"], value(step)) for step in steps if step["queue"] is queue]
-            known = sorted((clients, found) for clients, found in points if found is not None)
+            known = _points(value, [step for step in steps if step["queue"] is queue])
             if known:
                 axes.plot(*zip(*known, strict=True), style, color=colour, label=name, markersize=4)
         axes.set_title(title, fontsize=10)
@@ -34,6 +34,17 @@ def draw(steps: Sequence[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=9)
     figure.savefig(path, format="png", dpi=90)
+
+
+def _points(
+    value: Callable[[dict[str, Any]], float | None], steps: Sequence[dict[str, Any]]
+) -> list[tuple[int, float]]:
+    """The median of what was measured for each number of clients."""
+    found: dict[int, list[float]] = {}
+    for step in steps:
+        if (measured := value(step)) is not None:
+            found.setdefault(step["clients"], []).append(measured)
+    return [(clients, statistics.median(values)) for clients, values in sorted(found.items())]
 
 
 def _in_seconds(milliseconds: float | None) -> float | None:
