@@ -16,6 +16,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,13 +83,13 @@ async def measure(address: str, token: str, levels: list[int], rounds: int, toke
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Finds the mesh by its state file, measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="interlock bench mesh", description=__doc__.splitlines()[0])
     parser.add_argument("--concurrency", default="1,16", help="requests at once, separated by commas")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     home = Path(os.environ.get("INTERLOCK_HOME", ".interlock"))
     state = json.loads((home / "state.json").read_text())
     address = state["http"].removeprefix("http://").rstrip("/")

@@ -77,9 +77,9 @@ class Bench:
                 return durations, tokens
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Loads the model once and measures everything."""
-    arguments = _parse()
+    arguments = _parse(argv)
     runner = _load(arguments)
     _second_turn(runner, arguments, share=0.5)
     turns: dict[float, list[float]] = {0.0: [], 0.5: []}
@@ -187,8 +187,8 @@ def _load(arguments: argparse.Namespace) -> ModelRunner:
     return runner
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.prefill", description=__doc__.partition("\n")[0])
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="interlock bench prefill", description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path, help="directory of a model in Hugging Face format")
     parser.add_argument("--quantization", choices=[one.value for one in Quantization], default="none")
     parser.add_argument("--dtype", choices=[one.value for one in ComputeDtype], default="auto")
@@ -200,7 +200,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--shared-chunk-tokens", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--kv-bytes", type=int, default=2 << 30)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import asyncio
 import json
 import statistics
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from services.common.queue_keys import ModelKeys
 from services.common.redis_client import RedisStore, connect
@@ -112,14 +112,18 @@ async def run(url: str, rounds: int, waiting: int, workers: int) -> dict[str, di
     return {name: summary(values) for name, values in found.items()}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and prints JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="interlock bench queue_latency",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("url", help="redis:// or unix:// URL")
     parser.add_argument("--rounds", type=int, default=2_000, help="calls of each kind")
     parser.add_argument("--waiting", type=int, default=1_000, help="jobs that wait meanwhile")
     parser.add_argument("--workers", type=int, default=4, help="workers of the model")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     found = asyncio.run(run(arguments.url, arguments.rounds, arguments.waiting, arguments.workers))
     print(json.dumps(found, indent=2))
 

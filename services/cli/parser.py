@@ -45,7 +45,7 @@ def build() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_up, _down, _status, _token, _chat, _models, _workers, _breakers, _envoy):
+    for add in (_up, _down, _status, _token, _chat, _models, _workers, _breakers, _envoy, _bench):
         add(commands)
     return parser
 
@@ -226,6 +226,15 @@ def _envoy(commands: _Commands) -> None:
     # The generator has its own arguments and help.
     parser.add_argument("rest", nargs="*")
     parser.set_defaults(module="envoy", function="run")
+
+
+def _bench(commands: _Commands) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "bench", help="Measure; alone, list what can be measured.", add_help=False, prefix_chars=" "
+    )
+    # Each measurement has its own arguments and help.
+    parser.add_argument("rest", nargs="*")
+    parser.set_defaults(module="bench", function="run")
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,113 @@
+"""How load is offered: a closed loop of clients, or arrivals at a rate. Owns: who asks when."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from bench.load_callers import Caller
+from bench.load_plan import Ask, Load, Tenant, ask_of
+from bench.load_trace import Fate, Trace
+
+# How often the progress bar moves.
+_TICK_S = 0.25
+# A failure without a delay must not become a storm of connections.
+_FAILURE_PAUSE_S = 0.1
+
+Tick = Callable[[float], None]
+
+
+@dataclass(slots=True)
+class Step:
+    """What one step of load left behind.
+
+    Attributes:
+        traces: All its requests.
+        window_s: From when to when it is measured, of the traces' clock.
+    """
+
+    traces: list[Trace] = field(default_factory=list)
+    window_s: tuple[float, float] = (0.0, 0.0)
+
+
+class Crowd:
+    """Clients of one step.
+
+    Args:
+        caller: How they ask.
+        load: What they ask.
+        chance: Draws prompts and arrivals.
+    """
+
+    def __init__(self, caller: Caller, load: Load, chance: random.Random) -> None:
+        self._caller, self._load, self._chance = caller, load, chance
+        self._traces: list[Trace] = []
+
+    async def closed_loop(self, clients: int, tick: Tick) -> Step:
+        """So many clients, each of which asks again as soon as it is answered."""
+        tasks = [asyncio.create_task(self._client(tenant)) for tenant in self._load.crowd(clients)]
+        async with _ended(tasks):
+            return await self._measure(tick)
+
+    async def open_loop(self, rate: float, tick: Tick) -> Step:
+        """Arrivals at `rate` a second, one independent of the other; nobody who is refused comes again."""
+        tasks: list[asyncio.Task[None]] = []
+        async with _ended(tasks):
+            tasks.append(asyncio.create_task(self._arrive(rate, tasks)))
+            return await self._measure(tick)
+
+    async def _measure(self, tick: Tick) -> Step:
+        began_s = time.monotonic() + self._load.warmup_s
+        until_s = began_s + self._load.duration_s
+        while (left_s := until_s - time.monotonic()) > 0:
+            await asyncio.sleep(min(_TICK_S, left_s))
+            tick(min(_TICK_S, left_s))
+        return Step(self._traces, (began_s, until_s))
+
+    async def _client(self, tenant: Tenant) -> None:
+        wished_s, ask = time.monotonic(), ask_of(self._load, tenant, self._chance)
+        while True:
+            trace = await self._ask(ask, wished_s)
+            if trace.fate is not Fate.REFUSED:
+                wished_s, ask = time.monotonic(), ask_of(self._load, tenant, self._chance)
+            pause_s = _FAILURE_PAUSE_S if trace.fate is Fate.FAILED else trace.retry_after_s
+            if pause_s is not None:
+                await asyncio.sleep(pause_s)
+
+    async def _arrive(self, rate: float, tasks: list[asyncio.Task[None]]) -> None:
+        tenants = self._load.tenants
+        shares = [tenant.clients for tenant in tenants]
+        due_s = time.monotonic()
+        while True:
+            # Due times do not depend on how late this loop runs.
+            due_s += self._chance.expovariate(rate)
+            await asyncio.sleep(due_s - time.monotonic())
+            (tenant,) = self._chance.choices(tenants, shares)
+            tasks.append(asyncio.create_task(self._visitor(tenant)))
+
+    async def _visitor(self, tenant: Tenant) -> None:
+        await self._ask(ask_of(self._load, tenant, self._chance), time.monotonic())
+
+    async def _ask(self, ask: Ask, wished_s: float) -> Trace:
+        trace = Trace(ask.tenant.name, wished_s, time.monotonic(), ask.deadline_s)
+        self._traces.append(trace)
+        await self._caller.ask(ask, trace)
+        return trace
+
+
+@asynccontextmanager
+async def _ended(tasks: list[asyncio.Task[None]]) -> AsyncIterator[None]:
+    """Ends all tasks at the end; a failure of one of them, a defect of the bench, is raised."""
+    try:
+        yield
+    finally:
+        broken = [task for task in tasks if task.done() and not task.cancelled() and task.exception()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in broken:
+        task.result()
