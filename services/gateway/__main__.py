@@ -34,7 +34,7 @@ from services.gateway.core.readiness import Readiness
 from services.gateway.core.retry import RetryBudget
 from services.gateway.core.tenancy import TenantBounds, TenantLimits
 from services.gateway.dispatcher.dispatch import Dispatcher, DispatcherLimits
-from services.gateway.dispatcher.generation import GenerationLimits
+from services.gateway.dispatcher.limits import GenerationLimits
 from services.gateway.dispatcher.reception import DeadlineLimits, Reception
 from services.gateway.dispatcher.resumption import Resumption, ResumptionLimits
 from services.gateway.dispatcher.usage import UsageDesk

@@ -11,7 +11,7 @@ from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import worker_service_pb2
 
 from services.gateway.core.queue_limits import QueueLimits
-from services.gateway.dispatcher.generation import GenerationLimits
+from services.gateway.dispatcher.limits import GenerationLimits
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_world import MODEL, GatewayWorld, fail, joined, open_gateway, read_rest
 

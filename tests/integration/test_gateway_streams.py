@@ -12,7 +12,7 @@ from interlock.v1 import generation_pb2
 
 from services.gateway.core.params import GenerationRequest, TextPrompt
 from services.gateway.core.queue_limits import QueueLimits
-from services.gateway.dispatcher.generation import GenerationLimits
+from services.gateway.dispatcher.limits import GenerationLimits
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_world import (
     MODEL,

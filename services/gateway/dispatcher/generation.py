@@ -1,17 +1,16 @@
-"""One request under way. Owns: its timers, its attempt at a worker and its events, from enqueue to end.
+"""One request under way. Owns: its table and its timers, from enqueue to end.
 
 The shell around `core.request`: everything that happens becomes an event for the table, and the effects that
-the table returns are performed here. Must not know: which queue, which workers, which API, or who listens:
-its events go into an outbox, which a client empties, or the writer of its log.
+the table returns are performed here, by its ticket, its engagement and its narration. Must not know: which
+queue, which workers, which API, or who listens: its events go into an outbox, which a client empties, or the
+writer of its log.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from services.common import logs
 from services.common.clock import Clock
 from services.common.errors import (
     InterlockError,
@@ -23,34 +22,24 @@ from services.common.errors import (
 )
 from services.gateway.core import request as life
 from services.gateway.core import request_events
-from services.gateway.core.answer import Answer
 from services.gateway.core.attempts import Output, RefusalReason, work_order
 from services.gateway.core.breaker import Verdict
-from services.gateway.core.events import FinishReason, Queued, Started
+from services.gateway.core.events import FinishReason, Started
 from services.gateway.core.jobs import Grant, QueuedJob, Waiting
 from services.gateway.core.log import LogTail, TakenUp
 from services.gateway.core.params import GenerationJob
-from services.gateway.core.ports import Attempt, GenerationLog, JobQueue, WorkerPool
+from services.gateway.core.ports import GenerationLog, JobQueue, WorkerPool
 from services.gateway.core.retry import backoff_s
 from services.gateway.dispatcher.attendance import Attendance
 from services.gateway.dispatcher.chronicle import Chronicle
-from services.gateway.dispatcher.hearing import Hearing
+from services.gateway.dispatcher.engagement import Engagement
+from services.gateway.dispatcher.limits import GenerationLimits
+from services.gateway.dispatcher.narration import Narration
 from services.gateway.dispatcher.outbox import Outbox
 from services.gateway.dispatcher.ticket import Ticket
 
 # Starts that one gateway may count before the next one's numbers begin: a retry each 100 ms for an hour.
 ADOPTION_BITS = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationLimits:
-    """Bounds of every request; the settings of the same names say why."""
-
-    credit_tokens: int = 256
-    client_stall_s: float = 30.0
-    attempts_max: int = 3
-    failover_wait_s: float = 15.0
-    detach_grace_s: float = 60.0
 
 
 class Generation:
@@ -84,29 +73,17 @@ class Generation:
     ) -> None:
         self.job = job
         self._queue = queue
-        self._workers = workers
-        self._clock = clock
         self._limits = limits
         self._on_end = on_end
         self._request = life.Request(attempts_max=limits.attempts_max, resumable=job.resumable)
-        self._answer = Answer(
-            len(job.prompt_ids),
-            job.params.max_tokens,
-            job.decode,
-            job.params.stop,
-            accepted_s=clock.monotonic() - job.waited_s,
-            scored=job.params.logprobs is not None,
-        )
         self.outbox = Outbox(limits.credit_tokens)
+        self._narration = Narration(job, self.outbox, clock)
+        self._engagement = Engagement(workers, self, job.request_id)
         self._ticket = Ticket(job, queue, clock, self, self._look_for_end)
         self.chronicle = Chronicle(job, self.outbox, log, self, clock) if job.resumable else None
         self.attendance = Attendance(
             limits.detach_grace_s, lambda: log.unattended_s(job.model, job.job_id), self._give_up
         )
-        self._attempt: Attempt | None = None
-        self._started: Started | None = None
-        self._unsaid = False
-        self._position: int | None = None
         self._accepted = False
         self._error: InterlockError | None = None
         self._deadline = asyncio.get_running_loop().call_later(
@@ -149,7 +126,7 @@ class Generation:
     @property
     def started(self) -> Started | None:
         """The latest grant, as the client is told of it; None before the first."""
-        return self._started
+        return self._narration.started
 
     @property
     def error(self) -> InterlockError | None:
@@ -166,16 +143,16 @@ class Generation:
         self._accepted = True
         self.chronicle.restore(taken.entries)
         self.attendance.leave_alone()
-        self._started = self.chronicle.journal.started
-        is_exact = self._answer.restore(taken.entries)
+        started = self.chronicle.journal.started
+        is_exact = self._narration.restore(taken.entries, started)
         self._request = life.Request(
             attempts_max=self._limits.attempts_max,
             resumable=True,
             # Other numbers than those that a worker may have heard from the process before.
             starts=taken.adoptions << ADOPTION_BITS,
-            failures=0 if self._started is None else self._started.attempt,
-            emitted=self._answer.index,
-            revision="" if self._started is None else self._started.revision,
+            failures=0 if started is None else started.attempt,
+            emitted=self._narration.answer.index,
+            revision="" if started is None else started.revision,
         )
         if not is_exact:
             self.withdraw(_unlike_log())
@@ -201,9 +178,8 @@ class Generation:
     def placed(self, place: Waiting) -> None:
         """The queue told the request's place; the client hears of a change."""
         self._accept()
-        if self.waits and place.position != self._position:
-            self._position = place.position
-            self.outbox.put(Queued(place.position, place.estimated_wait_s))
+        if self.waits:
+            self._narration.place(place)
 
     def rejected(self, error: InterlockError) -> None:
         """The queue does not take the request."""
@@ -241,15 +217,14 @@ class Generation:
 
     def add_credit(self, tokens: int) -> None:
         """Lets the worker send so many tokens more."""
-        if self._attempt is not None:
-            self._attempt.add_credit(tokens)
+        self._engagement.add_credit(tokens)
 
     # --- what the log says ----------------------------------------------------------------------------------
 
     @property
     def cached_prompt_tokens(self) -> int:
         """Prompt tokens found in a cache."""
-        return self._answer.cached_prompt_tokens
+        return self._narration.answer.cached_prompt_tokens
 
     async def dispute(self, grant: Grant) -> None:
         """The log was refused to `grant`: unless the queue confirms it, another gateway has the request."""
@@ -277,19 +252,16 @@ class Generation:
 
     # --- what the worker says -------------------------------------------------------------------------------
 
-    def output(self, number: int, output: Output) -> None:
-        """Tokens of attempt `number`, and with the last of them its end."""
-        if not self._hears(number):
-            return
-        index = self._answer.index
-        if not self._answer.continues(output):
+    def heard(self, output: Output) -> None:
+        """Tokens of the attempt under way, and with the last of them its end."""
+        narration, index = self._narration, self._narration.answer.index
+        if not narration.answer.continues(output):
             self._break("its tokens do not continue the text")
             return
         if output.token_ids:
-            piece = self._answer.push(output, self._clock.monotonic())
+            piece = narration.take(output)
             self._apply(request_events.Progressed(len(piece.token_ids)))
-            self._say_started()
-            self.outbox.put_piece(piece, index)
+            narration.tell(piece, index)
             if piece.stop is not None:
                 self._cancel_attempt(Verdict.SUCCESS)
                 self._apply(request_events.StopReached())
@@ -297,45 +269,23 @@ class Generation:
         if output.finish is not None:
             self._complete(output.finish)
 
-    def refused(self, number: int, reason: RefusalReason, message: str) -> None:
-        """The worker did not take attempt `number`."""
-        if self._hears(number):
-            self._attempt = None
-            self._log("attempt.refused", cause=reason.value, message=message)
-            self._apply(request_events.Refused(reason, message))
+    def refused(self, reason: RefusalReason, message: str) -> None:
+        """The worker did not take the attempt."""
+        self._apply(request_events.Refused(reason, message))
 
-    def lost(self, number: int, cause: str, *, crashed: bool) -> None:
-        """The worker of attempt `number` is gone."""
-        if self._hears(number):
-            self._attempt = None
-            self._log("attempt.lost", cause=cause)
-            self._apply(request_events.AttemptLost(crashed))
-
-    def _hears(self, number: int) -> bool:
-        """Whether `number` is the attempt under way; what an earlier one says comes too late."""
-        return number == self._request.starts and self._attempt is not None
+    def worker_lost(self, *, crashed: bool) -> None:
+        """The worker is gone."""
+        self._apply(request_events.AttemptLost(crashed))
 
     def _break(self, cause: str) -> None:
         self._cancel_attempt(Verdict.FAILURE)
-        self._log("attempt.broken", cause=cause)
+        self._engagement.note_broken(cause)
         self._apply(request_events.AttemptLost(crashed=False))
 
-    def _say_started(self) -> None:
-        if self._unsaid and self._started is not None:
-            self._unsaid = False
-            self.outbox.put(self._started)
-
     def _complete(self, reason: FinishReason) -> None:
-        self._attempt = None
-        self._say_started()
-        piece = self._answer.flush(reason)
-        self.outbox.put_piece(piece, self._answer.index)
+        self._engagement.complete()
+        self._narration.flush(reason)
         self._apply(request_events.Completed())
-
-    def _log(self, event: str, **fields: object) -> None:
-        grant = self._request.grant
-        worker_id = None if grant is None else grant.worker_id
-        logs.get_logger().warning(event, request_id=self.job.request_id, worker_id=worker_id, **fields)
 
     # --- table and effects ----------------------------------------------------------------------------------
 
@@ -365,7 +315,7 @@ class Generation:
                 self._pause_log()
                 self._ticket.decline(grant, hold_s)
             case request_events.Settle(grant, outcome):
-                self._ticket.settle(grant, outcome, self._answer.used_tokens)
+                self._ticket.settle(grant, outcome, self._narration.answer.used_tokens)
             case request_events.AwaitWorker():
                 self._await_worker()
             case request_events.Close(error):
@@ -376,38 +326,22 @@ class Generation:
             self.chronicle.pause()
 
     def _start(self, grant: Grant, number: int) -> None:
-        self._position = None
-        self._answer.grant(self._clock.monotonic())
-        job = self.job
+        answer = self._narration.answer
+        self._narration.granted()
         if self.chronicle is not None:
             self.chronicle.grant(grant)
-        if self._answer.is_complete:
+        if answer.is_complete:
             self._complete(FinishReason.LENGTH)
             return
-        # Later workers are named with their first tokens: the client need not hear of those that refuse.
-        self._unsaid = self._started is not None
-        self._started = Started(
-            request_id=job.request_id,
-            model=job.model,
-            revision=grant.revision,
-            worker_id=grant.worker_id,
-            attempt=self._request.failures + 1,
-            queue_s=self._answer.queue_s,
-            degraded=grant.degraded,
-        )
-        if not self._unsaid:
-            self.outbox.put(self._started)
+        self._narration.start(grant, self._request.failures + 1)
         credit_tokens = self.outbox.first_credit_tokens()
-        order = work_order(
-            job, grant, number, emitted_ids=self._answer.token_ids, credit_tokens=credit_tokens
-        )
-        sink = Hearing(self, number)
-        self._attempt = self._workers.start(grant.worker_id, grant.worker_address, order, sink)
+        order = work_order(self.job, grant, number, emitted_ids=answer.token_ids, credit_tokens=credit_tokens)
+        self._engagement.start(grant, order)
 
     def _cancel_attempt(self, verdict: Verdict = Verdict.NEUTRAL) -> None:
-        if self._attempt is None:
+        ended = self._engagement.cancel(verdict)
+        if ended is None:
             return
-        ended, self._attempt = self._attempt.cancel(verdict), None
 
         async def wait() -> None:
             # A slot that is settled while its worker still winds down earns the next job a refusal.
@@ -430,7 +364,7 @@ class Generation:
                 timer.cancel()
         self.attendance.close()
         if error is None:
-            self.outbox.put(self._answer.finished(self._clock.monotonic()))
+            self._narration.finish()
         if self.chronicle is not None and self.moved:
             self.chronicle.abandon()
         elif self.chronicle is not None:

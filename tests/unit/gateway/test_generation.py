@@ -24,7 +24,7 @@ from services.gateway.core.events import Chunk, Event, Finished, FinishReason, S
 from services.gateway.core.jobs import Band, Renewal, Waiting
 from services.gateway.core.params import GenerationJob, GenerationParams, SamplingParams
 from services.gateway.dispatcher.dispatch import Dispatcher, DispatcherLimits
-from services.gateway.dispatcher.generation import GenerationLimits
+from services.gateway.dispatcher.limits import GenerationLimits
 from services.gateway.dispatcher.resumption import Resumption, ResumptionLimits
 from services.gateway.dispatcher.streams import AnswerStream
 from tests.fakes.gateway_logs import FakeLogs

@@ -1,0 +1,238 @@
+"""The dispatcher's rounds. Owns: comparing, once a second, this gateway's notes with the queue's.
+
+That is how lost messages, a restarted store and the deaths of other gateways are made good. Must not know:
+clients, Redis or gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from services.common import logs
+from services.common.clock import Clock
+from services.common.errors import NoWorker, RequestCancelled, StoreUnavailable
+from services.gateway.core.jobs import Grant, Outcome, Renewal
+from services.gateway.core.params import Decode, GenerationJob
+from services.gateway.core.payload import read_payload
+from services.gateway.core.ports import JobQueue
+from services.gateway.dispatcher.generation import Generation
+
+# A worker that did not come back within its time is being mended by somebody.
+RETRY_WITHOUT_WORKER_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """The requests that are under way at this gateway.
+
+    Attributes:
+        live: All of them, by job.
+        create: Adds one.
+        decoder: A model's way back to text; None where it is not served here.
+        is_open: Whether more are taken.
+    """
+
+    live: Mapping[str, Generation]
+    create: Callable[[GenerationJob], Generation]
+    decoder: Callable[[str], Decode | None]
+    is_open: Callable[[], bool]
+
+
+class Rounds:
+    """Looks after the requests of a register.
+
+    Attributes:
+        store_reachable: Whether the queue answered when it was last asked.
+
+    Args:
+        queue: What they are compared with.
+        register: The requests.
+        clock: Measures.
+        models: The models that are served now; their queues are looked after even when nobody waits here.
+        jitter: Draws a number from 0 to 1, so that gateways do not reap in step.
+        renew_s: How often notes are compared.
+        worker_wait_s: How long requests wait while there is no worker.
+    """
+
+    def __init__(
+        self,
+        queue: JobQueue,
+        register: Register,
+        clock: Clock,
+        *,
+        models: Callable[[], Iterable[str]],
+        jitter: Callable[[], float],
+        renew_s: float,
+        worker_wait_s: float,
+    ) -> None:
+        self.store_reachable = False
+        self._queue = queue
+        self._register = register
+        self._clock = clock
+        self._models = models
+        self._jitter = jitter
+        self._renew_s = renew_s
+        self._worker_wait_s = worker_wait_s
+        self._workerless_since: dict[str, float] = {}
+        self._taking: set[str] = set()
+
+    async def run(self) -> None:
+        """Renews and reaps until it is cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._renew_forever())
+            tasks.create_task(self._reap_forever())
+
+    async def renew(self) -> None:
+        """Compares notes with the queue once, for every model."""
+        try:
+            for model in self.known_models():
+                await self._renew(model)
+                self._note_store(reachable=True)
+        except StoreUnavailable:
+            self._note_store(reachable=False)
+
+    def known_models(self) -> tuple[str, ...]:
+        """Models that are served, or asked for by a request that is under way."""
+        asked = (generation.job.model for generation in self._register.live.values())
+        return tuple(dict.fromkeys((*self._models(), *asked)))
+
+    def deliver(self, grant: Grant) -> None:
+        """Hands a grant on. One for nobody is found again, with its model, by the next renewal."""
+        generation = self._register.live.get(grant.job_id)
+        if generation is not None:
+            generation.granted(grant)
+
+    def stop(self, job_id: str) -> None:
+        """Ends a request that its owner does not want any more."""
+        if (generation := self._register.live.get(job_id)) is not None:
+            generation.withdraw(cancelled())
+
+    async def take_up(self, model: str, job_id: str) -> None:
+        """Goes on with a request that was another's, unless the store is away."""
+        await self._guarded(lambda: self._take_up(model, job_id))
+
+    async def _take_up(self, model: str, job_id: str) -> None:
+        """Goes on with a resumable request that another process began and that is this gateway's now."""
+        known, decode = self._register.live.get(job_id), self._register.decoder(model)
+        if not self._register.is_open() or decode is None or (known is not None and not known.moved):
+            return
+        if job_id in self._taking:
+            # Reaping, renewing and a notice may all find it at once; taken up twice it would fence itself off
+            # from its own worker.
+            return
+        self._taking.add(job_id)
+        try:
+            await self._go_on(model, job_id, decode)
+        finally:
+            self._taking.discard(job_id)
+
+    async def _go_on(self, model: str, job_id: str, decode: Decode) -> None:
+        taken = await self._queue.take_up(model, job_id)
+        if taken is None:
+            # Of an earlier process of this name, and not resumable. The queue ends it with its lease.
+            logs.get_logger().debug("job.unknown", job_id=job_id, model=model)
+            return
+        if taken.entries and taken.entries[-1].is_last:
+            # Only its record was left to write.
+            await self._queue.cancel(model, job_id, taken.submission)
+            return
+        job = read_payload(taken, decode)
+        logs.get_logger().info(
+            "request.taken_up", request_id=job.request_id, model=model, events=len(taken.entries)
+        )
+        self._register.create(job).carry_on(taken)
+
+    async def _renew_forever(self) -> None:
+        while True:
+            await self._guarded(self.renew)
+            await asyncio.sleep(self._renew_s)
+
+    async def _reap_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._renew_s * (0.5 + self._jitter()))
+            await self._guarded(self._reap)
+
+    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Keeps a defect in one round from ending all later ones."""
+        try:
+            await work()
+        except StoreUnavailable:
+            self._note_store(reachable=False)
+        except Exception:  # noqa: BLE001 - logged with its traceback; the loop must go on
+            logs.get_logger().error("dispatcher.crashed", exc_info=True)
+
+    async def _reap(self) -> None:
+        for model in self.known_models():
+            for job_id in await self._queue.reap(model):
+                await self._take_up(model, job_id)
+
+    def _note_store(self, *, reachable: bool) -> None:
+        if reachable != self.store_reachable:
+            self.store_reachable = reachable
+            logs.get_logger().info("store.reached" if reachable else "store.lost")
+
+    async def _renew(self, model: str) -> None:
+        # Requests that owe the queue a call are left out: it could only answer about the past.
+        named = {
+            job_id: generation.grant
+            for job_id, generation in self._register.live.items()
+            if generation.job.model == model and generation.in_step
+        }
+        running = {job_id: grant.nonce for job_id, grant in named.items() if grant is not None}
+        waiting = frozenset(job_id for job_id, grant in named.items() if grant is None)
+        renewal = await self._queue.renew(model, running, waiting)
+        self._place(renewal)
+        self._judge_workers(model, renewal)
+        for grant in renewal.granted:
+            await self._deliver_found(model, grant)
+        for job_id in renewal.lost & named.keys():
+            await self._reclaim(job_id, named[job_id])
+        for job_id in renewal.cancelled:
+            self.stop(job_id)
+        for job_id in renewal.unknown:
+            await self._take_up(model, job_id)
+
+    def _place(self, renewal: Renewal) -> None:
+        for job_id, place in renewal.waiting.items():
+            generation = self._register.live.get(job_id)
+            if generation is not None:
+                generation.placed(place)
+
+    def _judge_workers(self, model: str, renewal: Renewal) -> None:
+        """Ends the wait of those for whom no worker has come back in time, and says so."""
+        if renewal.workers != 0:
+            self._workerless_since.pop(model, None)
+            return
+        since = self._workerless_since.setdefault(model, self._clock.monotonic())
+        if self._clock.monotonic() - since < self._worker_wait_s:
+            return
+        for job_id in renewal.waiting:
+            if (generation := self._register.live.get(job_id)) is not None:
+                generation.withdraw(
+                    NoWorker(
+                        "No worker can take the request at present.", retry_after_s=RETRY_WITHOUT_WORKER_S
+                    )
+                )
+
+    async def _deliver_found(self, model: str, grant: Grant) -> None:
+        if grant.job_id in self._register.live:
+            self.deliver(grant)
+        else:
+            await self._queue.settle(model, grant.job_id, grant.nonce, Outcome.CANCELLED, 0)
+
+    async def _reclaim(self, job_id: str, grant: Grant | None) -> None:
+        """Tells a queue that was emptied what is still under way here."""
+        generation = self._register.live.get(job_id)
+        if generation is None or not generation.in_step or generation.grant != grant:
+            return
+        if grant is None:
+            generation.forgotten()
+        elif not await self._queue.register(generation.queued_job(), grant):
+            generation.lease_lost(grant.nonce)
+
+
+def cancelled() -> RequestCancelled:
+    """What a request ends with that its owner does not want any more."""
+    return RequestCancelled("The request was cancelled by its owner.")

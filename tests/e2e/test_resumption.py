@@ -1,0 +1,150 @@
+"""A gateway dies under its clients, then the store under its gateways: every client ends with its text."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from interlock import resume
+from interlock.v1 import gateway_service_pb2 as pb
+from interlock.v1 import gateway_service_pb2_grpc, generation_pb2
+
+from tests.fixtures.mesh import ROOT, Mesh, started
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+STREAMS = 16
+TOKENS = 48
+# What the design promises: how long after the store's return the last trace of its death is gone.
+HEALED_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def pair(model_path: Path) -> Iterator[Mesh]:
+    """Two gateways before one worker that has slots for all streams.
+
+    It computes in fp32, where a continued text does not depend on who else is in the batch.
+    """
+    with started(model_path, "--gateways", "2", "--dtype", "fp32", INTERLOCK_WORKER_SLOTS="24") as mesh:
+        yield mesh
+
+
+def request(number: int, max_tokens: int = TOKENS) -> pb.GenerateRequest:
+    """Every other one is seeded, the rest are greedy."""
+    sampling = generation_pb2.SamplingParams()
+    if number % 2:
+        sampling = generation_pb2.SamplingParams(temperature=0.9, seed=number)
+    text = f"Tell me a long story about the number {number}."
+    return pb.GenerateRequest(text=text, max_tokens=max_tokens, sampling=sampling)
+
+
+def bearer(mesh: Mesh) -> tuple[tuple[str, str], ...]:
+    """The call's metadata."""
+    return (("authorization", f"Bearer {mesh.token}"),)
+
+
+def follow(mesh: Mesh, number: int, midway: threading.Semaphore) -> tuple[str, tuple[int, ...]]:
+    """One resumable request, first at the one gateway or at the other; returns its text and ids.
+
+    The client in use raises where an index is missing or comes twice.
+    """
+    gateways = [part["address"] for part in mesh.state["gateways"]]
+    if number % 4 >= 2:
+        gateways.reverse()
+    text, token_ids = "", []
+    with ExitStack() as exits:
+        channels = [exits.enter_context(grpc.insecure_channel(address)) for address in gateways]
+        for event in resume.generate(channels, request(number), metadata=bearer(mesh)):
+            if not event.HasField("chunk"):
+                continue
+            assert event.chunk.index == len(token_ids)
+            if len(token_ids) < 8 <= len(token_ids) + len(event.chunk.token_ids):
+                midway.release()
+            token_ids.extend(event.chunk.token_ids)
+            text += event.chunk.text
+    return text, tuple(token_ids)
+
+
+def run_all(mesh: Mesh, victim: int | None = None) -> list[tuple[str, tuple[int, ...]]]:
+    """All streams at once; `victim` is the process that is killed when all are midway."""
+    midway = threading.Semaphore(0)
+    with ThreadPoolExecutor(STREAMS) as pool:
+        running = [pool.submit(follow, mesh, number, midway) for number in range(STREAMS)]
+        if victim is not None:
+            for _ in running:
+                assert midway.acquire(timeout=60)
+            os.kill(victim, signal.SIGKILL)
+        return [one.result(timeout=120) for one in running]
+
+
+def test_clients_of_a_killed_gateway_end_with_the_text_of_a_quiet_run(pair: Mesh) -> None:
+    """Greedy and seeded, begun at the dead gateway or at the other: nothing is missing, doubled or different."""
+    quiet = run_all(pair)
+    assert all(token_ids for _, token_ids in quiet)
+    assert run_all(pair, pair.refresh()["gateways"][0]["pid"]) == quiet
+
+
+def test_the_example_prints_a_resumable_answer(pair: Mesh) -> None:
+    """It works as README.md shows it."""
+    question = "What is the capital of France?"
+    done = subprocess.run(
+        [sys.executable, "examples/python_resume.py", pair.address, pair.token, question],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=pair.environment,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+
+
+def test_the_death_of_the_store_under_load_ends_no_stream_and_heals(pair: Mesh) -> None:
+    """Running streams end whole, new ones are served as degraded, and soon after its return none are."""
+    with grpc.insecure_channel(pair.address) as channel:
+        stub: Any = gateway_service_pb2_grpc.GatewayServiceStub(channel)  # type: ignore[arg-type]
+        running = [stub.Generate(request(number, 96), metadata=bearer(pair)) for number in range(8)]
+        with ThreadPoolExecutor(len(running)) as pool:
+            ends = [pool.submit(lambda call: list(call)[-1], call) for call in running]
+            assert is_served(stub, pair) == "shared"
+            old = int(pair.refresh()["redis"]["pid"])
+            os.kill(old, signal.SIGKILL)
+            assert any(is_served(stub, pair) == "degraded" for _ in range(20))
+            returned_s = await_store(pair, old)
+            while is_served(stub, pair) != "shared":
+                assert time.monotonic() - returned_s < HEALED_S
+                time.sleep(0.1)
+            for end in ends:
+                assert end.result(timeout=120).finished.usage.completion_tokens > 0
+
+
+def await_store(mesh: Mesh, old: int) -> float:
+    """Returns when the supervisor has started another store in the place of process `old`."""
+    deadline = time.monotonic() + 60
+    while int(mesh.refresh()["redis"]["pid"]) == old:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return time.monotonic()
+
+
+def is_served(stub: Any, mesh: Mesh) -> str:
+    """Asks for one token; returns from which queue its slot came, empty where it was refused."""
+    try:
+        for event in stub.Generate(request(0, 1), metadata=bearer(mesh), timeout=10):
+            if event.HasField("started"):
+                return "degraded" if event.started.degraded else "shared"
+    except grpc.RpcError:
+        return ""
+    return ""
