@@ -20,9 +20,10 @@ from services.worker.core.format import Format, FormatKind
 from services.worker.core.revision import ComputeDtype, Quantization
 from services.worker.core.sequence import Finish, Sampling
 from tests.fakes import tiny_models
+from tests.fixtures import tiny_tokenizer
 from tests.fixtures.engine_world import SOAK_FACTOR, Asked, EngineWorld, engine_world
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(300 * SOAK_FACTOR)
 
 REQUESTS = 150 if SOAK_FACTOR == 1 else 1_000
 # The default alone, or both that are exact.
@@ -143,7 +144,7 @@ async def test_two_revisions_share_the_steps(make: Make) -> None:
             world.host(name, *make(name, Quantization.NONE))
         draw = random.Random(5)  # noqa: S311 - test data
         # The bias keeps end tokens away.
-        sampling = Sampling(1.0, seed=3, logit_bias=((tiny_models.tiny_tokenizer.END, -100.0), (2, -100.0)))
+        sampling = Sampling(1.0, seed=3, logit_bias=((tiny_tokenizer.END, -100.0), (2, -100.0)))
         long = [Asked(f"long-{number}", prompt_of(draw, 5), 300, sampling) for number in range(4)]
         short = Asked("short", prompt_of(draw, 5), 30, sampling)
         alone = await world.answer("gpt2", [short])

@@ -19,7 +19,7 @@ from services.worker.core.sequence import Sampling
 from tests.fakes import tiny_models
 from tests.fixtures.engine_world import SOAK_FACTOR, Asked, engine_world
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(300 * SOAK_FACTOR)
 
 # int8 is exact where the lean forward serves the model; in single precision every architecture is.
 KINDS = [(name, Quantization.NONE) for name in sorted(tiny_models.CONFIGS)]
