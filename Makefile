@@ -69,9 +69,10 @@ test: $(DEV) ## Run every test
 	$(BIN)/pytest $(ARGS)
 
 .PHONY: soak
-soak: $(DEV) ## Random histories of the queue with faults, over 10,000 steps of each kind
+soak: $(DEV) ## Random histories of the queue and the engine, with faults: many more than `make test` has
 	INTERLOCK_SOAK_FACTOR=6 $(BIN)/pytest tests/integration/test_queue_properties.py \
-		tests/integration/test_queue_simulation.py $(ARGS)
+		tests/integration/test_queue_simulation.py tests/integration/test_engine_properties.py \
+		tests/integration/test_engine_load.py tests/integration/test_engine_exactness.py $(ARGS)
 
 .PHONY: lint
 lint: $(DEV) $(PROTOS) ## Style, layers, protos, and that generated files are fresh
