@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from bench.race import own_engine, prompts
 from bench.race.command_line import add_machine, add_model, as_told
+from bench.race.goals import BITSANDBYTES
 from bench.race.machine_facts import machine_line
 from bench.race.own_engine import MODES, Machine, OwnEngine
 from bench.race.progress import shown
@@ -168,7 +169,18 @@ def _markdown(arguments: argparse.Namespace, command: str, found: Sequence[Quali
         f"{', '.join(map(str, CUTS))} in turn."
     )
     rows = [_row(one, exact) for one in found]
-    return "\n\n".join([f"`{command}`", f"{machine_line(arguments.threads)} {what}", table(HEAD, rows)])
+    parts = [f"`{command}`", f"{machine_line(arguments.threads)} {what}", table(HEAD, rows)]
+    return "\n\n".join([*parts, *_against_bitsandbytes(found)])
+
+
+def _against_bitsandbytes(found: Sequence[Quality]) -> list[str]:
+    """The comparison that int8 over integer products is held to, where both were measured."""
+    by_mode = {one.mode: one.perplexity for one in found}
+    if not {"int8", BITSANDBYTES} <= by_mode.keys():
+        return []
+    ratio = by_mode["int8"] / by_mode[BITSANDBYTES]
+    told = f"{100 * (ratio - 1):+.2f} % (goal: within 1 %)"
+    return [f"Perplexity of int8 to that of bitsandbytes' own modules: {told}."]
 
 
 def _row(one: Quality, exact: float | None) -> list[str]:

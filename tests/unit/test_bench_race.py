@@ -106,7 +106,7 @@ def test_without_a_llama_server_the_report_says_so(model: Path, program: Path, t
 def test_quality_scores_every_mode_and_compares_answers(model: Path, tmp_path: Path) -> None:
     """Exact modes agree with themselves in a batch and continued; perplexity is measured of each mode."""
     file, document = tmp_path / "quality.json", tmp_path / "benchmarks.md"
-    modes = ["fp32", "int8", "nf4"]
+    modes = ["fp32", "int8", "int8-bitsandbytes", "nf4"]
     quality.main(
         [
             str(model),
@@ -127,6 +127,7 @@ def test_quality_scores_every_mode_and_compares_answers(model: Path, tmp_path: P
         assert found[mode]["alike_in_batch"] == found[mode]["alike_continued"] == 1.0
     assert found["nf4"]["perplexity"] != found["fp32"]["perplexity"] > 1
     assert "| fp32 |" in document.read_text()
+    assert "to that of bitsandbytes' own modules" in document.read_text()
 
 
 @pytest.fixture
