@@ -9,7 +9,7 @@ from __future__ import annotations
 
 # A step with prefill should take this many times as long as one without. Steps vary, so it is below the
 # three times that streams may come to feel at their slowest twentieth.
-STALL_RATIO = 2.25
+STALL_RATIO = 2.4
 
 # A step of prefill alone takes about this long at most: commands wait for it, and gateways take two silent
 # seconds for a hang.
