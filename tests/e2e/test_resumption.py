@@ -62,7 +62,8 @@ def follow(mesh: Mesh, number: int, midway: threading.Semaphore) -> tuple[str, t
     gateways = [part["address"] for part in mesh.state["gateways"]]
     if number % 4 >= 2:
         gateways.reverse()
-    text, token_ids = "", []
+    text = ""
+    token_ids: list[int] = []
     with ExitStack() as exits:
         channels = [exits.enter_context(grpc.insecure_channel(address)) for address in gateways]
         for event in resume.generate(channels, request(number), metadata=bearer(mesh)):
@@ -89,7 +90,7 @@ def run_all(mesh: Mesh, victim: int | None = None) -> list[tuple[str, tuple[int,
 
 
 def test_clients_of_a_killed_gateway_end_with_the_text_of_a_quiet_run(pair: Mesh) -> None:
-    """Greedy and seeded, begun at the dead gateway or at the other: nothing is missing, doubled or different."""
+    """Greedy and seeded, begun at the dead gateway or the other: nothing is missing, doubled or different."""
     quiet = run_all(pair)
     assert all(token_ids for _, token_ids in quiet)
     assert run_all(pair, pair.refresh()["gateways"][0]["pid"]) == quiet
