@@ -21,6 +21,7 @@ from services.gateway.adapters.controller_link import ControllerLink, Membership
 from services.gateway.adapters.fallback_queue import FallbackJobQueue
 from services.gateway.adapters.grpc_worker import GrpcWorkerPool
 from services.gateway.adapters.guarded_workers import GuardedWorkerPool
+from services.gateway.adapters.prometheus_meter import GatewayCollector, PrometheusMeter
 from services.gateway.adapters.redis_directory import RedisRequestDirectory
 from services.gateway.adapters.redis_fleet import RedisFleet
 from services.gateway.adapters.redis_log import RedisGenerationLog
@@ -148,7 +149,10 @@ async def _serve(
     )
     # The library's health servicer starts out with SERVING.
     await serving.start()
-    exposition = metrics.expose(settings.metrics_bind)
+    exposition = metrics.expose(
+        settings.metrics_bind,
+        GatewayCollector(lambda: dispatcher.live, lambda: dispatcher.store_reachable, breakers.reports),
+    )
     announce.write(settings.announce_file, id=settings.id, address=address, metrics=exposition.address)
     logs.get_logger().info("process.started", address=address)
     work = [
@@ -204,6 +208,7 @@ def _dispatcher(
         clock,
         Resumption(store.log, store.directory, clock, catalog.decoder, limits),
         models=lambda: catalog.models,
+        meter=PrometheusMeter(),
         # Spreads the gateways' reaping in time; nothing is guarded by it.
         jitter=random.random,
         limits=DispatcherLimits(requests_max=settings.requests_max, worker_wait_s=settings.failover_wait_s),

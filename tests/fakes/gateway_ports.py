@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.common.errors import InterlockError, RequestUnknown, StoreUnavailable
-from services.gateway.core.attempts import WorkOrder
+from services.gateway.core.attempts import AttemptEnd, WorkOrder
 from services.gateway.core.breaker import Verdict
+from services.gateway.core.events import Finished
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
 from services.gateway.core.log import LogTail, Notice, TakenUp
 from services.gateway.core.params import Message
@@ -214,3 +215,24 @@ class FakeQueue:
     async def length(self, model: str) -> int:
         """See `JobQueue.length`."""
         return 0
+
+
+@dataclass
+class FakeMeter:
+    """Remembers what it was told."""
+
+    requests: list[tuple[str, Outcome, Finished | None]] = field(default_factory=list)
+    first_tokens: list[tuple[str, float]] = field(default_factory=list)
+    attempts: list[AttemptEnd] = field(default_factory=list)
+
+    def request_ended(self, model: str, outcome: Outcome, finished: Finished | None) -> None:
+        """See `Meter.request_ended`."""
+        self.requests.append((model, outcome, finished))
+
+    def first_token(self, model: str, ttft_s: float) -> None:
+        """See `Meter.first_token`."""
+        self.first_tokens.append((model, ttft_s))
+
+    def attempt_ended(self, end: AttemptEnd) -> None:
+        """See `Meter.attempt_ended`."""
+        self.attempts.append(end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from interlock.v1 import controller_service_pb2, gateway_service_pb2_grpc
 from interlock.v1 import gateway_service_pb2 as pb
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 from tokenizers import Tokenizer
 
@@ -42,6 +44,7 @@ class Process:
     task: asyncio.Task[None]
     terminate: asyncio.Event
     directory: Path
+    metrics: str
 
     def generate(self, **fields: Any) -> Any:
         """Begins a call."""
@@ -98,6 +101,7 @@ async def process(tmp_path: Path) -> AsyncIterator[Process]:
             jwt_secret=SecretStr(SECRET),
             drain_grace_s=5.0,
             drain_notice_s=0.1,
+            metrics_bind="127.0.0.1:0",
         )
         task = asyncio.create_task(
             gateway_main.run(settings, queue=queue, logs_of=(logs, logs), wait=wait_for(terminate))
@@ -106,7 +110,7 @@ async def process(tmp_path: Path) -> AsyncIterator[Process]:
         told = json.loads(announce.read_text())
         assert told["id"] == settings.id
         channel = await exits.enter_async_context(grpc.aio.insecure_channel(told["address"]))
-        yield Process(controller, worker, channel, task, terminate, directory)
+        yield Process(controller, worker, channel, task, terminate, directory, told["metrics"])
         terminate.set()
         await task
 
@@ -125,6 +129,32 @@ async def test_it_attaches_downloads_the_tokenizer_and_answers(process: Process)
     assert joined(events) == "hello"
     (order,) = process.worker.starts
     assert (list(order.prompt_ids).count(BEGIN), list(order.prompt_ids).count(END)) == (2, 1)
+
+
+async def test_its_numbers_can_be_scraped(process: Process) -> None:
+    """After a request: its end, its attempt, its first token, who is live, and the breaker of each target."""
+    await process.watch_health(health_pb2.HealthCheckResponse.SERVING)
+    assert joined([event async for event in process.generate(text="hi")]) == "hello"
+    page = await asyncio.to_thread(scrape, process.metrics)
+    samples = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+    }
+    # The counters are the process's, which other tests share.
+    assert samples["interlock_gateway_requests_total", "finished", MODEL] >= 1
+    assert samples["interlock_gateway_attempts_total", "finished"] >= 1
+    assert samples["interlock_gateway_ttft_seconds_count", MODEL] >= 1
+    assert samples["interlock_gateway_tokens_total", "completion", MODEL] >= 1
+    assert samples["interlock_gateway_store_up",] == 1
+    assert samples["interlock_gateway_breaker", "closed", "w1"] == 1
+    assert samples["interlock_gateway_breaker", "open", "w1"] == 0
+
+
+def scrape(address: str) -> str:
+    """The page that Prometheus reads."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
+        return str(response.read().decode())
 
 
 async def test_it_serves_on_while_the_controller_is_away_and_comes_back_with_what_it_holds(

@@ -86,6 +86,23 @@ async def test_the_clients_of_a_dead_gateway_get_the_rest_at_the_other(world: Re
         assert [event.started.attempt for event in events if event.HasField("started")] == [1, 2]
 
 
+async def test_a_gateway_restarted_under_its_name_takes_up_what_it_left(
+    world: ResumptionWorld,
+) -> None:
+    """The queue names jobs that the new process does not know; no other gateway is there to adopt them."""
+    await world.peers["g2"].die()
+    call = begin(world.peers["g1"])
+    events = await take(call, 3)
+    await world.peers["g1"].die()
+    restarted = await world.add_gateway("g1")
+    events = [event for event in events if not event.HasField("queued")]
+    events += await follow(restarted, events[-1].cursor, timeout=20)
+    assert joined(events) == TEXT
+    starts = [event.started for event in events if event.HasField("started")]
+    assert len(starts) == 2
+    assert len(world.workers["w1"].starts) == 2
+
+
 async def test_a_gateway_that_slept_cannot_speak_and_its_client_follows(world: ResumptionWorld) -> None:
     """The other one carries on; the sleeper's append is refused, and its stream ends with the same text."""
     g1 = world.peers["g1"]

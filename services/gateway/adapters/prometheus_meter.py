@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from services.gateway.adapters.breakers import BreakerReport
 from services.gateway.core.attempts import AttemptEnd
+from services.gateway.core.breaker import State
 from services.gateway.core.events import Finished
 from services.gateway.core.jobs import Outcome
 
@@ -59,14 +61,28 @@ class GatewayCollector(Collector):
     Args:
         live: Requests that have not ended.
         store_reachable: Whether the store answered when it was last asked.
+        breakers: The state of each breaker.
     """
 
-    def __init__(self, live: Callable[[], int], store_reachable: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        live: Callable[[], int],
+        store_reachable: Callable[[], bool],
+        breakers: Callable[[], Iterable[BreakerReport]],
+    ) -> None:
         self._live = live
         self._store_reachable = store_reachable
+        self._breakers = breakers
 
     def collect(self) -> Iterator[Metric]:
         """See `Collector.collect`."""
         yield GaugeMetricFamily("interlock_gateway_live", "Requests that have not ended.", self._live())
         reachable = float(self._store_reachable())
         yield GaugeMetricFamily("interlock_gateway_store_up", "1 while the store answers.", reachable)
+        states = GaugeMetricFamily(
+            "interlock_gateway_breaker", "1 for the state that a breaker is in.", labels=("target", "state")
+        )
+        for report in self._breakers():
+            for state in State:
+                states.add_metric((report.target, state.value), float(state is report.state))
+        yield states

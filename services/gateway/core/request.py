@@ -261,7 +261,8 @@ def _nobody_goes_on() -> WorkerLost:
     )
 
 
-_OUTCOMES = {
+# How an end is told to the queue; one that has moved has not ended.
+OUTCOMES = {
     Phase.FINISHED: Outcome.FINISHED,
     Phase.FAILED: Outcome.FAILED,
     Phase.CANCELLED: Outcome.CANCELLED,
@@ -278,7 +279,7 @@ def _abandon(request: Request, phase: Phase, error: InterlockError) -> Step:
 def _end(request: Request, phase: Phase, error: InterlockError | None) -> Step:
     """Ends the request: its slot, or its place in the queue, is given back; the client is told."""
     ended = replace(request, phase=phase, grant=None)
-    leave: Effect = Withdraw() if request.grant is None else Settle(request.grant, _OUTCOMES[phase])
+    leave: Effect = Withdraw() if request.grant is None else Settle(request.grant, OUTCOMES[phase])
     return ended, (leave, Close(error))
 
 

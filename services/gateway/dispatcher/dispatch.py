@@ -25,7 +25,7 @@ from services.common.errors import (
 )
 from services.gateway.core.log import Notice, NoticeKind
 from services.gateway.core.params import GenerationJob
-from services.gateway.core.ports import JobQueue, WorkerPool
+from services.gateway.core.ports import JobQueue, Meter, WorkerPool
 from services.gateway.core.queue_errors import exists_with_other_body
 from services.gateway.dispatcher.direct_stream import DirectStream
 from services.gateway.dispatcher.generation import Generation
@@ -62,19 +62,21 @@ class Dispatcher:
         workers: Who generates.
         clock: Measures.
         resumption: Logs, and who follows them.
+        meter: Counts what becomes of requests.
         models: The models that are served now; their queues are looked after even when nobody waits here.
         jitter: Draws a number from 0 to 1, so that gateways do not reap in step.
         limits: Bounds of the dispatcher.
         generation_limits: Bounds of each request.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one is made, and each is given by name
         self,
         queue: JobQueue,
         workers: WorkerPool,
         clock: Clock,
         resumption: Resumption,
         *,
+        meter: Meter,
         models: Callable[[], Iterable[str]],
         jitter: Callable[[], float],
         limits: DispatcherLimits,
@@ -84,6 +86,7 @@ class Dispatcher:
         self._workers = workers
         self._clock = clock
         self._resumption = resumption
+        self._meter = meter
         self._limits = limits
         self._generation_limits = generation_limits
         self._live: dict[str, Generation] = {}
@@ -236,6 +239,7 @@ class Dispatcher:
             self._resumption.log,
             self._clock,
             self._generation_limits,
+            self._meter,
             self._forget,
         )
         self._live[job.job_id] = generation

@@ -10,11 +10,18 @@ from collections.abc import Awaitable
 from typing import Protocol
 
 from services.common import logs
-from services.gateway.core.attempts import Output, RefusalReason, WorkOrder
+from services.gateway.core.attempts import AttemptEnd, Output, RefusalReason, WorkOrder
 from services.gateway.core.breaker import Verdict
 from services.gateway.core.jobs import Grant
-from services.gateway.core.ports import Attempt, WorkerPool
+from services.gateway.core.ports import Attempt, Meter, WorkerPool
 from services.gateway.dispatcher.hearing import Hearing
+
+# What a cancellation was for, by what was learned of the worker: a text that met its stop string is whole.
+_ENDS = {
+    Verdict.SUCCESS: AttemptEnd.FINISHED,
+    Verdict.NEUTRAL: AttemptEnd.CANCELLED,
+    Verdict.FAILURE: AttemptEnd.BROKEN,
+}
 
 
 class Employer(Protocol):
@@ -40,12 +47,14 @@ class Engagement:
         workers: Who generates.
         employer: Hears what they say.
         request_id: For the log.
+        meter: Counts how attempts end.
     """
 
-    def __init__(self, workers: WorkerPool, employer: Employer, request_id: str) -> None:
+    def __init__(self, workers: WorkerPool, employer: Employer, request_id: str, meter: Meter) -> None:
         self._workers = workers
         self._employer = employer
         self._request_id = request_id
+        self._meter = meter
         self._attempt: Attempt | None = None
         self._number = 0
         self._worker_id = ""
@@ -63,13 +72,15 @@ class Engagement:
 
     def complete(self) -> None:
         """The worker has ended the attempt as it should."""
-        self._attempt = None
+        if self._attempt is not None:
+            self._end(AttemptEnd.FINISHED)
 
     def cancel(self, verdict: Verdict = Verdict.NEUTRAL) -> Awaitable[None] | None:
         """Tells the worker to stop; returns what is done once it has, None where nothing is under way."""
         if self._attempt is None:
             return None
-        attempt, self._attempt = self._attempt, None
+        attempt = self._attempt
+        self._end(_ENDS[verdict])
         return attempt.cancel(verdict)
 
     def note_broken(self, cause: str) -> None:
@@ -84,19 +95,23 @@ class Engagement:
     def refused(self, number: int, reason: RefusalReason, message: str) -> None:
         """See `AttemptListener.refused`."""
         if self._hears(number):
-            self._attempt = None
+            self._end(AttemptEnd.REFUSED)
             self._log("attempt.refused", cause=reason.value, message=message)
             self._employer.refused(reason, message)
 
     def lost(self, number: int, cause: str, *, crashed: bool) -> None:
         """See `AttemptListener.lost`."""
         if self._hears(number):
-            self._attempt = None
+            self._end(AttemptEnd.LOST)
             self._log("attempt.lost", cause=cause)
             self._employer.worker_lost(crashed=crashed)
 
     def _hears(self, number: int) -> bool:
         return number == self._number and self._attempt is not None
+
+    def _end(self, end: AttemptEnd) -> None:
+        self._attempt = None
+        self._meter.attempt_ended(end)
 
     def _log(self, event: str, **fields: object) -> None:
         logs.get_logger().warning(event, request_id=self._request_id, worker_id=self._worker_id, **fields)

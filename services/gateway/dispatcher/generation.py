@@ -28,7 +28,7 @@ from services.gateway.core.events import FinishReason, Started
 from services.gateway.core.jobs import Grant, QueuedJob, Waiting
 from services.gateway.core.log import LogTail, TakenUp
 from services.gateway.core.params import GenerationJob
-from services.gateway.core.ports import GenerationLog, JobQueue, WorkerPool
+from services.gateway.core.ports import GenerationLog, JobQueue, Meter, WorkerPool
 from services.gateway.core.retry import backoff_s
 from services.gateway.dispatcher.attendance import Attendance
 from services.gateway.dispatcher.chronicle import Chronicle
@@ -58,6 +58,7 @@ class Generation:
         log: Where the events of resumable requests go.
         clock: Measures.
         limits: Bounds.
+        meter: Counts what becomes of it.
         on_end: Is called, perhaps more than once, when nothing is left to do.
     """
 
@@ -69,16 +70,18 @@ class Generation:
         log: GenerationLog,
         clock: Clock,
         limits: GenerationLimits,
+        meter: Meter,
         on_end: Callable[[Generation], None],
     ) -> None:
         self.job = job
         self._queue = queue
         self._limits = limits
+        self._meter = meter
         self._on_end = on_end
         self._request = life.Request(attempts_max=limits.attempts_max, resumable=job.resumable)
         self.outbox = Outbox(limits.credit_tokens)
-        self._narration = Narration(job, self.outbox, clock)
-        self._engagement = Engagement(workers, self, job.request_id)
+        self._narration = Narration(job, self.outbox, clock, meter)
+        self._engagement = Engagement(workers, self, job.request_id, meter)
         self._ticket = Ticket(job, queue, clock, self, self._look_for_end)
         self.chronicle = Chronicle(job, self.outbox, log, self, clock) if job.resumable else None
         self.attendance = Attendance(
@@ -363,8 +366,9 @@ class Generation:
             if timer is not None:
                 timer.cancel()
         self.attendance.close()
-        if error is None:
-            self._narration.finish()
+        finished = self._narration.finish() if error is None else None
+        if (outcome := life.OUTCOMES.get(self._request.phase)) is not None:
+            self._meter.request_ended(self.job.model, outcome, finished)
         if self.chronicle is not None and self.moved:
             self.chronicle.abandon()
         elif self.chronicle is not None:

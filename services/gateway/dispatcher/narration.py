@@ -11,10 +11,11 @@ from services.common.clock import Clock
 from services.gateway.core.answer import Answer
 from services.gateway.core.attempts import Output
 from services.gateway.core.detokenizer import Piece
-from services.gateway.core.events import FinishReason, Queued, Started
+from services.gateway.core.events import Finished, FinishReason, Queued, Started
 from services.gateway.core.jobs import Grant, Waiting
 from services.gateway.core.log import Entry
 from services.gateway.core.params import GenerationJob
+from services.gateway.core.ports import Meter
 from services.gateway.dispatcher.outbox import Outbox
 
 
@@ -29,18 +30,21 @@ class Narration:
         job: What is asked.
         outbox: Where the events go.
         clock: Measures.
+        meter: Hears of the first token.
     """
 
-    def __init__(self, job: GenerationJob, outbox: Outbox, clock: Clock) -> None:
+    def __init__(self, job: GenerationJob, outbox: Outbox, clock: Clock, meter: Meter) -> None:
         self._job = job
         self._outbox = outbox
         self._clock = clock
+        self._meter = meter
+        self._accepted_s = clock.monotonic() - job.waited_s
         self.answer = Answer(
             len(job.prompt_ids),
             job.params.max_tokens,
             job.decode,
             job.params.stop,
-            accepted_s=clock.monotonic() - job.waited_s,
+            accepted_s=self._accepted_s,
             scored=job.params.logprobs is not None,
         )
         self.started: Started | None = None
@@ -81,7 +85,10 @@ class Narration:
 
     def take(self, output: Output) -> Piece:
         """Takes tokens in; what they add to the text is told with `tell`."""
-        return self.answer.push(output, self._clock.monotonic())
+        now_s = self._clock.monotonic()
+        if self.answer.index == 0:
+            self._meter.first_token(self._job.model, now_s - self._accepted_s)
+        return self.answer.push(output, now_s)
 
     def tell(self, piece: Piece, index: int) -> None:
         """Tells text and tokens from `index` on, and before them of their worker."""
@@ -94,9 +101,11 @@ class Narration:
         piece = self.answer.flush(reason)
         self._outbox.put_piece(piece, self.answer.index)
 
-    def finish(self) -> None:
+    def finish(self) -> Finished:
         """Tells the end."""
-        self._outbox.put(self.answer.finished(self._clock.monotonic()))
+        finished = self.answer.finished(self._clock.monotonic())
+        self._outbox.put(finished)
+        return finished
 
     def _say_started(self) -> None:
         if self._unsaid and self.started is not None:

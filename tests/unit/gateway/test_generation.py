@@ -19,16 +19,16 @@ from services.common.errors import (
     WorkerLost,
 )
 from services.common.system_clock import SystemClock
-from services.gateway.core.attempts import Output, RefusalReason
+from services.gateway.core.attempts import AttemptEnd, Output, RefusalReason
 from services.gateway.core.events import Chunk, Event, Finished, FinishReason, Started, TokenLogprob
-from services.gateway.core.jobs import Band, Renewal, Waiting
+from services.gateway.core.jobs import Band, Outcome, Renewal, Waiting
 from services.gateway.core.params import GenerationJob, GenerationParams, SamplingParams
 from services.gateway.dispatcher.dispatch import Dispatcher, DispatcherLimits
 from services.gateway.dispatcher.limits import GenerationLimits
 from services.gateway.dispatcher.resumption import Resumption, ResumptionLimits
 from services.gateway.dispatcher.streams import AnswerStream
 from tests.fakes.gateway_logs import FakeLogs
-from tests.fakes.gateway_ports import FakeQueue, FakeTokenizer, FakeWorkerPool, grant
+from tests.fakes.gateway_ports import FakeMeter, FakeQueue, FakeTokenizer, FakeWorkerPool, grant
 
 
 def job(job_id: str = "j", **fields: Any) -> GenerationJob:
@@ -63,23 +63,25 @@ class World:
     queue: FakeQueue
     workers: FakeWorkerPool
     dispatcher: Dispatcher
+    meter: FakeMeter
 
 
 @pytest.fixture
 async def world() -> AsyncIterator[World]:
     """A dispatcher that never renews by itself."""
-    queue, workers, logs = FakeQueue(), FakeWorkerPool(), FakeLogs()
+    queue, workers, logs, meter = FakeQueue(), FakeWorkerPool(), FakeLogs(), FakeMeter()
     dispatcher = Dispatcher(
         queue,
         workers,
         SystemClock(),
         Resumption(logs, logs, SystemClock(), lambda _: FakeTokenizer().decode, ResumptionLimits()),
+        meter=meter,
         models=lambda: ("m",),
         jitter=lambda: 0.5,
         limits=DispatcherLimits(requests_max=2, worker_wait_s=0.05),
         generation_limits=GenerationLimits(credit_tokens=8, client_stall_s=0.2, failover_wait_s=0.2),
     )
-    yield World(queue, workers, dispatcher)
+    yield World(queue, workers, dispatcher, meter)
     queue.down = False
     await dispatcher.drain(0)
 
@@ -149,6 +151,33 @@ async def test_a_late_attempt_is_not_heard(world: World) -> None:
     second.sink.output(Output(0, ids("right"), FinishReason.STOP))
     texts = [event.text for event in await rest(generation) if isinstance(event, Chunk)]
     assert texts == ["right"]
+
+
+async def test_a_request_and_each_of_its_attempts_are_counted_once(world: World) -> None:
+    """A lost worker, one that refuses, one that ends it: three attempts, one first token, one success."""
+    generation = await world.dispatcher.submit(job())
+    first = world.workers.attempts[0].sink
+    first.output(Output(0, ids("a")))
+    first.lost("test")
+    first.lost("again")
+    world.queue.receive(grant("n2"))
+    (await world.workers.wait_started(2)).sink.refused(RefusalReason.BUSY, "full")
+    world.queue.receive(grant("n3"))
+    (await world.workers.wait_started(3)).sink.output(Output(1, ids("b"), FinishReason.STOP))
+    finished = (await rest(generation))[-1]
+    await generation.aclose()
+    assert world.meter.attempts == [AttemptEnd.LOST, AttemptEnd.REFUSED, AttemptEnd.FINISHED]
+    assert [model for model, _ in world.meter.first_tokens] == ["m"]
+    assert world.meter.requests == [("m", Outcome.FINISHED, finished)]
+
+
+async def test_a_cancelled_request_counts_as_cancelled(world: World) -> None:
+    """So does its attempt, and nobody counts a first token that never came."""
+    generation = await world.dispatcher.submit(job())
+    await generation.aclose()
+    assert world.meter.attempts == [AttemptEnd.CANCELLED]
+    assert world.meter.requests == [("m", Outcome.CANCELLED, None)]
+    assert not world.meter.first_tokens
 
 
 async def test_a_stalled_reader_loses_its_slot(world: World) -> None:
