@@ -51,11 +51,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_MESSAGE_TOO_LARGE: _ErrorReason.ValueType  # 26
     """RESOURCE_EXHAUSTED: the message or body is larger than the server reads."""
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 40
-    """RESOURCE_EXHAUSTED: the queue is at its bound; retry after the stated delay."""
+    """RESOURCE_EXHAUSTED: the queue is at its bound, or too long for the request's deadline; retry after the stated delay."""
     ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 41
     """RESOURCE_EXHAUSTED: the tenant's token or concurrency limit is used up for now."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 42
-    """DEADLINE_EXCEEDED: the request's deadline passed, or could not be met by the current estimate."""
+    """DEADLINE_EXCEEDED: the request's deadline passed."""
     ERROR_REASON_NO_WORKER: _ErrorReason.ValueType  # 43
     """UNAVAILABLE: no worker of the model can take the request; retry after the stated delay."""
     ERROR_REASON_WORKER_LOST: _ErrorReason.ValueType  # 44
@@ -126,11 +126,11 @@ ERROR_REASON_FEATURE_UNSUPPORTED: ErrorReason.ValueType  # 25
 ERROR_REASON_MESSAGE_TOO_LARGE: ErrorReason.ValueType  # 26
 """RESOURCE_EXHAUSTED: the message or body is larger than the server reads."""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 40
-"""RESOURCE_EXHAUSTED: the queue is at its bound; retry after the stated delay."""
+"""RESOURCE_EXHAUSTED: the queue is at its bound, or too long for the request's deadline; retry after the stated delay."""
 ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 41
 """RESOURCE_EXHAUSTED: the tenant's token or concurrency limit is used up for now."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 42
-"""DEADLINE_EXCEEDED: the request's deadline passed, or could not be met by the current estimate."""
+"""DEADLINE_EXCEEDED: the request's deadline passed."""
 ERROR_REASON_NO_WORKER: ErrorReason.ValueType  # 43
 """UNAVAILABLE: no worker of the model can take the request; retry after the stated delay."""
 ERROR_REASON_WORKER_LOST: ErrorReason.ValueType  # 44
