@@ -221,14 +221,14 @@ async def test_an_account_ends_by_itself(world: QueueWorld) -> None:
     assert not world.client.exists(KEYS.prefix + "tenant:tenant")
 
 
-async def test_a_job_that_cannot_start_in_time_is_refused_at_once(world: QueueWorld) -> None:
-    """By the measured service time; the refusal has the numbers, and leaves nothing behind."""
+async def test_a_job_that_cannot_be_done_in_time_is_refused_at_once(world: QueueWorld) -> None:
+    """By the measured service time, its own included; the refusal has the numbers, and leaves nothing behind."""
     first = await world.grant("a")
     world.advance(2)
     world.advance(2)
     await world.finish(first)
     await world.grant("b")
-    await world.wait("c", timeout_s=4.5)
+    await world.wait("c", timeout_s=8.5)
     with pytest.raises(
         QueueFull, match=r"1 requests are ahead, which takes about 8\.\d s, and 5\.0 s"
     ) as refusal:
@@ -236,7 +236,9 @@ async def test_a_job_that_cannot_start_in_time_is_refused_at_once(world: QueueWo
     assert refusal.value.retry_after_s == pytest.approx(3, rel=0.2)
     assert await world.gateway().length(MODEL) == 1
     assert not world.client.exists(KEYS.job("d"))
-    await world.wait("d", timeout_s=9.0)
+    with pytest.raises(QueueFull, match=r"about 8\.\d s, and 10\.0 s"):
+        await world.gateway().enqueue(make_job("d", timeout_s=10.0))
+    await world.wait("d", timeout_s=12.5)
 
 
 async def test_a_job_that_comes_back_is_not_refused_for_its_deadline(world: QueueWorld) -> None:

@@ -243,10 +243,12 @@ class MemoryJobQueue:
             raise tenant_full(own, line.wait_s(0))
 
     def _check_time(self, line: QueueLine, entry: LiveJob) -> None:
-        """Lets nobody wait for nothing: a job that cannot start in time goes at once."""
+        """Lets nobody wait for nothing: a job that starts too late to end in time goes at once."""
         place = line.place_of(entry)
         left_s = entry.deadline - self._now()
-        if entry.job.waited_s == 0 and place.estimated_wait_s is not None and place.estimated_wait_s > left_s:
+        if entry.job.waited_s > 0 or place.estimated_wait_s is None:
+            return
+        if place.estimated_wait_s + line.runs_s(entry.job.cost_tokens) > left_s:
             line.remove(entry, 0, self._now())
             raise hopeless(place.position, place.estimated_wait_s, left_s)
 

@@ -32,7 +32,7 @@ def tenant_full(waiting: int, wait_s: float | None) -> QueueFull:
 
 
 def hopeless(position: int, wait_s: float, left_s: float) -> QueueFull:
-    """The job could not start before its deadline; it may once the queue has become shorter by the rest."""
+    """The job could not be done before its deadline; it may once the queue has become shorter by the rest."""
     return QueueFull(
         f"The queue is too long for the deadline: {position} requests are ahead, which takes about "
         f"{wait_s:.1f} s, and {left_s:.1f} s are left.",

@@ -274,6 +274,10 @@ class QueueLine:
             return None
         return (tokens * self.service_s / self.service_tokens + self.service_s) / slots
 
+    def runs_s(self, tokens: float) -> float:
+        """How long a job of so many estimated tokens runs, by those that finished; 0 while none has."""
+        return 0.0 if self.service_s is None else tokens * self.service_s / self.service_tokens
+
     def note_service(self, entry: LiveJob, now: float) -> None:
         """Takes a finished job's service time, and what it was expected to cost, into the means."""
         took, tokens = now - entry.granted_at, float(entry.job.cost_tokens)

@@ -62,8 +62,8 @@ store_job(job)
 admit_job(job)
 put_waiting(job)
 local answer = answer_of(job)
--- Nobody shall wait for nothing.
-if is_new and answer[1] == 'waiting' and answer[3] > timeout_ms then
+-- Nobody shall wait for nothing: what starts so late that it cannot end in time would take a slot in vain.
+if is_new and answer[1] == 'waiting' and answer[3] >= 0 and answer[3] + service_of(cost) > timeout_ms then
   finish_job(load_job(id), 'expired')
   redis.call('DEL', PREFIX .. 'job:' .. id)
   answer[1] = 'late'

@@ -112,6 +112,12 @@ local function grant_free()
   return view
 end
 
+-- Returns milliseconds that a job of so many estimated tokens runs, by the means of those that finished.
+local function service_of(tokens)
+  local means = redis.call('HMGET', PREFIX .. 'stats', 'service_ms', 'service_tokens')
+  return means[1] and tonumber(tokens) * tonumber(means[1]) / tonumber(means[2]) or 0
+end
+
 -- Returns milliseconds until a job starts that has so many estimated tokens before it; -1 while nothing was
 -- measured.
 local function wait_of(tokens)
