@@ -222,7 +222,7 @@ async def test_an_account_ends_by_itself(world: QueueWorld) -> None:
 
 
 async def test_a_job_that_cannot_be_done_in_time_is_refused_at_once(world: QueueWorld) -> None:
-    """By the measured service time, its own included; the refusal has the numbers, and leaves nothing behind."""
+    """By the measured service time, its own included; the refusal has numbers, and leaves nothing behind."""
     first = await world.grant("a")
     world.advance(2)
     world.advance(2)
