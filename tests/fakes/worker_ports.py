@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class FakeRunner:
         self.batches: list[Batch] = []
         self.computed_tokens = 0
         self.gate: threading.Event | None = None
+        self.told_every_s = 0.0
         self.entered = threading.Event()
         self.error: Exception | None = None
         self.poisoned: frozenset[int] = frozenset()
@@ -172,6 +174,7 @@ class FakeLoader:
         facts: Of the runners.
         told: What a load tells its watch.
         gate: When set to an event, a load waits for it before it goes on telling.
+        told_every_s: Pause before each of them.
         entered: A load has begun.
     """
 
@@ -200,6 +203,7 @@ class FakeLoader:
         for one in self.told:
             if self.gate is not None:
                 self.gate.wait(30)
+            time.sleep(self.told_every_s)
             watch(*one)
         if self.error is not None:
             raise self.error

@@ -439,6 +439,8 @@ async def test_a_load_does_not_hold_up_the_end(
     loader = FakeLoader()
     loader.gate = threading.Event()
     loader.told = [(LoadStage.QUANTIZE, done, 1_000) for done in range(1_000)]
+    # Ten seconds in all: it is told to halt long before its end.
+    loader.told_every_s = 0.01
     worker = Worker(config_for(tmp_path, controller_address), lambda _: Compute((), loader))
     await script.prepare(model_pb2.Manifest(model="m", revision="r1"))
     assert await asyncio.to_thread(loader.entered.wait, 10)
