@@ -56,7 +56,6 @@ class FakeRunner:
         self.batches: list[Batch] = []
         self.computed_tokens = 0
         self.gate: threading.Event | None = None
-        self.told_every_s = 0.0
         self.entered = threading.Event()
         self.error: Exception | None = None
         self.poisoned: frozenset[int] = frozenset()
@@ -185,6 +184,7 @@ class FakeLoader:
         self.facts = facts
         self.told: list[tuple[LoadStage, int, int]] = []
         self.gate: threading.Event | None = None
+        self.told_every_s = 0.0
         self.entered = threading.Event()
 
     def verify(self, directory: Path, spec: RevisionSpec) -> None:  # noqa: ARG002 - the port's signature
