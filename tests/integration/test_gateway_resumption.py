@@ -194,7 +194,12 @@ async def test_foreign_and_unknown_ids_are_not_found(world: ResumptionWorld) -> 
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await follow(world.peers["g2"], 0, request_id, metadata=bearer(subject=subject))
         assert reason_of(caught.value) == "REQUEST_UNKNOWN"
+    await stub(world.peers["g1"]).CancelGeneration(
+        pb.CancelGenerationRequest(request_id="r"), metadata=bearer()
+    )
     call.cancel()
+    async with asyncio.timeout(10):
+        await world.peers["g1"].dispatcher.wait_empty()
 
 
 async def test_a_draining_gateway_hands_its_resumable_requests_over(world: ResumptionWorld) -> None:

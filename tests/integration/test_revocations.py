@@ -21,33 +21,39 @@ from tests.fakes.controller_process import JWT_SECRET, bearer, started
 from tests.fixtures.gateway_world import reason_of
 from tests.fixtures.redis_server import RedisServer
 
-NOW_S = time.time()
+
+@pytest.fixture
+def now_s() -> float:
+    """The time of this test: entries end by the store's own clock, however late in a run it comes."""
+    return time.time()
 
 
-async def test_entries_come_back_with_their_ends(redis_store: RedisStore, redis_client: redis.Redis) -> None:
+async def test_entries_come_back_with_their_ends(
+    now_s: float, redis_store: RedisStore, redis_client: redis.Redis
+) -> None:
     """What is over is left out of a read and removed by the next write; the key ends with its last entry."""
     revocations = RedisRevocations(redis_store)
-    assert await revocations.read(NOW_S) == {}
-    await revocations.add({"one": NOW_S + 100.5, "two": NOW_S + 10, "a b\u00e9": NOW_S + 50}, NOW_S)
-    assert await revocations.read(NOW_S + 10) == {"one": NOW_S + 100.5, "a bé": NOW_S + 50}
-    await revocations.add({"one": NOW_S + 20}, NOW_S + 10)
-    assert (await revocations.read(NOW_S + 20))["one"] == NOW_S + 100.5
+    assert await revocations.read(now_s) == {}
+    await revocations.add({"one": now_s + 100.5, "two": now_s + 10, "a b\u00e9": now_s + 50}, now_s)
+    assert await revocations.read(now_s + 10) == {"one": now_s + 100.5, "a bé": now_s + 50}
+    await revocations.add({"one": now_s + 20}, now_s + 10)
+    assert (await revocations.read(now_s + 20))["one"] == now_s + 100.5
     assert redis_client.zcard(KEY) == 2
     assert 0 < redis_client.ttl(KEY) <= 101
 
 
 async def test_the_list_is_bounded_in_the_store(
-    redis_store: RedisStore, monkeypatch: pytest.MonkeyPatch
+    now_s: float, redis_store: RedisStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What does not fit is left out, and told; what is over makes room."""
     monkeypatch.setattr("services.common.redis_revocations.REVOCATIONS_MAX", 2)
     revocations = RedisRevocations(redis_store)
     with pytest.raises(RevocationsFull):
-        await revocations.add({"one": NOW_S + 10, "two": NOW_S + 99, "three": NOW_S + 99}, NOW_S)
-    assert set(await revocations.read(NOW_S)) == {"one", "two"}
-    await revocations.add({"two": NOW_S + 100}, NOW_S)
-    await revocations.add({"three": NOW_S + 99}, NOW_S + 10)
-    assert set(await revocations.read(NOW_S + 10)) == {"two", "three"}
+        await revocations.add({"one": now_s + 10, "two": now_s + 99, "three": now_s + 99}, now_s)
+    assert set(await revocations.read(now_s)) == {"one", "two"}
+    await revocations.add({"two": now_s + 100}, now_s)
+    await revocations.add({"three": now_s + 99}, now_s + 10)
+    assert set(await revocations.read(now_s + 10)) == {"two", "three"}
 
 
 async def test_a_redis_that_was_killed_learns_again(redis_server: RedisServer) -> None:
