@@ -272,7 +272,7 @@ class QueueLine:
         slots = self.places.slots
         if self.service_s is None or slots == 0:
             return None
-        return (tokens * self.service_s / self.service_tokens + self.service_s) / slots
+        return (self.runs_s(tokens) + self.service_s) / slots
 
     def runs_s(self, tokens: float) -> float:
         """How long a job of so many estimated tokens runs, by those that finished; 0 while none has."""

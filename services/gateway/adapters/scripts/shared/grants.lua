@@ -112,20 +112,25 @@ local function grant_free()
   return view
 end
 
+-- Returns mean milliseconds and mean estimated tokens of the jobs that finished, or nil while none has.
+local function read_means()
+  local means = redis.call('HMGET', PREFIX .. 'stats', 'service_ms', 'service_tokens')
+  if means[1] then return tonumber(means[1]), tonumber(means[2]) end
+end
+
 -- Returns milliseconds that a job of so many estimated tokens runs, by the means of those that finished.
 local function service_of(tokens)
-  local means = redis.call('HMGET', PREFIX .. 'stats', 'service_ms', 'service_tokens')
-  return means[1] and tonumber(tokens) * tonumber(means[1]) / tonumber(means[2]) or 0
+  local service_ms, service_tokens = read_means()
+  return service_ms and tonumber(tokens) * service_ms / service_tokens or 0
 end
 
 -- Returns milliseconds until a job starts that has so many estimated tokens before it; -1 while nothing was
 -- measured.
 local function wait_of(tokens)
-  local means = redis.call('HMGET', PREFIX .. 'stats', 'service_ms', 'service_tokens')
+  local service_ms, service_tokens = read_means()
   local slots = count_slots()
-  if not means[1] or slots == 0 then return -1, 0 end
-  local service_ms = tonumber(means[1])
-  return math.floor((tokens * service_ms / tonumber(means[2]) + service_ms) / slots), service_ms
+  if not service_ms or slots == 0 then return -1, 0 end
+  return math.floor((tokens * service_ms / service_tokens + service_ms) / slots), service_ms
 end
 
 -- Whoever may run few jobs at once waits for its own, too.
@@ -172,8 +177,8 @@ end
 -- weight at a time.
 local function note_service(job)
   local took, tokens = NOW - tonumber(job.granted_at), tonumber(job.cost)
-  local means = redis.call('HMGET', PREFIX .. 'stats', 'service_ms', 'service_tokens')
-  local service_ms, service_tokens = tonumber(means[1] or took), tonumber(means[2] or tokens)
+  local service_ms, service_tokens = read_means()
+  service_ms, service_tokens = service_ms or took, service_tokens or tokens
   redis.call('HSET', PREFIX .. 'stats',
     'service_ms', string.format('%.3f', service_ms + 0.1 * (took - service_ms)),
     'service_tokens', string.format('%.3f', service_tokens + 0.1 * (tokens - service_tokens)))
