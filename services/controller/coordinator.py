@@ -329,6 +329,9 @@ class Coordinator:
             self._plan_stored = False
             self._changed_workers.update(key.id for key in self._members if key.kind is Kind.WORKER)
             self._tell_goal()
+        if stored is None:
+            # By the route gateways see that the store may be asked, so the workers stand there before it.
+            await self._keep_workers(renew=True)
         await self._store.write_route(self._model, plan.epoch, fence, plan.weights)
         self.led.set()
         # Members may have moved the plan on while we wrote; then it is written again.

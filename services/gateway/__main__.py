@@ -88,9 +88,9 @@ async def run(
         failover_wait_s=settings.failover_wait_s,
         resume_ttl_s=settings.resume_ttl_s,
     )
-    redis_queue = RedisJobQueue(store, settings.id, limits)
-    redis_log = RedisGenerationLog(store, settings.id, limits)
     standby = Standby(clock, limits)
+    redis_queue = RedisJobQueue(store, settings.id, limits, standby.serves)
+    redis_log = RedisGenerationLog(store, settings.id, limits)
     fallback = FallbackJobQueue(redis_queue, standby, breakers.store, clock)
     fleet = RedisFleet(store, settings.id, lambda: catalog.models, standby, breakers)
     outside = _Store(fallback, redis_log, RedisRequestDirectory(store), fleet)

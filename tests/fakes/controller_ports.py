@@ -31,6 +31,7 @@ class MemoryRouteStore:
         reachable: False: every call raises StoreUnavailable.
         calls: How many calls came, failed ones included.
         writes: The epochs of all routes that were written, in order.
+        workers_before: The workers that were known when the route was written last.
     """
 
     def __init__(self) -> None:
@@ -39,6 +40,7 @@ class MemoryRouteStore:
         self.reachable = True
         self.calls = 0
         self.writes: list[int] = []
+        self.workers_before: frozenset[str] = frozenset()
         self._changed = asyncio.Condition()
 
     async def read_route(self, model: str) -> Route | None:
@@ -53,6 +55,7 @@ class MemoryRouteStore:
         self._check(fence)
         self.route = Route(epoch, fence, dict(weights))
         self.writes.append(epoch)
+        self.workers_before = frozenset(self.workers)
         await self._tell()
 
     async def write_worker(self, model: str, record: WorkerRecord, fence: int) -> None:

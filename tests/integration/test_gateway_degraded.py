@@ -231,6 +231,25 @@ async def test_redis_fails_and_nobody_is_turned_away(
                 await asyncio.sleep(0.05)
 
 
+@pytest.mark.parametrize("noticed", [True, False], ids=["noticed", "unnoticed"])
+async def test_an_emptied_redis_lends_nothing_before_the_controller_has_written(
+    world: World, *, noticed: bool
+) -> None:
+    """A restarted Redis knows no worker: until it does, the gateway lends the slots that it knows of."""
+    world.redis.stop()
+    if noticed:
+        assert degraded(await world.ask())
+    world.redis.start()
+    # Longer than the breaker around the store sleeps, so that the way back is looked for.
+    until_s = time.monotonic() + 2.5
+    while time.monotonic() < until_s:
+        async with asyncio.timeout(1):
+            answers = await asyncio.gather(*(world.ask() for _ in range(4)))
+        assert all(map(degraded, answers))
+    await world.write_records()
+    assert await world.until_normal() < HEAL_LIMIT_S
+
+
 async def test_an_operator_holds_a_worker_and_the_store(world: World) -> None:
     """A hold is obeyed within a second or two, shown to the fleet, and ends when it is deleted."""
     with world.redis.client() as client:

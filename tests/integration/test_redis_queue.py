@@ -9,8 +9,10 @@ from services.common.errors import (
     QueueFull,
     RequestCancelled,
     RequestExists,
+    StoreUnavailable,
     WorkerLost,
 )
+from services.gateway.adapters.redis_queue import RedisJobQueue
 from services.gateway.core.jobs import Band, Grant, Outcome, Waiting
 from services.gateway.core.queue_limits import QueueLimits
 from tests.fixtures.queue_world import KEYS, MODEL, REVISION, QueueWorld, make_job
@@ -225,6 +227,32 @@ async def test_an_expired_job_is_not_granted_and_takes_no_room(world: QueueWorld
     await world.finish(running)
     assert world.received["g1"] == []
     assert await gateway.length(MODEL) == 0
+
+
+async def test_nobody_is_turned_away_while_a_slot_is_free(world: QueueWorld) -> None:
+    """A hold has ended, and nobody has looked since: the job that waited gets the slot, and its place is free."""
+    gateway = world.gateway("g1", QueueLimits(waiting_jobs_max=1))
+    grant = await world.grant("a")
+    await gateway.refused(MODEL, "a", grant.nonce, hold_s=1.0)
+    with pytest.raises(QueueFull):
+        await gateway.enqueue(make_job("b"))
+    world.advance(2)
+    await world.wait("c")
+    assert [grant.job_id for grant in world.received["g1"]] == ["a"]
+
+
+async def test_an_emptied_store_takes_no_job_before_its_route_is_written(empty_world: QueueWorld) -> None:
+    """Who knows of a route is told that it is gone; there is nothing to lend, and nobody shall wait for it."""
+    gateway = RedisJobQueue(empty_world.store, "g1", expects_route=lambda model: model == MODEL)
+    for call in (lambda: gateway.enqueue(make_job("a")), lambda: gateway.length(MODEL)):
+        with pytest.raises(StoreUnavailable):
+            await call()
+    await empty_world.set_route()
+    with pytest.raises(StoreUnavailable):
+        await gateway.length(MODEL)
+    await empty_world.add_worker()
+    assert await gateway.length(MODEL) == 0
+    assert isinstance(await gateway.enqueue(make_job("a")), Grant)
 
 
 async def test_higher_bands_go_first_and_one_grant_in_eight_looks_from_the_bottom(world: QueueWorld) -> None:

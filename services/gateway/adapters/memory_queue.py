@@ -235,12 +235,20 @@ class MemoryJobQueue:
         line.add(job, self._now(), self._limits.aging_s)
 
     def _check_room(self, line: QueueLine, tenant: str) -> None:
+        if self._is_crowded(line, tenant):
+            # A hold may have ended since the last call.
+            self._deliver(self._grant_free(line))
         waiting = line.waiting()
         own = sum(entry.job.tenant == tenant for entry in waiting)
         if len(waiting) >= self._limits.waiting_jobs_max:
             raise queue_full(len(waiting), line.wait_s(0))
         if own >= self._limits.tenant_waiting_jobs_max:
             raise tenant_full(own, line.wait_s(0))
+
+    def _is_crowded(self, line: QueueLine, tenant: str) -> bool:
+        waiting = line.waiting()
+        own = sum(entry.job.tenant == tenant for entry in waiting)
+        return len(waiting) >= self._limits.waiting_jobs_max or own >= self._limits.tenant_waiting_jobs_max
 
     def _check_time(self, line: QueueLine, entry: LiveJob) -> None:
         """Lets nobody wait for nothing: a job that starts too late to end in time goes at once."""

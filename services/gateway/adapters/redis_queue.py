@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from services.common.errors import RequestExists, RequestUnknown, StoreUnavailable
-from services.common.redis_client import RedisStore
+from services.common.redis_client import RETRY_AFTER_S, RedisStore
 from services.gateway.adapters.log_entries import read_entry, write_entry
 from services.gateway.adapters.queue_scripts import QueueScripts, ms
 from services.gateway.adapters.redis_grants import GrantListener, read_grant
@@ -54,10 +54,24 @@ class RedisJobQueue:
 
     `start` subscribes to the grants that other gateways make for this one; a message that is lost is found
     by the next `renew`. `close` ends the subscription; the store is the caller's.
+
+    Args:
+        store: Redis.
+        gateway_id: This gateway.
+        limits: The queue's bounds.
+        expects_route: Whether a model's route was seen before. Where it is gone, Redis was emptied, and takes
+            no job until the controller has written to it.
     """
 
-    def __init__(self, store: RedisStore, gateway_id: str, limits: QueueLimits | None = None) -> None:
+    def __init__(
+        self,
+        store: RedisStore,
+        gateway_id: str,
+        limits: QueueLimits | None = None,
+        expects_route: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self._limits = limits or QueueLimits()
+        self._expects_route = expects_route
         self._scripts = QueueScripts(store, gateway_id, self._limits, _OPERATIONS)
         self._receive: Callable[[Grant], None] = _ignore
         self._notice: Callable[[Notice], None] = _ignore
@@ -106,6 +120,7 @@ class RedisJobQueue:
                 limits.tenant_waiting_jobs_max,
                 ms(limits.aging_s),
                 *self._kept(job),
+                int(self._expects_route(job.model)),
             )
         grants = reply[3] if len(reply) > 3 else []
         own = self._deliver(grants, besides=job.job_id)
@@ -234,7 +249,10 @@ class RedisJobQueue:
 
     async def length(self, model: str) -> int:
         """See `JobQueue.length`."""
-        return int(await self._run("length", model))
+        count = int(await self._run("length", model, int(self._expects_route(model))))
+        if count < 0:
+            raise _emptied()
+        return count
 
     async def list_open(self, model: str, worker_id: str, sleep_s: float | None) -> None:
         """See `BreakerBoard.list_open`."""
@@ -335,6 +353,8 @@ def _bound(limit: int | None) -> str | int:
 def _read_place(job: QueuedJob, reply: list[Any]) -> Waiting:
     """Where a job waits that was not granted; or the error that the queue refuses it with."""
     match reply[0]:
+        case "emptied":
+            raise _emptied()
         case "full":
             raise queue_full(reply[1], _seconds(reply[2]))
         case "tenant_full":
@@ -349,6 +369,12 @@ def _read_place(job: QueuedJob, reply: list[Any]) -> Waiting:
         case "ended":
             raise ended_error(Outcome(reply[1]))
     return Waiting(int(reply[1]), _seconds(reply[2]))
+
+
+def _emptied() -> StoreUnavailable:
+    return StoreUnavailable(
+        "The queue's store was emptied. Try again in a moment.", retry_after_s=RETRY_AFTER_S
+    )
 
 
 def _tail_args(tail: LogTail | None) -> tuple[str | int, ...]:

@@ -216,6 +216,8 @@ async def test_emptied_store_is_rebuilt(mesh: Mesh) -> None:
     assert after.epoch > before.epoch
     assert after.weights == before.weights
     assert set(mesh.store.workers) == {"w"}
+    # Gateways take the route as the sign that the store knows the workers again.
+    assert mesh.store.workers_before == {"w"}
     assert stream.sent[-1] == SendActivate("m", mesh.revision, after.epoch)
 
 

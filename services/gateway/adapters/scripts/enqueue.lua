@@ -1,16 +1,19 @@
 -- enqueue(job_id, submission, tenant, band, cost_tokens, timeout_ms, waited_ms, weight, concurrency | '',
---         tokens_per_minute | '', waiting_jobs_max, tenant_waiting_jobs_max, aging_ms, digest, payload, keep_ms)
+--         tokens_per_minute | '', waiting_jobs_max, tenant_waiting_jobs_max, aging_ms, digest, payload, keep_ms,
+--         expects_route)
 -- Accepts a job, and grants it a slot at once where one is free and it is its turn.
--- Returns {'granted' | 'waiting', position, wait_ms, grants}, {'exists'}, {'ended', outcome}, or a refusal:
--- {'full' | 'tenant_full', waiting, wait_ms}, {'quota', taken tokens, ms until the window ends} or
--- {'late', position, wait_ms, grants}. Writes a job, its indices, its tenant's accounts, and what the grants
--- touch.
+-- Returns {'granted' | 'waiting', position, wait_ms, grants}, {'exists'}, {'ended', outcome}, {'emptied'} where
+-- the caller knows of a route that is not here, or a refusal: {'full' | 'tenant_full', waiting, wait_ms,
+-- grants}, {'quota', taken tokens, ms until the window ends, grants} or {'late', position, wait_ms, grants}.
+-- Writes a job, its indices, its tenant's accounts, and what the grants touch.
 
 local id, submission, tenant, band = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 local cost, timeout_ms, waited_ms = ARGV[10], tonumber(ARGV[11]), tonumber(ARGV[12])
 local weight, cap, limit = ARGV[13], ARGV[14], tonumber(ARGV[15])
 local jobs_max, tenant_jobs_max, aging_ms = tonumber(ARGV[16]), tonumber(ARGV[17]), tonumber(ARGV[18])
-local digest, payload, keep_ms = ARGV[19], ARGV[20], ARGV[21]
+local digest, payload, keep_ms, expects_route = ARGV[19], ARGV[20], ARGV[21], ARGV[22] == '1'
+
+if expects_route and not has_route() then return { 'emptied' } end
 
 -- A job that was accepted once comes back after a loss in Redis; it is not refused now.
 local is_new = waited_ms == 0
@@ -27,15 +30,25 @@ local function answer_of(job)
   return is_live(current) and { 'granted', 0, 0, GRANTED } or { 'ended', current.state }
 end
 
--- Returns why there is no room for the job, or nil.
-local function refusal()
+-- Returns why there is no place for the job, or nil.
+local function crowded()
   local waiting = count_waiting()
-  if waiting >= jobs_max then return { 'full', waiting, (wait_of(0)) } end
+  if waiting >= jobs_max then return { 'full', waiting, (wait_of(0)), GRANTED } end
   local own = tonumber(redis.call('HGET', tenant_key(tenant), 'waiting') or 0)
-  if own >= tenant_jobs_max then return { 'tenant_full', own, (wait_of(0)) } end
+  if own >= tenant_jobs_max then return { 'tenant_full', own, (wait_of(0)), GRANTED } end
+end
+
+-- Returns why the job is not taken, or nil. Nobody is turned away while a slot is free for those that wait: a
+-- hold may have ended since the last call.
+local function refusal()
+  if crowded() then
+    grant_free()
+    local full = crowded()
+    if full then return full end
+  end
   local used, reserved = read_account(tenant)
   if limit and used + reserved + tonumber(cost) > limit then
-    return { 'quota', used + reserved, WINDOW_MS - NOW % WINDOW_MS }
+    return { 'quota', used + reserved, WINDOW_MS - NOW % WINDOW_MS, GRANTED }
   end
 end
 

@@ -42,6 +42,12 @@ local function load_route(view)
   table.sort(view.routed, by_weight)
 end
 
+-- Whether the controller has written the route. It writes the workers first: where there is no route, Redis
+-- was emptied and knows of nobody.
+local function has_route()
+  return redis.call('HEXISTS', PREFIX .. 'route', 'epoch') == 1
+end
+
 -- Returns the route, and what holds for all workers. Leases are judged as long as any worker has one; when all
 -- have lapsed it is the controller that is away, and those that were left out return.
 local function look_at_workers()
