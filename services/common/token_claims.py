@@ -103,6 +103,10 @@ class TimeRules:
             raise TokenExpired("The token has expired; ask for a new one.")
         return expires_s
 
+    def still_holds(self, claims: Claims, judged_s: float, now_s: float) -> bool:
+        """Whether what was believed at `judged_s` is believed now: only an end comes with time."""
+        return judged_s <= now_s and claims.expires_s > now_s - self.leeway_s
+
 
 def read_header(token: str) -> dict[str, Any]:
     """Returns the header of a well-formed token, whose signature nobody has looked at yet.

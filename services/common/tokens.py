@@ -15,7 +15,16 @@ import jwt
 from jwt.types import Options
 
 from services.common.errors import TokenInvalid, TokenMissing, TokenRevoked
-from services.common.token_claims import REQUIRED, SCOPES, Claims, TimeRules, read_claims, read_header
+from services.common.token_cache import Judged, TokenCache
+from services.common.token_claims import (
+    REQUIRED,
+    SCOPES,
+    TOKEN_BYTES_MAX,
+    Claims,
+    TimeRules,
+    read_claims,
+    read_header,
+)
 from services.common.token_keys import SecretKey, SecretWeak, TokenKeys
 from services.common.token_mint import mint
 
@@ -34,6 +43,9 @@ _OPTIONS: Options = {
 
 class TokenVerifier:
     """Believes tokens of one issuer for one audience.
+
+    A token that was found good is not read again while its key is believed and its time is not over; whether
+    it was revoked is asked each time.
 
     Args:
         keys: The HS256 secret, at least 32 bytes; or the keys of another family.
@@ -65,6 +77,7 @@ class TokenVerifier:
         self._times = TimeRules(lifetime_max_s, leeway_s)
         self._now = now
         self._is_revoked = is_revoked
+        self._cache = TokenCache()
 
     def verify(self, token: str) -> Claims:
         """Returns what the token says.
@@ -74,14 +87,27 @@ class TokenVerifier:
             TokenExpired: Its time is over.
             TokenRevoked: Somebody took it back.
         """
+        claims = self._remembered(token) or self._judge(token)
+        if claims.token_id is not None and self._is_revoked(claims.token_id):
+            raise TokenRevoked("The token was revoked; ask for a new one.")
+        return claims
+
+    def _remembered(self, token: str) -> Claims | None:
+        """What a token says that was found good before and still is."""
+        judged = self._cache.find(token) if len(token) <= TOKEN_BYTES_MAX else None
+        if judged is None or not self._times.still_holds(judged.claims, judged.judged_s, self._now()):
+            return None
+        return judged.claims if self._keys.find(judged.key_id) is judged.key else None
+
+    def _judge(self, token: str) -> Claims:
         header = read_header(token)
         # Asked before a key is looked for: a token of another family learns which one is ours.
         if header.get("alg") != self._keys.algorithm:
             raise TokenInvalid(f"The token is not valid: only {self._keys.algorithm} is accepted.")
-        payload = self._genuine(token, self._keys.find(header.get("kid")))
-        claims = read_claims(payload, self._times, self._now())
-        if claims.token_id is not None and self._is_revoked(claims.token_id):
-            raise TokenRevoked("The token was revoked; ask for a new one.")
+        key_id, now_s = header.get("kid"), self._now()
+        key = self._keys.find(key_id)
+        claims = read_claims(self._genuine(token, key), self._times, now_s)
+        self._cache.put(token, Judged(key_id, key, claims, now_s))
         return claims
 
     def _genuine(self, token: str, key: Any) -> dict[str, object]:
