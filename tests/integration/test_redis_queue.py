@@ -230,7 +230,7 @@ async def test_an_expired_job_is_not_granted_and_takes_no_room(world: QueueWorld
 
 
 async def test_nobody_is_turned_away_while_a_slot_is_free(world: QueueWorld) -> None:
-    """A hold has ended, and nobody has looked since: the job that waited gets the slot, and its place is free."""
+    """A hold ended, and nobody has looked since: the job that waited gets the slot, and leaves its place."""
     gateway = world.gateway("g1", QueueLimits(waiting_jobs_max=1))
     grant = await world.grant("a")
     await gateway.refused(MODEL, "a", grant.nonce, hold_s=1.0)
@@ -242,7 +242,7 @@ async def test_nobody_is_turned_away_while_a_slot_is_free(world: QueueWorld) -> 
 
 
 async def test_an_emptied_store_takes_no_job_before_its_route_is_written(empty_world: QueueWorld) -> None:
-    """Who knows of a route is told that it is gone; there is nothing to lend, and nobody shall wait for it."""
+    """Who knows of a route is told that it is gone; there is nothing to lend, nothing to wait for."""
     gateway = RedisJobQueue(empty_world.store, "g1", expects_route=lambda model: model == MODEL)
     for call in (lambda: gateway.enqueue(make_job("a")), lambda: gateway.length(MODEL)):
         with pytest.raises(StoreUnavailable):

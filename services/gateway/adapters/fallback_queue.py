@@ -202,6 +202,7 @@ class FallbackJobQueue:
                     raise
         elif not self._standby.serves(model):
             raise StoreUnavailable("The queue's store does not answer. Try again in a moment.")
+        self._standby.follow(own, model)
         return await ask(own)
 
     async def _guarded(self, call: Callable[[], Awaitable[T]]) -> T:
@@ -312,8 +313,13 @@ class FallbackJobQueue:
             # No await from here on: what happens next happens at the shared queue.
             self._circuit.settle(permit, Verdict.SUCCESS)
             if self._circuit.breaker.state in {State.CLOSED, State.FORCED_CLOSED}:
-                self._own = None
+                self._discard_own()
                 logs.get_logger().warning("queue.returned", jobs=sum(1 for _ in self._book))
+
+    def _discard_own(self) -> None:
+        if self._own is not None:
+            self._own.close()
+        self._own = None
 
     async def _bring_all_home(self, model: str) -> None:
         # This writes the clock, too: a store that may only be read is not back.

@@ -7,6 +7,7 @@ its store.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 
@@ -20,9 +21,12 @@ from services.gateway.core.queue_line import LiveJob, QueueLine, QueueWorker
 from services.gateway.core.queue_quota import window_age_s
 from services.gateway.core.tenancy import TenantUsage
 
+# A refusal or failure schedules one look when the worker may be used again; more at once say nothing new.
+_LOOKS_MAX = 64
+
 
 class MemoryJobQueue:
-    """`JobQueue` in this process. `set_route` and `set_worker` say what it may grant.
+    """`JobQueue` in this process. `set_route` and `set_worker` say what it may grant. Close it when done.
 
     Args:
         clock: Measures.
@@ -41,6 +45,13 @@ class MemoryJobQueue:
         self._lines: dict[str, QueueLine] = {}
         self._receive: Callable[[Grant], None] = _ignore
         self._tail = write_tail
+        self._looks: set[asyncio.TimerHandle] = set()
+
+    def close(self) -> None:
+        """Lends nothing any more unless it is asked."""
+        for look in self._looks:
+            look.cancel()
+        self._looks.clear()
 
     def set_route(self, model: str, epoch: int, weights: Mapping[str, int]) -> None:
         """Says which revisions serve; what waits is granted with the next call."""
@@ -264,6 +275,19 @@ class MemoryJobQueue:
         line.put_back(entry, pin=pin)
         line.places.suspect_until[entry.avoid] = self._now() + hold_s
         self._deliver(self._grant_free(line))
+        self._look_after(line, hold_s)
+
+    def _look_after(self, line: QueueLine, delay_s: float) -> None:
+        """Grants again when a held worker may be used; otherwise its slots idle until the next call."""
+        if len(self._looks) >= _LOOKS_MAX:
+            return
+
+        def look() -> None:
+            self._looks.discard(timer)
+            self._deliver(self._grant_free(line))
+
+        timer = asyncio.get_running_loop().call_later(delay_s, look)
+        self._looks.add(timer)
 
     def _is_repeated(self, line: QueueLine, job_id: str, nonce: str) -> bool:
         """Whether a call is the repetition of one whose answer was lost; grants like every call."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from services.common.clock import Clock
@@ -36,11 +36,19 @@ class Standby:
     Args:
         clock: For the queues.
         limits: For the queues.
+        activated: The revision that the controller told this gateway to serve last, and the epoch of the
+            route; None: it told none. The controller reaches us also while the store does not.
     """
 
-    def __init__(self, clock: Clock, limits: QueueLimits) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        limits: QueueLimits,
+        activated: Callable[[str], tuple[str, int] | None] = lambda _: None,
+    ) -> None:
         self._clock = clock
         self._limits = limits
+        self._activated = activated
         self._views: dict[str, FleetView] = {}
 
     @property
@@ -68,4 +76,15 @@ class Standby:
             for worker in view.workers:
                 share = max(1, worker.slots // max(1, view.gateways))
                 queue.set_worker(model, replace(worker, slots=share))
+            self.follow(queue, model)
         return queue
+
+    def follow(self, queue: MemoryJobQueue, model: str) -> None:
+        """Lets a queue that was made here lend by the latest route: workers refuse earlier ones."""
+        view, activated = self._views.get(model), self._activated(model)
+        if view is None or activated is None or activated[1] <= view.epoch:
+            return
+        revision, epoch = activated
+        weights = view.weights if revision in view.weights else {revision: 1}
+        self._views[model] = replace(view, epoch=epoch, weights=weights)
+        queue.set_route(model, epoch, weights)

@@ -70,6 +70,11 @@ class Catalog:
         entry = self._entries.get(model)
         return None if entry is None else entry.tokenizer.decode
 
+    def activated(self, model: str) -> tuple[str, int] | None:
+        """The revision that a model serves with, and the route's epoch that made it so; None: none."""
+        entry = self._entries.get(model)
+        return None if entry is None else (entry.revision, entry.epoch)
+
     @property
     def models(self) -> tuple[str, ...]:
         """The names, sorted."""

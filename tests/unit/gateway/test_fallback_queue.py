@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -51,7 +52,8 @@ class World:
 
     def __init__(self) -> None:
         self.clock = TurnedClock()
-        self.standby = Standby(self.clock, LIMITS)
+        self.activated: dict[str, tuple[str, int]] = {}
+        self.standby = Standby(self.clock, LIMITS, self.activated.get)
         self.circuit = Circuit("store", STORE_LIMITS, self.clock, lambda _: None)
         worker = QueueWorker("w1", "127.0.0.1:1", 2, frozenset({"r1"}))
         self.store = FaultyQueue(self.clock, LIMITS)
@@ -129,6 +131,41 @@ async def test_its_own_queue_is_bounded_and_lends_its_share(world: World) -> Non
     with pytest.raises(QueueFull):
         await world.queue.enqueue(job("e"))
     assert len(tuple(world.queue._book)) == 4
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "meanwhile"])
+async def test_its_own_queue_lends_by_the_route_that_the_controller_told_last(
+    world: World, *, late: bool
+) -> None:
+    """The controller reaches it though the store does not; workers refuse grants of an old epoch."""
+    world.store.down = True
+    if late:
+        grant = await granted(world, "a")
+        assert grant.epoch == 1
+        await world.queue.settle(MODEL, "a", grant.nonce, Outcome.FINISHED, 1)
+    world.activated[MODEL] = ("r1", 5)
+    assert (await granted(world, "b")).epoch == 5
+
+
+async def test_its_own_queue_lends_nothing_of_a_revision_that_was_replaced(world: World) -> None:
+    """A gateway that is cut off from the store alone follows the switch that the controller told it of."""
+    world.store.down = True
+    world.activated[MODEL] = ("r2", 5)
+    assert isinstance(await world.queue.enqueue(job("a")), Waiting)
+
+
+async def test_a_hold_of_its_own_queue_ends_by_itself(world: World) -> None:
+    """The job that was refused is granted when the hold is over, though nobody calls."""
+    world.store.down = True
+    grant = await granted(world, "a")
+    world.heard.clear()
+    await world.queue.refused(MODEL, "a", grant.nonce, hold_s=0.02)
+    assert world.heard == []
+    world.clock.turn(0.02)
+    async with asyncio.timeout(5):
+        while not world.heard:  # noqa: ASYNC110 - the queue tells a list
+            await asyncio.sleep(0.005)
+    assert world.heard[0].job_id == "a"
 
 
 async def test_running_jobs_keep_their_slots_and_waiting_ones_their_turn(world: World) -> None:

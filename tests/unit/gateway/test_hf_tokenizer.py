@@ -135,6 +135,15 @@ def test_a_hostile_template_is_stopped(source: str) -> None:
     assert time.monotonic() - started_s < 5
 
 
+@pytest.mark.parametrize(
+    "call", ["'{:>1000000000}'.format(1)", "'{a}'.format_map({'a': 1})", "'a'['format']()"]
+)
+def test_a_template_does_not_format(call: str) -> None:
+    """A width makes much of little in one call that nothing interrupts; so it is never made."""
+    with pytest.raises(ArgumentInvalid, match="SecurityError"):
+        ChatTemplate("{{ " + call + " }}", {}).render(user("hi"))
+
+
 def test_a_template_that_is_none_is_refused() -> None:
     """Syntax errors and sizes are found when the revision is prepared."""
     for source in ("{% for %}", "x" * (chat_template.TEMPLATE_CHARS_MAX + 1)):
