@@ -89,6 +89,10 @@ lint: $(DEV) $(PROTOS) ## Style, layers, protos, and that generated files are fr
 types: $(DEV) ## Check types
 	$(BIN)/mypy
 
+.PHONY: envoy
+envoy: $(DEV) ## Make every committed Envoy configuration
+	$(BIN)/python -m deploy.envoy.generate --shipped
+
 .PHONY: protos
 protos: $(PROTOS) ## Make the stubs and Envoy's descriptor set from the protos
 	$(GENERATE)

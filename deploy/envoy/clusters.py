@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deploy.envoy.listener import address
+from deploy.envoy.address import address
 from deploy.envoy.parameters import Endpoint, Parameters
 from deploy.envoy.routes import CONTROLLER, GATEWAYS
 
@@ -14,21 +14,26 @@ _STREAMS_PER_ENDPOINT = 4_096
 
 
 def clusters(parameters: Parameters) -> list[dict[str, Any]]:
-    """The gateways and the controller."""
-    return [_cluster(GATEWAYS, parameters.gateways), _cluster(CONTROLLER, (parameters.controller,))]
+    """The gateways and the controllers."""
+    return [_cluster(GATEWAYS, parameters.gateways), _cluster(CONTROLLER, parameters.controllers)]
 
 
 def _cluster(name: str, endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
     return {
         "name": name,
-        "type": "STATIC",
+        **_discovery(endpoints),
         # Everything is on one machine or in one rack.
         "connect_timeout": "1s",
         # Streams differ in length by orders of magnitude; turns would pile them up on one gateway.
         "lb_policy": "LEAST_REQUEST",
         # Only when nobody is healthy do calls go to everybody: a gateway that cannot serve says why, in the
         # API's shape, and better than Envoy could. A draining one among healthy ones gets nothing.
-        "common_lb_config": {"healthy_panic_threshold": {"value": 1.0}},
+        "common_lb_config": {
+            "healthy_panic_threshold": {"value": 1.0},
+            # Envoy would keep back a second change of health for up to a second: one gateway leaves while
+            # another comes, and calls still go to the first. A mesh has few members; each change counts.
+            "update_merge_window": "0s",
+        },
         "typed_extension_protocol_options": {
             "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _http2()
         },
@@ -41,6 +46,26 @@ def _cluster(name: str, endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
                 {"lb_endpoints": [{"endpoint": {"address": address(endpoint)}} for endpoint in endpoints]}
             ],
         },
+    }
+
+
+def _discovery(endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
+    """Addresses are what they are; of a name every address is an endpoint of its own."""
+    if not any(endpoint.is_name for endpoint in endpoints):
+        return {"type": "STATIC"}
+    return {
+        "cluster_type": {
+            "name": "envoy.clusters.dns",
+            "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.clusters.dns.v3.DnsCluster",
+                # A new pod gets calls within this; one that went is found out by health checks before.
+                "dns_refresh_rate": "5s",
+                # While the name server is away the known addresses stay; ask it again soon, then less often.
+                "dns_failure_refresh_rate": {"base_interval": "1s", "max_interval": "10s"},
+                # Envoy's default would ask for IPv6 first and never look at IPv4 where both exist.
+                "dns_lookup_family": "ALL",
+            },
+        }
     }
 
 

@@ -1,50 +1,77 @@
-"""Generates Envoy's static configuration. Owns: the whole document, the command line and the drift check.
+"""Generates Envoy's static configuration. Owns: the whole document, what is written where, the drift check.
 
-`python -m deploy.envoy.generate --out deploy/envoy/envoy.yaml` writes the committed file, `--check` fails
-when it differs. Every choice has its reason beside it, in the module that makes it: `listener`, `routes`,
-`clusters`, `overload`.
+`python -m deploy.envoy.generate` prints one. Its parameters are flags, or a YAML file of them (`--config`).
+`--shipped` writes every variant that is committed, `--check` fails when one of them differs. Every choice has
+its reason beside it, in the module that makes it: `listener`, `transport`, `routes`, `clusters`, `overload`,
+`probe`.
 
-One Envoy serves one configuration for its life: no control plane, no hot restart. To change it, start
-another Envoy and let the old one drain (`POST /drain_listeners?graceful` on the admin interface).
+One Envoy serves one configuration for its life, without a control plane. What can change under it: the
+certificate (see `transport`) and, where gateways have names, their addresses (see `clusters`). For everything
+else another Envoy takes over, and the old one drains: `drain.sh` beside this file lets its streams end and
+then ends it. Where two Envoys stand behind one address (a load balancer, a Kubernetes service) that is a
+rolling update. On one machine Envoy's hot restart hands over the listening socket: start the new one with
+`--restart-epoch` one higher and the same `--base-id`; the old one drains for `--drain-time-s` and ends after
+`--parent-shutdown-time-s`, which must be above the longest deadline of a stream that shall survive it.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from deploy.envoy.address import address
 from deploy.envoy.clusters import clusters
-from deploy.envoy.listener import address, listener
-from deploy.envoy.overload import overload_manager
-from deploy.envoy.parameters import (
-    ADMIN_PORT,
-    LOCAL_ORIGINS,
-    PORT_MAX,
-    Endpoint,
-    ParameterInvalid,
-    Parameters,
-)
+from deploy.envoy.command_line import Arguments, parse, read_file
+from deploy.envoy.listener import listener
+from deploy.envoy.overload import overload_manager, runtime
+from deploy.envoy.parameters import Endpoint, ParameterInvalid, Parameters
+from deploy.envoy.probe import probe_listener
+from deploy.envoy.transport import secret
 
-COMMITTED = Path(__file__).resolve().with_name("envoy.yaml")
-DESCRIPTORS = Path(__file__).resolve().with_name("interlock.binpb")
-
-_DESCRIPTION = "Print the Envoy configuration of a mesh: one port before gateways and controller."
+_HERE = Path(__file__).resolve().parent
+DESCRIPTORS = _HERE / "interlock.binpb"
+COMMITTED = _HERE / "envoy.yaml"
+# Each folder has `parameters.yaml`, and beside it what is made of them.
+VARIANTS = _HERE / "variants"
+# Where the SDS file is written: beside the configuration, under the name that Envoy opens it by.
+_SECRET_NAME = "certificate.yaml"  # noqa: S105 - a file's name
 
 _HEADER = "# Made by `python -m deploy.envoy.generate`, where every choice has its reason. Do not edit.\n"
 
 
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One committed configuration.
+
+    Attributes:
+        name: As people call it.
+        parameters: What it is made of.
+        file: Where it is.
+    """
+
+    name: str
+    parameters: Parameters
+    file: Path
+
+
 def bootstrap(parameters: Parameters) -> dict[str, Any]:
     """The whole configuration as plain data."""
+    listeners = [listener(parameters)]
+    if parameters.probe is not None:
+        listeners.append(probe_listener(parameters.probe))
     return {
         # It can stop Envoy and shows everything: loopback, and never counted against the clients' limit.
         "admin": {"address": _admin_address(parameters.admin), "ignore_global_conn_limit": True},
-        "static_resources": {"listeners": [listener(parameters)], "clusters": clusters(parameters)},
-        "overload_manager": overload_manager(),
+        # SDS wants a node, though a file asks nobody's name.
+        "node": {"id": "interlock", "cluster": "interlock"},
+        "static_resources": {"listeners": listeners, "clusters": clusters(parameters)},
+        "overload_manager": overload_manager(parameters),
+        "layered_runtime": runtime(),
     }
 
 
@@ -57,8 +84,16 @@ def _admin_address(admin: Endpoint | Path) -> dict[str, Any]:
 
 def render(parameters: Parameters) -> str:
     """The configuration as YAML, the same bytes for the same parameters."""
-    body = yaml.dump(bootstrap(parameters), Dumper=_PlainDumper, sort_keys=False, width=110)
-    return _HEADER + body
+    return _written(bootstrap(parameters))
+
+
+def render_secret(parameters: Parameters) -> str | None:
+    """The SDS file as YAML; None where no TLS is served."""
+    return None if parameters.certificate is None else _written(secret(parameters.certificate))
+
+
+def _written(document: dict[str, Any]) -> str:
+    return _HEADER + yaml.dump(document, Dumper=_PlainDumper, sort_keys=False, width=110)
 
 
 class _PlainDumper(yaml.SafeDumper):
@@ -68,77 +103,64 @@ class _PlainDumper(yaml.SafeDumper):
         return True
 
 
+def shipped() -> tuple[Variant, ...]:
+    """Every variant that is committed, the one of a local mesh first.
+
+    Raises:
+        ParameterInvalid: A file of parameters cannot be used.
+    """
+    files = sorted(VARIANTS.glob("*/parameters.yaml"))
+    others = [Variant(file.parent.name, read_file(file), file.with_name("envoy.yaml")) for file in files]
+    return (Variant("local", Parameters(), COMMITTED), *others)
+
+
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m deploy.envoy.generate") -> int:
-    """Writes the configuration, or compares it with the file at `--out`. Returns the exit code."""
-    arguments = _parser(prog).parse_args(argv)
+    """Writes configurations, or compares them with the files. Returns the exit code."""
     try:
-        text = render(_parameters(arguments))
+        arguments = parse(argv, prog)
+        texts = _texts(arguments)
     except ParameterInvalid as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
-    out: Path | None = arguments.out
     if arguments.check:
-        return _check(text, out or COMMITTED)
-    if out is None:
-        sys.stdout.write(text)
+        # Each is looked at, so that one run names all.
+        remedy = "--shipped" if arguments.out is None else f"--out {arguments.out}"
+        return max([_check(text, file, remedy) for file, text in texts.items()])
+    if arguments.out is None and not arguments.shipped:
+        sys.stdout.write(render(arguments.parameters))
         return 0
+    return max(_write(text, file) for file, text in texts.items())
+
+
+def _texts(arguments: Arguments) -> dict[Path, str]:
+    """What belongs into which file."""
+    if arguments.shipped or (arguments.check and arguments.out is None):
+        pairs = [(variant.file, variant.parameters) for variant in shipped()]
+    else:
+        pairs = [(arguments.out or COMMITTED, arguments.parameters)]
+    texts: dict[Path, str] = {}
+    for file, parameters in pairs:
+        texts[file] = render(parameters)
+        text = render_secret(parameters)
+        if text is not None:
+            texts[file.with_name(_SECRET_NAME)] = text
+    return texts
+
+
+def _write(text: str, file: Path) -> int:
     try:
-        out.write_text(text)
+        file.write_text(text)
     except OSError as error:
-        print(f"generate: {out} cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"generate: {file} cannot be written: {error.strerror}", file=sys.stderr)
         return 1
     return 0
 
 
-def _check(text: str, committed: Path) -> int:
-    if committed.exists() and committed.read_text() == text:
+def _check(text: str, file: Path, remedy: str) -> int:
+    if file.exists() and file.read_text() == text:
         return 0
-    print(f"stale: {committed} (run `python -m deploy.envoy.generate --out {committed}`)", file=sys.stderr)
+    print(f"stale: {file} (run `python -m deploy.envoy.generate {remedy}`)", file=sys.stderr)
     return 1
-
-
-def _parameters(arguments: argparse.Namespace) -> Parameters:
-    defaults = Parameters()
-    gateways = tuple(Endpoint.parse(text) for text in arguments.gateway or ())
-    return Parameters(
-        listen=Endpoint(arguments.host, arguments.port),
-        admin=Endpoint("127.0.0.1", arguments.admin_port),
-        gateways=gateways or defaults.gateways,
-        controller=Endpoint.parse(arguments.controller),
-        descriptors=arguments.descriptors,
-        cors_origins=tuple(arguments.cors_origin or LOCAL_ORIGINS),
-        access_log=arguments.access_log,
-    )
-
-
-def _parser(prog: str) -> argparse.ArgumentParser:
-    defaults = Parameters()
-    parser = argparse.ArgumentParser(prog=prog, description=_DESCRIPTION)
-    parser.add_argument("--host", default=defaults.listen.host, help="address for clients (%(default)s)")
-    parser.add_argument(
-        "--port", type=_port, default=defaults.listen.port, help="port for clients (%(default)s)"
-    )
-    parser.add_argument("--admin-port", type=_port, default=ADMIN_PORT, help="on loopback (%(default)s)")
-    parser.add_argument(
-        "--gateway", action="append", metavar="HOST:PORT", help=f"may be repeated ({defaults.gateways[0]})"
-    )
-    parser.add_argument(
-        "--controller", default=str(defaults.controller), metavar="HOST:PORT", help="(%(default)s)"
-    )
-    parser.add_argument(
-        "--descriptors", default=defaults.descriptors, metavar="PATH", help="the API's descriptor set"
-    )
-    parser.add_argument("--cors-origin", action="append", metavar="REGEX", help="may be repeated (localhost)")
-    parser.add_argument("--access-log", metavar="PATH", help="a file (standard output)")
-    parser.add_argument("--out", type=Path, help="write here (standard output)")
-    parser.add_argument("--check", action="store_true", help="fail when the file at --out differs")
-    return parser
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > PORT_MAX:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to {PORT_MAX}")
-    return int(text)
 
 
 if __name__ == "__main__":

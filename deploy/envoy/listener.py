@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from deploy.envoy.parameters import Endpoint, Parameters
+from deploy.envoy.address import address
+from deploy.envoy.parameters import Parameters
 from deploy.envoy.routes import BODY_BYTES_MAX, route_configuration
+from deploy.envoy.transport import transport
+
+# The one port's name.
+LISTENER = "interlock"
 
 _TYPE = "type.googleapis.com/envoy.extensions"
 
@@ -67,19 +72,14 @@ def listener(parameters: Parameters) -> dict[str, Any]:
         "typed_config": _connection_manager(parameters),
     }
     return {
-        "name": "interlock",
+        "name": LISTENER,
         "address": address(parameters.listen),
         # With SO_REUSEPORT a second Envoy would bind the same port silently and take half of the calls.
         "enable_reuse_port": False,
         # A client that does not read makes its stream pause here instead of filling memory.
         "per_connection_buffer_limit_bytes": 65_536,
-        "filter_chains": [{"filters": [manager]}],
+        "filter_chains": [{"filters": [manager], **transport(parameters.certificate)}],
     }
-
-
-def address(endpoint: Endpoint) -> dict[str, Any]:
-    """An endpoint as Envoy writes it."""
-    return {"socket_address": {"address": endpoint.host, "port_value": endpoint.port}}
 
 
 def _connection_manager(parameters: Parameters) -> dict[str, Any]:
@@ -215,9 +215,10 @@ def _local_reply(status: int, code: str, reason: str, message: str) -> dict[str,
 def _access_log(parameters: Parameters) -> dict[str, Any]:
     """One JSON line a request, with the names that the services' logs use. No query, no secret."""
     line = {
-        "timestamp": "%START_TIME(%Y-%m-%dT%H:%M:%S.%3fZ)%",
+        "timestamp": "%START_TIME(%Y-%m-%dT%H:%M:%S.%6fZ)%",
         "level": "info",
         "service": "envoy",
+        "instance": parameters.instance,
         "event": "http.finished",
         "request_id": "%REQ(X-REQUEST-ID)%",
         "method": "%REQ(:METHOD)%",

@@ -9,6 +9,7 @@ from pathlib import Path
 import envoy
 
 from deploy.envoy.generate import DESCRIPTORS, render
+from deploy.envoy.listener import LISTENER
 from deploy.envoy.parameters import Endpoint, Parameters
 from services.local import probes
 
@@ -90,6 +91,8 @@ class EnvoyProxy:
 
 
 def _listen_endpoint(listed: bytes) -> Endpoint:
-    (status,) = json.loads(listed)["listener_statuses"]
+    statuses = json.loads(listed)["listener_statuses"]
+    # An orchestrator's probe, where there is one, has a listener of its own.
+    (status,) = [status for status in statuses if status["name"] == LISTENER]
     found = status["local_address"]["socket_address"]
     return Endpoint(found["address"], found["port_value"])

@@ -198,7 +198,7 @@ class LocalMesh:
                 listen=Endpoint(LOOPBACK, self._ports.http),
                 admin=self._home.admin_socket_path(),
                 gateways=tuple(Endpoint.parse(part.address) for part in gateways),
-                controller=Endpoint.parse(controller.address),
+                controllers=(Endpoint.parse(controller.address),),
             ),
         )
         child = await self._start_child("envoy", lambda: Launch(proxy.command(), parts.plain(os.environ)))

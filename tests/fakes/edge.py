@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
 
 Metadata = dict[str, str]
+
+# One for each call that a test holds back at once, at one of them.
+_THREADS = 256
 
 
 def _bytes(message: HttpBody) -> bytes:
@@ -27,17 +31,19 @@ class FakeBackend:
     Attributes:
         name: What it says that it is.
         seen: The metadata of every call, by method.
+        hold: Keeps gRPC answers back until it is set; None: they come at once.
     """
 
     name: str
     seen: dict[str, Metadata] = field(default_factory=dict)
+    hold: threading.Event | None = None
     address: str = ""
     server: grpc.Server | None = None
     health: HealthServicer = field(default_factory=HealthServicer)
 
     def start(self) -> None:
         """Listens on a free port and says SERVING."""
-        server = grpc.server(futures.ThreadPoolExecutor(4), options=[("grpc.so_reuseport", 0)])
+        server = grpc.server(futures.ThreadPoolExecutor(_THREADS), options=[("grpc.so_reuseport", 0)])
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         server.add_generic_rpc_handlers((_Everything(self),))
         self.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
@@ -76,7 +82,9 @@ class _Everything(grpc.GenericRpcHandler):
 
     def _answer(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         """The request's own bytes: an echo."""
-        del context
+        hold = self._backend.hold
+        while hold is not None and context.is_active() and not hold.wait(0.05):
+            pass
         return request
 
     def _answer_http(self, request: HttpBody, context: grpc.ServicerContext) -> Iterator[HttpBody]:

@@ -16,7 +16,7 @@ from deploy.envoy.parameters import Endpoint, ParameterInvalid, Parameters
 TWO_GATEWAYS = Parameters(
     listen=Endpoint("0.0.0.0", 8443),  # noqa: S104 - a configuration that nobody serves
     gateways=(Endpoint("127.0.0.1", 50051), Endpoint("127.0.0.1", 50053)),
-    controller=Endpoint("::1", 50052),
+    controllers=(Endpoint("::1", 50052),),
     descriptors=str(generate.DESCRIPTORS),
     cors_origins=(r"https://chat\.example\.com",),
     access_log="/dev/null",

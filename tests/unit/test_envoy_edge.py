@@ -3,85 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
-import os
+import re
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from deploy.envoy.parameters import Endpoint, Parameters
 from deploy.envoy.routes import BODY_BYTES_MAX
-from services.local import leash, probes
-from services.local.envoy_proxy import EnvoyProxy
-from tests.fakes.edge import FakeBackend
+from services.local import probes
+from tests.fixtures.edge import Edge, started_edge
 
+MOMENT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"
 GENERATE = "/interlock.v1.GatewayService/Generate"
-
-
-@dataclass(frozen=True, slots=True)
-class Edge:
-    """A running Envoy and what is behind it."""
-
-    address: str
-    gateway: FakeBackend
-    controller: FakeBackend
-    log: Path
-
-    def ask(
-        self, method: str, path: str, body: bytes | str = b"", headers: dict[str, str] | None = None
-    ) -> tuple[int, dict[str, str], bytes]:
-        """One HTTP/1.1 request: status, headers and body of the reply."""
-        connection = http.client.HTTPConnection(self.address, timeout=10)
-        try:
-            connection.request(method, path, body or None, headers or {})
-            reply = connection.getresponse()
-            return reply.status, {key.lower(): value for key, value in reply.getheaders()}, reply.read()
-        finally:
-            connection.close()
-
-    def call(self, method: str, request: bytes = b"x", metadata: dict[str, str] | None = None) -> bytes:
-        """One unary gRPC call over HTTP/2."""
-        with grpc.insecure_channel(self.address) as channel:
-            pairs = tuple((metadata or {}).items())
-            # Without a serializer bytes go as they are; the types know only the other case.
-            ask: Any = channel.unary_unary(method)
-            answer: bytes = ask(request, metadata=pairs, timeout=10)
-            return answer
 
 
 @pytest.fixture(scope="module")
 def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     """Envoy with the local configuration on free ports."""
-    run = tmp_path_factory.mktemp("edge")
-    gateway, controller = FakeBackend("gateway"), FakeBackend("controller")
-    for backend in (gateway, controller):
-        backend.start()
-        backend.set_serving(serving=True)
-    parameters = Parameters(
-        listen=Endpoint("127.0.0.1", 0),
-        admin=run / "admin.sock",
-        gateways=(Endpoint.parse(gateway.address),),
-        controller=Endpoint.parse(controller.address),
+    with started_edge(tmp_path_factory.mktemp("edge")) as edge:
+        yield edge
+
+
+def _line_of_a_service() -> dict[str, Any]:
+    """What a service logs of a call, as it stands in its log."""
+    code = (
+        "from services.common import logs\n"
+        "logs.configure('gateway', 'gateway-1')\n"
+        "logs.annotate(request_id='log-1')\n"
+        "logs.get_logger().info('rpc.finished', duration_ms=1.5, method='x')\n"
     )
-    proxy, log = EnvoyProxy(run, parameters), run / "envoy.log"
-    leashed = (sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), *proxy.command())
-    with log.open("wb") as output, subprocess.Popen(leashed, stdout=output, stderr=output) as process:
-        try:
-            bound = asyncio.run(asyncio.wait_for(probes.until(proxy.bound), 20))
-            yield Edge(str(bound.http), gateway, controller, log)
-        finally:
-            process.terminate()
-            process.wait(10)
-            for backend in (gateway, controller):
-                backend.stop()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=20)
+    line: dict[str, Any] = json.loads(done.stderr)
+    return line
 
 
 def _error(body: bytes) -> dict[str, Any]:
@@ -261,3 +219,10 @@ def test_the_access_log_is_json_without_query_or_token(edge: Edge) -> None:
     assert found["event"] == "http.finished"
     assert isinstance(found["status"], int)
     assert "hidden" not in edge.log.read_text()
+    line_of_a_service = _line_of_a_service()
+    # One index and one time filter serve both: same names, same types, same form of a moment.
+    assert set(line_of_a_service) <= set(found)
+    for name, value in line_of_a_service.items():
+        assert isinstance(found[name], int | float if isinstance(value, float) else type(value)), name
+    assert re.fullmatch(MOMENT, found["timestamp"])
+    assert re.fullmatch(MOMENT, line_of_a_service["timestamp"])

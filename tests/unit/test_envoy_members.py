@@ -1,0 +1,185 @@
+"""Several gateways and controllers behind one Envoy: who gets calls, who does not, and how Envoy leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from deploy.envoy import generate
+from deploy.envoy.parameters import Endpoint, Parameters
+from tests.fixtures.edge import Edge, ask, started_edge
+
+GENERATE = "/interlock.v1.GatewayService/Generate"
+WORKERS = "/v1/admin/workers"
+DRAIN = generate.DESCRIPTORS.with_name("drain.sh")
+
+
+@pytest.fixture
+def edge(tmp_path: Path) -> Iterator[Edge]:
+    """Three gateways and two controllers, with a probe and an admin port."""
+    parameters = Parameters(
+        admin=Endpoint("127.0.0.1", 0), probe=Endpoint("127.0.0.1", 0), connections_max=20
+    )
+    with started_edge(tmp_path, parameters, gateways=3, controllers=2) as edge:
+        yield edge
+
+
+def _await(holds: Callable[[], bool], what: str, timeout_s: float = 15) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+def _equal(look: Callable[[], object], expected: object) -> bool:
+    return look() == expected
+
+
+def _who(edge: Edge, count: int = 24) -> set[bytes]:
+    """Who answers that many requests."""
+    return {edge.ask("POST", "/v1/generate", "x")[2].split()[0] for _ in range(count)}
+
+
+def _probe(edge: Edge) -> str:
+    listed = ask(edge.admin, "GET", "/listeners")[2].decode()
+    return next(line.partition("::")[2] for line in listed.splitlines() if line.startswith("probe::"))
+
+
+def test_calls_are_spread_and_a_draining_gateway_gets_none(edge: Edge) -> None:
+    """All three serve; from the second in which one says NOT_SERVING the other two have every call."""
+    assert _who(edge) == {b"gateway", b"gateway1", b"gateway2"}
+    edge.gateways[1].set_serving(serving=False)
+    _await(lambda: edge.stat("cluster.gateways.membership_healthy") == 2, "it stays healthy")
+    assert _who(edge) == {b"gateway", b"gateway2"}
+    edge.gateways[1].set_serving(serving=True)
+    _await(lambda: len(_who(edge)) == 3, "it does not come back")
+
+
+def test_a_dead_gateway_costs_no_call(edge: Edge) -> None:
+    """From its death on every new call succeeds at another one: what found no connection is sent again."""
+    assert len(_who(edge)) == 3
+    edge.gateways[2].stop()
+    for _ in range(60):
+        status, _, body = edge.ask("POST", "/v1/generate", "x")
+        assert (status, body.split()[0] in {b"gateway", b"gateway1"}) == (200, True)
+    _await(lambda: edge.stat("cluster.gateways.membership_healthy") == 2, "the dead one stays healthy")
+
+
+def test_admin_calls_go_to_the_controller_that_leads(edge: Edge) -> None:
+    """The standby says NOT_SERVING and gets nothing; when the leadership moves, so do the calls."""
+
+    def answering() -> set[bytes]:
+        return {edge.ask("GET", WORKERS)[2] for _ in range(10)}
+
+    for leader, expected in ((0, {b"controller 0"}), (1, {b"controller1 0"}), (0, {b"controller 0"})):
+        for number in (0, 1):
+            edge.controllers[number].set_serving(serving=number == leader)
+        _await(partial(_equal, answering, expected), "the standby answers")
+        assert answering() == expected
+
+
+def test_a_name_leads_to_every_address_that_it_has(tmp_path: Path) -> None:
+    """As in Kubernetes: the clusters follow DNS, and a call arrives."""
+    parameters = Parameters(admin=Endpoint("127.0.0.1", 0))
+    with started_edge(tmp_path, parameters, by_name=True) as edge:
+        _await(lambda: edge.ask("POST", "/v1/generate", "x")[2] == b"gateway 1", "nothing was resolved")
+        assert b"::127.0.0.1:" in ask(edge.admin, "GET", "/clusters")[2]
+
+
+def test_a_connection_carries_1024_streams(edge: Edge) -> None:
+    """Four hundred clients may share one channel; what Envoy allows stands in its settings."""
+    held = threading.Event()
+    edge.gateway.hold = edge.gateways[1].hold = edge.gateways[2].hold = held
+    with grpc.insecure_channel(edge.address) as channel:
+        begin: Any = channel.unary_unary(GENERATE)
+        calls = [begin.future(b"x", timeout=20) for _ in range(400)]
+        _await(lambda: edge.stat("http.interlock.downstream_rq_active") >= 400, "streams wait for each other")
+        assert edge.stat("http.interlock.downstream_cx_active") == 1
+        held.set()
+        assert {call.result() for call in calls} == {b"x"}
+
+
+def test_rapid_resets_end_the_connection(edge: Edge) -> None:
+    """Who opens and resets hundreds of streams at once loses the connection; the next client is served."""
+    held = threading.Event()
+    for gateway in edge.gateways:
+        gateway.hold = held
+
+    async def abuse() -> None:
+        async with grpc.aio.insecure_channel(edge.address) as channel:
+            begin: Any = channel.unary_unary(GENERATE)
+            for _ in range(12):
+                calls = [begin(b"x") for _ in range(60)]
+                await asyncio.sleep(0.03)
+                for call in calls:
+                    call.cancel()
+                await asyncio.gather(*calls, return_exceptions=True)
+
+    asyncio.run(abuse())
+    closed = "http.interlock.downstream_rq_too_many_premature_resets"
+    _await(lambda: edge.stat(closed) >= 1, "the connection goes on")
+    held.set()
+    for gateway in edge.gateways:
+        gateway.hold = None
+    assert edge.ask("POST", "/v1/generate", "x")[0] == 200
+
+
+def test_connections_have_a_bound_that_probes_do_not_feel(edge: Edge) -> None:
+    """Beyond the bound a connection is closed at once; readiness and the admin interface still answer."""
+    host, port = edge.address.split(":")
+    held = [socket.create_connection((host, int(port)), timeout=5) for _ in range(20)]
+    try:
+        _await(lambda: edge.stat("http.interlock.downstream_cx_active") == 20, "they are not all in")
+        with pytest.raises((ConnectionError, OSError)):
+            edge.ask("POST", "/v1/generate", "x")
+        assert ask(_probe(edge), "GET", "/ready")[0] == 200
+    finally:
+        for sock in held:
+            sock.close()
+    _await(lambda: edge.stat("http.interlock.downstream_cx_active") == 0, "they are never let go")
+    assert edge.ask("POST", "/v1/generate", "x")[0] == 200
+
+
+def test_draining_says_so_first_and_lets_streams_end(edge: Edge) -> None:
+    """`drain.sh`: the probe turns, a running call finishes, and the script returns when it has."""
+    assert ask(_probe(edge), "GET", "/ready")[0] == 200
+    assert ask(_probe(edge), "GET", "/stats")[0] == 404
+    held = threading.Event()
+    for gateway in edge.gateways:
+        gateway.hold = held
+    port = edge.admin.rpartition(":")[2]
+    with grpc.insecure_channel(edge.address) as channel:
+        begin: Any = channel.unary_unary(GENERATE)
+        running = begin.future(b"x", timeout=20)
+        _await(lambda: edge.stat("http.interlock.downstream_rq_active") == 1, "the call does not arrive")
+        with subprocess.Popen([str(DRAIN), port, "20", "0"]) as script:
+            _await(lambda: ask(_probe(edge), "GET", "/ready")[0] == 503, "it still says that it is ready")
+            assert script.poll() is None
+            held.set()
+            assert running.result() == b"x"
+            assert script.wait(10) == 0
+
+
+def test_draining_does_not_wait_for_ever(edge: Edge) -> None:
+    """A call that outlasts the time makes the script return 1: whoever asked then ends Envoy."""
+    held = threading.Event()
+    for gateway in edge.gateways:
+        gateway.hold = held
+    with grpc.insecure_channel(edge.address) as channel:
+        begin: Any = channel.unary_unary(GENERATE)
+        running = begin.future(b"x", timeout=20)
+        _await(lambda: edge.stat("http.interlock.downstream_rq_active") == 1, "the call does not arrive")
+        command = [str(DRAIN), edge.admin.rpartition(":")[2], "1", "0"]
+        assert subprocess.run(command, check=False, timeout=10).returncode == 1
+        held.set()
+        assert running.result() == b"x"
