@@ -32,6 +32,8 @@ class CallLog(Interceptor):
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        # By method: the handler, and what was made of it. Bounded by the methods that are served.
+        self._wrapped: dict[str, tuple[Handler, Handler]] = {}
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: Details
@@ -41,6 +43,12 @@ class CallLog(Interceptor):
         method = handler_call_details.method
         if handler is None or method.startswith(_QUIET):
             return handler
+        known = self._wrapped.get(method)
+        if known is None or known[0] is not handler:
+            known = self._wrapped[method] = handler, self._wrap(method, handler)
+        return known[1]
+
+    def _wrap(self, method: str, handler: Handler) -> Handler:
         wrap = self._streaming if handler.response_streaming else self._unary
         if handler.request_streaming or handler.request_deserializer is None:
             return _rebuilt(handler, wrap(method, _behaviour(handler)), handler.request_deserializer)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ ENCODINGS_AT_ONCE = 4
 # A short prompt is encoded within half a millisecond: waking a thread for it, which then fights the event
 # loop for the interpreter, delays everybody for longer.
 BRIEF_CHARS_MAX = 1_000
-# A template that takes longer over a short prompt does its work in a thread from then on.
+# A template that takes longer over a short prompt does its work in a thread for a while. It is tried again,
+# because a machine that stood still for a moment makes every template look slow.
 BRIEF_RENDER_LIMIT_S = 0.005
+SLOW_PAUSE_S = 5.0
 
 # Characters that no text uses by agreement; the first that a conversation does not contain breaks tokens.
 _PRIVATE = range(0xE000, 0xF8FF)
@@ -54,7 +57,7 @@ class HfTokenizer:
         names = sorted(self._specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
         self._turn = asyncio.Semaphore(ENCODINGS_AT_ONCE)
-        self._is_slow = False
+        self._brief_from_s = 0.0
 
     @classmethod
     def load(cls, directory: Path) -> HfTokenizer:
@@ -81,14 +84,12 @@ class HfTokenizer:
 
     async def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """See `Tokenizer.encode`."""
-        if (
-            not self._is_slow
-            and sum(len(turn.role) + len(turn.content) for turn in messages) <= BRIEF_CHARS_MAX
-        ):
+        is_brief = sum(len(turn.role) + len(turn.content) for turn in messages) <= BRIEF_CHARS_MAX
+        if is_brief and time.monotonic() >= self._brief_from_s:
             ids = self._encode_within(messages, BRIEF_RENDER_LIMIT_S)
             if ids is not None:
                 return ids
-            self._is_slow = True
+            self._brief_from_s = time.monotonic() + SLOW_PAUSE_S
         async with self._turn:
             return await asyncio.to_thread(self.encode_now, messages)
 

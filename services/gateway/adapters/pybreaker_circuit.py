@@ -205,6 +205,8 @@ class Circuit:
         return result
 
     def _become(self, changed: Breaker) -> None:
+        if changed is self.breaker:
+            return
         if changed.state is State.OPEN and self.breaker.state is not State.OPEN:
             self._storage.opened_at = datetime.now(UTC)
         self._storage.breaker = changed

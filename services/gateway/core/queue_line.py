@@ -137,7 +137,9 @@ class QueueLine:
 
     def remember(self, entry: LiveJob, outcome: Outcome, kept_until: float, now: float) -> None:
         """Remembers how a job ended; forgets what is remembered long enough."""
-        self.ended = {job_id: ended for job_id, ended in self.ended.items() if ended.kept_until > now}
+        # They are in the order of their ends, and all are remembered for as long.
+        while self.ended and (oldest := next(iter(self.ended))) and self.ended[oldest].kept_until <= now:
+            del self.ended[oldest]
         self.ended[entry.job.job_id] = EndedJob(entry.job.submission, outcome, kept_until)
 
     def put_back(self, entry: LiveJob, *, pin: bool) -> None:

@@ -48,8 +48,11 @@ class RollingWindow:
 
     def tally(self, now_s: float) -> Tally:
         """All calls that the window still holds."""
-        kept = [tally for _, tally in self._kept(self._bucket(now_s))]
-        return Tally(sum(tally.calls for tally in kept), sum(tally.failures for tally in kept))
+        calls = failures = 0
+        for _, tally in self._kept(self._bucket(now_s)):
+            calls += tally.calls
+            failures += tally.failures
+        return Tally(calls, failures)
 
     def cleared(self) -> RollingWindow:
         """The window without any call."""
@@ -59,4 +62,8 @@ class RollingWindow:
         return int(now_s * self.buckets / self.length_s)
 
     def _kept(self, number: int) -> tuple[tuple[int, Tally], ...]:
-        return tuple(entry for entry in self.tallies if entry[0] > number - self.buckets)
+        last_gone = number - self.buckets
+        # They are in order, so mostly there is nothing to leave out.
+        if not self.tallies or self.tallies[0][0] > last_gone:
+            return self.tallies
+        return tuple(entry for entry in self.tallies if entry[0] > last_gone)

@@ -83,7 +83,8 @@ class DirectStream:
     async def aclose(self) -> None:
         """Ends the request when the client is gone."""
         self._reader.close()
-        self._generation.withdraw(RequestCancelled("The client ended the call."))
+        if not self._generation.ended:
+            self._generation.withdraw(RequestCancelled("The client ended the call."))
 
     def _return(self) -> None:
         self._reader.returned()

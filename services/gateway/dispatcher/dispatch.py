@@ -278,7 +278,7 @@ class Dispatcher:
         self._ended[generation.job.job_id] = None
         if len(self._ended) > ENDED_MAX:
             self._ended.popitem(last=False)
-        if not generation.job.resumable:
+        if generation.job.digest and not generation.job.resumable:
             self._do(self._resumption.release(generation.job))
         if not self._live:
             self._emptied.set()

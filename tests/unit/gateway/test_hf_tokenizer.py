@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from services.common.errors import ArgumentInvalid, ArtifactInvalid
-from services.gateway.adapters import chat_template
+from services.gateway.adapters import chat_template, hf_tokenizer
 from services.gateway.adapters.chat_template import ChatTemplate
 from services.gateway.adapters.hf_tokenizer import HfTokenizer
 from services.gateway.core.params import Message
@@ -124,8 +124,11 @@ def test_the_literal_twin_is_a_copy(tokenizer: HfTokenizer) -> None:
         "{% set n = namespace(x='a' * 9999) %}{% for _ in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
         "{% set n = namespace(x='a' * 9999) %}{% for _ in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
         "{% set n = namespace(x=9) %}{% for _ in range(40) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        "{{ ([range(99999)] * 9999)|map('sum')|list|length }}",
+        "{{ ([range(99999)|list] * 9999)|map('batch', 2)|map('list')|list|length }}",
+        "{{ (range(99999)|list * 1)|map('string')|map('replace', '1', '2')|map('upper')|join|length }}" * 99,
     ],
-    ids=range(22),
+    ids=range(25),
 )
 def test_a_hostile_template_is_stopped(source: str) -> None:
     """Loops, explosions and escapes end as errors of the call, in bounded time."""
@@ -168,7 +171,7 @@ def test_what_templates_in_use_do_with_text_still_works() -> None:
 
 
 async def test_a_short_prompt_is_encoded_at_once_and_a_slow_template_goes_to_a_thread(tmp_path: Path) -> None:
-    """The loop is not left for a short prompt; a template that takes long over one is not run on it again."""
+    """The loop is not left for a short prompt; a template that takes long is not run on it again soon."""
     quick = HfTokenizer.load(write_tokenizer(tmp_path / "quick"))
     with pytest.raises(StopIteration) as ended:
         quick.encode(user("hello")).send(None)
@@ -180,3 +183,18 @@ async def test_a_short_prompt_is_encoded_at_once_and_a_slow_template_goes_to_a_t
     asked_of_the_loop = slow.encode(user("hello"))
     assert asked_of_the_loop.send(None) is not None
     asked_of_the_loop.close()
+
+
+async def test_a_template_that_was_slow_once_is_tried_again(
+    tokenizer: HfTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that stood still for a moment does not send every prompt through a thread for ever."""
+    assert tokenizer._template is not None
+    monkeypatch.setattr(hf_tokenizer, "SLOW_PAUSE_S", 0.0)
+    with monkeypatch.context() as stalled:
+        stalled.setattr(tokenizer._template, "render_within", lambda *_: None)
+        with pytest.raises(ArgumentInvalid, match="took too long"):
+            await tokenizer.encode(user("hello"))
+    with pytest.raises(StopIteration) as ended:
+        tokenizer.encode(user("hello")).send(None)
+    assert ended.value.value == tokenizer.encode_now(user("hello"))
