@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from services.common.allowance import Allowance
+
 
 class Code(StrEnum):
     """The gRPC status codes that Interlock ends calls with, by their canonical names."""
@@ -36,11 +38,13 @@ class InterlockError(Exception):
         reason: The name of the `interlock.v1.ErrorReason` value, without its prefix.
         retryable: Whether the same call may succeed later.
         retry_after_s: Seconds to wait before trying again; None where no estimate exists.
+        allowance: What was left to the tenant, where a queue refused a request; None: nobody looked.
     """
 
     code: Code = Code.INTERNAL
     reason: str = "INTERNAL"
     retryable: bool = False
+    allowance: Allowance | None = None
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)

@@ -10,6 +10,7 @@ import math
 from types import MappingProxyType
 from typing import Any
 
+from services.common import allowance
 from services.common.errors import Code, InterlockError
 from services.common.status import REASON_PREFIX, retry_after_ms
 
@@ -49,7 +50,7 @@ def retry_after_header(error: InterlockError) -> str | None:
 
 def headers(error: InterlockError) -> list[tuple[str, str]]:
     """The initial metadata of a call that fails before its first byte."""
-    found = [(STATUS_KEY, str(status_of(error)))]
+    found = [(STATUS_KEY, str(status_of(error))), *allowance.headers(error.allowance)]
     delay = retry_after_header(error)
     return found if delay is None else [*found, (RETRY_AFTER_HEADER, delay)]
 

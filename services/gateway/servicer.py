@@ -9,7 +9,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import gateway_service_pb2_grpc, generation_pb2, model_pb2
 
-from services.common import logs
+from services.common import allowance, logs
 from services.common.grpc_types import Context
 from services.gateway.core.catalog import CatalogEntry
 from services.gateway.core.events import Chunk, Event, Finished, FinishReason, Queued, Started, TokenLogprob
@@ -26,6 +26,7 @@ from services.gateway.core.params import (
     TokenPrompt,
 )
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, MODELS_SCOPE, Reception
+from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.dispatcher.usage import Usage, UsageDesk
 
 REQUEST_ID_KEY = "x-request-id"
@@ -58,7 +59,7 @@ class GatewayServicer(gateway_service_pb2_grpc.GatewayServiceServicer):
         stream = await self._reception.generate(principal, request_id, asked, timeout_s)
         async with aclosing(stream):
             # A client of gRPC hears of its place in the queue at once; only what is known is named here.
-            await context.send_initial_metadata(response_metadata(request_id, stream.started))
+            await context.send_initial_metadata(response_metadata(request_id, stream))
             async for event in stream:
                 note_worker(event)
                 yield _response(stream.cursor, event)
@@ -72,7 +73,7 @@ class GatewayServicer(gateway_service_pb2_grpc.GatewayServiceServicer):
         logs.annotate(request_id=request.request_id, subject=principal.subject, cursor=request.cursor)
         stream = await self._reception.resume(principal, request.request_id, request.cursor)
         async with aclosing(stream):
-            await context.send_initial_metadata(response_metadata(request.request_id, stream.started))
+            await context.send_initial_metadata(response_metadata(request.request_id, stream))
             async for event in stream:
                 note_worker(event)
                 # The two messages have the same fields, by the contract.
@@ -119,10 +120,13 @@ class GatewayServicer(gateway_service_pb2_grpc.GatewayServiceServicer):
         return self._reception.authenticate(tuple(context.invocation_metadata() or ()), *scopes)
 
 
-def response_metadata(request_id: str, started: Started | None) -> tuple[tuple[str, str], ...]:
+def response_metadata(request_id: str, stream: AnswerStream | None) -> tuple[tuple[str, str], ...]:
     """What the initial metadata of every generation names, as far as it is known."""
-    known = ((REQUEST_ID_KEY, request_id),)
-    if started is None:
+    named = ((REQUEST_ID_KEY, request_id),)
+    if stream is None:
+        return named
+    known = (*named, *allowance.headers(stream.allowance))
+    if (started := stream.started) is None:
         return known
     return (*known, (REVISION_KEY, started.revision), (WORKER_KEY, started.worker_id))
 

@@ -8,6 +8,7 @@ import grpc
 import pytest
 from interlock.v1 import gateway_service_pb2 as pb
 
+from services.gateway.core.tenancy import TenantBounds, TenantLimits
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_world import bearer, make_token, open_gateway
 
@@ -63,3 +64,35 @@ async def test_usage_is_the_callers_own_and_needs_a_scope() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await gateway.stub.GetUsage(pb.GetUsageRequest(), metadata=bearer(make_token("bob", "admin")))
         assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_a_limited_tenant_reads_in_the_headers_what_is_left() -> None:
+    """By gRPC and HTTP, resumable or not, and with the refusal; others read nothing of it."""
+    limited = TenantBounds(default=TenantLimits(tokens_per_minute=100, concurrency=4))
+    async with open_gateway(tenants=limited) as gateway:
+        await gateway.add_worker("w1", Script(answer="x"))
+        cost = PROMPT_TOKENS + 10
+        call = gateway.call(pb.GenerateRequest(text="hi", max_tokens=10))
+        headers = {str(name): str(value) for name, value in await call.initial_metadata()}
+        assert headers["x-ratelimit-limit-tokens"] == "100"
+        assert headers["x-ratelimit-remaining-tokens"] == str(100 - cost)
+        assert 0 < int(headers["x-ratelimit-reset-tokens"].removesuffix("s")) <= 60
+        assert (headers["x-ratelimit-limit-requests"], headers["x-ratelimit-remaining-requests"]) == (
+            "4",
+            "3",
+        )
+        _ = [event async for event in call]
+        await gateway.wait_idle()
+        used = PROMPT_TOKENS + 1
+        for fields in ({"stream": True}, {"stream": True, "resumable": True}):
+            reply = await gateway.post({"text": "hi", "max_tokens": 10, **fields})
+            assert reply.headers["x-ratelimit-remaining-tokens"] == str(100 - used - cost)
+            await gateway.wait_idle()
+            used += PROMPT_TOKENS + 1
+        refused = await gateway.post({"text": "hi", "max_tokens": 90})
+        assert (refused.status, refused.json["error"]["reason"]) == (429, "ERROR_REASON_QUOTA_EXCEEDED")
+        assert refused.headers["x-ratelimit-remaining-tokens"] == str(100 - used)
+    async with open_gateway() as gateway:
+        await gateway.add_worker("w1", Script(answer="x"))
+        reply = await gateway.post({"text": "hi", "max_tokens": 1})
+        assert not [name for name in reply.headers if name.startswith("x-ratelimit")]

@@ -68,6 +68,7 @@ class Twins:
         answers = [await attempt(step, redis_queue, 0), await attempt(step, self.memory, 1)]
         # What is scheduled would happen in one of them alone.
         await redis_queue.close()
+        self.memory.close()
         for side, answer in enumerate(answers):
             heard[side] += sorted(grants_of(answer), key=lambda grant: grant.job_id)
         assert [plain(grant) for grant in heard[0]] == [plain(grant) for grant in heard[1]]
@@ -82,11 +83,11 @@ class Twins:
 
 
 async def attempt(step: Callable[[JobQueue, int], Awaitable[object]], queue: JobQueue, side: int) -> object:
-    """The step's answer, or the class of its error."""
+    """The step's answer, or the class of its error and what it says is left."""
     try:
         return await step(queue, side)
     except InterlockError as error:
-        return type(error)
+        return type(error), error.allowance
 
 
 def grants_of(answer: object) -> tuple[Grant, ...]:
@@ -105,9 +106,9 @@ def comparable(answer: object) -> object:
     """An answer without nonces and estimates."""
     match answer:
         case Grant():
-            return plain(answer)
+            return plain(answer), answer.allowance
         case Waiting():
-            return answer.position
+            return answer.position, answer.allowance
         case Renewal():
             waiting = {job_id: place.position for job_id, place in answer.waiting.items()}
             return waiting, answer.lost, answer.unknown, answer.workers

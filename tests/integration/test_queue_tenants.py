@@ -11,6 +11,22 @@ from services.gateway.core.tenancy import TenantLimits
 from tests.fixtures.queue_world import KEYS, MODEL, QueueWorld, make_job
 
 
+async def test_a_tenant_is_told_what_is_left_of_its_limits(world: QueueWorld) -> None:
+    """With a grant, a place and a refusal alike, the estimate counted; nothing without limits."""
+    limits, queue = TenantLimits(tokens_per_minute=250, concurrency=1), world.gateway()
+    told = []
+    for name in "ab":
+        answer = await queue.enqueue(make_job(name, limits=limits))
+        told.append(answer.allowance)
+    with pytest.raises(QuotaExceeded) as refused:
+        await queue.enqueue(make_job("c", limits=limits))
+    told.append(refused.value.allowance)
+    assert all(allowance is not None and 0 < allowance.tokens_reset_s <= 60 for allowance in told)
+    assert [(one.tokens_limit, one.tokens_left) for one in told if one] == [(250, 150), (250, 50), (250, 50)]
+    assert [(one.requests_limit, one.requests_left) for one in told if one] == [(1, 0)] * 3
+    assert (await queue.enqueue(make_job("d", tenant="another"))).allowance is None
+
+
 async def test_the_tenant_that_was_served_least_goes_first(world: QueueWorld) -> None:
     """A long answer costs turns: after 300 tokens of one tenant the other has three of 100."""
     running = await world.grant("running", tenant="x")

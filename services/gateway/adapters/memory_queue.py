@@ -10,15 +10,17 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
+from services.common.allowance import Allowance, allowance_of
 from services.common.clock import Clock
-from services.common.errors import RequestExists, RequestUnknown
+from services.common.errors import QueueFull, QuotaExceeded, RequestExists, RequestUnknown
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
 from services.gateway.core.log import LogTail, Notice, TakenUp
 from services.gateway.core.queue_errors import ended_error, hopeless, queue_full, tenant_full
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.queue_line import LiveJob, QueueLine, QueueWorker
-from services.gateway.core.queue_quota import window_age_s
+from services.gateway.core.queue_quota import window_age_s, window_left_s
 from services.gateway.core.tenancy import TenantUsage
 
 # A refusal or failure schedules one look when the worker may be used again; more at once say nothing new.
@@ -75,7 +77,14 @@ class MemoryJobQueue:
 
     async def enqueue(self, job: QueuedJob) -> Grant | Waiting:
         """See `JobQueue.enqueue`."""
-        line = self._line(job.model)
+        try:
+            answer = self._enqueue(self._line(job.model), job)
+        except (QueueFull, QuotaExceeded) as error:
+            error.allowance = self._allowance(job)
+            raise
+        return replace(answer, allowance=self._allowance(job))
+
+    def _enqueue(self, line: QueueLine, job: QueuedJob) -> Grant | Waiting:
         self._expire(line)
         known = line.jobs.get(job.job_id)
         if known is None:
@@ -228,6 +237,16 @@ class MemoryJobQueue:
 
     def _now(self) -> float:
         return self._clock.monotonic()
+
+    def _allowance(self, job: QueuedJob) -> Allowance | None:
+        """What is left to a job's tenant; None: it has no limit."""
+        line, limits, now = self._line(job.model), job.limits, self._now()
+        if limits.tokens_per_minute is None and limits.concurrency is None:
+            return None
+        account = line.quotas.account(job.tenant, now)
+        taken = account.used_tokens + account.reserved_tokens
+        requests = sum(entry.job.tenant == job.tenant for entry in line.jobs.values())
+        return allowance_of(limits.tokens_per_minute, taken, window_left_s(now), limits.concurrency, requests)
 
     def _line(self, model: str) -> QueueLine:
         return self._lines.setdefault(model, QueueLine())

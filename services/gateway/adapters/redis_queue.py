@@ -10,18 +10,26 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from services.common.errors import RequestExists, RequestUnknown, StoreUnavailable
-from services.common.redis_client import RETRY_AFTER_S, RedisStore
-from services.gateway.adapters.log_entries import read_entry, write_entry
+from services.common.errors import InterlockError, RequestUnknown, StoreUnavailable
+from services.common.redis_client import RedisStore
+from services.gateway.adapters.log_entries import read_entry
+from services.gateway.adapters.queue_replies import (
+    bound,
+    emptied,
+    fields,
+    read_account,
+    read_place,
+    seconds,
+    tail_args,
+)
 from services.gateway.adapters.queue_scripts import QueueScripts, ms
 from services.gateway.adapters.redis_grants import GrantListener, read_grant
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
 from services.gateway.core.log import LogTail, Notice, TakenUp
-from services.gateway.core.queue_errors import ended_error, hopeless, queue_full, tenant_full
 from services.gateway.core.queue_limits import QueueLimits
-from services.gateway.core.queue_quota import quota_exceeded
 from services.gateway.core.tenancy import TenantUsage
 
 _OPERATIONS = (
@@ -112,10 +120,10 @@ class RedisJobQueue:
             reply = await self._run(
                 "enqueue",
                 job.model,
-                *_fields(job),
+                *fields(job),
                 job.limits.weight,
-                _bound(job.limits.concurrency),
-                _bound(job.limits.tokens_per_minute),
+                bound(job.limits.concurrency),
+                bound(job.limits.tokens_per_minute),
                 limits.waiting_jobs_max,
                 limits.tenant_waiting_jobs_max,
                 ms(limits.aging_s),
@@ -124,7 +132,12 @@ class RedisJobQueue:
             )
         grants = reply[3] if len(reply) > 3 else []
         own = self._deliver(grants, besides=job.job_id)
-        return own or _read_place(job, reply)
+        allowance = read_account(job, reply[4] if len(reply) > 4 else [])
+        try:
+            return replace(own or read_place(job, reply), allowance=allowance)
+        except InterlockError as error:
+            error.allowance = allowance
+            raise
 
     async def renew(self, model: str, running: Mapping[str, str], waiting: frozenset[str]) -> Renewal:
         """See `JobQueue.renew`."""
@@ -136,7 +149,7 @@ class RedisJobQueue:
         return Renewal(
             granted=tuple(read_grant(text) for text in grants),
             waiting={
-                job_id: Waiting(int(position), _seconds(wait_ms))
+                job_id: Waiting(int(position), seconds(wait_ms))
                 for job_id, position, wait_ms in zip(*[iter(positions)] * 3, strict=True)
             },
             lost=frozenset(lost) - touched,
@@ -157,7 +170,7 @@ class RedisJobQueue:
         """See `JobQueue.settle`."""
         with self._calling(job_id):
             current, grants = await self._run(
-                "settle", model, job_id, nonce, outcome.value, used_tokens, *_tail_args(tail)
+                "settle", model, job_id, nonce, outcome.value, used_tokens, *tail_args(tail)
             )
         self._deliver(grants)
         return bool(current)
@@ -188,7 +201,7 @@ class RedisJobQueue:
             current = await self._run(
                 "register",
                 job.model,
-                *_fields(job),
+                *fields(job),
                 grant.nonce,
                 grant.attempt,
                 grant.worker_id,
@@ -196,7 +209,7 @@ class RedisJobQueue:
                 grant.revision,
                 grant.epoch,
                 job.limits.weight,
-                _bound(job.limits.concurrency),
+                bound(job.limits.concurrency),
                 ms(self._limits.aging_s),
                 *self._kept(job),
             )
@@ -205,7 +218,7 @@ class RedisJobQueue:
     async def cancel(self, model: str, job_id: str, submission: str, tail: LogTail | None = None) -> None:
         """See `JobQueue.cancel`."""
         with self._calling(job_id):
-            grants = await self._run("cancel", model, job_id, submission, *_tail_args(tail))
+            grants = await self._run("cancel", model, job_id, submission, *tail_args(tail))
         self._deliver(grants)
 
     async def stop(self, model: str, job_id: str) -> bool:
@@ -251,7 +264,7 @@ class RedisJobQueue:
         """See `JobQueue.length`."""
         count = int(await self._run("length", model, int(self._expects_route(model))))
         if count < 0:
-            raise _emptied()
+            raise emptied()
         return count
 
     async def list_open(self, model: str, worker_id: str, sleep_s: float | None) -> None:
@@ -331,56 +344,3 @@ class RedisJobQueue:
 
 def _ignore(message: Grant | Notice) -> None:
     """Stands in until a receiver is set; the next renewal tells of it again."""
-
-
-def _fields(job: QueuedJob) -> tuple[str | int, ...]:
-    """What the scripts are told of a job first."""
-    return (
-        job.job_id,
-        job.submission,
-        job.tenant,
-        int(job.band),
-        job.cost_tokens,
-        ms(job.timeout_s),
-        ms(job.waited_s),
-    )
-
-
-def _bound(limit: int | None) -> str | int:
-    return "" if limit is None else limit
-
-
-def _read_place(job: QueuedJob, reply: list[Any]) -> Waiting:
-    """Where a job waits that was not granted; or the error that the queue refuses it with."""
-    match reply[0]:
-        case "emptied":
-            raise _emptied()
-        case "full":
-            raise queue_full(reply[1], _seconds(reply[2]))
-        case "tenant_full":
-            raise tenant_full(reply[1], _seconds(reply[2]))
-        case "quota":
-            limit = job.limits.tokens_per_minute or 0
-            raise quota_exceeded(job.cost_tokens, reply[1], limit, reply[2] / 1000)
-        case "late":
-            raise hopeless(reply[1], reply[2] / 1000, job.timeout_s)
-        case "exists":
-            raise RequestExists("This request id is in use by a request that has not ended.")
-        case "ended":
-            raise ended_error(Outcome(reply[1]))
-    return Waiting(int(reply[1]), _seconds(reply[2]))
-
-
-def _emptied() -> StoreUnavailable:
-    return StoreUnavailable(
-        "The queue's store was emptied. Try again in a moment.", retry_after_s=RETRY_AFTER_S
-    )
-
-
-def _tail_args(tail: LogTail | None) -> tuple[str | int, ...]:
-    return () if tail is None else (tail.position, *map(write_entry, tail.entries))
-
-
-def _seconds(ms: int) -> float | None:
-    """Seconds; None for the scripts' -1, which means that nothing was measured."""
-    return None if ms < 0 else ms / 1000

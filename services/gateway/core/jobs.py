@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
+from services.common.allowance import Allowance
 from services.gateway.core.tenancy import TenantLimits
 
 
@@ -77,6 +78,8 @@ class Grant:
         epoch: The route's epoch.
         trial: Whether it is the one call that tries a worker whose breaker is open.
         degraded: Whether it was made without the store that all gateways share.
+        allowance: What was left to its tenant, where it was made in the call that enqueued the job; None: it
+            was made later, or the tenant has no limit. Grants that differ in this alone are the same.
     """
 
     job_id: str
@@ -88,6 +91,7 @@ class Grant:
     epoch: int
     trial: bool = False
     degraded: bool = False
+    allowance: Allowance | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +101,13 @@ class Waiting:
     Attributes:
         position: Estimated number of jobs that start before it.
         estimated_wait_s: Estimated time until it starts; None while nothing was measured.
+        allowance: What was left to its tenant, in the answer to the call that enqueued the job; None: its
+            tenant has no limit. Places that differ in this alone are the same.
     """
 
     position: int
     estimated_wait_s: float | None = None
+    allowance: Allowance | None = field(default=None, compare=False)
 
 
 class Outcome(StrEnum):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import Self
 
+from services.common.allowance import Allowance
 from services.common.clock import Clock
 from services.common.errors import ClientStalled, InterlockError, RequestCancelled
 from services.gateway.core.events import Event, Started
@@ -42,6 +43,11 @@ class DirectStream:
     def error(self) -> InterlockError | None:
         """See `AnswerStream.error`."""
         return self._generation.error
+
+    @property
+    def allowance(self) -> Allowance | None:
+        """See `AnswerStream.allowance`."""
+        return self._generation.allowance
 
     async def first_grant(self, timeout_s: float) -> Started | None:
         """See `AnswerStream.first_grant`."""

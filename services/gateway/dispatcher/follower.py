@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Self
 
+from services.common.allowance import Allowance
 from services.common.clock import Clock
 from services.common.errors import InterlockError, RequestUnknown, StoreUnavailable, WorkerLost
 from services.gateway.core.events import Chunk, Event, Queued, Started
@@ -30,6 +31,9 @@ RETRY_AFTER_LOSS_S = 2.0
 
 class Follower:
     """The events of one resumable request behind a cursor; see `AnswerStream`.
+
+    Attributes:
+        allowance: See `AnswerStream`; None unless the request was admitted here.
 
     Args:
         model: The model whose queue has the job.
@@ -51,6 +55,7 @@ class Follower:
     ) -> None:
         self.job_id = job_id
         self.cursor = cursor
+        self.allowance: Allowance | None = None
         self._model = model
         self._log = log
         self._clock = clock

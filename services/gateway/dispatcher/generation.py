@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from services.common.allowance import Allowance
 from services.common.clock import Clock
 from services.common.errors import (
     InterlockError,
@@ -50,6 +51,7 @@ class Generation:
         outbox: Its events, for the one who takes them.
         chronicle: The writer of its log, who takes them where it is resumable.
         attendance: Who follows it, where it is resumable.
+        allowance: What was left to its tenant when it was admitted; None where the tenant has no limit.
 
     Args:
         job: What is asked.
@@ -88,6 +90,7 @@ class Generation:
             limits.detach_grace_s, lambda: log.unattended_s(job.model, job.job_id), self._give_up
         )
         self._accepted = False
+        self.allowance: Allowance | None = None
         self._error: InterlockError | None = None
         self._deadline = asyncio.get_running_loop().call_later(
             max(job.timeout_s - job.waited_s, 0.0), self._apply, request_events.DeadlinePassed()
@@ -172,7 +175,7 @@ class Generation:
 
     def granted(self, grant: Grant) -> None:
         """The queue lent the request a slot. One that it has no use for is given back."""
-        self._accept()
+        self._accept(grant.allowance)
         if self.waits:
             self._apply(request_events.Granted(grant))
         elif self._request.grant is None or self._request.grant.nonce != grant.nonce:
@@ -180,7 +183,7 @@ class Generation:
 
     def placed(self, place: Waiting) -> None:
         """The queue told the request's place; the client hears of a change."""
-        self._accept()
+        self._accept(place.allowance)
         if self.waits:
             self._narration.place(place)
 
@@ -214,8 +217,9 @@ class Generation:
         self.withdraw(RequestCancelled("The gateway stopped."))
         await self._ticket.close()
 
-    def _accept(self) -> None:
+    def _accept(self, allowance: Allowance | None) -> None:
         self._accepted = True
+        self.allowance = self.allowance or allowance
         self.outbox.wake()
 
     def add_credit(self, tokens: int) -> None:

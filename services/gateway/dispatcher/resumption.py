@@ -118,6 +118,7 @@ class Resumption:
             Follower(generation.job.model, generation.job.job_id, cursor, self.log, self._clock, leave)
         )
         attendance.come()
+        follower.allowance = generation.allowance
         follower.read_journal(journal)
         return follower
 

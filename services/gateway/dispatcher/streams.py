@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, Self
 
+from services.common.allowance import Allowance
 from services.common.errors import InterlockError
 from services.gateway.core.events import Event, Started
 
@@ -28,6 +29,11 @@ class AnswerStream(Protocol):
     @property
     def error(self) -> InterlockError | None:
         """What the request ended with; None while it is under way and after a success."""
+        ...
+
+    @property
+    def allowance(self) -> Allowance | None:
+        """What was left to the tenant when the request was admitted here; None: elsewhere, or no limit."""
         ...
 
     async def first_grant(self, timeout_s: float) -> Started | None:

@@ -16,7 +16,7 @@ from interlock.http.v1 import http_service_pb2_grpc
 from services.common import http_errors, ids, logs, status
 from services.common.errors import InternalError, NoWorker
 from services.common.grpc_types import Context
-from services.gateway.core.events import Chunk, Finished, Started
+from services.gateway.core.events import Chunk, Finished
 from services.gateway.core.readiness import Readiness
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, Reception
 from services.gateway.dispatcher.streams import AnswerStream
@@ -86,10 +86,10 @@ class _Reply:
         self._begun = False
         self.request_id = ids.new_request_id()
 
-    async def begin(self, started: Started | None) -> None:
+    async def begin(self, generation: AnswerStream | None) -> None:
         """Sends status 200 and the headers."""
         self._begun = True
-        await self._context.send_initial_metadata(response_metadata(self.request_id, started))
+        await self._context.send_initial_metadata(response_metadata(self.request_id, generation))
 
     async def failed(self, error: Exception) -> HttpBody:
         """Returns the body that tells of `error`, in the way that is still open."""
@@ -120,7 +120,7 @@ async def _whole(generation: AnswerStream, reply: _Reply) -> AsyncGenerator[Http
     started = generation.started
     if started is None or finished is None:
         raise InternalError("The request ended without a result.")
-    await reply.begin(started)
+    await reply.begin(generation)
     body = native.result_body(chunks, started, finished)
     yield HttpBody(content_type=native.JSON_TYPE, data=body)
 
@@ -130,7 +130,7 @@ async def _stream(generation: AnswerStream, reply: _Reply) -> AsyncGenerator[Htt
     started = await generation.first_grant(GRANT_WAIT_S)
     if started is None and generation.error is not None:
         raise generation.error
-    await reply.begin(started)
+    await reply.begin(generation)
     while True:
         if not await generation.ready(HEARTBEAT_S):
             yield _event(native.heartbeat_body())

@@ -2,10 +2,12 @@
 --         tokens_per_minute | '', waiting_jobs_max, tenant_waiting_jobs_max, aging_ms, digest, payload, keep_ms,
 --         expects_route)
 -- Accepts a job, and grants it a slot at once where one is free and it is its turn.
--- Returns {'granted' | 'waiting', position, wait_ms, grants}, {'exists'}, {'ended', outcome}, {'emptied'} where
--- the caller knows of a route that is not here, or a refusal: {'full' | 'tenant_full', waiting, wait_ms,
--- grants}, {'quota', taken tokens, ms until the window ends, grants} or {'late', position, wait_ms, grants}.
--- Writes a job, its indices, its tenant's accounts, and what the grants touch.
+-- Returns {'granted' | 'waiting', position, wait_ms, grants, account}, {'exists'}, {'ended', outcome},
+-- {'emptied'} where the caller knows of a route that is not here, or a refusal: {'full' | 'tenant_full',
+-- waiting, wait_ms, grants, account}, {'quota', taken tokens, ms until the window ends, grants, account} or
+-- {'late', position, wait_ms, grants, account}. An account is {taken tokens, ms until the window ends, jobs} of
+-- the tenant, empty where it has no limit. Writes a job, its indices, its tenant's accounts, and what the grants
+-- touch.
 
 local id, submission, tenant, band = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 local cost, timeout_ms, waited_ms = ARGV[10], tonumber(ARGV[11]), tonumber(ARGV[12])
@@ -18,24 +20,31 @@ if expects_route and not has_route() then return { 'emptied' } end
 -- A job that was accepted once comes back after a loss in Redis; it is not refused now.
 local is_new = waited_ms == 0
 
+local function account()
+  if not limit and cap == '' then return {} end
+  local used, reserved = read_account(tenant)
+  local counts = redis.call('HMGET', tenant_key(tenant), 'waiting', 'running')
+  return { used + reserved, WINDOW_MS - NOW % WINDOW_MS, tonumber(counts[1] or 0) + tonumber(counts[2] or 0) }
+end
+
 local function answer_of(job)
   grant_free()
   local current = load_job(id)
   if current.state == 'waiting' then
     local position, wait_ms = place_of(current)
-    return { 'waiting', position, wait_ms, GRANTED }
+    return { 'waiting', position, wait_ms, GRANTED, account() }
   end
   -- A repeated call whose first answer was lost hears of the grant again.
   if job.state == 'running' then GRANTED[#GRANTED + 1] = encode_grant(current) end
-  return is_live(current) and { 'granted', 0, 0, GRANTED } or { 'ended', current.state }
+  return is_live(current) and { 'granted', 0, 0, GRANTED, account() } or { 'ended', current.state }
 end
 
 -- Returns why there is no place for the job, or nil.
 local function crowded()
   local waiting = count_waiting()
-  if waiting >= jobs_max then return { 'full', waiting, (wait_of(0)), GRANTED } end
+  if waiting >= jobs_max then return { 'full', waiting, (wait_of(0)), GRANTED, account() } end
   local own = tonumber(redis.call('HGET', tenant_key(tenant), 'waiting') or 0)
-  if own >= tenant_jobs_max then return { 'tenant_full', own, (wait_of(0)), GRANTED } end
+  if own >= tenant_jobs_max then return { 'tenant_full', own, (wait_of(0)), GRANTED, account() } end
 end
 
 -- Returns why the job is not taken, or nil. Nobody is turned away while a slot is free for those that wait: a
@@ -48,7 +57,7 @@ local function refusal()
   end
   local used, reserved = read_account(tenant)
   if limit and used + reserved + tonumber(cost) > limit then
-    return { 'quota', used + reserved, WINDOW_MS - NOW % WINDOW_MS, GRANTED }
+    return { 'quota', used + reserved, WINDOW_MS - NOW % WINDOW_MS, GRANTED, account() }
   end
 end
 
@@ -79,6 +88,6 @@ local answer = answer_of(job)
 if is_new and answer[1] == 'waiting' and answer[3] >= 0 and answer[3] + service_of(cost) > timeout_ms then
   finish_job(load_job(id), 'expired')
   redis.call('DEL', PREFIX .. 'job:' .. id)
-  answer[1] = 'late'
+  answer[1], answer[5] = 'late', account()
 end
 return answer
