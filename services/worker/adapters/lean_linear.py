@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from services.worker.adapters.integer_products import IntegerProduct, MappedProduct, PackedProduct
+
 # The paper's outlier threshold (Dettmers et al., 2022).
 OUTLIER_THRESHOLD = 6.0
 
@@ -23,9 +25,6 @@ EXACT_MAX = 1 << 24
 
 # Outliers have 15 bits where few of them share the sum; this is better than the paper's half precision.
 OUTLIER_MAX = 32_767
-
-# One row has a kernel of its own that is so fast that up to here several calls beat one.
-SINGLE_ROWS = 4
 
 # Outliers come in the same few columns again and again; so many are kept ready as floats. A layer of 576
 # inputs has up to five, and 26 before the vocabulary. More than these are gathered each time.
@@ -108,6 +107,7 @@ class Int8Linear:
         bias: `[outputs]`, or None.
         scales: Of each output, `[outputs]`; None: the weight is quantized here.
         threshold: From which magnitude on an input is an outlier.
+        packed: Whether a copy of the weight is kept in the order in which the processor multiplies.
     """
 
     by_row = True
@@ -119,75 +119,76 @@ class Int8Linear:
         *,
         scales: torch.Tensor | None = None,
         threshold: float = OUTLIER_THRESHOLD,
+        packed: bool = False,
     ) -> None:
         # Integers are used as they are: they may be pages of a file that other workers share.
         self._weight, self._scales = quantized(weight) if scales is None else (weight, scales)
-        self._turned = self._weight.t()
+        make = PackedProduct if packed else MappedProduct
+        self._multiply: IntegerProduct = make(self._weight, self._scales)
         self._bias = None if bias is None else bias.float()
         self._threshold = threshold
         self._kept = torch.zeros(0, dtype=torch.long)
         self._kept_weight = torch.zeros(0, weight.shape[0])
-        self._is_kept = torch.zeros(weight.shape[1], dtype=torch.bool)
+        # One for each column that is not kept, else zero.
+        self._unkept = torch.ones(weight.shape[1])
 
     def __call__(self, x: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
-        """See `Linear`. The normalization of a row is part of its scale, so it costs no pass of its own."""
-        factor = None if norm is None else norm.factor(x)
-        values = x if norm is None else x * norm.weight
-        size = values.abs().amax(1, keepdim=True)
-        real = size if factor is None else size * factor
-        if real.max().item() > self._threshold:
-            products = self._split(values, real, factor)
+        """See `Linear`."""
+        values = x if norm is None else norm(x)
+        size = _largest(values)
+        if size.max().item() > self._threshold:
+            products = self._split(values, size)
         else:
-            products = self._product(values, size, real)
+            products = self._product(values, size)
         return products if self._bias is None else products.add_(self._bias)
 
     @property
     def bytes(self) -> int:
         """See `Linear`."""
-        return self._weight.nbytes + self._scales.nbytes + (0 if self._bias is None else self._bias.nbytes)
+        bias = 0 if self._bias is None else self._bias.nbytes
+        return self._multiply.bytes + self._scales.nbytes + bias
 
     def holds(self, weight: torch.Tensor) -> bool:  # noqa: ARG002 - the port's signature
         """See `Linear`; integers are always a copy."""
         return False
 
-    def _product(self, values: torch.Tensor, size: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """The integer product. `real` is the largest magnitude of each row as the layer shall see it."""
-        integers = (values * (INT8_MAX / size.clamp(min=TINY))).round_().to(torch.int8)
-        products = _integer_product(integers, self._turned).float()
-        return products.mul_(self._scales).mul_(real * (1.0 / INT8_MAX))
+    def _product(self, values: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        """The integer product; `size` is the largest magnitude of each row."""
+        step = size.clamp(min=TINY).mul_(1.0 / INT8_MAX)
+        return self._multiply((values / step).round_()).mul_(step)
 
-    def _split(self, values: torch.Tensor, real: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-        """The same with outliers apart; a row without any gets what `_product` gives it."""
-        limit = self._threshold if factor is None else self._threshold / factor
-        outlying = values.abs() > limit
-        inner = values.masked_fill(outlying, 0.0)
-        size = inner.abs().amax(1, keepdim=True)
-        products = self._product(inner, size, size if factor is None else size * factor)
-        any_outlying = outlying.any(0)
-        if not any_outlying.any().item():
-            return products
-        columns, weight = self._columns(any_outlying)
-        outliers = (values - inner).index_select(1, columns)
+    def _split(self, values: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        """The same with outliers apart; a row without any gets what `_product` gives it.
+
+        All is arithmetic on floats, for the library computes with those many at a time, and with masks one
+        by one.
+        """
+        outliers = functional.hardshrink(values, self._threshold)
+        inner = values - outliers
+        products = self._product(inner, _largest(inner))
+        columns, weight = self._columns(outliers.abs().amax(0))
+        chosen = outliers.index_select(1, columns)
         # The sum of a row's products stays below what single precision holds exactly.
-        count = outlying.sum(1, keepdim=True).clamp_(min=1)
+        count = (chosen != 0).sum(1, keepdim=True).clamp_(min=1)
         steps = (EXACT_MAX // INT8_MAX // count).clamp_(max=OUTLIER_MAX).float()
-        size = real.clamp(min=TINY) if factor is None else real / factor
-        integers = (outliers * (steps / size)).round_()
-        return products.add_((integers @ weight).mul_(self._scales).mul_(real / steps))
+        step = size.clamp(min=TINY).div_(steps)
+        integers = (chosen / step).round_()
+        return products.add_((integers @ weight).mul_(self._scales).mul_(step))
 
-    def _columns(self, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Columns that hold all wanted ones, and their weights `[columns, outputs]` as floats.
+    def _columns(self, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns that hold all that are not zero, and their weights `[columns, outputs]` as floats.
 
         Columns too many do no harm: their integers are zero, and the sum is exact.
         """
-        if not (wanted & ~self._is_kept).any().item():
+        if not (largest * self._unkept).max().item() > 0:
             return self._kept, self._kept_weight
-        union = wanted | self._is_kept
-        columns = union.nonzero().squeeze(1)
+        wanted = largest > 0
+        columns = (wanted | (self._unkept == 0)).nonzero().squeeze(1)
         if columns.numel() > KEPT_COLUMNS:
             columns = wanted.nonzero().squeeze(1)
             return columns, self._gathered(columns)
-        self._is_kept, self._kept, self._kept_weight = union, columns, self._gathered(columns)
+        self._unkept = torch.ones_like(self._unkept).index_fill_(0, columns, 0.0)
+        self._kept, self._kept_weight = columns, self._gathered(columns)
         return self._kept, self._kept_weight
 
     def _gathered(self, columns: torch.Tensor) -> torch.Tensor:
@@ -201,8 +202,6 @@ def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (wide / scales.unsqueeze(1)).round_().to(torch.int8), scales
 
 
-def _integer_product(rows: torch.Tensor, turned: torch.Tensor) -> torch.Tensor:
-    product = torch._int_mm  # noqa: SLF001 - its only name
-    if 1 < rows.shape[0] <= SINGLE_ROWS:
-        return torch.cat([product(row, turned) for row in torch.split(rows, 1)])
-    return product(rows, turned)
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each row, `[rows, 1]`. One operation for both would take six times as long."""
+    return values.abs().amax(1, keepdim=True)

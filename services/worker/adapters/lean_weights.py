@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,15 +77,27 @@ def tensors_of(module: Any, dtype: torch.dtype, progress: Progress, *, int8: boo
     progress(total, total)
 
 
-def decoder(tensors: Mapping[str, torch.Tensor], config: Any, dtype: torch.dtype) -> LeanDecoder:
-    """The decoder over tensors that `tensors_of` has made; they are used as they are."""
+def decoder(
+    tensors: Mapping[str, torch.Tensor], config: Any, dtype: torch.dtype, *, packed: bool = False
+) -> LeanDecoder:
+    """The decoder over tensors that `tensors_of` has made; they are used as they are.
+
+    Args:
+        tensors: By name.
+        config: The model's configuration.
+        dtype: Of activations.
+        packed: Whether int8 weights are copied into the processor's own order; see `integer_products`.
+    """
     eps = float(config.rms_norm_eps)
     embedding = tensors["embedding"]
+    linear = partial(_linear, tensors, packed=packed)
     return LeanDecoder(
         embedding=embedding,
-        layers=tuple(_layer(tensors, f"layers.{number}.", eps) for number in range(config.num_hidden_layers)),
+        layers=tuple(
+            _layer(tensors, f"layers.{number}.", eps, linear) for number in range(config.num_hidden_layers)
+        ),
         norm=Norm(tensors["norm"], eps),
-        head=_linear(tensors, "head") if "head.weight" in tensors else PlainLinear(embedding, None),
+        head=linear("head") if "head.weight" in tensors else PlainLinear(embedding, None),
         heads=heads_of(config),
         turns=Turns(tensors["turns.frequencies"], float(tensors["turns.scaling"])),
         dtype=dtype,
@@ -111,10 +124,12 @@ def _int8(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Named:
         yield f"{name}.bias", bias.float()
 
 
-def _linear(tensors: Mapping[str, torch.Tensor], name: str) -> Linear:
+def _linear(tensors: Mapping[str, torch.Tensor], name: str, *, packed: bool) -> Linear:
     weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
     scales = tensors.get(f"{name}.scales")
-    return PlainLinear(weight, bias) if scales is None else Int8Linear(weight, bias, scales=scales)
+    if scales is None:
+        return PlainLinear(weight, bias)
+    return Int8Linear(weight, bias, scales=scales, packed=packed)
 
 
 def _layer_tensors(
@@ -132,16 +147,18 @@ def _layer_tensors(
     yield from linear("down", *_fused([mlp.down_proj], heads.dim, turning=0))
 
 
-def _layer(tensors: Mapping[str, torch.Tensor], prefix: str, eps: float) -> Layer:
+def _layer(
+    tensors: Mapping[str, torch.Tensor], prefix: str, eps: float, linear: Callable[[str], Linear]
+) -> Layer:
     head_norm = tensors.get(f"{prefix}head_norm")
     return Layer(
         attention_norm=Norm(tensors[f"{prefix}attention_norm"], eps),
-        qkv=_linear(tensors, f"{prefix}qkv"),
+        qkv=linear(f"{prefix}qkv"),
         head_norm=None if head_norm is None else Norm(head_norm, eps),
-        output=_linear(tensors, f"{prefix}output"),
+        output=linear(f"{prefix}output"),
         mlp_norm=Norm(tensors[f"{prefix}mlp_norm"], eps),
-        gate_up=_linear(tensors, f"{prefix}gate_up"),
-        down=_linear(tensors, f"{prefix}down"),
+        gate_up=linear(f"{prefix}gate_up"),
+        down=linear(f"{prefix}down"),
     )
 
 

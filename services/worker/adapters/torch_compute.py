@@ -50,7 +50,8 @@ def make_loader(config: WorkerConfig, device: torch.device) -> TorchLoader:
     forms = None
     if config.cache_forms_bytes:
         forms = StoredForms(config.cache_dir / "forms", config.cache_forms_bytes)
-    return TorchLoader(TorchSettings(device, threads, config.slots, kv_bytes, forms=forms))
+    packed = config.int8_weights == "packed"
+    return TorchLoader(TorchSettings(device, threads, config.slots, kv_bytes, forms=forms, packed=packed))
 
 
 def _processor() -> str:

@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from services.common.errors import ArtifactInvalid, InterlockError
-from services.worker.adapters import decoder_config, lean_weights
+from services.worker.adapters import decoder_config, integer_products, lean_weights
 from services.worker.adapters.lean_runner import LeanRunner
 from services.worker.adapters.safetensors_files import check_files, read_config
 from services.worker.adapters.stored_forms import StoredForms
@@ -57,6 +57,7 @@ class TorchSettings:
         kv_bytes: Tells the budget of the KV cache at the moment of loading, in bytes.
         lean: Whether the lean forward runs what it can; without it, everything runs as modules.
         forms: Where weights are stored in their final layout; None: each load makes its own.
+        packed: Whether int8 weights are copied into the processor's own order where it has one.
     """
 
     device: torch.device
@@ -65,6 +66,7 @@ class TorchSettings:
     kv_bytes: Callable[[], int]
     lean: bool = True
     forms: StoredForms | None = None
+    packed: bool = True
 
 
 class TorchLoader:
@@ -133,7 +135,8 @@ class TorchLoader:
             yield from lean_weights.tensors_of(module, source.way.dtype, progress, int8=int8)
 
         found = {name: one.to(self._settings.device) for name, one in source.tensors(tensors).items()}
-        runner = LeanRunner(model, lean_weights.decoder(found, config, source.way.dtype))
+        packed = self._settings.packed and integer_products.packs()
+        runner = LeanRunner(model, lean_weights.decoder(found, config, source.way.dtype, packed=packed))
         probe(runner, found["bare"], kind=str(config.model_type), exact=source.way.exact)
         return runner
 

@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from services.worker.adapters.integer_products import (
+    SINGLE_WEIGHT_BYTES,
+    MappedProduct,
+    PackedProduct,
+    packs,
+)
 from services.worker.adapters.lean_linear import Int8Linear, Norm
 from services.worker.adapters.lean_runner import LeanRunner
 from services.worker.adapters.torch_loader import TorchLoader, TorchSettings
@@ -170,18 +176,40 @@ def rows_with_outliers(rows: int, width: int) -> torch.Tensor:
     return x
 
 
+PACKED = [
+    False,
+    pytest.param(True, marks=pytest.mark.skipif(not packs(), reason="the processor packs nothing")),
+]
+
+
+@pytest.mark.parametrize("packed", PACKED)
 @pytest.mark.parametrize("normed", [False, True])
-def test_outliers_of_one_row_do_not_touch_another(normed: bool) -> None:  # noqa: FBT001 - a parameter
+def test_outliers_of_one_row_do_not_touch_another(normed: bool, packed: bool) -> None:  # noqa: FBT001 - parameters
     """Bit for bit, whatever columns the neighbours' outliers are in, and close to the exact product."""
     weight = torch.randn(48, 192)
     norm = Norm(torch.rand(192) + 2, 1e-5) if normed else None
-    linear = Int8Linear(weight.clone(), torch.randn(48))
+    linear = Int8Linear(weight.clone(), torch.randn(48), packed=packed)
     x = rows_with_outliers(20, 192)
     together = linear(x, norm)
     for row in range(20):
         assert torch.equal(linear(x[row : row + 1], norm)[0], together[row])
     halves = torch.cat((linear(x[:7], norm), linear(x[7:], norm)))
     assert torch.equal(halves, together)
+
+
+@pytest.mark.skipif(not packs(), reason="the processor packs nothing")
+@pytest.mark.parametrize("outputs", [48, (SINGLE_WEIGHT_BYTES >> 8) + 3])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 16, 33])
+def test_a_packed_weight_gives_the_same_bits_as_a_mapped_one(rows: int, outputs: int) -> None:
+    """Also for integers at their ends, where sums cut at 16 bits would show."""
+    weight = torch.randint(-127, 128, (outputs, 256), dtype=torch.int8)
+    weight[: outputs // 2] = 127
+    scales = torch.rand(outputs) + 0.1
+    integers = torch.randint(-127, 128, (rows, 256)).float()
+    integers[0] = 127
+    wanted = (integers.double() @ weight.double().t()).float() * scales
+    assert torch.equal(MappedProduct(weight, scales)(integers), wanted)
+    assert torch.equal(PackedProduct(weight, scales)(integers), wanted)
 
 
 def test_outliers_keep_more_bits_than_the_rest() -> None:
