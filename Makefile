@@ -25,6 +25,9 @@ PROTOS := $(PROTOS_VENV)/.installed
 # protoc finds its plugin for type stubs by the search path.
 GENERATE := PATH="$(CURDIR)/$(PROTOS_BIN):$$PATH" $(PROTOS_BIN)/python protos/generate.py
 
+# The examples in JavaScript run with the machine's Node, or with one that pip brings.
+NODE_GROUP := $(shell command -v node >/dev/null || echo --group node)
+
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Dependency groups need a newer pip than Python 3.11 brings.
 PIP_VERSION := $(shell sed -n 's/^pip==//p' constraints.txt)
@@ -43,7 +46,7 @@ $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(DEV): $(RUNTIME)
-	$(PIP) install --constraint constraints.txt --editable ".[all]" --group dev
+	$(PIP) install --constraint constraints.txt --editable ".[all]" --group dev $(NODE_GROUP)
 	@touch $@
 
 $(PROTOS): pyproject.toml constraints.txt

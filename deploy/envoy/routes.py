@@ -95,8 +95,9 @@ def _forwarded(match: dict[str, str], cluster: str) -> dict[str, Any]:
         "timeout": "0s",
         # The longest deadline that a client may ask for is 3,600 s, and a queued request may be silent.
         "idle_timeout": "3660s",
-        # An offset above 0 would cut streams early, a maximum a client's longer deadline.
-        "max_stream_duration": {"grpc_timeout_header_max": "0s", "grpc_timeout_header_offset": "0s"},
+        # No timer of Envoy's own for `grpc-timeout` either, which naming a maximum for it would start, even
+        # one of 0: it runs out before the client's, and what has begun is then reset with INTERNAL.
+        "max_stream_duration": {"max_stream_duration": "0s"},
         "retry_policy": {
             # Only where the request surely reached nobody: a generation must not run twice.
             "retry_on": "connect-failure,refused-stream",

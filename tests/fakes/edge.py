@@ -32,11 +32,13 @@ class FakeBackend:
         name: What it says that it is.
         seen: The metadata of every call, by method.
         hold: Keeps gRPC answers back until it is set; None: they come at once.
+        begins: Whether the headers of an answer go out before it is held back.
     """
 
     name: str
     seen: dict[str, Metadata] = field(default_factory=dict)
     hold: threading.Event | None = None
+    begins: bool = False
     address: str = ""
     server: grpc.Server | None = None
     health: HealthServicer = field(default_factory=HealthServicer)
@@ -83,6 +85,8 @@ class _Everything(grpc.GenericRpcHandler):
     def _answer(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         """The request's own bytes: an echo."""
         hold = self._backend.hold
+        if self._backend.begins:
+            context.send_initial_metadata(())
         while hold is not None and context.is_active() and not hold.wait(0.05):
             pass
         return request
