@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
@@ -97,6 +97,8 @@ class RedisStore:
         if self._batcher is not None:
             await self._batcher.close()
         await self._client.aclose()
+        for sentinel in _sentinels_of(self._client):
+            await sentinel.aclose()
 
     async def _evaluate(self, script: Script, values: list[str | int | float], key_count: int) -> Any:
         try:
@@ -158,6 +160,12 @@ def _sentinel_client(parts: SplitResult) -> Redis:
         **_options(),
     )
     return sentinel.master_for(service)  # type: ignore[no-any-return, unused-ignore]
+
+
+def _sentinels_of(client: Client) -> Sequence[Redis]:
+    """The clients by which a client finds its primary; closing it leaves them open."""
+    pool = client.connection_pool if isinstance(client, Redis) else None
+    return pool.sentinel_manager.sentinels if isinstance(pool, SentinelConnectionPool) else ()
 
 
 def _options() -> dict[str, Any]:
