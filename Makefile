@@ -72,10 +72,11 @@ test: $(DEV) ## Run every test
 	$(BIN)/pytest $(ARGS)
 
 .PHONY: soak
-soak: $(DEV) ## Random histories of the queue and the engine, with faults: many more than `make test` has
+soak: $(DEV) ## Random histories of the queue and the engine, and an absent controller: longer than in `make test`
 	INTERLOCK_SOAK_FACTOR=6 $(BIN)/pytest tests/integration/test_queue_properties.py \
 		tests/integration/test_queue_simulation.py tests/integration/test_engine_properties.py \
-		tests/integration/test_engine_load.py tests/integration/test_engine_exactness.py $(ARGS)
+		tests/integration/test_engine_load.py tests/integration/test_engine_exactness.py \
+		tests/e2e/test_absent_controller.py $(ARGS)
 
 .PHONY: lint
 lint: $(DEV) $(PROTOS) ## Style, layers, protos, and that generated files are fresh

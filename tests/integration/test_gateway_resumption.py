@@ -14,7 +14,7 @@ from interlock.v1 import gateway_service_pb2_grpc
 
 from services.common.redis_client import RedisStore
 from tests.fakes.scripted_worker import Script
-from tests.fixtures.gateway_world import bearer, fail, joined, reason_of
+from tests.fixtures.gateway_world import MODEL, bearer, fail, joined, reason_of
 from tests.fixtures.redis_server import RedisServer
 from tests.fixtures.resumption_world import Peer, ResumptionWorld, open_resumption_world
 
@@ -184,6 +184,22 @@ async def test_a_request_is_cancelled_from_any_gateway(world: ResumptionWorld) -
                 while await call.read() is not grpc.aio.EOF:
                     pass
         assert reason_of(caught.value) == "CANCELLED"
+
+
+async def test_a_waiting_request_is_cancelled_from_any_gateway_too(world: ResumptionWorld) -> None:
+    """It has no worker yet: it leaves the queue, and its stream says why."""
+    await world.add_worker("w1", world.workers["w1"].script, draining=True)
+    for request in (asked(), pb.GenerateRequest(text="x", request_id="plain", max_tokens=400)):
+        call = begin(world.peers["g1"], request)
+        assert (await call.read()).HasField("queued")
+        cancel = pb.CancelGenerationRequest(request_id=request.request_id)
+        answer = await stub(world.peers["g2"]).CancelGeneration(cancel, metadata=bearer())
+        assert answer.cancelled
+        async with asyncio.timeout(1):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+        assert reason_of(caught.value) == "CANCELLED"
+        assert await world.peers["g2"].queue.length(MODEL) == 0
 
 
 async def test_foreign_and_unknown_ids_are_not_found(world: ResumptionWorld) -> None:
