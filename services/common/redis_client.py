@@ -66,7 +66,7 @@ class RedisStore:
         self._client = client
         self._calls = asyncio.Semaphore(CALLS_AT_ONCE_MAX)
         # A cluster's client finds the node of each call by itself.
-        self._batcher = RedisBatcher(client) if isinstance(client, Redis) else None
+        self._batcher = RedisBatcher(client, SOCKET_TIMEOUT_S) if isinstance(client, Redis) else None
 
     async def run_script(self, script: Script, keys: Sequence[str], args: Iterable[str | int | float]) -> Any:
         """Runs a script and returns its reply, with text for bytes.
@@ -80,7 +80,7 @@ class RedisStore:
 
     async def fetch(self, *command: str) -> Any:
         """Runs a command that only reads, and returns its reply. Raises StoreUnavailable as `run_script`."""
-        return await self._told(self._execute(*command))
+        return await self._told(self._execute_alone(*command))
 
     async def open_pubsub(self) -> PubSub:
         """Returns a subscription on a connection of its own; the caller closes it.
@@ -109,6 +109,9 @@ class RedisStore:
     async def _execute(self, *command: str | float) -> Any:
         if self._batcher is not None:
             return await self._batcher.call(*command)
+        return await self._execute_alone(*command)
+
+    async def _execute_alone(self, *command: str | float) -> Any:
         async with self._calls:
             return await self._client.execute_command(*command)
 
