@@ -22,6 +22,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from services.common.errors import ArgumentInvalid, ArtifactInvalid
+from services.gateway.adapters.template_bounds import PLAIN_MESSAGES_MAX, is_plain
 from services.gateway.core.params import Message
 
 # Templates in use take under a millisecond for each message, and a conversation has at most 1,024.
@@ -146,9 +147,11 @@ class ChatTemplate:
         for name in ("lipsum", "cycler", "joiner"):
             environment.globals.pop(name, None)
         try:
-            self._template = environment.from_string(source)
+            tree = environment.parse(source)
+            self._template = environment.from_string(tree)
         except (jinja2.TemplateError, RecursionError) as error:
             raise ArtifactInvalid(f"chat template: not usable: {type(error).__name__}.") from None
+        self._is_plain = is_plain(source, tree)
         self._variables = variables
         self._limit_s = limit_s
 
@@ -182,11 +185,17 @@ class ChatTemplate:
             ) from None
 
     def _render_bounded(self, turns: list[dict[str, str]], limit_s: float) -> str:
+        if self._is_plain and len(turns) <= PLAIN_MESSAGES_MAX:
+            return self._render_watched(turns, None)
+        return self._render_watched(turns, _deadline(time.thread_time() + limit_s))
+
+    def _render_watched(self, turns: list[dict[str, str]], watch: Trace | None) -> str:
         pieces: list[str] = []
         chars = 0
         stream = self._template.generate(messages=turns, add_generation_prompt=True, **self._variables)
         previous = sys.gettrace()
-        sys.settrace(_deadline(time.thread_time() + limit_s))
+        if watch is not None:
+            sys.settrace(watch)
         try:
             for piece in stream:
                 chars += len(piece)
@@ -194,7 +203,8 @@ class ChatTemplate:
                     raise _TooLong
                 pieces.append(piece)
         finally:
-            sys.settrace(previous)
+            if watch is not None:
+                sys.settrace(previous)
         return "".join(pieces)
 
 
