@@ -120,7 +120,8 @@ def _threshold(endpoints: int) -> dict[str, Any]:
         "max_requests": _STREAMS_PER_ENDPOINT * endpoints,
         # Calls that wait for a connection while a gateway restarts.
         "max_pending_requests": 256,
-        # Enough for the calls of the moment in which one gateway dies, too few for a storm.
-        "max_retries": 16,
+        # The calls of the second in which a busy gateway dies or leaves. What is sent again was never begun,
+        # and each call twice at most, so that a storm of retries cannot build up.
+        "max_retries": 256,
         "track_remaining": True,
     }

@@ -14,6 +14,9 @@ CONTROLLER = "controller"
 # `x-interlock-deadline` is the client's own, so the names are listed rather than matched by prefix.
 INTERNAL_HEADERS = ("x-interlock-status", "x-interlock-mesh-token", "x-interlock-gateway-id")
 
+# A process says by it that it did nothing for a call.
+UNSTARTED_HEADER = "x-interlock-unstarted"
+
 # Members of the mesh attach and download past Envoy; from outside these do not exist.
 _HIDDEN = (
     "/interlock.v1.ControllerService/Attach",
@@ -78,6 +81,8 @@ def route_configuration(parameters: Parameters) -> dict[str, Any]:
         "name": "interlock",
         "domains": ["*"],
         "request_headers_to_remove": list(INTERNAL_HEADERS),
+        # Where nobody else was there, its meaning ends here.
+        "response_headers_to_remove": [UNSTARTED_HEADER],
         "typed_per_filter_config": {"envoy.filters.http.cors": _cors(parameters)},
         "routes": routes,
     }
@@ -99,8 +104,10 @@ def _forwarded(match: dict[str, str], cluster: str) -> dict[str, Any]:
         # one of 0: it runs out before the client's, and what has begun is then reset with INTERNAL.
         "max_stream_duration": {"max_stream_duration": "0s"},
         "retry_policy": {
-            # Only where the request surely reached nobody: a generation must not run twice.
-            "retry_on": "connect-failure,refused-stream",
+            # Only where the request surely reached nobody, or reached one who says that it did nothing for
+            # it, as a gateway that drains: a generation must not run twice.
+            "retry_on": "connect-failure,refused-stream,retriable-headers",
+            "retriable_headers": [{"name": UNSTARTED_HEADER, "present_match": True}],
             # One for a restarting gateway, one for its neighbour; more would only delay the error.
             "num_retries": 2,
             "retry_host_predicate": [
@@ -112,7 +119,9 @@ def _forwarded(match: dict[str, str], cluster: str) -> dict[str, Any]:
                     },
                 }
             ],
-            "host_selection_retry_max_attempts": 3,
+            # A gateway that refuses has the fewest requests and is chosen again and again: of two, three
+            # times in four. So many looks find the other one, all but surely.
+            "host_selection_retry_max_attempts": 32,
         },
     }
     # Room for the largest body in its envelope, so that the body's own limit decides and not this one.

@@ -39,12 +39,14 @@ class InterlockError(Exception):
         retryable: Whether the same call may succeed later.
         retry_after_s: Seconds to wait before trying again; None where no estimate exists.
         allowance: What was left to the tenant, where a queue refused a request; None: nobody looked.
+        unstarted: Whether surely nothing was done, so that a proxy may give the call to another process.
     """
 
     code: Code = Code.INTERNAL
     reason: str = "INTERNAL"
     retryable: bool = False
     allowance: Allowance | None = None
+    unstarted: bool = False
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -192,6 +194,13 @@ class Draining(InterlockError):
     code = Code.UNAVAILABLE
     reason = "DRAINING"
     retryable = True
+
+    @classmethod
+    def at_the_door(cls, *, retry_after_s: float) -> Draining:
+        """The refusal of a call before anything was done for it."""
+        error = cls("The gateway is shutting down.", retry_after_s=retry_after_s)
+        error.unstarted = True
+        return error
 
 
 class StoreUnavailable(InterlockError):

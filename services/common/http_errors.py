@@ -12,7 +12,7 @@ from typing import Any
 
 from services.common import allowance
 from services.common.errors import Code, InterlockError
-from services.common.status import REASON_PREFIX, retry_after_ms
+from services.common.status import REASON_PREFIX, UNSTARTED, retry_after_ms
 
 STATUS_KEY = "x-interlock-status"
 RETRY_AFTER_HEADER = "retry-after"
@@ -51,6 +51,7 @@ def retry_after_header(error: InterlockError) -> str | None:
 def headers(error: InterlockError) -> list[tuple[str, str]]:
     """The initial metadata of a call that fails before its first byte."""
     found = [(STATUS_KEY, str(status_of(error))), *allowance.headers(error.allowance)]
+    found += UNSTARTED if error.unstarted else ()
     delay = retry_after_header(error)
     return found if delay is None else [*found, (RETRY_AFTER_HEADER, delay)]
 

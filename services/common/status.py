@@ -20,6 +20,9 @@ from services.common.grpc_types import Context
 DOMAIN = "interlock"
 REASON_KEY = "interlock-reason"
 RETRY_AFTER_KEY = "retry-after-ms"
+# Initial metadata of a call that nothing was done for: Envoy, which sees it, tries another process.
+UNSTARTED_KEY = "x-interlock-unstarted"
+UNSTARTED = ((UNSTARTED_KEY, "1"),)
 REASON_PREFIX = "ERROR_REASON_"
 
 _BY_REASON = {error.reason: error for error in every_error() if error is not ForeignError}
@@ -52,6 +55,9 @@ def trailing_metadata(error: InterlockError) -> tuple[tuple[str, str | bytes], .
 async def abort(context: Context, error: InterlockError) -> NoReturn:
     """Ends the call with the error's status."""
     code = getattr(grpc.StatusCode, error.code.value)
+    if error.unstarted:
+        # In the headers, for a proxy decides by them; what has begun has sent its own and is never unstarted.
+        await context.send_initial_metadata(UNSTARTED)
     await context.abort(code, error.message, trailing_metadata(error))
     raise AssertionError("abort returns never")
 

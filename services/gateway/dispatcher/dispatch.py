@@ -261,7 +261,7 @@ class Dispatcher:
 
     def _check_open(self) -> None:
         if self._draining:
-            raise _draining()
+            raise Draining.at_the_door(retry_after_s=RETRY_WHEN_DRAINING_S)
 
     def _check_room(self, job: GenerationJob) -> None:
         self._check_open()

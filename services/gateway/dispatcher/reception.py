@@ -105,7 +105,7 @@ class Reception:
         if isinstance(call_id, str) and ids.is_valid_id(call_id):
             logs.annotate(call_id=call_id)
         if self._draining:
-            raise Draining("The gateway is shutting down.", retry_after_s=RETRY_WHEN_DRAINING_S)
+            raise Draining.at_the_door(retry_after_s=RETRY_WHEN_DRAINING_S)
         claims = self._verifier.verify(bearer_token(metadata))
         claims.require(*scopes)
         asked = claims.limits

@@ -6,6 +6,7 @@ import pytest
 
 from services.common import http_errors
 from services.common.errors import (
+    Draining,
     ForeignError,
     InterlockError,
     MessageTooLarge,
@@ -42,3 +43,10 @@ def test_http_tells_apart_what_grpc_does_not() -> None:
     """Too large and too many share a gRPC code, not a status; an error without a delay has no header."""
     assert http_errors.status_of(MessageTooLarge("Too large.")) == 413
     assert http_errors.headers(TokenMissing("No token.")) == [("x-interlock-status", "401")]
+
+
+def test_what_did_nothing_says_so_in_its_headers() -> None:
+    """A refusal at the door may be given to another process; one of a request that ran may not."""
+    refused = Draining.at_the_door(retry_after_s=1.0)
+    assert ("x-interlock-unstarted", "1") in http_errors.headers(refused)
+    assert "x-interlock-unstarted" not in dict(http_errors.headers(Draining("Ended.", retry_after_s=1.0)))
