@@ -2,8 +2,8 @@
 
 `python -m deploy.envoy.generate` prints one. Its parameters are flags, or a YAML file of them (`--config`).
 `--shipped` writes every variant that is committed, `--check` fails when one of them differs. Every choice has
-its reason beside it, in the module that makes it: `listener`, `transport`, `routes`, `clusters`, `overload`,
-`probe`.
+its reason beside it, in the module that makes it: `listener`, `transport`, `routes`, `replies`, `clusters`,
+`overload`, `probe`.
 
 One Envoy serves one configuration for its life, without a control plane. What can change under it: the
 certificate (see `transport`) and, where gateways have names, their addresses (see `clusters`). For everything

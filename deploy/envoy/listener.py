@@ -1,4 +1,4 @@
-"""Envoy's listener. Owns: the one port, its HTTP filters and limits, and the shape of Envoy's own replies."""
+"""Envoy's listener. Owns: the one port, its HTTP filters, its limits and the access log."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from deploy.envoy.address import address
 from deploy.envoy.parameters import Parameters
+from deploy.envoy.replies import mappers
 from deploy.envoy.routes import BODY_BYTES_MAX, route_configuration
 from deploy.envoy.transport import transport
 
@@ -25,44 +26,6 @@ function envoy_on_response(handle)
   end
 end
 """
-
-# What Envoy answers by itself, in the gateway's shape: HTTP status -> gRPC code, reason of `ErrorReason`, and
-# a message that reveals nothing inside.
-_LOCAL_REPLIES: tuple[tuple[int, str, str, str], ...] = (
-    (400, "INVALID_ARGUMENT", "ARGUMENT_INVALID", "The request is not valid HTTP for this path."),
-    (403, "PERMISSION_DENIED", "UNSPECIFIED", "The request is not allowed."),
-    (404, "NOT_FOUND", "UNSPECIFIED", "No such path, or not with this method."),
-    (405, "UNIMPLEMENTED", "UNSPECIFIED", "The path does not have this method."),
-    (408, "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", "The request did not arrive in time."),
-    (413, "RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE", f"The body is larger than {BODY_BYTES_MAX} bytes."),
-    (
-        415,
-        "INVALID_ARGUMENT",
-        "ARGUMENT_INVALID",
-        "The content type is not supported; send application/json.",
-    ),
-    (429, "RESOURCE_EXHAUSTED", "UNSPECIFIED", "Too many requests; try again later."),
-    (431, "INVALID_ARGUMENT", "ARGUMENT_INVALID", "The headers are too large or too many."),
-    (502, "UNAVAILABLE", "UNSPECIFIED", "The mesh gave no usable answer; try again."),
-    (503, "UNAVAILABLE", "UNSPECIFIED", "The mesh cannot answer now; try again in a moment."),
-    (504, "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", "The mesh did not answer in time."),
-)
-
-# Who asked by HTTP: without gRPC's content type (an absent one counts as empty), or with the path that the
-# transcoder keeps when it makes a gRPC call of a request.
-_FROM_HTTP = [
-    {
-        "header_filter": {
-            "header": {
-                "name": "content-type",
-                "string_match": {"prefix": "application/grpc"},
-                "invert_match": True,
-                "treat_missing_header_as_empty": True,
-            }
-        }
-    },
-    {"header_filter": {"header": {"name": "x-envoy-original-path", "present_match": True}}},
-]
 
 
 def listener(parameters: Parameters) -> dict[str, Any]:
@@ -91,7 +54,7 @@ def _connection_manager(parameters: Parameters) -> dict[str, Any]:
         **_trust(),
         **_limits(),
         "access_log": [_access_log(parameters)],
-        "local_reply_config": {"mappers": [_local_reply(*reply) for reply in _LOCAL_REPLIES]},
+        "local_reply_config": {"mappers": mappers()},
         "route_config": route_configuration(parameters),
         "http_filters": _http_filters(parameters),
     }
@@ -179,36 +142,6 @@ def _transcoding(parameters: Parameters) -> dict[str, Any]:
         # Holds for HttpBody alone, which is one reason for HttpBody: one byte more is a 413.
         "max_request_body_size": BODY_BYTES_MAX,
         "max_response_body_size": BODY_BYTES_MAX,
-    }
-
-
-def _local_reply(status: int, code: str, reason: str, message: str) -> dict[str, Any]:
-    """One reply of Envoy's own, in the shape of the native API. gRPC calls keep a plain message."""
-    is_status = {
-        "status_code_filter": {
-            # The runtime key is required; nothing sets it.
-            "comparison": {"op": "EQ", "value": {"default_value": status, "runtime_key": "interlock.none"}}
-        }
-    }
-    return {
-        "filter": {"and_filter": {"filters": [is_status, {"or_filter": {"filters": _FROM_HTTP}}]}},
-        "headers_to_add": [
-            {
-                "header": {"key": "x-request-id", "value": "%REQ(X-REQUEST-ID)%"},
-                "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
-            }
-        ],
-        "body_format_override": {
-            "json_format": {
-                "error": {
-                    "code": code,
-                    "reason": f"ERROR_REASON_{reason}",
-                    "message": message,
-                    "request_id": "%REQ(X-REQUEST-ID)%",
-                }
-            },
-            "content_type": "application/json",
-        },
     }
 
 

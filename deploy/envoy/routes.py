@@ -134,7 +134,7 @@ def _cors(parameters: Parameters) -> dict[str, Any]:
         "allow_origin_string_match": [
             {"safe_regex": {"regex": origin}} for origin in parameters.cors_origins
         ],
-        "allow_methods": "GET, POST, OPTIONS",
+        "allow_methods": "GET, POST, DELETE, OPTIONS",
         "allow_headers": ", ".join(_CORS_REQUEST_HEADERS),
         "expose_headers": ", ".join(_CORS_RESPONSE_HEADERS),
         # Browsers keep the answer for at most two hours; ten minutes let a changed policy arrive.

@@ -13,7 +13,10 @@ from typing import Any
 
 import grpc
 import pytest
+from google.api import annotations_pb2
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
+from deploy.envoy.generate import DESCRIPTORS
 from deploy.envoy.routes import BODY_BYTES_MAX
 from services.local import probes
 from tests.fixtures.edge import Edge, started_edge
@@ -121,6 +124,56 @@ def test_what_is_not_there_is_404_in_our_shape(edge: Edge, method: str, path: st
     assert _error(body)["code"] == "NOT_FOUND"
     assert headers["content-type"] == "application/json"
     assert headers["x-request-id"] == "mine"
+
+
+def _posted() -> list[str]:
+    """Every path that takes a body, by the descriptor set that Envoy transcodes with."""
+    files = FileDescriptorSet.FromString(DESCRIPTORS.read_bytes()).file
+    rules = [
+        method.options.Extensions[annotations_pb2.http]
+        for file in files
+        for service in file.service
+        for method in service.method
+    ]
+    bindings = [binding for rule in rules for binding in (rule, *rule.additional_bindings)]
+    return sorted(re.sub(r"\{[^}]*\}", "x", binding.post) for binding in bindings if binding.post)
+
+
+def _check_shape(path: str, headers: dict[str, str], body: bytes) -> None:
+    """The error stands where the path's own clients look for it, with the caller's request id."""
+    told = json.loads(body)
+    assert headers["content-type"] == "application/json"
+    assert headers["x-request-id"] == 'm"ine'
+    if path.startswith("/v1/messages"):
+        assert set(told) == {"type", "error", "request_id"}
+        assert (told["type"], told["request_id"]) == ("error", 'm"ine')
+        assert set(told["error"]) == {"type", "message"}
+    elif path.startswith(("/v1/chat/", "/v1/completions", "/v1/responses", "/v1/models")):
+        assert set(told) == {"error"}
+        assert set(told["error"]) == {"message", "type", "param", "code"}
+        assert (told["error"]["param"], told["error"]["code"]) == (None, None)
+    else:
+        assert _error(body)["request_id"] == 'm"ine'
+
+
+@pytest.mark.parametrize("path", _posted())
+def test_a_body_that_is_too_large_is_told_in_the_shape_of_its_api(edge: Edge, path: str) -> None:
+    """413 from one byte over the limit on, at every path; the gateway never sees it."""
+    sent = {"x-request-id": 'm"ine', "content-type": "application/json"}
+    status, headers, body = edge.ask("POST", path, b"a" * (BODY_BYTES_MAX + 1), sent)
+    assert status == 413
+    _check_shape(path, headers, body)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/chat/none", "/v1/messages/none/at/all", "/v1/models/none/x", "/v1/other", "/v1/responses/a/b"],
+)
+def test_an_unknown_path_is_told_in_the_shape_of_its_api(edge: Edge, path: str) -> None:
+    """404, whatever the query, and a quotation mark in the request id breaks no JSON."""
+    status, headers, body = edge.ask("POST", f"{path}?a=b", b"{}", {"x-request-id": 'm"ine'})
+    assert status == 404
+    _check_shape(path, headers, body)
 
 
 @pytest.mark.parametrize(
