@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,8 +43,8 @@ class Arguments:
     check: bool
 
 
-def parse(argv: Sequence[str] | None, prog: str) -> Arguments:
-    """Reads the command line, and the file that it names; a flag wins over the file.
+def parse(argv: Sequence[str] | None, prog: str, fallback: Mapping[str, Any]) -> Arguments:
+    """Reads the command line, and the file that it names; a flag wins over the file, both over `fallback`.
 
     Raises:
         ParameterInvalid: A value cannot be used.
@@ -52,9 +52,8 @@ def parse(argv: Sequence[str] | None, prog: str) -> Arguments:
     flags = vars(_command(prog).parse_args(argv))
     out, shipped, check = flags.pop("out"), flags.pop("shipped"), flags.pop("check")
     config = flags.pop("config")
-    if config is not None:
-        flags = _flags_of(config) | flags
-    return Arguments(_parameters(flags), out, shipped, check)
+    of_file = {} if config is None else _flags_of(config)
+    return Arguments(_parameters({**fallback, **of_file, **flags}), out, shipped, check)
 
 
 def read_file(file: Path) -> Parameters:

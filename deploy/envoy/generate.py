@@ -114,10 +114,21 @@ def shipped() -> tuple[Variant, ...]:
     return (Variant("local", Parameters(), COMMITTED), *others)
 
 
-def main(argv: Sequence[str] | None = None, *, prog: str = "python -m deploy.envoy.generate") -> int:
-    """Writes configurations, or compares them with the files. Returns the exit code."""
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str = "python -m deploy.envoy.generate",
+    descriptors: str | None = None,
+) -> int:
+    """Writes configurations, or compares them with the files. Returns the exit code.
+
+    Args:
+        argv: The command line; None: the process's own.
+        prog: What it is called in messages.
+        descriptors: The descriptor set where neither flag nor file names one; None: the checkout's.
+    """
     try:
-        arguments = parse(argv, prog)
+        arguments = parse(argv, prog, {} if descriptors is None else {"descriptors": descriptors})
         texts = _texts(arguments)
     except ParameterInvalid as error:
         print(f"generate: {error}", file=sys.stderr)

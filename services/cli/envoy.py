@@ -9,5 +9,4 @@ from deploy.envoy import generate
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints or writes a configuration."""
-    descriptors = ("--descriptors", str(generate.DESCRIPTORS))
-    return generate.main([*descriptors, *arguments.rest], prog="interlock envoy")
+    return generate.main(arguments.rest, prog="interlock envoy", descriptors=str(generate.DESCRIPTORS))

@@ -271,6 +271,10 @@ def test_envoy_prints_a_configuration(tmp_path: Path, capsys: Capture) -> None:
     (listener,) = document["static_resources"]["listeners"]
     assert listener["address"]["socket_address"]["port_value"] == 81
     assert "/deploy/envoy/interlock.binpb" in str(document)
+    file = tmp_path / "parameters.yaml"
+    file.write_text("descriptors: /elsewhere/interlock.binpb\nport: 82\n")
+    assert main(["envoy", "--config", str(file)]) == 0
+    assert "proto_descriptor: /elsewhere/interlock.binpb" in capsys.readouterr().out
     out = tmp_path / "envoy.yaml"
     assert main(["envoy", "--out", str(out)]) == 0
     assert out.read_text().startswith("# Made by")
