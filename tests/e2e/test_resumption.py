@@ -129,6 +129,44 @@ def test_the_death_of_the_store_under_load_ends_no_stream_and_heals(pair: Mesh) 
                 assert end.result(timeout=120).finished.usage.completion_tokens > 0
 
 
+def test_a_gateway_that_leaves_costs_no_call(pair: Mesh) -> None:
+    """SIGTERM under calls by HTTP and gRPC: Envoy gives each to the other one, and nobody is told."""
+    pair.await_answer(60)
+    leaving = int(pair.refresh()["gateways"][0]["pid"])
+    gone = threading.Event()
+
+    def by_http(number: int) -> list[str]:
+        ends = []
+        while not gone.is_set():
+            ends.append(str(pair.post("/v1/generate", {"text": f"Name {number}.", "max_tokens": 4}).status))
+        return ends
+
+    def by_grpc(number: int) -> list[str]:
+        ends = []
+        with grpc.insecure_channel(pair.address) as channel:
+            stub: Any = gateway_service_pb2_grpc.GatewayServiceStub(channel)  # type: ignore[arg-type]
+            while not gone.is_set():
+                events = list(stub.Generate(request(number, 4), metadata=bearer(pair), timeout=60))
+                ends.append("200" if events[-1].HasField("finished") else "unfinished")
+        return ends
+
+    with ThreadPoolExecutor(8) as pool:
+        ends = [pool.submit(by_http if number % 2 else by_grpc, number) for number in range(8)]
+        try:
+            os.kill(leaving, signal.SIGTERM)
+            deadline = time.monotonic() + 90
+            while int(pair.refresh()["gateways"][0]["pid"]) == leaving:
+                assert time.monotonic() < deadline, "it does not leave"
+                time.sleep(0.1)
+            # Its successor takes its share again.
+            time.sleep(1)
+        finally:
+            gone.set()
+        told = [end for future in ends for end in future.result(timeout=120)]
+    assert set(told) == {"200"}
+    assert len(told) > len(ends)
+
+
 def await_shared(stub: Any, mesh: Mesh, since_s: float) -> None:
     """Returns when requests are served from the shared queue, which is to be soon after `since_s`."""
     while is_served(stub, mesh) != "shared":
