@@ -66,7 +66,7 @@ class GatewayConfig(TokenSettings):
     ] = 500
     # Most of a minute's queue is served by then; what is still there has been overtaken.
     queue_aging_s: Annotated[
-        float, Field(gt=0, description="How long a job waits before it counts one priority higher.")
+        float, Field(gt=0, description="How long a BATCH job waits before it counts as INTERACTIVE.")
     ] = 30.0
     # Envoy and clients may open this many streams on one connection; each costs about 50 KB here.
     requests_max: Annotated[

@@ -169,6 +169,18 @@ async def test_a_job_that_waited_long_counts_one_band_higher(world: QueueWorld) 
     assert (await world.finish_all())[:2] == ["system", "batch"]
 
 
+async def test_a_backlog_earns_nothing_by_its_age(world: QueueWorld) -> None:
+    """Whoever floods a band has the oldest jobs there; who was served least goes first all the same."""
+    running = await world.grant("a0", tenant="a")
+    for number in range(1, 5):
+        await world.wait(f"a{number}", tenant="a")
+    world.advance(120)
+    for number in range(2):
+        await world.wait(f"b{number}", tenant="b")
+    await world.finish(running, used=100)
+    assert (await world.finish_all(used=100))[:3] == ["b0", "a1", "b1"]
+
+
 async def test_a_tenant_has_its_own_bound_in_the_queue(world: QueueWorld) -> None:
     """One that floods the queue is refused while others still find room."""
     gateway = world.gateway("g1", QueueLimits(tenant_waiting_jobs_max=2))

@@ -12,7 +12,7 @@ class QueueLimits:
     Attributes:
         waiting_jobs_max: Most jobs that wait per model.
         tenant_waiting_jobs_max: Most jobs of one tenant that wait per model.
-        aging_s: How long a job waits before it counts one band higher.
+        aging_s: How long a job of the lowest band waits before it counts one band higher.
         lease_ttl_s: How long a job stays its gateway's without a renewal.
         gateway_ttl_s: How long a gateway may be silent before others end its jobs.
         record_ttl_s: How long the record of an ended job is kept.

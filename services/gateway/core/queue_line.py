@@ -61,9 +61,12 @@ class LiveJob:
 
     @property
     def may_age(self) -> bool:
-        """Whether it waits for its tenant's turn in its own band, and there is a higher one."""
-        in_line = self.grant is None and not self.pin
-        return in_line and self.band == self.job.band and self.band is not Band.SYSTEM
+        """Whether it waits for its tenant's turn in the lowest band, which alone ages.
+
+        Within a band nobody starves, and whoever floods it has the oldest jobs there: they must not overtake
+        those of the others.
+        """
+        return self.grant is None and not self.pin and self.band is Band.BATCH
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,10 @@ local AGED_MAX = 16
 -- Jobs of vanished gateways that this call made the caller's.
 local ADOPTED = {}
 
+-- The lowest band alone ages. Within a band nobody starves, and whoever floods it has the oldest jobs there: they
+-- must not overtake those of the others.
+local AGING_BAND = tostring(BANDS[#BANDS])
+
 -- Returns the job's record with its id, or nil.
 local function load_job(id)
   local flat = redis.call('HGETALL', PREFIX .. 'job:' .. id)
@@ -50,7 +54,7 @@ local function put_in_line(job)
   if redis.call('EXISTS', line) == 0 then enter_band(job.band, job.tenant) end
   redis.call('ZADD', line, job.arrival, job.id)
   rank_tenant(job.band, job.tenant)
-  if job.aged == '0' and job.band ~= tostring(BANDS[1]) then
+  if job.aged == '0' and job.band == AGING_BAND then
     redis.call('ZADD', PREFIX .. 'aging:' .. job.band, job.ages_at, job.id)
   end
 end
@@ -141,19 +145,17 @@ local function expire_overdue()
   end
 end
 
--- A job that has waited long counts one band higher.
+-- A job of the lowest band that has waited long counts one band higher.
 local function lift_aged()
-  for at = 2, #BANDS do
-    local index = PREFIX .. 'aging:' .. BANDS[at]
-    for _, id in ipairs(redis.call('ZRANGEBYSCORE', index, '-inf', NOW, 'LIMIT', 0, AGED_MAX)) do
-      local job = load_job(id)
-      take_waiting(job)
-      count_live(job.band, -1)
-      job.band, job.aged = tostring(BANDS[at - 1]), '1'
-      count_live(job.band, 1)
-      store_job(job)
-      put_waiting(job)
-    end
+  local index = PREFIX .. 'aging:' .. AGING_BAND
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', index, '-inf', NOW, 'LIMIT', 0, AGED_MAX)) do
+    local job = load_job(id)
+    take_waiting(job)
+    count_live(job.band, -1)
+    job.band, job.aged = tostring(BANDS[#BANDS - 1]), '1'
+    count_live(job.band, 1)
+    store_job(job)
+    put_waiting(job)
   end
 end
 
