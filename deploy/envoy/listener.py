@@ -81,8 +81,9 @@ def _trust() -> dict[str, Any]:
 def _limits() -> dict[str, Any]:
     return {
         "common_http_protocol_options": {
-            # Some servers read `x_y` as `x-y`: a way around the stripped headers.
-            "headers_with_underscores_action": "REJECT_REQUEST",
+            # Some servers read `x_y` as `x-y`: a way around the stripped headers. They are dropped, not
+            # refused: a refusal here could not name its cause.
+            "headers_with_underscores_action": "DROP_HEADER",
             # Vendors' clients send about 25.
             "max_headers_count": 64,
             # Idle keep-alive connections go after a quarter of an hour.
@@ -133,12 +134,13 @@ def _transcoding(parameters: Parameters) -> dict[str, Any]:
         # A status that does not come from the gateway's handlers (it died, say) still is JSON.
         "convert_grpc_status": True,
         "print_options": {"preserve_proto_field_names": True, "always_print_primitive_fields": True},
-        # Otherwise an unknown path would go on as it is, and a typing error in a query be ignored.
+        # Otherwise an unknown path would go on as it is.
         "request_validation_options": {
             "reject_unknown_method": True,
-            "reject_unknown_query_parameters": True,
             "reject_binding_body_field_collisions": True,
         },
+        # Vendors' clients send parameters of their own (`?beta=true`), and a refusal could not name one.
+        "ignore_unknown_query_parameters": True,
         # Holds for HttpBody alone, which is one reason for HttpBody: one byte more is a 413.
         "max_request_body_size": BODY_BYTES_MAX,
         "max_response_body_size": BODY_BYTES_MAX,

@@ -48,9 +48,9 @@ def retry_after_header(error: InterlockError) -> str | None:
     return None if error.retry_after_s is None else str(max(1, math.ceil(error.retry_after_s)))
 
 
-def headers(error: InterlockError) -> list[tuple[str, str]]:
-    """The initial metadata of a call that fails before its first byte."""
-    found = [(STATUS_KEY, str(status_of(error))), *allowance.headers(error.allowance)]
+def headers(error: InterlockError, status: int | None = None) -> list[tuple[str, str]]:
+    """The initial metadata of a call that fails before its first byte; `status`: where an API has its own."""
+    found = [(STATUS_KEY, str(status or status_of(error))), *allowance.headers(error.allowance)]
     found += UNSTARTED if error.unstarted else ()
     delay = retry_after_header(error)
     return found if delay is None else [*found, (RETRY_AFTER_HEADER, delay)]

@@ -102,20 +102,18 @@ async def _serve(
     serving = server.create(
         (servicer.SERVICE, http_servicer.SERVICE), clock, interceptors=[mesh_only, *tokens.interceptors]
     )
-    controller_service_pb2_grpc.add_ControllerServiceServicer_to_server(
-        servicer.ControllerServicer(
-            coordinator,
-            catalog,
-            LocalRevisionFiles(catalog),
-            tokens.verifier,
-            clock,
-            tokens.revocations,
-            breakers,
-        ),
-        serving.grpc_server,
+    service = servicer.ControllerServicer(
+        coordinator,
+        catalog,
+        LocalRevisionFiles(catalog),
+        tokens.verifier,
+        clock,
+        tokens.revocations,
+        breakers,
     )
+    controller_service_pb2_grpc.add_ControllerServiceServicer_to_server(service, serving.grpc_server)
     http_service_pb2_grpc.add_AdminHttpServiceServicer_to_server(
-        http_servicer.AdminHttpServicer(coordinator, catalog, tokens.verifier, clock), serving.grpc_server
+        http_servicer.AdminHttpServicer(service, tokens.verifier), serving.grpc_server
     )
     address = serving.bind(settings.bind)
     await serving.start()

@@ -1,88 +1,229 @@
-"""The admin paths under HTTP. Owns: how answers and errors of the controller look as JSON.
+"""The admin paths under HTTP. Owns: how the ControllerService looks as JSON and as server-sent events.
 
-Envoy maps the paths to these methods and passes bodies as they are; a status other than 200 travels in the
-initial metadata `x-interlock-status`.
+Envoy maps the paths to these methods: names in a path or a query become fields of the request, bodies pass as
+they are. A status other than 200 travels in the initial metadata `x-interlock-status`. Decides nothing: each
+method is the one of the same name in the ControllerService, which looks at the caller's token as well.
 """
-
-# ruff: noqa: ARG002 - the contract fixes which parameters a method has.
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeVar
 
 from google.api.httpbody_pb2 import HttpBody
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from interlock.http.v1 import http_service_pb2_grpc
+from interlock.v1 import controller_service_pb2 as pb
 
-from services.common import http_errors, ids, logs
-from services.common.clock import Clock
-from services.common.errors import InterlockError
+from services.common import http_errors, ids, logs, status
+from services.common.errors import ArgumentInvalid
 from services.common.grpc_types import Context
+from services.common.strict_json import read_object
 from services.common.tokens import TokenVerifier, bearer_token
-from services.controller.adapters import admin_messages
-from services.controller.coordinator import Coordinator
-from services.controller.core.catalog import Catalog
-from services.controller.core.member import Kind
 
 SERVICE = "interlock.http.v1.AdminHttpService"
 REQUEST_ID_KEY = "x-request-id"
+JSON_TYPE = "application/json"
+EVENTS_TYPE = "text/event-stream"
+# Proxies give up on connections that are silent for a minute; some sooner.
+HEARTBEAT_S = 10.0
+# Of a mistake in a body: enough for its field, too little for what was sent.
+_TOLD_MAX = 200
+
+Request = TypeVar("Request", bound=Message)
+Bodies = AsyncIterator[HttpBody]
 
 
 class AdminHttpServicer(http_service_pb2_grpc.AdminHttpServiceServicer):
     """The ControllerService as JSON, field names as in the protos.
 
     Args:
-        coordinator: Leads the members.
-        catalog: The registered revisions.
+        controller: The ControllerService: an object with its methods.
         verifier: Believes the operators' tokens.
-        clock: The time.
     """
 
-    def __init__(
-        self, coordinator: Coordinator, catalog: Catalog, verifier: TokenVerifier, clock: Clock
-    ) -> None:
-        self._coordinator = coordinator
-        self._catalog = catalog
+    def __init__(self, controller: Any, verifier: TokenVerifier) -> None:
+        self._controller = controller
         self._verifier = verifier
-        self._clock = clock
 
-    async def ListModels(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
+    async def ListModels(self, request: HttpBody, context: Context) -> Bodies:
         """`GET /v1/admin/models`."""
-        yield await self._answer(context, self._models, "admin", "models:read")
-
-    async def ListWorkers(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
-        """`GET /v1/admin/workers`."""
-        yield await self._answer(context, self._workers, "admin")
-
-    def _models(self) -> Message:
-        workers = self._coordinator.members(Kind.WORKER)
-        return admin_messages.models_message(self._catalog, workers, self._coordinator.plan)
-
-    def _workers(self) -> Message:
-        workers = self._coordinator.members(Kind.WORKER)
-        return admin_messages.workers_message(workers, self._catalog.default_model(), self._clock)
-
-    async def _answer(self, context: Context, make: Callable[[], Message], *scopes: str) -> HttpBody:
-        try:
-            token = bearer_token(tuple(context.invocation_metadata() or ()))
-            self._verifier.verify(token).require(*scopes)
-            message = make()
-        except InterlockError as error:
-            return await _refusal(context, error)
-        await context.send_initial_metadata(((REQUEST_ID_KEY, ids.new_request_id()),))
-        text = json_format.MessageToJson(
-            message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True, indent=None
+        del request
+        yield await self._answer(
+            context, self._controller.ListModels, pb.ControllerServiceListModelsRequest()
         )
-        return HttpBody(content_type="application/json", data=text.encode())
+
+    async def ListRevisions(self, request: pb.ListRevisionsRequest, context: Context) -> Bodies:
+        """`GET /v1/admin/revisions?model=`."""
+        yield await self._answer(context, self._controller.ListRevisions, request)
+
+    async def GetRevision(self, request: pb.GetRevisionRequest, context: Context) -> Bodies:
+        """`GET /v1/admin/revisions/{model}/{revision}`."""
+        yield await self._answer(context, self._controller.GetRevision, request)
+
+    async def DeleteRevision(self, request: pb.DeleteRevisionRequest, context: Context) -> Bodies:
+        """`DELETE /v1/admin/revisions/{model}/{revision}`."""
+        yield await self._answer(context, self._controller.DeleteRevision, request)
+
+    async def CreateRollout(self, request: HttpBody, context: Context) -> Bodies:
+        """`POST /v1/admin/rollouts` with a RolloutSpec."""
+
+        def read() -> pb.CreateRolloutRequest:
+            wanted = pb.CreateRolloutRequest()
+            _read(request, wanted.spec)
+            # An empty spec is there, too: the controller says what it lacks.
+            wanted.spec.SetInParent()
+            return wanted
+
+        yield await self._answer(context, self._controller.CreateRollout, read)
+
+    async def ListRollouts(self, request: pb.ListRolloutsRequest, context: Context) -> Bodies:
+        """`GET /v1/admin/rollouts`, with `?model=` those of one model."""
+        yield await self._answer(context, self._controller.ListRollouts, request)
+
+    async def GetRollout(self, request: pb.GetRolloutRequest, context: Context) -> Bodies:
+        """`GET /v1/admin/rollouts/{rollout_id}`."""
+        yield await self._answer(context, self._controller.GetRollout, request)
+
+    async def WatchRollout(self, request: pb.WatchRolloutRequest, context: Context) -> Bodies:
+        """`GET /v1/admin/rollouts/{rollout_id}/events`: an event `rollout` at every change, until its end."""
+        begun = False
+        request_id = ids.new_request_id()
+        try:
+            watching = self._controller.WatchRollout(request, context)
+            async with aclosing(_timely(watching)) as responses:
+                async for response in responses:
+                    if not begun:
+                        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+                        begun = True
+                    yield _events(b": waiting\n\n" if response is None else _event("rollout", response))
+        except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
+            if not begun:
+                yield await _refusal(context, error, request_id)
+            else:
+                yield _events(b"event: error\ndata: %s\n\n" % _told(error, request_id))
+
+    async def PromoteRollout(self, request: pb.PromoteRolloutRequest, context: Context) -> Bodies:
+        """`POST /v1/admin/rollouts/{rollout_id}/promote`."""
+        yield await self._answer(context, self._controller.PromoteRollout, request)
+
+    async def RollBackRollout(self, request: pb.RollBackRolloutRequest, context: Context) -> Bodies:
+        """`POST /v1/admin/rollouts/{rollout_id}/rollback`."""
+        yield await self._answer(context, self._controller.RollBackRollout, request)
+
+    async def CancelRollout(self, request: pb.CancelRolloutRequest, context: Context) -> Bodies:
+        """`POST /v1/admin/rollouts/{rollout_id}/cancel`."""
+        yield await self._answer(context, self._controller.CancelRollout, request)
+
+    async def ListWorkers(self, request: HttpBody, context: Context) -> Bodies:
+        """`GET /v1/admin/workers`."""
+        del request
+        yield await self._answer(context, self._controller.ListWorkers, pb.ListWorkersRequest())
+
+    async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Context) -> Bodies:
+        """`POST /v1/admin/workers/{worker_id}/drain`."""
+        yield await self._answer(context, self._controller.DrainWorker, request)
+
+    async def ListBreakers(self, request: HttpBody, context: Context) -> Bodies:
+        """`GET /v1/admin/breakers`."""
+        del request
+        yield await self._answer(context, self._controller.ListBreakers, pb.ListBreakersRequest())
+
+    async def ForceBreaker(self, request: HttpBody, context: Context) -> Bodies:
+        """`POST /v1/admin/breakers` with a ForceBreakerRequest."""
+        yield await self._answer(
+            context, self._controller.ForceBreaker, lambda: _read(request, pb.ForceBreakerRequest())
+        )
+
+    async def RevokeToken(self, request: HttpBody, context: Context) -> Bodies:
+        """`POST /v1/admin/tokens/revoke` with a RevokeTokenRequest."""
+        yield await self._answer(
+            context, self._controller.RevokeToken, lambda: _read(request, pb.RevokeTokenRequest())
+        )
+
+    async def _answer(
+        self,
+        context: Context,
+        method: Callable[[Any, Context], Awaitable[Message]],
+        request: Message | Callable[[], Message],
+    ) -> HttpBody:
+        """The JSON of one call; whatever it raises becomes a body as well."""
+        request_id = ids.new_request_id()
+        try:
+            if callable(request):
+                # Who may not call it learns that before a body is read.
+                token = bearer_token(tuple(context.invocation_metadata() or ()))
+                self._verifier.verify(token).require("admin")
+                request = request()
+            response = await method(request, context)
+        except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
+            return await _refusal(context, error, request_id)
+        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        return HttpBody(content_type=JSON_TYPE, data=_json(response))
 
 
-async def _refusal(context: Context, error: InterlockError) -> HttpBody:
+async def _refusal(context: Context, error: Exception, request_id: str) -> HttpBody:
     """The body of a failed call; its status goes ahead in the metadata."""
-    request_id = ids.new_request_id()
-    logs.annotate(request_id=request_id, http_status=http_errors.status_of(error), reason=error.reason)
-    metadata = (*http_errors.headers(error), (REQUEST_ID_KEY, request_id))
+    data = _told(error, request_id)
+    metadata = (*http_errors.headers(status.as_interlock_error(error)), (REQUEST_ID_KEY, request_id))
     await context.send_initial_metadata(metadata)
-    body = {"error": http_errors.fields(error, request_id)}
-    return HttpBody(content_type="application/json", data=json.dumps(body).encode())
+    return HttpBody(content_type=JSON_TYPE, data=data)
+
+
+def _told(error: Exception, request_id: str) -> bytes:
+    told = status.as_interlock_error(error)
+    if told is not error:
+        logs.get_logger().error("rpc.crashed", request_id=request_id, exc_info=error)
+    logs.annotate(request_id=request_id, http_status=http_errors.status_of(told), reason=told.reason)
+    return json.dumps({"error": http_errors.fields(told, request_id)}).encode()
+
+
+async def _timely(responses: AsyncIterator[Message]) -> AsyncGenerator[Message | None, None]:
+    """Each response as it comes, and None where none does for a while."""
+    coming: asyncio.Task[Message | None] | None = None
+    try:
+        while True:
+            coming = coming or asyncio.create_task(anext(responses, None))
+            done, _ = await asyncio.wait({coming}, timeout=HEARTBEAT_S)
+            if not done:
+                yield None
+                continue
+            response, coming = coming.result(), None
+            if response is None:
+                return
+            yield response
+    finally:
+        if coming is not None:
+            coming.cancel()
+            await asyncio.wait({coming})
+
+
+def _read(body: HttpBody, message: Request) -> Request:
+    """Reads a body into `message`: exactly one JSON object, every field known."""
+    fields = read_object(body.data)
+    try:
+        json_format.ParseDict(fields, message)
+    except json_format.ParseError as error:
+        # The first line names the field; the rest would list what the message has.
+        told = ascii(str(error).partition("\n")[0][:_TOLD_MAX])[1:-1]
+        raise ArgumentInvalid(f"The body does not fit: {told}") from None
+    return message
+
+
+def _json(message: Message) -> bytes:
+    text = json_format.MessageToJson(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True, indent=None
+    )
+    return text.encode()
+
+
+def _event(name: str, message: Message) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), _json(message))
+
+
+def _events(data: bytes) -> HttpBody:
+    return HttpBody(content_type=EVENTS_TYPE, data=data)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
+import itertools
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -191,3 +194,37 @@ def test_a_client_with_grpcio_and_protobuf_alone_generates(mesh: Mesh, tmp_path:
     assert installed - {"pip", "setuptools"} == {"interlock", "grpcio", "protobuf", "typing-extensions"}, (
         installed
     )
+
+
+def test_a_cut_http_stream_goes_on_behind_its_last_event(mesh: Mesh) -> None:
+    """Through Envoy, the gateway and Redis: ids count on, and the text is the one of an uncut stream."""
+    whole = mesh.ask("Count from one to ten.", max_tokens=40)
+    body = {"text": "Count from one to ten.", "max_tokens": 40, "stream": True}
+    named = {**body, "request_id": "cut", "resumable": True}
+    begun = list(itertools.islice(streamed(mesh, "POST", "/v1/generate", named), 4))
+    rest = list(streamed(mesh, "GET", "/v1/generate/cut", headers={"last-event-id": begun[-1]["id"]}))
+    events = begun + rest
+    assert [int(event["id"]) for event in events] == list(range(1, len(events) + 1))
+    chunks = [json.loads(event["data"])["chunk"] for event in events if event["event"] == "chunk"]
+    assert "".join(chunk["text"] for chunk in chunks) == whole
+    assert (rest[-1]["event"], mesh.get("/").status) == ("finished", 200)
+
+
+def streamed(
+    mesh: Mesh, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+) -> Iterator[dict[str, str]]:
+    """The events of a stream; leaving it closes the connection."""
+    connection = http.client.HTTPConnection(mesh.address, timeout=60)
+    known = {"authorization": f"Bearer {mesh.token}", "content-type": "application/json", **(headers or {})}
+    try:
+        connection.request(method, path, None if body is None else json.dumps(body), known)
+        event: dict[str, str] = {}
+        for line in connection.getresponse():
+            name, _, value = line.decode().rstrip("\n").partition(": ")
+            if name:
+                event[name] = value
+            elif event:
+                yield event
+                event = {}
+    finally:
+        connection.close()

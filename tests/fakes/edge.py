@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,12 +31,14 @@ class FakeBackend:
     Attributes:
         name: What it says that it is.
         seen: The metadata of every call, by method.
+        requests: The last request of every HTTP method, as it came.
         hold: Keeps gRPC answers back until it is set; None: they come at once.
         begins: Whether the headers of an answer go out before it is held back.
     """
 
     name: str
     seen: dict[str, Metadata] = field(default_factory=dict)
+    requests: dict[str, bytes] = field(default_factory=dict)
     hold: threading.Event | None = None
     begins: bool = False
     address: str = ""
@@ -78,9 +80,18 @@ class _Everything(grpc.GenericRpcHandler):
         }
         if "HttpService" in method:
             return grpc.unary_stream_rpc_method_handler(
-                self._answer_http, request_deserializer=HttpBody.FromString, response_serializer=_bytes
+                self._answer_http, self._keeping(method), response_serializer=_bytes
             )
         return grpc.unary_unary_rpc_method_handler(self._answer)
+
+    def _keeping(self, method: str) -> Callable[[bytes], HttpBody]:
+        """Reads a request as a body, whatever it is, and keeps it."""
+
+        def read(request: bytes) -> HttpBody:
+            self._backend.requests[method] = request
+            return HttpBody.FromString(request)
+
+        return read
 
     def _answer(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         """The request's own bytes: an echo."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from services.common import http_errors
 from services.common.errors import ArgumentInvalid, InterlockError
+from services.common.strict_json import read_object, shown
 from services.gateway.core.events import Chunk, Event, Finished, Queued, Started, Timings, TokenLogprob, Usage
 from services.gateway.core.params import (
     ChatPrompt,
@@ -19,10 +21,11 @@ from services.gateway.core.params import (
     TokenPrompt,
 )
 from services.gateway.http.native_fields import FIELDS, SAMPLING_FIELDS
-from services.gateway.http.strict_json import read_object, shown
 
 JSON_TYPE = "application/json"
-EVENTS_TYPE = "text/event-stream"
+
+# A cursor is a position in a log of at most some thousands; the contract's own type has 64 bits.
+_CURSOR = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +48,7 @@ def read_request(body: bytes, content_type: str) -> NativeRequest:
         MessageTooLarge: The body is longer than the server reads.
         ArgumentInvalid: It is not JSON, or a field is unknown or of the wrong type; the message names it.
     """
-    media_type = content_type.partition(";")[0].strip().lower()
-    if media_type not in {"", JSON_TYPE}:
-        raise ArgumentInvalid(f"content-type: must be {JSON_TYPE}.")
+    check_json_type(content_type)
     fields = read_object(body)
     for name in fields:
         if name not in FIELDS:
@@ -68,6 +69,26 @@ def read_request(body: bytes, content_type: str) -> NativeRequest:
         resumable=read.get("resumable", False),
     )
     return NativeRequest(generation, stream=read.get("stream", False))
+
+
+def check_json_type(content_type: str) -> None:
+    """Raises ArgumentInvalid for a body that claims to be something else than JSON."""
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type not in {"", JSON_TYPE}:
+        raise ArgumentInvalid(f"content-type: must be {JSON_TYPE}.")
+
+
+def read_cursor(last_event_id: str | None) -> int:
+    """The position behind which a client wants events: the `id:` of the last one that it has seen.
+
+    Raises:
+        ArgumentInvalid: It is no number of an event.
+    """
+    if not last_event_id:
+        return 0
+    if not _CURSOR.fullmatch(last_event_id):
+        raise ArgumentInvalid("last-event-id: must be the id of an event, a whole number.")
+    return int(last_event_id)
 
 
 def result_body(chunks: Sequence[Chunk], started: Started, finished: Finished) -> bytes:
@@ -94,6 +115,16 @@ def event_body(cursor: int, event: Event) -> bytes:
 def heartbeat_body() -> bytes:
     """A comment that keeps a waiting connection from looking dead."""
     return b": waiting\n\n"
+
+
+def cancelled_body(request_id: str, *, cancelled: bool) -> bytes:
+    """The reply to a cancellation."""
+    return _dump({"request_id": request_id, "cancelled": cancelled})
+
+
+def status_of(error: InterlockError) -> int:
+    """The HTTP status of an error."""
+    return http_errors.status_of(error)
 
 
 def error_body(error: InterlockError, request_id: str) -> bytes:

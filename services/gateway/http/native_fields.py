@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from services.common.errors import ArgumentInvalid
+from services.common.strict_json import shown
 from services.gateway.core.jobs import Band
 from services.gateway.core.params import FormatKind, Message, OutputFormat
-from services.gateway.http.strict_json import shown
 
 
 def _text(name: str, value: Any) -> str:

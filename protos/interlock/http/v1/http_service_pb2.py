@@ -24,9 +24,11 @@ _sym_db = _symbol_database.Default()
 
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.api import httpbody_pb2 as google_dot_api_dot_httpbody__pb2
+from interlock.v1 import controller_service_pb2 as interlock_dot_v1_dot_controller__service__pb2
+from interlock.v1 import gateway_service_pb2 as interlock_dot_v1_dot_gateway__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$interlock/http/v1/http_service.proto\x12\x11interlock.http.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto2\x8b\x02\n\x12GatewayHttpService\x12\x61\n\x08Generate\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\'\x82\xd3\xe4\x93\x02!\"\x0c/v1/generate:\x01*Z\x0e\"\t/generate:\x01*0\x01\x12I\n\x07Healthz\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x10\x82\xd3\xe4\x93\x02\n\x12\x08/healthz0\x01\x12G\n\x06Readyz\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x0f\x82\xd3\xe4\x93\x02\t\x12\x07/readyz0\x01\x32\xc0\x01\n\x10\x41\x64minHttpService\x12T\n\nListModels\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x18\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/admin/models0\x01\x12V\n\x0bListWorkers\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/admin/workers0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$interlock/http/v1/http_service.proto\x12\x11interlock.http.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\x1a%interlock/v1/controller_service.proto\x1a\"interlock/v1/gateway_service.proto2\xa7\x04\n\x12GatewayHttpService\x12\x61\n\x08Generate\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\'\x82\xd3\xe4\x93\x02!\"\x0c/v1/generate:\x01*Z\x0e\"\t/generate:\x01*0\x01\x12j\n\x06Resume\x12%.interlock.v1.ResumeGenerationRequest\x1a\x14.google.api.HttpBody\"!\x82\xd3\xe4\x93\x02\x1b\x12\x19/v1/generate/{request_id}0\x01\x12j\n\x06\x43\x61ncel\x12%.interlock.v1.CancelGenerationRequest\x1a\x14.google.api.HttpBody\"!\x82\xd3\xe4\x93\x02\x1b*\x19/v1/generate/{request_id}0\x01\x12\x42\n\x07\x43onsole\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\t\x82\xd3\xe4\x93\x02\x03\x12\x01/0\x01\x12I\n\x07Healthz\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x10\x82\xd3\xe4\x93\x02\n\x12\x08/healthz0\x01\x12G\n\x06Readyz\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x0f\x82\xd3\xe4\x93\x02\t\x12\x07/readyz0\x01\x32\xe1\r\n\x10\x41\x64minHttpService\x12T\n\nListModels\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x18\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/admin/models0\x01\x12h\n\rListRevisions\x12\".interlock.v1.ListRevisionsRequest\x1a\x14.google.api.HttpBody\"\x1b\x82\xd3\xe4\x93\x02\x15\x12\x13/v1/admin/revisions0\x01\x12w\n\x0bGetRevision\x12 .interlock.v1.GetRevisionRequest\x1a\x14.google.api.HttpBody\".\x82\xd3\xe4\x93\x02(\x12&/v1/admin/revisions/{model}/{revision}0\x01\x12}\n\x0e\x44\x65leteRevision\x12#.interlock.v1.DeleteRevisionRequest\x1a\x14.google.api.HttpBody\".\x82\xd3\xe4\x93\x02(*&/v1/admin/revisions/{model}/{revision}0\x01\x12\\\n\rCreateRollout\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x1d\x82\xd3\xe4\x93\x02\x17\"\x12/v1/admin/rollouts:\x01*0\x01\x12\x65\n\x0cListRollouts\x12!.interlock.v1.ListRolloutsRequest\x1a\x14.google.api.HttpBody\"\x1a\x82\xd3\xe4\x93\x02\x14\x12\x12/v1/admin/rollouts0\x01\x12n\n\nGetRollout\x12\x1f.interlock.v1.GetRolloutRequest\x1a\x14.google.api.HttpBody\"\'\x82\xd3\xe4\x93\x02!\x12\x1f/v1/admin/rollouts/{rollout_id}0\x01\x12y\n\x0cWatchRollout\x12!.interlock.v1.WatchRolloutRequest\x1a\x14.google.api.HttpBody\".\x82\xd3\xe4\x93\x02(\x12&/v1/admin/rollouts/{rollout_id}/events0\x01\x12~\n\x0ePromoteRollout\x12#.interlock.v1.PromoteRolloutRequest\x1a\x14.google.api.HttpBody\"/\x82\xd3\xe4\x93\x02)\"\'/v1/admin/rollouts/{rollout_id}/promote0\x01\x12\x81\x01\n\x0fRollBackRollout\x12$.interlock.v1.RollBackRolloutRequest\x1a\x14.google.api.HttpBody\"0\x82\xd3\xe4\x93\x02*\"(/v1/admin/rollouts/{rollout_id}/rollback0\x01\x12{\n\rCancelRollout\x12\".interlock.v1.CancelRolloutRequest\x1a\x14.google.api.HttpBody\".\x82\xd3\xe4\x93\x02(\"&/v1/admin/rollouts/{rollout_id}/cancel0\x01\x12V\n\x0bListWorkers\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/admin/workers0\x01\x12t\n\x0b\x44rainWorker\x12 .interlock.v1.DrainWorkerRequest\x1a\x14.google.api.HttpBody\"+\x82\xd3\xe4\x93\x02%\"#/v1/admin/workers/{worker_id}/drain0\x01\x12X\n\x0cListBreakers\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x1a\x82\xd3\xe4\x93\x02\x14\x12\x12/v1/admin/breakers0\x01\x12[\n\x0c\x46orceBreaker\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\x1d\x82\xd3\xe4\x93\x02\x17\"\x12/v1/admin/breakers:\x01*0\x01\x12_\n\x0bRevokeToken\x12\x14.google.api.HttpBody\x1a\x14.google.api.HttpBody\"\"\x82\xd3\xe4\x93\x02\x1c\"\x17/v1/admin/tokens/revoke:\x01*0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,16 +37,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GATEWAYHTTPSERVICE'].methods_by_name['Generate']._loaded_options = None
   _globals['_GATEWAYHTTPSERVICE'].methods_by_name['Generate']._serialized_options = b'\202\323\344\223\002!\"\014/v1/generate:\001*Z\016\"\t/generate:\001*'
+  _globals['_GATEWAYHTTPSERVICE'].methods_by_name['Resume']._loaded_options = None
+  _globals['_GATEWAYHTTPSERVICE'].methods_by_name['Resume']._serialized_options = b'\202\323\344\223\002\033\022\031/v1/generate/{request_id}'
+  _globals['_GATEWAYHTTPSERVICE'].methods_by_name['Cancel']._loaded_options = None
+  _globals['_GATEWAYHTTPSERVICE'].methods_by_name['Cancel']._serialized_options = b'\202\323\344\223\002\033*\031/v1/generate/{request_id}'
+  _globals['_GATEWAYHTTPSERVICE'].methods_by_name['Console']._loaded_options = None
+  _globals['_GATEWAYHTTPSERVICE'].methods_by_name['Console']._serialized_options = b'\202\323\344\223\002\003\022\001/'
   _globals['_GATEWAYHTTPSERVICE'].methods_by_name['Healthz']._loaded_options = None
   _globals['_GATEWAYHTTPSERVICE'].methods_by_name['Healthz']._serialized_options = b'\202\323\344\223\002\n\022\010/healthz'
   _globals['_GATEWAYHTTPSERVICE'].methods_by_name['Readyz']._loaded_options = None
   _globals['_GATEWAYHTTPSERVICE'].methods_by_name['Readyz']._serialized_options = b'\202\323\344\223\002\t\022\007/readyz'
   _globals['_ADMINHTTPSERVICE'].methods_by_name['ListModels']._loaded_options = None
   _globals['_ADMINHTTPSERVICE'].methods_by_name['ListModels']._serialized_options = b'\202\323\344\223\002\022\022\020/v1/admin/models'
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['ListRevisions']._loaded_options = None
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['ListRevisions']._serialized_options = b'\202\323\344\223\002\025\022\023/v1/admin/revisions'
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['GetRevision']._loaded_options = None
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['GetRevision']._serialized_options = b'\202\323\344\223\002(\022&/v1/admin/revisions/{model}/{revision}'
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['DeleteRevision']._loaded_options = None
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['DeleteRevision']._serialized_options = b'\202\323\344\223\002(*&/v1/admin/revisions/{model}/{revision}'
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['CreateRollout']._loaded_options = None
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['CreateRollout']._serialized_options = b'\202\323\344\223\002\027\"\022/v1/admin/rollouts:\001*'
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['ListRollouts']._loaded_options = None
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['ListRollouts']._serialized_options = b'\202\323\344\223\002\024\022\022/v1/admin/rollouts'
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['GetRollout']._loaded_options = None
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['GetRollout']._serialized_options = b'\202\323\344\223\002!\022\037/v1/admin/rollouts/{rollout_id}'
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['WatchRollout']._loaded_options = None
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['WatchRollout']._serialized_options = b'\202\323\344\223\002(\022&/v1/admin/rollouts/{rollout_id}/events'
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['PromoteRollout']._loaded_options = None
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['PromoteRollout']._serialized_options = b'\202\323\344\223\002)\"\'/v1/admin/rollouts/{rollout_id}/promote'
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['RollBackRollout']._loaded_options = None
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['RollBackRollout']._serialized_options = b'\202\323\344\223\002*\"(/v1/admin/rollouts/{rollout_id}/rollback'
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['CancelRollout']._loaded_options = None
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['CancelRollout']._serialized_options = b'\202\323\344\223\002(\"&/v1/admin/rollouts/{rollout_id}/cancel'
   _globals['_ADMINHTTPSERVICE'].methods_by_name['ListWorkers']._loaded_options = None
   _globals['_ADMINHTTPSERVICE'].methods_by_name['ListWorkers']._serialized_options = b'\202\323\344\223\002\023\022\021/v1/admin/workers'
-  _globals['_GATEWAYHTTPSERVICE']._serialized_start=117
-  _globals['_GATEWAYHTTPSERVICE']._serialized_end=384
-  _globals['_ADMINHTTPSERVICE']._serialized_start=387
-  _globals['_ADMINHTTPSERVICE']._serialized_end=579
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['DrainWorker']._loaded_options = None
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['DrainWorker']._serialized_options = b'\202\323\344\223\002%\"#/v1/admin/workers/{worker_id}/drain'
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['ListBreakers']._loaded_options = None
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['ListBreakers']._serialized_options = b'\202\323\344\223\002\024\022\022/v1/admin/breakers'
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['ForceBreaker']._loaded_options = None
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['ForceBreaker']._serialized_options = b'\202\323\344\223\002\027\"\022/v1/admin/breakers:\001*'
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['RevokeToken']._loaded_options = None
+  _globals['_ADMINHTTPSERVICE'].methods_by_name['RevokeToken']._serialized_options = b'\202\323\344\223\002\034\"\027/v1/admin/tokens/revoke:\001*'
+  _globals['_GATEWAYHTTPSERVICE']._serialized_start=192
+  _globals['_GATEWAYHTTPSERVICE']._serialized_end=743
+  _globals['_ADMINHTTPSERVICE']._serialized_start=746
+  _globals['_ADMINHTTPSERVICE']._serialized_end=2507
 # @@protoc_insertion_point(module_scope)

@@ -6,6 +6,8 @@ isort:skip_file
 from collections import abc as _abc
 from google.api import httpbody_pb2 as _httpbody_pb2
 from grpc import aio as _aio
+from interlock.v1 import controller_service_pb2 as _controller_service_pb2
+from interlock.v1 import gateway_service_pb2 as _gateway_service_pb2
 import abc as _abc_1
 
 
@@ -22,6 +24,12 @@ class GatewayHttpServiceStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """The native API: `{"text": ...}` in, `{"result": ...}` or server-sent events out."""
+    Resume: _aio.UnaryStreamMultiCallable[_gateway_service_pb2.ResumeGenerationRequest, _httpbody_pb2.HttpBody]
+    """The events of a resumable request behind the cursor in `last-event-id`; without one from the first on."""
+    Cancel: _aio.UnaryStreamMultiCallable[_gateway_service_pb2.CancelGenerationRequest, _httpbody_pb2.HttpBody]
+    """Ends a request of the caller's own subject."""
+    Console: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
+    """A page that shows whether the mesh answers, and asks it."""
     Healthz: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """Alive: the process answers."""
     Readyz: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
@@ -43,6 +51,30 @@ class GatewayHttpServiceServicer(metaclass=_abc_1.ABCMeta):
         """The native API: `{"text": ...}` in, `{"result": ...}` or server-sent events out."""
 
     @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _gateway_service_pb2.ResumeGenerationRequest,
+        context: _aio.ServicerContext[_gateway_service_pb2.ResumeGenerationRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """The events of a resumable request behind the cursor in `last-event-id`; without one from the first on."""
+
+    @_abc_1.abstractmethod
+    def Cancel(
+        self,
+        request: _gateway_service_pb2.CancelGenerationRequest,
+        context: _aio.ServicerContext[_gateway_service_pb2.CancelGenerationRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """Ends a request of the caller's own subject."""
+
+    @_abc_1.abstractmethod
+    def Console(
+        self,
+        request: _httpbody_pb2.HttpBody,
+        context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """A page that shows whether the mesh answers, and asks it."""
+
+    @_abc_1.abstractmethod
     def Healthz(
         self,
         request: _httpbody_pb2.HttpBody,
@@ -61,16 +93,44 @@ class GatewayHttpServiceServicer(metaclass=_abc_1.ABCMeta):
 def add_GatewayHttpServiceServicer_to_server(servicer: GatewayHttpServiceServicer, server: _aio.Server) -> None: ...
 
 class AdminHttpServiceStub:
-    """The HTTP face of the controller; scope `admin`."""
+    """The HTTP face of the controller: `interlock.v1.ControllerService` as JSON; scope `admin`."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """The models that are registered."""
+    ListRevisions: _aio.UnaryStreamMultiCallable[_controller_service_pb2.ListRevisionsRequest, _httpbody_pb2.HttpBody]
+    """The revisions of the model that the query names."""
+    GetRevision: _aio.UnaryStreamMultiCallable[_controller_service_pb2.GetRevisionRequest, _httpbody_pb2.HttpBody]
+    """One revision."""
+    DeleteRevision: _aio.UnaryStreamMultiCallable[_controller_service_pb2.DeleteRevisionRequest, _httpbody_pb2.HttpBody]
+    """Forgets a revision that nothing uses."""
+    CreateRollout: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
+    """Begins to replace the revision that serves; the body is an `interlock.v1.RolloutSpec`."""
+    ListRollouts: _aio.UnaryStreamMultiCallable[_controller_service_pb2.ListRolloutsRequest, _httpbody_pb2.HttpBody]
+    """Rollouts, newest first; of one model where the query names it."""
+    GetRollout: _aio.UnaryStreamMultiCallable[_controller_service_pb2.GetRolloutRequest, _httpbody_pb2.HttpBody]
+    """One rollout."""
+    WatchRollout: _aio.UnaryStreamMultiCallable[_controller_service_pb2.WatchRolloutRequest, _httpbody_pb2.HttpBody]
+    """One rollout as server-sent events, again at every change, until its end."""
+    PromoteRollout: _aio.UnaryStreamMultiCallable[_controller_service_pb2.PromoteRolloutRequest, _httpbody_pb2.HttpBody]
+    """Ends the judging: the new revision stays."""
+    RollBackRollout: _aio.UnaryStreamMultiCallable[_controller_service_pb2.RollBackRolloutRequest, _httpbody_pb2.HttpBody]
+    """Gives the route back to the old revision."""
+    CancelRollout: _aio.UnaryStreamMultiCallable[_controller_service_pb2.CancelRolloutRequest, _httpbody_pb2.HttpBody]
+    """Ends a rollout before its switch."""
     ListWorkers: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """The workers of the mesh."""
+    DrainWorker: _aio.UnaryStreamMultiCallable[_controller_service_pb2.DrainWorkerRequest, _httpbody_pb2.HttpBody]
+    """Takes a worker out of service; it ends what it runs."""
+    ListBreakers: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
+    """The breakers of all gateways."""
+    ForceBreaker: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
+    """Holds a breaker, or lets it go; the body is an `interlock.v1.ForceBreakerRequest`."""
+    RevokeToken: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
+    """Takes a token back before its end; the body is an `interlock.v1.RevokeTokenRequest`."""
 
 class AdminHttpServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The HTTP face of the controller; scope `admin`."""
+    """The HTTP face of the controller: `interlock.v1.ControllerService` as JSON; scope `admin`."""
 
     @_abc_1.abstractmethod
     def ListModels(
@@ -81,11 +141,123 @@ class AdminHttpServiceServicer(metaclass=_abc_1.ABCMeta):
         """The models that are registered."""
 
     @_abc_1.abstractmethod
+    def ListRevisions(
+        self,
+        request: _controller_service_pb2.ListRevisionsRequest,
+        context: _aio.ServicerContext[_controller_service_pb2.ListRevisionsRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """The revisions of the model that the query names."""
+
+    @_abc_1.abstractmethod
+    def GetRevision(
+        self,
+        request: _controller_service_pb2.GetRevisionRequest,
+        context: _aio.ServicerContext[_controller_service_pb2.GetRevisionRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """One revision."""
+
+    @_abc_1.abstractmethod
+    def DeleteRevision(
+        self,
+        request: _controller_service_pb2.DeleteRevisionRequest,
+        context: _aio.ServicerContext[_controller_service_pb2.DeleteRevisionRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """Forgets a revision that nothing uses."""
+
+    @_abc_1.abstractmethod
+    def CreateRollout(
+        self,
+        request: _httpbody_pb2.HttpBody,
+        context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """Begins to replace the revision that serves; the body is an `interlock.v1.RolloutSpec`."""
+
+    @_abc_1.abstractmethod
+    def ListRollouts(
+        self,
+        request: _controller_service_pb2.ListRolloutsRequest,
+        context: _aio.ServicerContext[_controller_service_pb2.ListRolloutsRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """Rollouts, newest first; of one model where the query names it."""
+
+    @_abc_1.abstractmethod
+    def GetRollout(
+        self,
+        request: _controller_service_pb2.GetRolloutRequest,
+        context: _aio.ServicerContext[_controller_service_pb2.GetRolloutRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """One rollout."""
+
+    @_abc_1.abstractmethod
+    def WatchRollout(
+        self,
+        request: _controller_service_pb2.WatchRolloutRequest,
+        context: _aio.ServicerContext[_controller_service_pb2.WatchRolloutRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """One rollout as server-sent events, again at every change, until its end."""
+
+    @_abc_1.abstractmethod
+    def PromoteRollout(
+        self,
+        request: _controller_service_pb2.PromoteRolloutRequest,
+        context: _aio.ServicerContext[_controller_service_pb2.PromoteRolloutRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """Ends the judging: the new revision stays."""
+
+    @_abc_1.abstractmethod
+    def RollBackRollout(
+        self,
+        request: _controller_service_pb2.RollBackRolloutRequest,
+        context: _aio.ServicerContext[_controller_service_pb2.RollBackRolloutRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """Gives the route back to the old revision."""
+
+    @_abc_1.abstractmethod
+    def CancelRollout(
+        self,
+        request: _controller_service_pb2.CancelRolloutRequest,
+        context: _aio.ServicerContext[_controller_service_pb2.CancelRolloutRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """Ends a rollout before its switch."""
+
+    @_abc_1.abstractmethod
     def ListWorkers(
         self,
         request: _httpbody_pb2.HttpBody,
         context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """The workers of the mesh."""
+
+    @_abc_1.abstractmethod
+    def DrainWorker(
+        self,
+        request: _controller_service_pb2.DrainWorkerRequest,
+        context: _aio.ServicerContext[_controller_service_pb2.DrainWorkerRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """Takes a worker out of service; it ends what it runs."""
+
+    @_abc_1.abstractmethod
+    def ListBreakers(
+        self,
+        request: _httpbody_pb2.HttpBody,
+        context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """The breakers of all gateways."""
+
+    @_abc_1.abstractmethod
+    def ForceBreaker(
+        self,
+        request: _httpbody_pb2.HttpBody,
+        context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """Holds a breaker, or lets it go; the body is an `interlock.v1.ForceBreakerRequest`."""
+
+    @_abc_1.abstractmethod
+    def RevokeToken(
+        self,
+        request: _httpbody_pb2.HttpBody,
+        context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """Takes a token back before its end; the body is an `interlock.v1.RevokeTokenRequest`."""
 
 def add_AdminHttpServiceServicer_to_server(servicer: AdminHttpServiceServicer, server: _aio.Server) -> None: ...

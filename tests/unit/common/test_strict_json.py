@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import ArgumentInvalid
-from services.gateway.http.strict_json import DEPTH_MAX, read_object
+from services.common.strict_json import DEPTH_MAX, read_object
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -1,0 +1,151 @@
+"""One HTTP reply on its way. Owns: what may still be said of a failure, and the events of an answer in time.
+
+The status of a reply that is not 200 travels in the initial metadata `x-interlock-status`, and the call ends
+with gRPC's OK: so that every byte of an error is ours. After the first byte nothing but an event can tell of
+an error. Must not know: the shape of any API; a `Shape` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from google.api.httpbody_pb2 import HttpBody
+
+from services.common import http_errors, ids, logs, status
+from services.common.errors import InterlockError, InternalError
+from services.common.grpc_types import Context
+from services.gateway.core.events import Chunk, Event, Finished, Started
+from services.gateway.dispatcher.streams import AnswerStream
+from services.gateway.servicer import REQUEST_ID_KEY, note_worker, response_metadata
+
+JSON_TYPE = "application/json"
+EVENTS_TYPE = "text/event-stream"
+
+# Status and headers wait this long for the grant, so that most responses name revision and worker.
+GRANT_WAIT_S = 5.0
+# Proxies give up on connections that are silent for a minute; some sooner.
+HEARTBEAT_S = 10.0
+
+
+class Shape(Protocol):
+    """How an API tells of errors."""
+
+    def status_of(self, error: InterlockError) -> int:
+        """The HTTP status."""
+        ...
+
+    def error_body(self, error: InterlockError, request_id: str) -> bytes:
+        """The reply of a request that failed before its first byte."""
+        ...
+
+    def error_event_body(self, error: InterlockError, request_id: str) -> bytes:
+        """The last event of a stream that failed."""
+        ...
+
+
+class Reply:
+    """One reply: knows whether its headers are gone.
+
+    Attributes:
+        request_id: What the reply is called by; a new one until the request's own is known.
+    """
+
+    def __init__(self, context: Context, shape: Shape) -> None:
+        self._context = context
+        self._shape = shape
+        self._begun = False
+        self.request_id = ids.new_request_id()
+
+    async def begin(
+        self, generation: AnswerStream | None = None, *, more: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        """Sends status 200 and the headers, with `more` of them."""
+        self._begun = True
+        known = response_metadata(self.request_id, generation)
+        await self._context.send_initial_metadata((*known, *more))
+
+    async def whole(self, data: bytes, content_type: str = JSON_TYPE) -> HttpBody:
+        """Sends the headers of a reply that owes nothing to a generation, and returns its body."""
+        await self.begin()
+        return HttpBody(content_type=content_type, data=data)
+
+    async def failed(self, error: Exception) -> HttpBody:
+        """Returns the body that tells of `error`, in the way that is still open."""
+        told = status.as_interlock_error(error)
+        if told is not error:
+            logs.get_logger().error("rpc.crashed", request_id=self.request_id, exc_info=error)
+        code = self._shape.status_of(told)
+        logs.annotate(http_status=code, reason=told.reason)
+        if self._begun:
+            return event(self._shape.error_event_body(told, self.request_id))
+        self._begun = True
+        headers = ((REQUEST_ID_KEY, self.request_id), *http_errors.headers(told, code))
+        await self._context.send_initial_metadata(headers)
+        return HttpBody(content_type=JSON_TYPE, data=self._shape.error_body(told, self.request_id))
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The whole of an answer.
+
+    Attributes:
+        started: Who answered, at last.
+        chunks: What was said, in its order.
+        finished: How it ended.
+    """
+
+    started: Started
+    chunks: tuple[Chunk, ...]
+    finished: Finished
+
+    @property
+    def text(self) -> str:
+        """What was said."""
+        return "".join(chunk.text for chunk in self.chunks)
+
+
+async def whole_answer(generation: AnswerStream) -> Answer:
+    """Waits for the end, so that an error still has its status.
+
+    Raises:
+        InterlockError: What the request ended with.
+    """
+    chunks: list[Chunk] = []
+    finished: Finished | None = None
+    async for happened in generation:
+        note_worker(happened)
+        if isinstance(happened, Chunk):
+            chunks.append(happened)
+        elif isinstance(happened, Finished):
+            finished = happened
+    if generation.started is None or finished is None:
+        raise InternalError("The request ended without a result.")
+    return Answer(generation.started, tuple(chunks), finished)
+
+
+async def timely_events(generation: AnswerStream, reply: Reply) -> AsyncGenerator[Event | None, None]:
+    """Begins the reply, then gives each event as it comes, and None where none does: a heartbeat is due.
+
+    Raises:
+        InterlockError: What the request ended with; before the first byte it still has its status.
+    """
+    started = await generation.first_grant(GRANT_WAIT_S)
+    if started is None and generation.error is not None:
+        raise generation.error
+    await reply.begin(generation)
+    while True:
+        if not await generation.ready(HEARTBEAT_S):
+            yield None
+            continue
+        happened = await anext(generation, None)
+        if happened is None:
+            return
+        note_worker(happened)
+        yield happened
+
+
+def event(data: bytes) -> HttpBody:
+    """Server-sent events as they are sent."""
+    return HttpBody(content_type=EVENTS_TYPE, data=data)
