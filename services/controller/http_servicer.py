@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from google.api.httpbody_pb2 import HttpBody
 from google.protobuf import json_format
 from google.protobuf.message import Message
+from interlock.http.v1 import http_service_pb2 as http_pb
 from interlock.http.v1 import http_service_pb2_grpc
 from interlock.v1 import controller_service_pb2 as pb
 
@@ -57,17 +58,20 @@ class AdminHttpServicer(http_service_pb2_grpc.AdminHttpServiceServicer):
             context, self._controller.ListModels, pb.ControllerServiceListModelsRequest()
         )
 
-    async def ListRevisions(self, request: pb.ListRevisionsRequest, context: Context) -> Bodies:
+    async def ListRevisions(self, request: http_pb.OfModel, context: Context) -> Bodies:
         """`GET /v1/admin/revisions?model=`."""
-        yield await self._answer(context, self._controller.ListRevisions, request)
+        wanted = pb.ListRevisionsRequest(model=request.model)
+        yield await self._answer(context, self._controller.ListRevisions, wanted)
 
-    async def GetRevision(self, request: pb.GetRevisionRequest, context: Context) -> Bodies:
+    async def GetRevision(self, request: http_pb.OneRevision, context: Context) -> Bodies:
         """`GET /v1/admin/revisions/{model}/{revision}`."""
-        yield await self._answer(context, self._controller.GetRevision, request)
+        wanted = pb.GetRevisionRequest(model=request.model, revision=request.revision)
+        yield await self._answer(context, self._controller.GetRevision, wanted)
 
-    async def DeleteRevision(self, request: pb.DeleteRevisionRequest, context: Context) -> Bodies:
+    async def DeleteRevision(self, request: http_pb.OneRevision, context: Context) -> Bodies:
         """`DELETE /v1/admin/revisions/{model}/{revision}`."""
-        yield await self._answer(context, self._controller.DeleteRevision, request)
+        wanted = pb.DeleteRevisionRequest(model=request.model, revision=request.revision)
+        yield await self._answer(context, self._controller.DeleteRevision, wanted)
 
     async def CreateRollout(self, request: HttpBody, context: Context) -> Bodies:
         """`POST /v1/admin/rollouts` with a RolloutSpec."""
@@ -81,20 +85,23 @@ class AdminHttpServicer(http_service_pb2_grpc.AdminHttpServiceServicer):
 
         yield await self._answer(context, self._controller.CreateRollout, read)
 
-    async def ListRollouts(self, request: pb.ListRolloutsRequest, context: Context) -> Bodies:
+    async def ListRollouts(self, request: http_pb.OfModel, context: Context) -> Bodies:
         """`GET /v1/admin/rollouts`, with `?model=` those of one model."""
-        yield await self._answer(context, self._controller.ListRollouts, request)
+        wanted = pb.ListRolloutsRequest(model=request.model)
+        yield await self._answer(context, self._controller.ListRollouts, wanted)
 
-    async def GetRollout(self, request: pb.GetRolloutRequest, context: Context) -> Bodies:
+    async def GetRollout(self, request: http_pb.OneRollout, context: Context) -> Bodies:
         """`GET /v1/admin/rollouts/{rollout_id}`."""
-        yield await self._answer(context, self._controller.GetRollout, request)
+        wanted = pb.GetRolloutRequest(rollout_id=request.rollout_id)
+        yield await self._answer(context, self._controller.GetRollout, wanted)
 
-    async def WatchRollout(self, request: pb.WatchRolloutRequest, context: Context) -> Bodies:
+    async def WatchRollout(self, request: http_pb.OneRollout, context: Context) -> Bodies:
         """`GET /v1/admin/rollouts/{rollout_id}/events`: an event `rollout` at every change, until its end."""
         begun = False
         request_id = ids.new_request_id()
         try:
-            watching = self._controller.WatchRollout(request, context)
+            wanted = pb.WatchRolloutRequest(rollout_id=request.rollout_id)
+            watching = self._controller.WatchRollout(wanted, context)
             async with aclosing(_timely(watching)) as responses:
                 async for response in responses:
                     if not begun:
@@ -107,26 +114,30 @@ class AdminHttpServicer(http_service_pb2_grpc.AdminHttpServiceServicer):
             else:
                 yield _events(b"event: error\ndata: %s\n\n" % _told(error, request_id))
 
-    async def PromoteRollout(self, request: pb.PromoteRolloutRequest, context: Context) -> Bodies:
+    async def PromoteRollout(self, request: http_pb.OneRollout, context: Context) -> Bodies:
         """`POST /v1/admin/rollouts/{rollout_id}/promote`."""
-        yield await self._answer(context, self._controller.PromoteRollout, request)
+        wanted = pb.PromoteRolloutRequest(rollout_id=request.rollout_id)
+        yield await self._answer(context, self._controller.PromoteRollout, wanted)
 
-    async def RollBackRollout(self, request: pb.RollBackRolloutRequest, context: Context) -> Bodies:
+    async def RollBackRollout(self, request: http_pb.OneRollout, context: Context) -> Bodies:
         """`POST /v1/admin/rollouts/{rollout_id}/rollback`."""
-        yield await self._answer(context, self._controller.RollBackRollout, request)
+        wanted = pb.RollBackRolloutRequest(rollout_id=request.rollout_id)
+        yield await self._answer(context, self._controller.RollBackRollout, wanted)
 
-    async def CancelRollout(self, request: pb.CancelRolloutRequest, context: Context) -> Bodies:
+    async def CancelRollout(self, request: http_pb.OneRollout, context: Context) -> Bodies:
         """`POST /v1/admin/rollouts/{rollout_id}/cancel`."""
-        yield await self._answer(context, self._controller.CancelRollout, request)
+        wanted = pb.CancelRolloutRequest(rollout_id=request.rollout_id)
+        yield await self._answer(context, self._controller.CancelRollout, wanted)
 
     async def ListWorkers(self, request: HttpBody, context: Context) -> Bodies:
         """`GET /v1/admin/workers`."""
         del request
         yield await self._answer(context, self._controller.ListWorkers, pb.ListWorkersRequest())
 
-    async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Context) -> Bodies:
+    async def DrainWorker(self, request: http_pb.OneWorker, context: Context) -> Bodies:
         """`POST /v1/admin/workers/{worker_id}/drain`."""
-        yield await self._answer(context, self._controller.DrainWorker, request)
+        wanted = pb.DrainWorkerRequest(worker_id=request.worker_id)
+        yield await self._answer(context, self._controller.DrainWorker, wanted)
 
     async def ListBreakers(self, request: HttpBody, context: Context) -> Bodies:
         """`GET /v1/admin/breakers`."""

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from google.api.httpbody_pb2 import HttpBody
+from interlock.http.v1 import http_service_pb2 as http_pb
 from interlock.http.v1 import http_service_pb2_grpc
 from interlock.v1 import controller_service_pb2 as pb
 from interlock.v1 import rollout_pb2
@@ -97,11 +98,11 @@ def posted(**fields: Any) -> HttpBody:
 
 async def test_revisions_by_model_and_by_name(controller: Controller) -> None:
     """The list has the one revision, and under its name is the same; a stranger's is not there."""
-    status, body = await get(controller, "ListRevisions", bearer("admin"), pb.ListRevisionsRequest(model="m"))
+    status, body = await get(controller, "ListRevisions", bearer("admin"), http_pb.OfModel(model="m"))
     (listed,) = body["revisions"]
     assert status == 200
     name = listed["manifest"]["revision"]
-    wanted = pb.GetRevisionRequest(model="m", revision=name)
+    wanted = http_pb.OneRevision(model="m", revision=name)
     assert await get(controller, "GetRevision", bearer("admin"), wanted) == (200, {"revision": listed})
     wanted.revision = "none"
     assert (await get(controller, "GetRevision", bearer("admin"), wanted))[0] == 404
@@ -111,7 +112,7 @@ async def test_a_worker_is_drained(controller: Controller) -> None:
     """It is shown as draining; one that is not there is 404."""
     async with controller.member() as worker:
         await worker.become_active(pb.MEMBER_KIND_WORKER, "w", "1")
-        drain = pb.DrainWorkerRequest(worker_id="w")
+        drain = http_pb.OneWorker(worker_id="w")
         status, body = await get(controller, "DrainWorker", bearer("admin"), drain)
         assert (status, body["worker"]["state"]) == (200, "WORKER_STATE_DRAINING")
         await worker.hear("drain")
@@ -199,7 +200,7 @@ async def test_a_watched_rollout_is_events_with_heartbeats(monkeypatch: pytest.M
     """Each change is an event; a comment fills the silence between them."""
     monkeypatch.setattr(http_servicer, "HEARTBEAT_S", 0.01)
     async with served(_Rollouts()) as stub:
-        call = stub.WatchRollout(pb.WatchRolloutRequest(rollout_id="r1"), metadata=bearer("admin"))
+        call = stub.WatchRollout(http_pb.OneRollout(rollout_id="r1"), metadata=bearer("admin"))
         bodies = [one async for one in call]
     assert {one.content_type for one in bodies} == {"text/event-stream"}
     assert b": waiting\n\n" in [one.data for one in bodies]
@@ -211,11 +212,11 @@ async def test_a_watched_rollout_is_events_with_heartbeats(monkeypatch: pytest.M
 async def test_a_watch_that_fails_says_so() -> None:
     """Before its first event with a status, after it with an event, and nothing internal in it."""
     async with served(_Rollouts(lost=True)) as stub:
-        call = stub.WatchRollout(pb.WatchRolloutRequest(rollout_id="no"), metadata=bearer("admin"))
+        call = stub.WatchRollout(http_pb.OneRollout(rollout_id="no"), metadata=bearer("admin"))
         (refused,) = [one async for one in call]
         assert dict(await call.initial_metadata())["x-interlock-status"] == "400"
         assert json.loads(refused.data)["error"]["message"] == "rollout_id: unknown."
-        call = stub.WatchRollout(pb.WatchRolloutRequest(rollout_id="r1"), metadata=bearer("admin"))
+        call = stub.WatchRollout(http_pb.OneRollout(rollout_id="r1"), metadata=bearer("admin"))
         bodies = [one.data async for one in call]
     assert bodies[-1].startswith(b"event: error\ndata: ")
     assert json.loads(bodies[-1].split(b"data: ")[1])["error"]["code"] == "INTERNAL"

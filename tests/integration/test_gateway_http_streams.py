@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from google.api.httpbody_pb2 import HttpBody
-from interlock.v1 import gateway_service_pb2 as pb
+from interlock.http.v1 import http_service_pb2 as pb
 
 from services.gateway.http import reply as http_reply
 from tests.fakes.scripted_worker import Script
@@ -28,7 +28,7 @@ async def gateway() -> AsyncIterator[GatewayWorld]:
 def resume(gateway: GatewayWorld, request_id: str, last_event_id: str = "", **fields: Any) -> Any:
     """Begins a resumption as Envoy would."""
     metadata = (*bearer(), ("last-event-id", last_event_id)) if last_event_id else bearer()
-    request = pb.ResumeGenerationRequest(request_id=request_id, **fields)
+    request = pb.ResumeRequest(request_id=request_id, **fields)
     return gateway.http.Resume(request, metadata=metadata)
 
 
@@ -86,7 +86,7 @@ async def test_a_request_is_cancelled_by_its_id(gateway: GatewayWorld) -> None:
     body = b'{"text": "hi", "request_id": "mine", "resumable": true, "stream": true, "max_tokens": 200}'
     call = gateway.http.Generate(HttpBody(data=body), metadata=bearer())
     await call.read()
-    cancel = pb.CancelGenerationRequest(request_id="mine")
+    cancel = pb.CancelRequest(request_id="mine")
     reply = await read_reply(gateway.http.Cancel(cancel, metadata=bearer()))
     assert (reply.status, reply.json) == (200, {"request_id": "mine", "cancelled": True})
     rest = await read_on(call)

@@ -9,8 +9,8 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from google.api.httpbody_pb2 import HttpBody
+from interlock.http.v1 import http_service_pb2 as pb
 from interlock.http.v1 import http_service_pb2_grpc
-from interlock.v1 import gateway_service_pb2 as pb
 
 from services.common import logs
 from services.common.errors import NoWorker
@@ -44,7 +44,7 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
         except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
             yield await reply.failed(error)
 
-    async def Resume(self, request: pb.ResumeGenerationRequest, context: Context) -> AsyncIterator[HttpBody]:
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> AsyncIterator[HttpBody]:
         """The events of a resumable request behind the cursor that `last-event-id` names."""
         reply = Reply(context, native)
         try:
@@ -55,7 +55,7 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
         except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
             yield await reply.failed(error)
 
-    async def Cancel(self, request: pb.CancelGenerationRequest, context: Context) -> AsyncIterator[HttpBody]:
+    async def Cancel(self, request: pb.CancelRequest, context: Context) -> AsyncIterator[HttpBody]:
         """Ends a request of the caller's own subject."""
         reply = Reply(context, native)
         try:
@@ -99,9 +99,7 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
         generation = await self._reception.generate(principal, reply.request_id, asked.generation, timeout_s)
         return asked, generation
 
-    async def _open_again(
-        self, request: pb.ResumeGenerationRequest, context: Context, reply: Reply
-    ) -> AnswerStream:
+    async def _open_again(self, request: pb.ResumeRequest, context: Context, reply: Reply) -> AnswerStream:
         metadata = _metadata(context)
         principal = self._reception.authenticate(metadata, GENERATE_SCOPE)
         reply.request_id = self._reception.request_id(request.request_id)

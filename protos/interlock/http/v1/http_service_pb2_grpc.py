@@ -4,8 +4,7 @@ import grpc
 import warnings
 
 from google.api import httpbody_pb2 as google_dot_api_dot_httpbody__pb2
-from interlock.v1 import controller_service_pb2 as interlock_dot_v1_dot_controller__service__pb2
-from interlock.v1 import gateway_service_pb2 as interlock_dot_v1_dot_gateway__service__pb2
+from interlock.http.v1 import http_service_pb2 as interlock_dot_http_dot_v1_dot_http__service__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
@@ -47,12 +46,12 @@ class GatewayHttpServiceStub(object):
                 _registered_method=True)
         self.Resume = channel.unary_stream(
                 '/interlock.http.v1.GatewayHttpService/Resume',
-                request_serializer=interlock_dot_v1_dot_gateway__service__pb2.ResumeGenerationRequest.SerializeToString,
+                request_serializer=interlock_dot_http_dot_v1_dot_http__service__pb2.ResumeRequest.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
         self.Cancel = channel.unary_stream(
                 '/interlock.http.v1.GatewayHttpService/Cancel',
-                request_serializer=interlock_dot_v1_dot_gateway__service__pb2.CancelGenerationRequest.SerializeToString,
+                request_serializer=interlock_dot_http_dot_v1_dot_http__service__pb2.CancelRequest.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
         self.Console = channel.unary_stream(
@@ -131,12 +130,12 @@ def add_GatewayHttpServiceServicer_to_server(servicer, server):
             ),
             'Resume': grpc.unary_stream_rpc_method_handler(
                     servicer.Resume,
-                    request_deserializer=interlock_dot_v1_dot_gateway__service__pb2.ResumeGenerationRequest.FromString,
+                    request_deserializer=interlock_dot_http_dot_v1_dot_http__service__pb2.ResumeRequest.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'Cancel': grpc.unary_stream_rpc_method_handler(
                     servicer.Cancel,
-                    request_deserializer=interlock_dot_v1_dot_gateway__service__pb2.CancelGenerationRequest.FromString,
+                    request_deserializer=interlock_dot_http_dot_v1_dot_http__service__pb2.CancelRequest.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'Console': grpc.unary_stream_rpc_method_handler(
@@ -211,7 +210,7 @@ class GatewayHttpService(object):
             request,
             target,
             '/interlock.http.v1.GatewayHttpService/Resume',
-            interlock_dot_v1_dot_gateway__service__pb2.ResumeGenerationRequest.SerializeToString,
+            interlock_dot_http_dot_v1_dot_http__service__pb2.ResumeRequest.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
@@ -238,7 +237,7 @@ class GatewayHttpService(object):
             request,
             target,
             '/interlock.http.v1.GatewayHttpService/Cancel',
-            interlock_dot_v1_dot_gateway__service__pb2.CancelGenerationRequest.SerializeToString,
+            interlock_dot_http_dot_v1_dot_http__service__pb2.CancelRequest.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
@@ -349,17 +348,17 @@ class AdminHttpServiceStub(object):
                 _registered_method=True)
         self.ListRevisions = channel.unary_stream(
                 '/interlock.http.v1.AdminHttpService/ListRevisions',
-                request_serializer=interlock_dot_v1_dot_controller__service__pb2.ListRevisionsRequest.SerializeToString,
+                request_serializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OfModel.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
         self.GetRevision = channel.unary_stream(
                 '/interlock.http.v1.AdminHttpService/GetRevision',
-                request_serializer=interlock_dot_v1_dot_controller__service__pb2.GetRevisionRequest.SerializeToString,
+                request_serializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRevision.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
         self.DeleteRevision = channel.unary_stream(
                 '/interlock.http.v1.AdminHttpService/DeleteRevision',
-                request_serializer=interlock_dot_v1_dot_controller__service__pb2.DeleteRevisionRequest.SerializeToString,
+                request_serializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRevision.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
         self.CreateRollout = channel.unary_stream(
@@ -369,32 +368,32 @@ class AdminHttpServiceStub(object):
                 _registered_method=True)
         self.ListRollouts = channel.unary_stream(
                 '/interlock.http.v1.AdminHttpService/ListRollouts',
-                request_serializer=interlock_dot_v1_dot_controller__service__pb2.ListRolloutsRequest.SerializeToString,
+                request_serializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OfModel.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
         self.GetRollout = channel.unary_stream(
                 '/interlock.http.v1.AdminHttpService/GetRollout',
-                request_serializer=interlock_dot_v1_dot_controller__service__pb2.GetRolloutRequest.SerializeToString,
+                request_serializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
         self.WatchRollout = channel.unary_stream(
                 '/interlock.http.v1.AdminHttpService/WatchRollout',
-                request_serializer=interlock_dot_v1_dot_controller__service__pb2.WatchRolloutRequest.SerializeToString,
+                request_serializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
         self.PromoteRollout = channel.unary_stream(
                 '/interlock.http.v1.AdminHttpService/PromoteRollout',
-                request_serializer=interlock_dot_v1_dot_controller__service__pb2.PromoteRolloutRequest.SerializeToString,
+                request_serializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
         self.RollBackRollout = channel.unary_stream(
                 '/interlock.http.v1.AdminHttpService/RollBackRollout',
-                request_serializer=interlock_dot_v1_dot_controller__service__pb2.RollBackRolloutRequest.SerializeToString,
+                request_serializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
         self.CancelRollout = channel.unary_stream(
                 '/interlock.http.v1.AdminHttpService/CancelRollout',
-                request_serializer=interlock_dot_v1_dot_controller__service__pb2.CancelRolloutRequest.SerializeToString,
+                request_serializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
         self.ListWorkers = channel.unary_stream(
@@ -404,7 +403,7 @@ class AdminHttpServiceStub(object):
                 _registered_method=True)
         self.DrainWorker = channel.unary_stream(
                 '/interlock.http.v1.AdminHttpService/DrainWorker',
-                request_serializer=interlock_dot_v1_dot_controller__service__pb2.DrainWorkerRequest.SerializeToString,
+                request_serializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneWorker.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
         self.ListBreakers = channel.unary_stream(
@@ -550,17 +549,17 @@ def add_AdminHttpServiceServicer_to_server(servicer, server):
             ),
             'ListRevisions': grpc.unary_stream_rpc_method_handler(
                     servicer.ListRevisions,
-                    request_deserializer=interlock_dot_v1_dot_controller__service__pb2.ListRevisionsRequest.FromString,
+                    request_deserializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OfModel.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'GetRevision': grpc.unary_stream_rpc_method_handler(
                     servicer.GetRevision,
-                    request_deserializer=interlock_dot_v1_dot_controller__service__pb2.GetRevisionRequest.FromString,
+                    request_deserializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRevision.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'DeleteRevision': grpc.unary_stream_rpc_method_handler(
                     servicer.DeleteRevision,
-                    request_deserializer=interlock_dot_v1_dot_controller__service__pb2.DeleteRevisionRequest.FromString,
+                    request_deserializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRevision.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'CreateRollout': grpc.unary_stream_rpc_method_handler(
@@ -570,32 +569,32 @@ def add_AdminHttpServiceServicer_to_server(servicer, server):
             ),
             'ListRollouts': grpc.unary_stream_rpc_method_handler(
                     servicer.ListRollouts,
-                    request_deserializer=interlock_dot_v1_dot_controller__service__pb2.ListRolloutsRequest.FromString,
+                    request_deserializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OfModel.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'GetRollout': grpc.unary_stream_rpc_method_handler(
                     servicer.GetRollout,
-                    request_deserializer=interlock_dot_v1_dot_controller__service__pb2.GetRolloutRequest.FromString,
+                    request_deserializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'WatchRollout': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchRollout,
-                    request_deserializer=interlock_dot_v1_dot_controller__service__pb2.WatchRolloutRequest.FromString,
+                    request_deserializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'PromoteRollout': grpc.unary_stream_rpc_method_handler(
                     servicer.PromoteRollout,
-                    request_deserializer=interlock_dot_v1_dot_controller__service__pb2.PromoteRolloutRequest.FromString,
+                    request_deserializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'RollBackRollout': grpc.unary_stream_rpc_method_handler(
                     servicer.RollBackRollout,
-                    request_deserializer=interlock_dot_v1_dot_controller__service__pb2.RollBackRolloutRequest.FromString,
+                    request_deserializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'CancelRollout': grpc.unary_stream_rpc_method_handler(
                     servicer.CancelRollout,
-                    request_deserializer=interlock_dot_v1_dot_controller__service__pb2.CancelRolloutRequest.FromString,
+                    request_deserializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'ListWorkers': grpc.unary_stream_rpc_method_handler(
@@ -605,7 +604,7 @@ def add_AdminHttpServiceServicer_to_server(servicer, server):
             ),
             'DrainWorker': grpc.unary_stream_rpc_method_handler(
                     servicer.DrainWorker,
-                    request_deserializer=interlock_dot_v1_dot_controller__service__pb2.DrainWorkerRequest.FromString,
+                    request_deserializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneWorker.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'ListBreakers': grpc.unary_stream_rpc_method_handler(
@@ -677,7 +676,7 @@ class AdminHttpService(object):
             request,
             target,
             '/interlock.http.v1.AdminHttpService/ListRevisions',
-            interlock_dot_v1_dot_controller__service__pb2.ListRevisionsRequest.SerializeToString,
+            interlock_dot_http_dot_v1_dot_http__service__pb2.OfModel.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
@@ -704,7 +703,7 @@ class AdminHttpService(object):
             request,
             target,
             '/interlock.http.v1.AdminHttpService/GetRevision',
-            interlock_dot_v1_dot_controller__service__pb2.GetRevisionRequest.SerializeToString,
+            interlock_dot_http_dot_v1_dot_http__service__pb2.OneRevision.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
@@ -731,7 +730,7 @@ class AdminHttpService(object):
             request,
             target,
             '/interlock.http.v1.AdminHttpService/DeleteRevision',
-            interlock_dot_v1_dot_controller__service__pb2.DeleteRevisionRequest.SerializeToString,
+            interlock_dot_http_dot_v1_dot_http__service__pb2.OneRevision.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
@@ -785,7 +784,7 @@ class AdminHttpService(object):
             request,
             target,
             '/interlock.http.v1.AdminHttpService/ListRollouts',
-            interlock_dot_v1_dot_controller__service__pb2.ListRolloutsRequest.SerializeToString,
+            interlock_dot_http_dot_v1_dot_http__service__pb2.OfModel.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
@@ -812,7 +811,7 @@ class AdminHttpService(object):
             request,
             target,
             '/interlock.http.v1.AdminHttpService/GetRollout',
-            interlock_dot_v1_dot_controller__service__pb2.GetRolloutRequest.SerializeToString,
+            interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
@@ -839,7 +838,7 @@ class AdminHttpService(object):
             request,
             target,
             '/interlock.http.v1.AdminHttpService/WatchRollout',
-            interlock_dot_v1_dot_controller__service__pb2.WatchRolloutRequest.SerializeToString,
+            interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
@@ -866,7 +865,7 @@ class AdminHttpService(object):
             request,
             target,
             '/interlock.http.v1.AdminHttpService/PromoteRollout',
-            interlock_dot_v1_dot_controller__service__pb2.PromoteRolloutRequest.SerializeToString,
+            interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
@@ -893,7 +892,7 @@ class AdminHttpService(object):
             request,
             target,
             '/interlock.http.v1.AdminHttpService/RollBackRollout',
-            interlock_dot_v1_dot_controller__service__pb2.RollBackRolloutRequest.SerializeToString,
+            interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
@@ -920,7 +919,7 @@ class AdminHttpService(object):
             request,
             target,
             '/interlock.http.v1.AdminHttpService/CancelRollout',
-            interlock_dot_v1_dot_controller__service__pb2.CancelRolloutRequest.SerializeToString,
+            interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
@@ -974,7 +973,7 @@ class AdminHttpService(object):
             request,
             target,
             '/interlock.http.v1.AdminHttpService/DrainWorker',
-            interlock_dot_v1_dot_controller__service__pb2.DrainWorkerRequest.SerializeToString,
+            interlock_dot_http_dot_v1_dot_http__service__pb2.OneWorker.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,

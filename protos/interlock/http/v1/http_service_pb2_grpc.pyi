@@ -6,8 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from google.api import httpbody_pb2 as _httpbody_pb2
 from grpc import aio as _aio
-from interlock.v1 import controller_service_pb2 as _controller_service_pb2
-from interlock.v1 import gateway_service_pb2 as _gateway_service_pb2
+from interlock.http.v1 import http_service_pb2 as _http_service_pb2
 import abc as _abc_1
 
 
@@ -24,9 +23,9 @@ class GatewayHttpServiceStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """The native API: `{"text": ...}` in, `{"result": ...}` or server-sent events out."""
-    Resume: _aio.UnaryStreamMultiCallable[_gateway_service_pb2.ResumeGenerationRequest, _httpbody_pb2.HttpBody]
+    Resume: _aio.UnaryStreamMultiCallable[_http_service_pb2.ResumeRequest, _httpbody_pb2.HttpBody]
     """The events of a resumable request behind the cursor in `last-event-id`; without one from the first on."""
-    Cancel: _aio.UnaryStreamMultiCallable[_gateway_service_pb2.CancelGenerationRequest, _httpbody_pb2.HttpBody]
+    Cancel: _aio.UnaryStreamMultiCallable[_http_service_pb2.CancelRequest, _httpbody_pb2.HttpBody]
     """Ends a request of the caller's own subject."""
     Console: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """A page that shows whether the mesh answers, and asks it."""
@@ -53,16 +52,16 @@ class GatewayHttpServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def Resume(
         self,
-        request: _gateway_service_pb2.ResumeGenerationRequest,
-        context: _aio.ServicerContext[_gateway_service_pb2.ResumeGenerationRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+        request: _http_service_pb2.ResumeRequest,
+        context: _aio.ServicerContext[_http_service_pb2.ResumeRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """The events of a resumable request behind the cursor in `last-event-id`; without one from the first on."""
 
     @_abc_1.abstractmethod
     def Cancel(
         self,
-        request: _gateway_service_pb2.CancelGenerationRequest,
-        context: _aio.ServicerContext[_gateway_service_pb2.CancelGenerationRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+        request: _http_service_pb2.CancelRequest,
+        context: _aio.ServicerContext[_http_service_pb2.CancelRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """Ends a request of the caller's own subject."""
 
@@ -98,29 +97,29 @@ class AdminHttpServiceStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """The models that are registered."""
-    ListRevisions: _aio.UnaryStreamMultiCallable[_controller_service_pb2.ListRevisionsRequest, _httpbody_pb2.HttpBody]
+    ListRevisions: _aio.UnaryStreamMultiCallable[_http_service_pb2.OfModel, _httpbody_pb2.HttpBody]
     """The revisions of the model that the query names."""
-    GetRevision: _aio.UnaryStreamMultiCallable[_controller_service_pb2.GetRevisionRequest, _httpbody_pb2.HttpBody]
+    GetRevision: _aio.UnaryStreamMultiCallable[_http_service_pb2.OneRevision, _httpbody_pb2.HttpBody]
     """One revision."""
-    DeleteRevision: _aio.UnaryStreamMultiCallable[_controller_service_pb2.DeleteRevisionRequest, _httpbody_pb2.HttpBody]
+    DeleteRevision: _aio.UnaryStreamMultiCallable[_http_service_pb2.OneRevision, _httpbody_pb2.HttpBody]
     """Forgets a revision that nothing uses."""
     CreateRollout: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """Begins to replace the revision that serves; the body is an `interlock.v1.RolloutSpec`."""
-    ListRollouts: _aio.UnaryStreamMultiCallable[_controller_service_pb2.ListRolloutsRequest, _httpbody_pb2.HttpBody]
+    ListRollouts: _aio.UnaryStreamMultiCallable[_http_service_pb2.OfModel, _httpbody_pb2.HttpBody]
     """Rollouts, newest first; of one model where the query names it."""
-    GetRollout: _aio.UnaryStreamMultiCallable[_controller_service_pb2.GetRolloutRequest, _httpbody_pb2.HttpBody]
+    GetRollout: _aio.UnaryStreamMultiCallable[_http_service_pb2.OneRollout, _httpbody_pb2.HttpBody]
     """One rollout."""
-    WatchRollout: _aio.UnaryStreamMultiCallable[_controller_service_pb2.WatchRolloutRequest, _httpbody_pb2.HttpBody]
+    WatchRollout: _aio.UnaryStreamMultiCallable[_http_service_pb2.OneRollout, _httpbody_pb2.HttpBody]
     """One rollout as server-sent events, again at every change, until its end."""
-    PromoteRollout: _aio.UnaryStreamMultiCallable[_controller_service_pb2.PromoteRolloutRequest, _httpbody_pb2.HttpBody]
+    PromoteRollout: _aio.UnaryStreamMultiCallable[_http_service_pb2.OneRollout, _httpbody_pb2.HttpBody]
     """Ends the judging: the new revision stays."""
-    RollBackRollout: _aio.UnaryStreamMultiCallable[_controller_service_pb2.RollBackRolloutRequest, _httpbody_pb2.HttpBody]
+    RollBackRollout: _aio.UnaryStreamMultiCallable[_http_service_pb2.OneRollout, _httpbody_pb2.HttpBody]
     """Gives the route back to the old revision."""
-    CancelRollout: _aio.UnaryStreamMultiCallable[_controller_service_pb2.CancelRolloutRequest, _httpbody_pb2.HttpBody]
+    CancelRollout: _aio.UnaryStreamMultiCallable[_http_service_pb2.OneRollout, _httpbody_pb2.HttpBody]
     """Ends a rollout before its switch."""
     ListWorkers: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """The workers of the mesh."""
-    DrainWorker: _aio.UnaryStreamMultiCallable[_controller_service_pb2.DrainWorkerRequest, _httpbody_pb2.HttpBody]
+    DrainWorker: _aio.UnaryStreamMultiCallable[_http_service_pb2.OneWorker, _httpbody_pb2.HttpBody]
     """Takes a worker out of service; it ends what it runs."""
     ListBreakers: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """The breakers of all gateways."""
@@ -143,24 +142,24 @@ class AdminHttpServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def ListRevisions(
         self,
-        request: _controller_service_pb2.ListRevisionsRequest,
-        context: _aio.ServicerContext[_controller_service_pb2.ListRevisionsRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+        request: _http_service_pb2.OfModel,
+        context: _aio.ServicerContext[_http_service_pb2.OfModel, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """The revisions of the model that the query names."""
 
     @_abc_1.abstractmethod
     def GetRevision(
         self,
-        request: _controller_service_pb2.GetRevisionRequest,
-        context: _aio.ServicerContext[_controller_service_pb2.GetRevisionRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+        request: _http_service_pb2.OneRevision,
+        context: _aio.ServicerContext[_http_service_pb2.OneRevision, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """One revision."""
 
     @_abc_1.abstractmethod
     def DeleteRevision(
         self,
-        request: _controller_service_pb2.DeleteRevisionRequest,
-        context: _aio.ServicerContext[_controller_service_pb2.DeleteRevisionRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+        request: _http_service_pb2.OneRevision,
+        context: _aio.ServicerContext[_http_service_pb2.OneRevision, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """Forgets a revision that nothing uses."""
 
@@ -175,48 +174,48 @@ class AdminHttpServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def ListRollouts(
         self,
-        request: _controller_service_pb2.ListRolloutsRequest,
-        context: _aio.ServicerContext[_controller_service_pb2.ListRolloutsRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+        request: _http_service_pb2.OfModel,
+        context: _aio.ServicerContext[_http_service_pb2.OfModel, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """Rollouts, newest first; of one model where the query names it."""
 
     @_abc_1.abstractmethod
     def GetRollout(
         self,
-        request: _controller_service_pb2.GetRolloutRequest,
-        context: _aio.ServicerContext[_controller_service_pb2.GetRolloutRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+        request: _http_service_pb2.OneRollout,
+        context: _aio.ServicerContext[_http_service_pb2.OneRollout, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """One rollout."""
 
     @_abc_1.abstractmethod
     def WatchRollout(
         self,
-        request: _controller_service_pb2.WatchRolloutRequest,
-        context: _aio.ServicerContext[_controller_service_pb2.WatchRolloutRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+        request: _http_service_pb2.OneRollout,
+        context: _aio.ServicerContext[_http_service_pb2.OneRollout, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """One rollout as server-sent events, again at every change, until its end."""
 
     @_abc_1.abstractmethod
     def PromoteRollout(
         self,
-        request: _controller_service_pb2.PromoteRolloutRequest,
-        context: _aio.ServicerContext[_controller_service_pb2.PromoteRolloutRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+        request: _http_service_pb2.OneRollout,
+        context: _aio.ServicerContext[_http_service_pb2.OneRollout, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """Ends the judging: the new revision stays."""
 
     @_abc_1.abstractmethod
     def RollBackRollout(
         self,
-        request: _controller_service_pb2.RollBackRolloutRequest,
-        context: _aio.ServicerContext[_controller_service_pb2.RollBackRolloutRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+        request: _http_service_pb2.OneRollout,
+        context: _aio.ServicerContext[_http_service_pb2.OneRollout, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """Gives the route back to the old revision."""
 
     @_abc_1.abstractmethod
     def CancelRollout(
         self,
-        request: _controller_service_pb2.CancelRolloutRequest,
-        context: _aio.ServicerContext[_controller_service_pb2.CancelRolloutRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+        request: _http_service_pb2.OneRollout,
+        context: _aio.ServicerContext[_http_service_pb2.OneRollout, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """Ends a rollout before its switch."""
 
@@ -231,8 +230,8 @@ class AdminHttpServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def DrainWorker(
         self,
-        request: _controller_service_pb2.DrainWorkerRequest,
-        context: _aio.ServicerContext[_controller_service_pb2.DrainWorkerRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+        request: _http_service_pb2.OneWorker,
+        context: _aio.ServicerContext[_http_service_pb2.OneWorker, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """Takes a worker out of service; it ends what it runs."""
 
