@@ -26,7 +26,6 @@ class TlsEdge:
 
     edge: Edge
     directory: Path
-    certificate: bytes
 
     def handshake(self, context: ssl.SSLContext) -> tuple[str | None, str | None, bytes]:
         """Connects: the version, the protocol that ALPN chose, and the certificate that was shown."""
@@ -60,7 +59,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsEdge]:
     run = tmp_path_factory.mktemp("tls")
     directory = run / "certificate"
     directory.mkdir()
-    certificate = certify(directory, "first")
+    certify(directory, "first")
     parameters = Parameters(
         admin=run / "admin.sock", certificate=Certificate(str(run / "secret.yaml"), str(directory))
     )
@@ -68,7 +67,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsEdge]:
     assert text is not None
     (run / "secret.yaml").write_text(text)
     with started_edge(run, parameters) as edge:
-        yield TlsEdge(edge, directory, certificate)
+        yield TlsEdge(edge, directory)
 
 
 def test_what_is_older_than_tls_1_2_is_refused(tls: TlsEdge) -> None:
@@ -100,7 +99,8 @@ def test_alpn_offers_both_versions_of_http(tls: TlsEdge) -> None:
 
 def test_a_renewed_certificate_is_shown_without_a_restart(tls: TlsEdge) -> None:
     """New connections see the new certificate; one that was open keeps going, and Envoy never restarts."""
-    credentials = grpc.ssl_channel_credentials(root_certificates=tls.certificate)
+    served = tls.handshake(_context())[2]
+    credentials = grpc.ssl_channel_credentials(root_certificates=served)
     with grpc.secure_channel(tls.edge.address, credentials) as before:
         assert call(before, GENERATE, b"one") == b"one"
         renewed = certify(tls.directory, "second")
