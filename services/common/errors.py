@@ -239,6 +239,34 @@ class ArtifactInvalid(InterlockError):
     reason = "ARTIFACT_INVALID"
 
 
+class RevisionInUse(InterlockError):
+    """The revision serves, or is in a rollout."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "REVISION_IN_USE"
+
+
+class RolloutConflict(InterlockError):
+    """Another rollout of the model is under way."""
+
+    code = Code.ABORTED
+    reason = "ROLLOUT_CONFLICT"
+
+
+class RolloutRefused(InterlockError):
+    """The rollout cannot do that where it is."""
+
+    code = Code.FAILED_PRECONDITION
+    reason = "ROLLOUT_REFUSED"
+
+
+class RolloutUnknown(InterlockError):
+    """No rollout has this id."""
+
+    code = Code.NOT_FOUND
+    reason = "ROLLOUT_UNKNOWN"
+
+
 class WorkerUnknown(InterlockError):
     """No such worker is attached."""
 

@@ -16,6 +16,7 @@ from services.common.system_clock import SystemClock
 from services.common.tokens import SecretWeak
 from services.common.trust import Trust
 from services.controller import http_servicer, servicer
+from services.controller.adapters.file_rollouts import FileRolloutRecords
 from services.controller.adapters.local_revisions import LocalRevisionFiles, read_revision
 from services.controller.adapters.redis_breakers import RedisBreakerFleet
 from services.controller.adapters.redis_route import RedisRouteStore
@@ -59,6 +60,7 @@ async def run(
         coordinator = Coordinator(
             catalog,
             store or RedisRouteStore(redis),
+            FileRolloutRecords(settings.data_dir / "rollouts"),
             clock,
             lease_ttl_s=settings.lease_ttl_s,
             prepare_timeout_s=settings.prepare_timeout_s,

@@ -45,6 +45,9 @@ class ControllerConfig(TokenSettings):
     # Members report every second; five missed reports are a loss, not a hiccup.
     lease_ttl_s: Annotated[float, Field(gt=1)] = 5.0
     prepare_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    data_dir: Annotated[Path, Field(description="Where rollouts and uploads are kept.")] = Path(
+        ".interlock/controller"
+    )
     metrics_bind: Annotated[
         str,
         Field(

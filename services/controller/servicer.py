@@ -8,20 +8,21 @@ Decides nothing: members are the coordinator's, revisions the catalog's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import NoReturn
 
 from interlock.v1 import controller_service_pb2 as pb
-from interlock.v1 import controller_service_pb2_grpc
+from interlock.v1 import controller_service_pb2_grpc, rollout_pb2
 
-from services.common import logs
+from services.common import ids, logs
 from services.common.clock import Clock
 from services.common.errors import ArgumentInvalid, FeatureUnsupported, InterlockError
 from services.common.grpc_types import Context
 from services.common.revocation import RevocationList
 from services.common.tokens import TokenVerifier, bearer_token
-from services.controller.adapters import admin_messages
+from services.controller.adapters import admin_messages, rollout_messages
 from services.controller.adapters.breaker_messages import breaker_messages, read_hold
 from services.controller.adapters.member_messages import command_message, read_hello, read_report
 from services.controller.adapters.member_outbox import MemberOutbox
@@ -31,6 +32,8 @@ from services.controller.core.member import Kind
 from services.controller.core.ports import BreakerFleet, RevisionFiles
 from services.controller.core.records import BreakerRecord
 from services.controller.core.residency import EventIllegal
+from services.controller.core.rollout_events import Cancelled, Event, Promoted, TakenBack
+from services.controller.core.rollout_record import Rollout
 
 SERVICE = "interlock.v1.ControllerService"
 
@@ -43,6 +46,8 @@ HELLO_TIMEOUT_S = 10.0
 DRAIN_GRACE_S = 30.0
 # The cancellation of a broken call follows the end of its requests within a few milliseconds.
 GOODBYE_S = 0.1
+# Workers' progress is looked at so often while somebody watches.
+WATCH_S = 0.25
 
 Requests = AsyncIterator[pb.AttachRequest]
 
@@ -185,36 +190,68 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         """Not served by this version."""
         self._refuse(context, "DeleteRevision")
 
-    async def CreateRollout(self, request: pb.CreateRolloutRequest, context: Context) -> NoReturn:
-        """Not served by this version."""
-        self._refuse(context, "CreateRollout")
+    async def CreateRollout(
+        self, request: pb.CreateRolloutRequest, context: Context
+    ) -> pb.CreateRolloutResponse:
+        """Begins to replace the revision that serves."""
+        self._require(context, "admin")
+        spec = rollout_messages.read_spec(request.spec)
+        made = await self._coordinator.start_rollout(ids.new_request_id(), spec)
+        return pb.CreateRolloutResponse(rollout=self._rollout(made))
 
-    async def GetRollout(self, request: pb.GetRolloutRequest, context: Context) -> NoReturn:
-        """Not served by this version."""
-        self._refuse(context, "GetRollout")
+    async def GetRollout(self, request: pb.GetRolloutRequest, context: Context) -> pb.GetRolloutResponse:
+        """One rollout."""
+        self._require(context, "admin")
+        found = self._coordinator.rollouts.find(request.rollout_id)
+        return pb.GetRolloutResponse(rollout=self._rollout(found))
 
-    async def ListRollouts(self, request: pb.ListRolloutsRequest, context: Context) -> NoReturn:
-        """Not served by this version."""
-        self._refuse(context, "ListRollouts")
+    async def ListRollouts(
+        self, request: pb.ListRolloutsRequest, context: Context
+    ) -> pb.ListRolloutsResponse:
+        """Rollouts, newest first."""
+        self._require(context, "admin")
+        found = self._coordinator.rollouts.all
+        wanted = [one for one in found if request.model in {"", one.spec.model}]
+        return pb.ListRolloutsResponse(rollouts=[self._rollout(one) for one in wanted])
 
     async def WatchRollout(
         self, request: pb.WatchRolloutRequest, context: Context
     ) -> AsyncIterator[pb.WatchRolloutResponse]:
-        """Not served by this version."""
-        self._refuse(context, "WatchRollout")
-        yield pb.WatchRolloutResponse()  # makes this a generator
+        """One rollout, again at every change of it or of its workers, until its end."""
+        self._require(context, "admin")
+        rollouts, told = self._coordinator.rollouts, None
+        while True:
+            found = rollouts.find(request.rollout_id)
+            message = self._rollout(found)
+            if message != told:
+                told = message
+                yield pb.WatchRolloutResponse(rollout=message)
+            if found.ended:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_S):
+                    await rollouts.changed()
 
-    async def PromoteRollout(self, request: pb.PromoteRolloutRequest, context: Context) -> NoReturn:
-        """Not served by this version."""
-        self._refuse(context, "PromoteRollout")
+    async def PromoteRollout(
+        self, request: pb.PromoteRolloutRequest, context: Context
+    ) -> pb.PromoteRolloutResponse:
+        """Ends the judging: the new revision stays."""
+        after = await self._tell(request.rollout_id, Promoted(), context)
+        return pb.PromoteRolloutResponse(rollout=after)
 
-    async def RollBackRollout(self, request: pb.RollBackRolloutRequest, context: Context) -> NoReturn:
-        """Not served by this version."""
-        self._refuse(context, "RollBackRollout")
+    async def RollBackRollout(
+        self, request: pb.RollBackRolloutRequest, context: Context
+    ) -> pb.RollBackRolloutResponse:
+        """Gives the route back to the old revision."""
+        after = await self._tell(request.rollout_id, TakenBack(), context)
+        return pb.RollBackRolloutResponse(rollout=after)
 
-    async def CancelRollout(self, request: pb.CancelRolloutRequest, context: Context) -> NoReturn:
-        """Not served by this version."""
-        self._refuse(context, "CancelRollout")
+    async def CancelRollout(
+        self, request: pb.CancelRolloutRequest, context: Context
+    ) -> pb.CancelRolloutResponse:
+        """Ends a rollout, wherever it is; the old revision serves."""
+        after = await self._tell(request.rollout_id, Cancelled(), context)
+        return pb.CancelRolloutResponse(rollout=after)
 
     async def ListBreakers(
         self, request: pb.ListBreakersRequest, context: Context
@@ -238,6 +275,13 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
     async def _shown_breakers(self) -> tuple[BreakerRecord, ...]:
         gateways = [member.id for member in self._coordinator.members(Kind.GATEWAY)]
         return await self._breakers.list_breakers(gateways)
+
+    async def _tell(self, rollout_id: str, event: Event, context: Context) -> rollout_pb2.Rollout:
+        self._require(context, "admin")
+        return self._rollout(await self._coordinator.tell_rollout(rollout_id, event))
+
+    def _rollout(self, rollout: Rollout) -> rollout_pb2.Rollout:
+        return rollout_messages.rollout_message(rollout, self._coordinator.members(Kind.WORKER))
 
     def _require(self, context: Context, *scopes: str) -> None:
         """Raises unless the call carries a token with one of `scopes`."""

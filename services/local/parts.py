@@ -106,6 +106,7 @@ def controller(home: Home, plan: MeshPlan, bind: str, shared: Mapping[str, str])
         "model_name": plan.model_name,
         "quantization": plan.quantization,
         "compute_dtype": plan.dtype,
+        "data_dir": str(home.path / "controller"),
     }
     return _part("controller", 1, home, bind, settings, shared)
 

@@ -73,7 +73,7 @@ def append(file: Path, line: str) -> None:
             "layers of the gateway",
         ),
         ("worker/engine/engine.py", "import services.worker.servicer", "layers of the worker"),
-        ("controller/coordinator.py", "import grpc", "Orchestrators know ports"),
+        ("controller/coordinator/coordinator.py", "import grpc", "Orchestrators know ports"),
         ("gateway/servicer.py", "import services.worker.engine", "never import one another"),
         ("common/errors.py", "import services.gateway.config", "knows no service"),
         ("worker/servicer.py", "import redis", "Only gateway and controller"),

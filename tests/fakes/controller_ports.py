@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import grpc
@@ -17,6 +17,7 @@ from services.common.errors import StoreUnavailable
 from services.controller.core.commands import Command
 from services.controller.core.ports import FenceStale
 from services.controller.core.records import Route, WorkerRecord
+from services.controller.core.rollout_record import Rollout
 
 # Longer than anything takes, shorter than the patience of whoever waits for a test.
 TIMEOUT_S = 10.0
@@ -28,6 +29,7 @@ class MemoryRouteStore:
     Attributes:
         route: What gateways would read; None: nothing was written.
         workers: The records, by worker.
+        running: Workers with revisions that requests run on.
         reachable: False: every call raises StoreUnavailable.
         calls: How many calls came, failed ones included.
         writes: The epochs of all routes that were written, in order.
@@ -37,6 +39,7 @@ class MemoryRouteStore:
     def __init__(self) -> None:
         self.route: Route | None = None
         self.workers: dict[str, WorkerRecord] = {}
+        self.running: set[tuple[str, str]] = set()
         self.reachable = True
         self.calls = 0
         self.writes: list[int] = []
@@ -72,6 +75,20 @@ class MemoryRouteStore:
         self.workers.pop(worker_id, None)
         await self._tell()
 
+    async def unready(
+        self, model: str, worker_id: str, revision: str, fence: int, *, routed: bool = False
+    ) -> bool:
+        """See `RouteStore.unready`; what runs is `running`."""
+        del model
+        self._check(fence)
+        record = self.workers.get(worker_id)
+        is_routed = self.route is not None and self.route.weights.get(revision, 0) > 0
+        if (is_routed and not routed) or (worker_id, revision) in self.running:
+            return False
+        if record is not None:
+            self.workers[worker_id] = replace(record, ready=record.ready - {revision})
+        return True
+
     def clear(self) -> None:
         """Forgets everything, as a store does that was restarted empty."""
         self.route = None
@@ -92,6 +109,29 @@ class MemoryRouteStore:
     async def _tell(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+
+class MemoryRolloutRecords:
+    """`RolloutRecords` in memory.
+
+    Attributes:
+        records: By id, in the order in which they were made.
+        writable: False: every save raises StoreUnavailable.
+    """
+
+    def __init__(self) -> None:
+        self.records: dict[str, Rollout] = {}
+        self.writable = True
+
+    async def load(self, model: str) -> tuple[Rollout, ...]:
+        """See `RolloutRecords.load`."""
+        return tuple(record for record in self.records.values() if record.spec.model == model)
+
+    async def save(self, rollout: Rollout) -> None:
+        """See `RolloutRecords.save`."""
+        if not self.writable:
+            raise StoreUnavailable("The records are away.")
+        self.records[rollout.id] = rollout
 
 
 class FakeClock:

@@ -80,6 +80,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: no rollout of that id exists."""
     ERROR_REASON_WORKER_UNKNOWN: _ErrorReason.ValueType  # 65
     """NOT_FOUND: no worker of that id is attached."""
+    ERROR_REASON_ROLLOUT_REFUSED: _ErrorReason.ValueType  # 67
+    """FAILED_PRECONDITION: the rollout cannot do that where it is; the message says where."""
     ERROR_REASON_NOT_LEADER: _ErrorReason.ValueType  # 66
     """FAILED_PRECONDITION: this controller does not hold the lease; ask the next one in the list."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 90
@@ -155,6 +157,8 @@ ERROR_REASON_ROLLOUT_UNKNOWN: ErrorReason.ValueType  # 64
 """NOT_FOUND: no rollout of that id exists."""
 ERROR_REASON_WORKER_UNKNOWN: ErrorReason.ValueType  # 65
 """NOT_FOUND: no worker of that id is attached."""
+ERROR_REASON_ROLLOUT_REFUSED: ErrorReason.ValueType  # 67
+"""FAILED_PRECONDITION: the rollout cannot do that where it is; the message says where."""
 ERROR_REASON_NOT_LEADER: ErrorReason.ValueType  # 66
 """FAILED_PRECONDITION: this controller does not hold the lease; ask the next one in the list."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 90

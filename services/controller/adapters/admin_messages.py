@@ -23,6 +23,7 @@ _SHOWN_PHASES: Mapping[Phase, worker_pb2.RevisionPhase.ValueType] = MappingProxy
         Phase.READY: worker_pb2.REVISION_PHASE_READY,
         Phase.ACTIVATING: worker_pb2.REVISION_PHASE_READY,
         Phase.ACTIVE: worker_pb2.REVISION_PHASE_ACTIVE,
+        Phase.RETIRING: worker_pb2.REVISION_PHASE_RETIRING,
         Phase.FAILED: worker_pb2.REVISION_PHASE_FAILED,
     }
 )
@@ -121,12 +122,17 @@ def _state(member: Member) -> worker_pb2.WorkerState.ValueType:
     return worker_pb2.WORKER_STATE_SERVING if member.active_revisions else worker_pb2.WORKER_STATE_PREPARING
 
 
-def _resident_message(model: str, revision: str, resident: Resident) -> worker_pb2.ResidentRevision:
+def resident_phase(resident: Resident) -> worker_pb2.RevisionPhase.ValueType:
+    """Where a revision is inside a member, in the contract's words."""
     preparing = _STEP_PHASES.get(resident.step, worker_pb2.REVISION_PHASE_FETCH)
+    return _SHOWN_PHASES.get(resident.phase, preparing)
+
+
+def _resident_message(model: str, revision: str, resident: Resident) -> worker_pb2.ResidentRevision:
     return worker_pb2.ResidentRevision(
         model=model,
         revision=revision,
-        phase=_SHOWN_PHASES.get(resident.phase, preparing),
+        phase=resident_phase(resident),
         weights_bytes=resident.weights_bytes,
         failure=resident.failure,
     )

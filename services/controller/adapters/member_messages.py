@@ -22,6 +22,7 @@ from services.controller.core.commands import (
     SendDrain,
     SendLease,
     SendPrepare,
+    SendRetire,
 )
 from services.controller.core.member import (
     Activated,
@@ -74,12 +75,13 @@ STEPS: Mapping[worker_pb2.RevisionPhase.ValueType, str] = MappingProxyType(
     }
 )
 
-# What a member holds when it attaches; what it is about to unload counts as gone.
+# What a member holds when it attaches.
 _RESIDENT_PHASES: Mapping[int, Phase] = MappingProxyType(
     {
         **dict.fromkeys(STEPS, Phase.PREPARING),
         worker_pb2.REVISION_PHASE_READY: Phase.READY,
         worker_pb2.REVISION_PHASE_ACTIVE: Phase.ACTIVE,
+        worker_pb2.REVISION_PHASE_RETIRING: Phase.RETIRING,
         worker_pb2.REVISION_PHASE_FAILED: Phase.FAILED,
     }
 )
@@ -157,6 +159,8 @@ def command_message(command: Command, catalog: Catalog) -> pb.AttachResponse:
         case SendActivate(model, revision, epoch):
             activate = pb.Activate(model=model, revision=revision, epoch=epoch)
             return pb.AttachResponse(activate=activate)
+        case SendRetire(revision):
+            return pb.AttachResponse(retire=pb.Retire(revision=revision))
         case SendAbort(revision):
             return pb.AttachResponse(abort=pb.Abort(revision=revision))
         case SendDrain(grace_s):

@@ -66,18 +66,11 @@ class RedisRouteStore:
         """See `RouteStore.remove_worker`."""
         await self._write("remove_worker", model, fence, worker_id)
 
-    async def unready(self, model: str, worker_id: str, revision: str, fence: int) -> bool:
-        """Takes a revision from a worker that is to unload it, if nobody needs it there.
-
-        Returns:
-            False, and nothing has changed, while the route serves the revision, the worker runs a request
-            with it, or a request must go on with it and no other worker holds it.
-
-        Raises:
-            FenceStale: A controller with a higher fence has written.
-            StoreUnavailable: The store cannot be reached.
-        """
-        return await self._write("unready", model, fence, worker_id, revision) == 1
+    async def unready(
+        self, model: str, worker_id: str, revision: str, fence: int, *, routed: bool = False
+    ) -> bool:
+        """See `RouteStore.unready`."""
+        return await self._write("unready", model, fence, worker_id, revision, int(routed)) == 1
 
     async def _write(self, name: str, model: str, fence: int, *args: str | int) -> int:
         written = await self._store.run_script(self._scripts[name], [ModelKeys(model).prefix], [fence, *args])

@@ -33,6 +33,13 @@ class SendActivate:
 
 
 @dataclass(frozen=True, slots=True)
+class SendRetire:
+    """Tell a member to unload a revision once nothing runs on it."""
+
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
 class SendAbort:
     """Tell a member to stop preparing."""
 
@@ -46,7 +53,7 @@ class SendDrain:
     grace_s: float
 
 
-Command: TypeAlias = SendLease | SendPrepare | SendActivate | SendAbort | SendDrain
+Command: TypeAlias = SendLease | SendPrepare | SendActivate | SendRetire | SendAbort | SendDrain
 """What travels to a member."""
 
 

@@ -133,6 +133,13 @@ class DrainAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class RetireAsked:
+    """Nobody needs a revision of this member any more, and the store gives it to nobody."""
+
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed, or the goal has changed."""
 
@@ -140,16 +147,25 @@ class Tick:
 Report: TypeAlias = LoadReport | Progress | Ready | Activated | Failed | Retired
 """What a member says after its hello."""
 
-Event: TypeAlias = Hello | Report | StreamBroken | Farewell | Silence | DrainAsked | Tick
+Event: TypeAlias = Hello | Report | StreamBroken | Farewell | Silence | DrainAsked | RetireAsked | Tick
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """The revision that every member of a model shall hold, and the epoch from which on it serves."""
+    """What a member of a model shall hold.
+
+    Attributes:
+        model: The model.
+        holds: The revisions that it shall have ready, with the epoch from which on each serves; 0: it
+            does not serve yet. Others that it has go as soon as nobody needs them.
+        rollout_id: The rollout that asks for it; empty: none.
+        quiet: Whether a worker shall get nothing new: what it holds is about to go.
+    """
 
     model: str
-    revision: str
-    epoch: int
+    holds: Mapping[str, int]
+    rollout_id: str = ""
+    quiet: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +184,7 @@ class Member:
         residents: The revisions inside it, by name.
         load: What it carries, as last reported.
         epoch: The highest epoch that it reported.
+        quiet: Whether it gets nothing new for the sake of a rollout.
         attached_s: When it said hello, on the monotonic clock.
         lease_end_s: When it counts as lost unless it speaks, on the monotonic clock.
     """
@@ -183,6 +200,7 @@ class Member:
     residents: Mapping[str, Resident] = field(default_factory=dict)
     load: Load = Load()
     epoch: int = 0
+    quiet: bool = False
     attached_s: float = 0.0
     lease_end_s: float = 0.0
 
@@ -204,7 +222,7 @@ class Member:
         if self.kind is not Kind.WORKER or gone or not self.active_revisions:
             return None
         # A broken stream mostly means a dead process: nothing new goes there unless it attaches again.
-        draining = self.draining or self.presence is Presence.DETACHED
+        draining = self.draining or self.quiet or self.presence is Presence.DETACHED
         return Listing(self.address, self.incarnation, self.slots, draining, self.active_revisions)
 
 

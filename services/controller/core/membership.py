@@ -20,6 +20,7 @@ from services.controller.core.commands import (
     SendDrain,
     SendLease,
     SendPrepare,
+    SendRetire,
     WriteWorker,
 )
 from services.controller.core.member import (
@@ -36,6 +37,7 @@ from services.controller.core.member import (
     Presence,
     Progress,
     Ready,
+    RetireAsked,
     Retired,
     Silence,
     StreamBroken,
@@ -64,6 +66,7 @@ TABLE = MappingProxyType(
         (_D, Silence): _L,
         (_A, DrainAsked): _A,
         (_D, DrainAsked): _D,
+        (_A, RetireAsked): _A,
         (_A, Tick): _A,
         (_D, Tick): _D,
         (_L, Tick): _L,
@@ -130,6 +133,8 @@ def _apply(member: Member, event: Event, now_s: float, rules: Rules, effects: li
         case DrainAsked(grace_s):
             effects += [SendDrain(grace_s), Note("member.draining")]
             return replace(member, drain_grace_s=grace_s)
+        case RetireAsked(revision):
+            return _retire(member, revision, effects)
         case StreamBroken():
             effects.append(Note("member.detached"))
         case Farewell():
@@ -188,7 +193,7 @@ def _hear(
         effects.append(Note(f"revision.{_PAST[resident.phase]}", event.revision, resident.failure))
     if isinstance(event, Activated):
         member = replace(member, epoch=max(member.epoch, event.epoch))
-    if isinstance(event, Retired):
+    if isinstance(event, Retired) and before.phase not in _LEAVING:
         # Nobody asked for it: the member is leaving, and asking it to prepare again would hold it up.
         effects.append(Note("member.draining"))
         member = replace(member, drain_grace_s=0.0)
@@ -212,12 +217,16 @@ def _resident_after(
             return before.after(Turn.RETIRED)
 
 
+_LEAVING = frozenset({Phase.RETIRING, Phase.ABORTING, Phase.FAILED})
+
 _PAST = {
     Phase.ABSENT: "retired",
     Phase.PREPARING: "requested",
     Phase.READY: "prepared",
     Phase.ACTIVATING: "announced",
     Phase.ACTIVE: "activated",
+    Phase.RETIRING: "retiring",
+    Phase.ABORTING: "aborting",
     Phase.FAILED: "failed",
 }
 
@@ -233,19 +242,65 @@ def _pursue(member: Member, goal: Goal | None, now_s: float, rules: Rules, effec
     """Brings an attached member one step nearer to the goal."""
     if goal is None or member.draining:
         return member
-    resident = member.residents.get(goal.revision, Resident())
+    for revision, epoch in goal.holds.items():
+        resident = member.residents.get(revision, Resident())
+        resident = _pursue_one(resident, goal, revision, epoch, now_s, rules, effects)
+        member = _with(member, revision, resident)
+    for revision in [name for name in member.residents if name not in goal.holds]:
+        member = _let_go(member, revision, effects)
+    return replace(member, quiet=goal.quiet)
+
+
+def _pursue_one(
+    resident: Resident,
+    goal: Goal,
+    revision: str,
+    epoch: int,
+    now_s: float,
+    rules: Rules,
+    effects: list[Effect],
+) -> Resident:
+    """Brings one revision of a member one step nearer to the goal."""
     if resident.phase is Phase.PREPARING and resident.due_s <= now_s:
         resident = _fail(resident, Turn.TIMEOUT, resident.step, "It took longer than it may.", now_s)
-        effects += [SendAbort(goal.revision), Note("revision.failed", goal.revision, resident.failure)]
+        effects += [SendAbort(revision), Note("revision.failed", revision, resident.failure)]
     elif resident.phase is Phase.ABSENT or _is_due_again(resident, now_s):
         # Without `due_s` a member that never answers would be waited for without end.
         due_s, attempts = now_s + rules.prepare_timeout_s, resident.attempts + 1
         resident = replace(resident.after(Turn.PREPARE), due_s=due_s, attempts=attempts, failure="")
-        effects += [SendPrepare(goal.model, goal.revision, ""), Note("revision.requested", goal.revision)]
-    elif resident.phase in {Phase.READY, Phase.ACTIVATING, Phase.ACTIVE} and resident.epoch < goal.epoch:
-        resident = replace(resident.after(Turn.ACTIVATE), epoch=goal.epoch)
-        effects.append(SendActivate(goal.model, goal.revision, goal.epoch))
-    return _with(member, goal.revision, resident)
+        effects += [SendPrepare(goal.model, revision, goal.rollout_id), Note("revision.requested", revision)]
+    elif resident.phase in _HELD and resident.epoch < epoch:
+        resident = replace(resident.after(Turn.ACTIVATE), epoch=epoch)
+        effects.append(SendActivate(goal.model, revision, epoch))
+    return resident
+
+
+def _let_go(member: Member, revision: str, effects: list[Effect]) -> Member:
+    """Lets a member get rid of a revision that it shall not hold.
+
+    A worker is not told yet: requests may run on it, which the store knows; `RetireAsked` follows.
+    """
+    resident = member.residents[revision]
+    if resident.phase is Phase.PREPARING and member.kind is Kind.WORKER:
+        effects += [SendAbort(revision), Note("revision.aborted", revision)]
+        return _with(member, revision, resident.after(Turn.ABORT))
+    if resident.phase is Phase.FAILED:
+        # A later rollout begins with a clean slate.
+        return _with(member, revision, Resident())
+    if resident.phase in _HELD and member.kind is Kind.GATEWAY:
+        return _retire(member, revision, effects)
+    return member
+
+
+def _retire(member: Member, revision: str, effects: list[Effect]) -> Member:
+    resident = member.residents.get(revision, Resident())
+    if resident.phase not in _HELD:
+        return member
+    effects += [SendRetire(revision), Note("revision.retiring", revision)]
+    return _with(member, revision, resident.after(Turn.RETIRE))
+
+
+_HELD = frozenset({Phase.READY, Phase.ACTIVATING, Phase.ACTIVE})
 
 
 def _is_due_again(resident: Resident, now_s: float) -> bool:

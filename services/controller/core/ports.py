@@ -7,6 +7,7 @@ from typing import Protocol
 
 from services.controller.core.commands import Command
 from services.controller.core.records import BreakerRecord, Route, WorkerRecord
+from services.controller.core.rollout_record import Rollout
 
 
 class FenceStale(Exception):
@@ -33,8 +34,46 @@ class RouteStore(Protocol):
         """Replaces one worker's record, or renews its lease."""
         ...
 
+    async def unready(
+        self, model: str, worker_id: str, revision: str, fence: int, *, routed: bool = False
+    ) -> bool:
+        """Takes a revision from a worker that is to unload it, if nobody needs it there.
+
+        Args:
+            model: The model.
+            worker_id: The worker.
+            revision: What it shall unload.
+            fence: The writer's fencing number.
+            routed: Whether it may go although new requests get it: they wait.
+
+        Returns:
+            False, and nothing has changed, while the route serves the revision, the worker runs a request
+            with it, or a request must go on with it and no other worker holds it.
+        """
+        ...
+
     async def remove_worker(self, model: str, worker_id: str, fence: int) -> None:
         """Removes one worker's record; without effect where there is none."""
+        ...
+
+
+class RolloutRecords(Protocol):
+    """Where rollouts outlive the controller that leads them."""
+
+    async def load(self, model: str) -> tuple[Rollout, ...]:
+        """Every rollout of a model, oldest first.
+
+        Raises:
+            StoreUnavailable: They cannot be read now.
+        """
+        ...
+
+    async def save(self, rollout: Rollout) -> None:
+        """Replaces the record; once it returns, a crash loses nothing of it.
+
+        Raises:
+            StoreUnavailable: It cannot be written now; the record is as it was.
+        """
         ...
 
 

@@ -23,6 +23,8 @@ class Phase(StrEnum):
     READY = "READY"
     ACTIVATING = "ACTIVATING"
     ACTIVE = "ACTIVE"
+    RETIRING = "RETIRING"  # we asked for its end; gateways see it no more
+    ABORTING = "ABORTING"  # we asked to stop its preparation
     FAILED = "FAILED"
 
 
@@ -36,6 +38,8 @@ class Turn(StrEnum):
     ACTIVATED = "activated"
     FAIL = "fail"
     TIMEOUT = "timeout"  # we stop waiting
+    RETIRE = "retire"  # we ask for its end
+    ABORT = "abort"  # we ask to stop its preparation
     RETIRED = "retired"
 
 
@@ -48,27 +52,41 @@ TABLE = MappingProxyType(
         (Phase.PREPARING, Turn.FAIL): Phase.FAILED,
         (Phase.PREPARING, Turn.TIMEOUT): Phase.FAILED,
         (Phase.PREPARING, Turn.RETIRED): Phase.ABSENT,
+        (Phase.PREPARING, Turn.ABORT): Phase.ABORTING,
+        (Phase.ABORTING, Turn.PROGRESS): Phase.ABORTING,
+        (Phase.ABORTING, Turn.READY): Phase.READY,
+        (Phase.ABORTING, Turn.FAIL): Phase.FAILED,
+        (Phase.ABORTING, Turn.RETIRED): Phase.ABSENT,
         (Phase.READY, Turn.PROGRESS): Phase.READY,
         (Phase.READY, Turn.READY): Phase.READY,
         (Phase.READY, Turn.ACTIVATE): Phase.ACTIVATING,
         (Phase.READY, Turn.FAIL): Phase.FAILED,
+        (Phase.READY, Turn.RETIRE): Phase.RETIRING,
         (Phase.READY, Turn.RETIRED): Phase.ABSENT,
         (Phase.ACTIVATING, Turn.READY): Phase.ACTIVATING,
         (Phase.ACTIVATING, Turn.ACTIVATE): Phase.ACTIVATING,
         (Phase.ACTIVATING, Turn.ACTIVATED): Phase.ACTIVE,
         (Phase.ACTIVATING, Turn.FAIL): Phase.FAILED,
+        (Phase.ACTIVATING, Turn.RETIRE): Phase.RETIRING,
         (Phase.ACTIVATING, Turn.RETIRED): Phase.ABSENT,
         (Phase.ACTIVE, Turn.READY): Phase.ACTIVE,
         (Phase.ACTIVE, Turn.ACTIVATE): Phase.ACTIVE,
         (Phase.ACTIVE, Turn.ACTIVATED): Phase.ACTIVE,
         (Phase.ACTIVE, Turn.FAIL): Phase.FAILED,
+        (Phase.ACTIVE, Turn.RETIRE): Phase.RETIRING,
         (Phase.ACTIVE, Turn.RETIRED): Phase.ABSENT,
+        (Phase.RETIRING, Turn.PROGRESS): Phase.RETIRING,
+        (Phase.RETIRING, Turn.READY): Phase.RETIRING,
+        (Phase.RETIRING, Turn.ACTIVATED): Phase.RETIRING,
+        (Phase.RETIRING, Turn.FAIL): Phase.FAILED,
+        (Phase.RETIRING, Turn.RETIRED): Phase.ABSENT,
         (Phase.FAILED, Turn.PREPARE): Phase.PREPARING,
         (Phase.FAILED, Turn.PROGRESS): Phase.FAILED,
         (Phase.FAILED, Turn.READY): Phase.READY,
         (Phase.FAILED, Turn.ACTIVATED): Phase.FAILED,
         (Phase.FAILED, Turn.FAIL): Phase.FAILED,
-        (Phase.FAILED, Turn.RETIRED): Phase.ABSENT,
+        # What we stopped waiting for is gone; when to ask again stays as it was.
+        (Phase.FAILED, Turn.RETIRED): Phase.FAILED,
     }
 )
 

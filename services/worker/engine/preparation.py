@@ -114,7 +114,11 @@ class Preparation:
 
     def abort(self, revision: str) -> None:
         """See `RevisionHandshake.abort`."""
-        if (task := self._tasks.get(revision)) is not None and revision not in self._ready:
+        if revision in self._ready:
+            return
+        if (task := self._tasks.get(revision)) is None:
+            self._report(BecameRetired(revision))
+        else:
             task.cancel()
 
     async def stop(self) -> bool:
@@ -145,6 +149,7 @@ class Preparation:
                 runner, compiler = await self._load(spec, stages)
         except asyncio.CancelledError:
             self._residency.remove(spec.revision)
+            self._report(BecameRetired(spec.revision))
             raise
         except Exception as error:  # noqa: BLE001 - whatever it was, the controller must hear of it
             self._fail(spec, stages.phase, error)

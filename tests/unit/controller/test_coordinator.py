@@ -15,7 +15,7 @@ from services.controller.core.commands import SendActivate, SendDrain, SendLease
 from services.controller.core.member import Activated, Hello, Kind, Load, LoadReport, Presence, Ready
 from services.controller.core.records import Route
 from services.controller.core.residency import EventIllegal, Phase, Resident
-from tests.fakes.controller_ports import FakeClock, FakeStream, MemoryRouteStore
+from tests.fakes.controller_ports import FakeClock, FakeStream, MemoryRolloutRecords, MemoryRouteStore
 
 LEASE_TTL_S = 5.0
 
@@ -29,9 +29,15 @@ class Mesh:
         self.revision = manifest.revision
         self.catalog.register(Revision(manifest, "", 0.0))
         self.store = store or MemoryRouteStore()
+        self.records = MemoryRolloutRecords()
         self.clock = FakeClock()
         self.coordinator = Coordinator(
-            self.catalog, self.store, self.clock, lease_ttl_s=LEASE_TTL_S, prepare_timeout_s=600.0
+            self.catalog,
+            self.store,
+            self.records,
+            self.clock,
+            lease_ttl_s=LEASE_TTL_S,
+            prepare_timeout_s=600.0,
         )
 
     def hello(self, worker_id: str = "w", incarnation: str = "a", **fields: object) -> FakeStream:

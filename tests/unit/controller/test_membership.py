@@ -36,7 +36,7 @@ from services.controller.core.residency import EventIllegal, Phase, Resident
 
 TRANSCRIPT = Path(__file__).parent / "attach.transcript"
 RULES = Rules(lease_ttl_s=5.0, prepare_timeout_s=600.0, fence=3)
-GOAL = Goal("m", "r1", 100)
+GOAL = Goal("m", {"r1": 100})
 WORKER = Member(Kind.WORKER, "w")
 
 
@@ -51,7 +51,7 @@ def replay(text: str) -> str:
         lines.append(line)
         _, second, name, *words = line.split(" ")
         if name == "goal":
-            goal = dataclasses.replace(goal, epoch=int(words[0].removeprefix("epoch=")))
+            goal = dataclasses.replace(goal, holds={"r1": int(words[0].removeprefix("epoch="))})
             continue
         taken = step(member, parse(name, words), goal, float(second), RULES)
         member = taken.member

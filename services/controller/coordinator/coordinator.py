@@ -17,7 +17,8 @@ from typing import NamedTuple
 from services.common import logs
 from services.common.clock import Clock
 from services.common.errors import Draining, StoreUnavailable, WorkerUnknown
-from services.controller.core import membership, routing
+from services.controller.coordinator.conductor import Conductor, as_weights
+from services.controller.core import membership, rollout_fleet, routing
 from services.controller.core.catalog import Catalog
 from services.controller.core.commands import Effect, EndStream, Note, RemoveWorker, WriteWorker
 from services.controller.core.member import (
@@ -30,12 +31,17 @@ from services.controller.core.member import (
     Member,
     Presence,
     Report,
+    RetireAsked,
     Silence,
     StreamBroken,
     Tick,
 )
-from services.controller.core.ports import FenceStale, MemberStream, RouteStore
+from services.controller.core.ports import FenceStale, MemberStream, RolloutRecords, RouteStore
 from services.controller.core.records import WorkerRecord
+from services.controller.core.residency import Phase
+from services.controller.core.rollout_events import Event as RolloutEvent
+from services.controller.core.rollout_events import Fleet
+from services.controller.core.rollout_record import Rollout, Spec, State, Strategy
 from services.controller.core.routing import Plan
 
 # Members report every second, and gateways look as often: a slower tick would delay both.
@@ -52,6 +58,9 @@ LOST_KEPT_S = 600.0
 MEMBERS_MAX = 10_000
 
 
+_UNLOADABLE = frozenset({Phase.READY, Phase.ACTIVATING, Phase.ACTIVE})
+
+
 class MemberKey(NamedTuple):
     """A worker and a gateway may bear the same id."""
 
@@ -65,11 +74,13 @@ class Coordinator:
     Args:
         catalog: The registered revisions; it has a default model.
         store: Where gateways read workers and route.
+        records: Where rollouts outlive this process.
         clock: The time.
         lease_ttl_s: How long a member may be silent.
         prepare_timeout_s: How long one preparation may take.
 
     Attributes:
+        rollouts: The rollouts of the model.
         led: Set once the store knows us as the controller.
         deposed: Set once another controller has taken over; nothing is written from then on.
     """
@@ -78,6 +89,7 @@ class Coordinator:
         self,
         catalog: Catalog,
         store: RouteStore,
+        records: RolloutRecords,
         clock: Clock,
         *,
         lease_ttl_s: float,
@@ -90,7 +102,10 @@ class Coordinator:
         self._rules = membership.Rules(lease_ttl_s, prepare_timeout_s, fence=0)
         self._members: dict[MemberKey, Member] = {}
         self._streams: dict[MemberKey, MemberStream] = {}
+        self.rollouts = Conductor(self._model, catalog, records, clock)
         self._plan: Plan | None = None
+        # The epoch of the route that the store is known to hold; members hear of no later one.
+        self._stored_epoch = 0
         self._plan_stored = False
         self._changed_workers: set[str] = set()
         self._changed = asyncio.Event()
@@ -160,6 +175,31 @@ class Coordinator:
         self._advance(key, DrainAsked(grace_s))
         return self._members[key]
 
+    async def start_rollout(self, rollout_id: str, spec: Spec) -> Rollout:
+        """Puts a rollout on record; it begins at once.
+
+        Raises:
+            StoreUnavailable: We do not lead, or it cannot be recorded now.
+            ArgumentInvalid, ModelUnknown, RevisionInUse, RevisionUnknown, RolloutConflict: See `Conductor`.
+        """
+        if not self.leading or self._plan is None:
+            raise StoreUnavailable("The controller does not lead yet.", retry_after_s=TICK_S)
+        made = await self.rollouts.create(rollout_id, spec, self._plan.wanted)
+        self._changed.set()
+        return made
+
+    async def tell_rollout(self, rollout_id: str, event: RolloutEvent) -> Rollout:
+        """Takes in what an operator wants of a rollout.
+
+        Raises:
+            RolloutRefused: It cannot be done where the rollout is.
+            RolloutUnknown: No rollout has this id.
+        """
+        known = self.rollouts.find(rollout_id)
+        after = await self.rollouts.tell(rollout_id, event, self._fleet(known))
+        self._obey(after)
+        return after
+
     def close(self, reason: str) -> None:
         """Ends every stream; the members attach again, here or elsewhere."""
         streams, self._streams = self._streams, {}
@@ -198,8 +238,11 @@ class Coordinator:
         if self.deposed.is_set():
             return
         try:
+            await self.rollouts.load()
             await self._keep_route()
             await self._keep_workers(renew=renew)
+            await self._retire()
+            await self._follow()
         except StoreUnavailable as error:
             if not self._store_lost:
                 logs.get_logger().warning("store.lost", model=self._model, reason=error.message)
@@ -258,7 +301,8 @@ class Coordinator:
 
     def _advance(self, key: MemberKey, event: Event) -> None:
         now_s = self._clock.monotonic()
-        taken = membership.step(self._members[key], event, self._goal(), now_s, self._rules)
+        member = self._members[key]
+        taken = membership.step(member, event, self._goal(member), now_s, self._rules)
         self._members[key] = taken.member
         for effect in taken.effects:
             self._perform(key, effect)
@@ -266,11 +310,12 @@ class Coordinator:
         if (
             taken.effects
             and self._plan is not None
+            and self.rollouts.current is None
             and routing.may_switch(self._plan, self._members.values())
         ):
             self._plan = routing.switch(self._plan)
             self._plan_stored = False
-        if not self._plan_stored:
+        if not self._plan_stored or (taken.effects and self.rollouts.current is not None):
             self._changed.set()
 
     def _tell_goal(self) -> None:
@@ -278,10 +323,58 @@ class Coordinator:
         for key in list(self._streams):
             self._advance(key, Tick())
 
-    def _goal(self) -> Goal | None:
-        if self._plan is None:
+    def _goal(self, member: Member) -> Goal | None:
+        plan, rollout = self._plan, self.rollouts.current
+        if plan is None:
             return None
-        return Goal(self._model, self._plan.wanted, self._plan.serving_epoch)
+        if rollout is not None and rollout.state is not State.PENDING:
+            return rollout_fleet.goal(rollout, member, plan.weights.items(), self._stored_epoch)
+        # What the route still names is kept beside what shall serve, for as long as it is named.
+        named = plan.epoch if member.kind is Kind.WORKER else 0
+        return Goal(self._model, {**dict.fromkeys(plan.weights, named), plan.wanted: plan.serving_epoch})
+
+    def _fleet(self, rollout: Rollout) -> Fleet:
+        files = self._catalog.revision(self._model, rollout.spec.revision).manifest.files
+        weights_bytes = sum(file.size_bytes for file in files if file.path.endswith(".safetensors"))
+        return rollout_fleet.fleet(rollout, self._members.values(), weights_bytes)
+
+    async def _follow(self) -> None:
+        """Lets the rollout that is under way see what is, and obeys it."""
+        while (rollout := self.rollouts.current) is not None:
+            assert self._plan is not None
+            written = as_weights(self._plan.weights) if self._plan_stored else None
+            if not await self.rollouts.observe(self._fleet(rollout), written):
+                return
+            self._obey(self.rollouts.find(rollout.id))
+
+    def _obey(self, rollout: Rollout) -> None:
+        """Brings plan and members to what a rollout says."""
+        plan = self._plan
+        assert plan is not None
+        wanted = rollout.spec.revision if rollout.state is State.COMPLETED else plan.wanted
+        if wanted != plan.wanted:
+            plan = replace(plan, wanted=wanted)
+        if as_weights(plan.weights) != rollout.route:
+            plan = routing.raised(replace(plan, weights=dict(rollout.route)), None, 0, self._now_ms())
+            self._plan_stored = False
+        self._plan = plan
+        self._tell_goal()
+        self._changed.set()
+
+    async def _retire(self) -> None:
+        """Takes from workers what nobody needs there any more; what runs on it ends first."""
+        rollout = self.rollouts.current
+        routed = rollout is not None and rollout.strategy is Strategy.SWAP
+        for key, member in list(self._members.items()):
+            goal = self._goal(member)
+            if key.kind is not Kind.WORKER or goal is None or key not in self._streams or member.draining:
+                continue
+            for revision, resident in member.residents.items():
+                if revision in goal.holds or resident.phase not in _UNLOADABLE:
+                    continue
+                fence = self._rules.fence
+                if await self._store.unready(self._model, key.id, revision, fence, routed=routed):
+                    self._advance(key, RetireAsked(revision))
 
     def _perform(self, key: MemberKey, effect: Effect) -> None:
         stream = self._streams.get(key)
@@ -314,11 +407,14 @@ class Coordinator:
         if self._plan is None:
             fence = 1 + (stored.fence if stored else 0)
             self._rules = replace(self._rules, fence=fence)
-            self._plan = routing.claim(self._catalog.wanted(self._model), stored, 0, self._now_ms())
+            wanted = self.rollouts.serving(self._catalog.wanted(self._model))
+            self._plan = routing.claim(wanted, stored, 0, self._now_ms())
+            if self.rollouts.current is not None:
+                self._obey(self.rollouts.current)
         plan, fence = self._plan, self._rules.fence
         if routing.agrees(plan, fence, stored):
             # A write whose answer was lost counts as well.
-            self._plan_stored = True
+            self._plan_stored, self._stored_epoch = True, plan.epoch
             self.led.set()
             return
         if stored is not None and stored.fence > fence:
@@ -336,6 +432,8 @@ class Coordinator:
         self.led.set()
         # Members may have moved the plan on while we wrote; then it is written again.
         self._plan_stored = self._plan is plan and self._rules.fence == fence
+        self._stored_epoch = plan.epoch
+        self._tell_goal()
         logs.get_logger().info(
             "route.written", model=self._model, epoch=plan.epoch, fence=fence, weights=dict(plan.weights)
         )

@@ -1,0 +1,13 @@
+"""The controller at work: the members, the route, and the rollouts that change it."""
+
+from services.controller.coordinator.conductor import Conductor
+from services.controller.coordinator.coordinator import (
+    LOST_KEPT_S,
+    RECORD_TTL_S,
+    SLEPT_S,
+    TICK_S,
+    Coordinator,
+    MemberKey,
+)
+
+__all__ = ["LOST_KEPT_S", "RECORD_TTL_S", "SLEPT_S", "TICK_S", "Conductor", "Coordinator", "MemberKey"]

@@ -1,0 +1,202 @@
+"""The rollouts of one model. Owns: which one is under way, and that a record is kept before it is followed.
+
+Events go in one at a time: a rollout is stepped, its record saved, and only then does anybody act on it. So a
+controller that dies between any two lines leaves a record that its successor can go on with.
+
+Must not know: members' streams, the route's store, wires.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from services.common import logs
+from services.common.clock import Clock
+from services.common.errors import (
+    ArgumentInvalid,
+    RevisionInUse,
+    RolloutConflict,
+    RolloutRefused,
+    RolloutUnknown,
+)
+from services.controller.core import rollout as table
+from services.controller.core.catalog import Catalog
+from services.controller.core.ports import RolloutRecords
+from services.controller.core.rollout_events import Begun, Event, Fleet, Observed, RouteWritten, Weights
+from services.controller.core.rollout_record import Rollout, Spec, State, create
+
+# An operator wants to read what happened lately; older records only slow the start.
+HISTORY_MAX = 200
+
+
+class Conductor:
+    """Leads the rollouts of one model.
+
+    Args:
+        model: The model.
+        catalog: The registered revisions.
+        records: Where rollouts are kept.
+        clock: The time.
+    """
+
+    def __init__(self, model: str, catalog: Catalog, records: RolloutRecords, clock: Clock) -> None:
+        self._model = model
+        self._catalog = catalog
+        self._records = records
+        self._clock = clock
+        self._rollouts: dict[str, Rollout] = {}
+        self._lock = asyncio.Lock()
+        self._loaded = False
+        self._changed = asyncio.Event()
+
+    @property
+    def current(self) -> Rollout | None:
+        """The rollout that is under way."""
+        return next((one for one in self._rollouts.values() if not one.ended), None)
+
+    @property
+    def all(self) -> tuple[Rollout, ...]:
+        """Every rollout that is kept, newest first."""
+        return tuple(reversed(self._rollouts.values()))
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the records were read."""
+        return self._loaded
+
+    def find(self, rollout_id: str) -> Rollout:
+        """One rollout.
+
+        Raises:
+            RolloutUnknown: No rollout has this id.
+        """
+        found = self._rollouts.get(rollout_id)
+        if found is None:
+            raise RolloutUnknown(
+                f"There is no rollout {rollout_id[:64]!a}; `interlock rollouts list` shows all."
+            )
+        return found
+
+    async def load(self) -> None:
+        """Reads the records, once; a rollout that was under way goes on."""
+        async with self._lock:
+            if self._loaded:
+                return
+            found = await self._records.load(self._model)
+            self._rollouts = {one.id: one for one in found[-HISTORY_MAX:]}
+            self._loaded = True
+
+    def serving(self, asked: str) -> str:
+        """The revision that shall serve when the mesh was started with `asked`.
+
+        What a rollout put in its place stays, over restarts, until the mesh is started with another one.
+        """
+        begun = asked
+        for one in self._rollouts.values():
+            if one.state is State.COMPLETED and one.previous == begun:
+                begun = one.spec.revision
+        return begun
+
+    async def create(self, rollout_id: str, spec: Spec, serving: str) -> Rollout:
+        """Puts a rollout on record; it begins with the next look at the fleet.
+
+        Raises:
+            ArgumentInvalid: The revision has another tokenizer than the one that serves.
+            ModelUnknown: No such model is registered.
+            RevisionInUse: The revision serves already.
+            RevisionUnknown: The model has no such revision.
+            RolloutConflict: Another rollout of the model is under way.
+        """
+        async with self._lock:
+            revision = self._catalog.revision(spec.model, spec.revision)
+            if (current := self.current) is not None:
+                raise RolloutConflict(
+                    f"The rollout {current.id} of {spec.model} is {current.state}; "
+                    "watch it to its end, or cancel it."
+                )
+            if spec.revision == serving:
+                raise RevisionInUse(f"The revision {spec.revision} serves already.")
+            before = self._catalog.revision(spec.model, serving)
+            if before.manifest.tokenizer_sha256 != revision.manifest.tokenizer_sha256:
+                raise ArgumentInvalid(
+                    "revision: it has another tokenizer or chat template than the one that serves, and "
+                    "running requests could not go on with it. Register it as a model of its own."
+                )
+            made = create(rollout_id, spec, serving, self._now_ms())
+            await self._keep(made)
+            return made
+
+    async def tell(self, rollout_id: str, event: Event, fleet: Fleet) -> Rollout:
+        """Takes in what an operator wants.
+
+        Raises:
+            RolloutRefused: It cannot be done where the rollout is.
+            RolloutUnknown: No rollout has this id.
+        """
+        async with self._lock:
+            before = self.find(rollout_id)
+            try:
+                after = table.step(before, event, fleet, self._now_ms()).rollout
+            except table.RolloutEventIllegal as error:
+                raise RolloutRefused(str(error)) from None
+            if after != before:
+                await self._keep(after)
+            return after
+
+    async def observe(self, fleet: Fleet, written: Weights | None) -> bool:
+        """Lets the rollout that is under way see the fleet and the route; returns whether it moved.
+
+        Args:
+            fleet: Who is attached now.
+            written: The weights that the store is known to hold; None: not known.
+        """
+        async with self._lock:
+            before = self.current
+            if before is None:
+                return False
+            after = before
+            for event in _events(before, written):
+                after = table.step(after, event, fleet, self._now_ms()).rollout
+            if after == before:
+                return False
+            await self._keep(after)
+            return True
+
+    async def changed(self) -> None:
+        """Returns after the next change of any rollout."""
+        await self._changed.wait()
+
+    async def _keep(self, rollout: Rollout) -> None:
+        """Saves a record, then lets everybody see it."""
+        await self._records.save(rollout)
+        before = self._rollouts.get(rollout.id)
+        self._rollouts[rollout.id] = rollout
+        known = 0 if before is None else len(before.history)
+        for entered in rollout.history[known:]:
+            logs.get_logger().info(
+                "rollout.entered",
+                model=self._model,
+                rollout_id=rollout.id,
+                revision=rollout.spec.revision,
+                state=entered.state.value,
+                cause=entered.cause,
+            )
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def _now_ms(self) -> int:
+        return int(self._clock.now() * 1000)
+
+
+def _events(rollout: Rollout, written: Weights | None) -> Sequence[Event]:
+    if rollout.state is State.PENDING:
+        return (Begun(),)
+    if written is not None and written == rollout.route and rollout.written != rollout.route:
+        return (RouteWritten(written),)
+    return (Observed(),)
+
+
+def as_weights(route: Mapping[str, int]) -> Weights:
+    """The weights of a route in the order that records have."""
+    return tuple(sorted((name, weight) for name, weight in route.items() if weight))

@@ -1,0 +1,96 @@
+"""The fleet as a rollout sees it. Owns: what members hold means for it, and what it asks of each.
+
+Pure over members and the record. Must not know: the route's store, streams, time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from services.controller.core.member import Goal, Kind, Member, Presence
+from services.controller.core.residency import Phase
+from services.controller.core.rollout_events import Fleet, Standing, WorkerView
+from services.controller.core.rollout_goals import worker_goal
+from services.controller.core.rollout_record import Rollout, Strategy
+
+# Weights are not all that a load needs: buffers of a layer on its way, and the first KV cache.
+LOAD_OVERHEAD = 1.1
+
+_STANDINGS = {
+    Phase.PREPARING: Standing.PREPARING,
+    Phase.READY: Standing.PREPARING,
+    Phase.ACTIVATING: Standing.PREPARING,
+    # Gateways see it, so that a grant can name it.
+    Phase.ACTIVE: Standing.READY,
+    Phase.FAILED: Standing.FAILED,
+}
+
+
+def fleet(rollout: Rollout, members: Iterable[Member], weights_bytes: int) -> Fleet:
+    """Who is attached, and how far each is.
+
+    Args:
+        rollout: The rollout that looks.
+        members: Workers and gateways, those that are gone included.
+        weights_bytes: Memory that the new revision will take, as far as its files tell.
+    """
+    views: list[WorkerView] = []
+    pending = 0
+    for member in members:
+        if member.presence is not Presence.ATTACHED or member.draining:
+            continue
+        if member.kind is Kind.WORKER:
+            views.append(_view(rollout, member, weights_bytes))
+        else:
+            resident = member.residents.get(rollout.spec.revision)
+            # A gateway that failed must not hold up the others.
+            pending += resident is None or resident.phase is Phase.PREPARING
+    return Fleet(tuple(sorted(views, key=lambda view: view.worker_id)), pending)
+
+
+def goal(rollout: Rollout, member: Member, weights: Iterable[tuple[str, int]], epoch: int) -> Goal:
+    """What a member shall hold while the rollout lasts.
+
+    Args:
+        rollout: The rollout.
+        member: The member.
+        weights: The route as the store has it.
+        epoch: The epoch of that route.
+    """
+    if member.kind is Kind.GATEWAY:
+        leading = max(weights, key=lambda one: one[1], default=("", 0))[0]
+        names = (rollout.previous, rollout.spec.revision)
+        return Goal(rollout.spec.model, {name: epoch if name == leading else 0 for name in names}, rollout.id)
+    wanted = worker_goal(rollout, member.id).holds
+    if rollout.strategy is Strategy.SWAP:
+        others = {rollout.previous, rollout.spec.revision} - wanted
+        # One copy at a time: the next is loaded when the last one's memory is free.
+        if any(_is_held(member, name) for name in others):
+            return Goal(rollout.spec.model, {}, rollout.id, quiet=True)
+    return Goal(rollout.spec.model, dict.fromkeys(sorted(wanted), epoch), rollout.id)
+
+
+def _is_held(member: Member, revision: str) -> bool:
+    resident = member.residents.get(revision)
+    return resident is not None and resident.phase not in {Phase.ABSENT, Phase.FAILED}
+
+
+def _view(rollout: Rollout, member: Member, weights_bytes: int) -> WorkerView:
+    new, old = rollout.spec.revision, rollout.previous
+    standing = _standing(member, new)
+    if standing is Standing.ABSENT and rollout.strategy is Strategy.SWAP:
+        # Its files come when the old revision has gone; nothing else keeps a worker from giving it up.
+        standing = Standing.STAGED
+    failure = member.residents[new].failure if standing is Standing.FAILED else ""
+    return WorkerView(member.id, standing, _standing(member, old), _fits(member, weights_bytes), failure)
+
+
+def _standing(member: Member, revision: str) -> Standing:
+    resident = member.residents.get(revision)
+    return Standing.ABSENT if resident is None else _STANDINGS.get(resident.phase, Standing.ABSENT)
+
+
+def _fits(member: Member, weights_bytes: int) -> bool:
+    """Whether the new revision fits beside what a worker holds, by what it reported."""
+    total = sum(device.memory_bytes for device in member.devices)
+    return not total or member.load.memory_bytes + weights_bytes * LOAD_OVERHEAD <= total
