@@ -45,7 +45,7 @@ def build() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_up, _down, _status, _token, _chat, _models, _workers, _breakers, _envoy, _bench):
+    for add in (_up, _down, _status, _token, _chat, _models, _rollouts, _workers, _breakers, _envoy, _bench):
         add(commands)
     return parser
 
@@ -176,7 +176,8 @@ def _chat(commands: _Commands) -> None:
 
 
 def _models(commands: _Commands) -> None:
-    group = commands.add_parser("models", help="List or fetch models.", description="List or fetch models.")
+    summary = "List, fetch, upload or delete models."
+    group = commands.add_parser("models", help=summary, description=summary)
     inner = group.add_subparsers(metavar="COMMAND", required=True)
     _add_json(_command(inner, "list", "Show the models that the mesh serves.", run="models:list_models"))
     fetch = _command(
@@ -189,6 +190,78 @@ def _models(commands: _Commands) -> None:
     fetch.add_argument(
         "name", nargs="?", default="smollm2-135m-instruct", metavar="NAME", help="(%(default)s)"
     )
+
+    push = _command(
+        inner,
+        "push",
+        "Upload a directory as a revision; what is there already is not sent again.",
+        run="push:push",
+        examples="""\
+  interlock models push ./my-model --revision v2
+  interlock models push ./my-model --revision v2-int8 --quantization int8   sends nothing but the manifest""",
+    )
+    push.add_argument("path", metavar="PATH", help="a directory in Hugging Face format")
+    push.add_argument("--name", metavar="N", help="model that it is a revision of (the mesh's default)")
+    push.add_argument("--revision", default="", metavar="R", help="its name (a digest of its content)")
+    push.add_argument("--quantization", choices=QUANTIZATIONS, default="auto", help="of the weights")
+    push.add_argument("--dtype", choices=DTYPES, default="auto", help="of the computation")
+    push.add_argument("--context-tokens", type=_count_of(1 << 24), metavar="N", help="(the model's)")
+    _add_json(push)
+    remove = _command(
+        inner, "rm", "Delete a revision.", run="push:remove", examples="  interlock models rm my-model@v1"
+    )
+    remove.add_argument("revision", metavar="MODEL@REVISION", help="as `interlock models revisions` names it")
+    revisions = _command(
+        inner, "revisions", "Show the revisions of a model, newest first.", run="push:list_revisions"
+    )
+    revisions.add_argument("name", nargs="?", metavar="NAME", help="(the mesh's default)")
+    _add_json(revisions)
+
+
+def _rollouts(commands: _Commands) -> None:
+    summary = "Replace the revision that serves, with nothing dropped."
+    group = commands.add_parser("rollouts", help=summary, description=summary)
+    inner = group.add_subparsers(metavar="COMMAND", required=True)
+    start = _command(
+        inner,
+        "start",
+        "Prepare a revision on all workers, switch to it, and judge it.",
+        run="rollouts:start",
+        examples="""\
+  interlock rollouts start smollm2-135m-instruct v2 --watch
+  interlock rollouts start smollm2-135m-instruct v2 --canary 10 --bake 5m   a tenth of the requests at first
+  interlock rollouts start smollm2-135m-instruct v2 --strategy swap         where memory holds one copy""",
+    )
+    start.add_argument("model", metavar="MODEL", help="the model to update")
+    start.add_argument(
+        "revision", metavar="REVISION", help="what shall serve; see `interlock models revisions`"
+    )
+    start.add_argument(
+        "--strategy", choices=("auto", "side-by-side", "swap"), default="auto", help="(%(default)s)"
+    )
+    start.add_argument(
+        "--canary",
+        type=_count_of(100),
+        default=100,
+        metavar="PERCENT",
+        help="share while judged (%(default)s)",
+    )
+    start.add_argument("--bake", type=_duration_s, default="60s", help="how long it is judged (%(default)s)")
+    start.add_argument(
+        "--quorum", type=_count_of(10_000), metavar="N", help="workers that must be ready (all)"
+    )
+    start.add_argument("--watch", action="store_true", help="show it until its end")
+    for name, text in (
+        ("watch", "Show a rollout until its end."),
+        ("promote", "End the judging: the new revision stays."),
+        ("rollback", "Give everything back to the old revision."),
+        ("cancel", "End a rollout, wherever it is."),
+    ):
+        parser = _command(inner, name, text, run=f"rollouts:{name}")
+        parser.add_argument("id", nargs="?", metavar="ID", help="(the newest)")
+        _add_json(parser)
+    _add_json(start)
+    _add_json(_command(inner, "list", "Show rollouts, newest first.", run="rollouts:list_rollouts"))
 
 
 def _workers(commands: _Commands) -> None:

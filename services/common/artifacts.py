@@ -98,7 +98,7 @@ def describe(directory: Path) -> tuple[FileDigest, ...]:
     check_files(files)
     for file in files:
         if file.path.endswith("config.json"):
-            _refuse_code(directory / file.path)
+            refuse_code(directory / file.path)
     return files
 
 
@@ -275,7 +275,7 @@ def _bytes_max(path: str) -> int:
     return CONFIG_BYTES_MAX if path.endswith("config.json") else TEXT_BYTES_MAX
 
 
-def _refuse_code(path: Path) -> None:
+def refuse_code(path: Path) -> None:
     """Refuses a configuration that names Python classes to import, at any depth."""
     try:
         pending: list[Any] = [json.loads(path.read_bytes())]

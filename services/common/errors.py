@@ -267,6 +267,13 @@ class RolloutUnknown(InterlockError):
     reason = "ROLLOUT_UNKNOWN"
 
 
+class UploadConflict(InterlockError):
+    """Another upload is under way."""
+
+    code = Code.ABORTED
+    reason = "UPLOAD_CONFLICT"
+
+
 class WorkerUnknown(InterlockError):
     """No such worker is attached."""
 

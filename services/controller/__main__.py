@@ -20,6 +20,7 @@ from services.controller.adapters.file_rollouts import FileRolloutRecords
 from services.controller.adapters.local_revisions import LocalRevisionFiles, read_revision
 from services.controller.adapters.redis_breakers import RedisBreakerFleet
 from services.controller.adapters.redis_route import RedisRouteStore
+from services.controller.adapters.uploads import Uploads
 from services.controller.config import ControllerConfig
 from services.controller.coordinator import Coordinator
 from services.controller.core.catalog import Catalog
@@ -57,6 +58,8 @@ async def run(
     try:
         tokens = trust.build(settings, clock, redis if store is None else None)
         catalog = await _register(settings, clock)
+        uploads = Uploads(catalog, settings.data_dir, clock, bytes_max=settings.uploads_bytes)
+        await uploads.load()
         coordinator = Coordinator(
             catalog,
             store or RedisRouteStore(redis),
@@ -66,7 +69,7 @@ async def run(
             prepare_timeout_s=settings.prepare_timeout_s,
         )
         shown = breakers or RedisBreakerFleet(redis)
-        await _serve(settings, coordinator, catalog, tokens, shown, clock, wait)
+        await _serve(settings, coordinator, catalog, tokens, shown, uploads, clock, wait)
     finally:
         await redis.close()
 
@@ -96,6 +99,7 @@ async def _serve(
     catalog: Catalog,
     tokens: Trust,
     breakers: BreakerFleet,
+    uploads: Uploads,
     clock: Clock,
     wait: server.Wait,
 ) -> None:
@@ -104,6 +108,7 @@ async def _serve(
     serving = server.create(
         (servicer.SERVICE, http_servicer.SERVICE), clock, interceptors=[mesh_only, *tokens.interceptors]
     )
+<<<<<<< HEAD
     service = servicer.ControllerServicer(
         coordinator,
         catalog,
@@ -112,6 +117,20 @@ async def _serve(
         clock,
         tokens.revocations,
         breakers,
+=======
+    controller_service_pb2_grpc.add_ControllerServiceServicer_to_server(
+        servicer.ControllerServicer(
+            coordinator,
+            catalog,
+            LocalRevisionFiles(catalog),
+            tokens.verifier,
+            clock,
+            tokens.revocations,
+            breakers,
+            uploads,
+        ),
+        serving.grpc_server,
+>>>>>>> 8cc8e39 (Take revisions in by their digests, and let an operator push, start, watch and steer)
     )
     controller_service_pb2_grpc.add_ControllerServiceServicer_to_server(service, serving.grpc_server)
     http_service_pb2_grpc.add_AdminHttpServiceServicer_to_server(

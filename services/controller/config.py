@@ -48,6 +48,9 @@ class ControllerConfig(TokenSettings):
     data_dir: Annotated[Path, Field(description="Where rollouts and uploads are kept.")] = Path(
         ".interlock/controller"
     )
+    uploads_bytes: Annotated[int, Field(ge=0, description="Most bytes of uploaded files that are kept.")] = (
+        256 << 30
+    )
     metrics_bind: Annotated[
         str,
         Field(

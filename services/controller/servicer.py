@@ -11,21 +11,21 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import NoReturn
 
 from interlock.v1 import controller_service_pb2 as pb
 from interlock.v1 import controller_service_pb2_grpc, rollout_pb2
 
 from services.common import ids, logs
 from services.common.clock import Clock
-from services.common.errors import ArgumentInvalid, FeatureUnsupported, InterlockError
+from services.common.errors import ArgumentInvalid, InterlockError
 from services.common.grpc_types import Context
 from services.common.revocation import RevocationList
 from services.common.tokens import TokenVerifier, bearer_token
-from services.controller.adapters import admin_messages, rollout_messages
+from services.controller.adapters import admin_messages, rollout_messages, upload_messages
 from services.controller.adapters.breaker_messages import breaker_messages, read_hold
 from services.controller.adapters.member_messages import command_message, read_hello, read_report
 from services.controller.adapters.member_outbox import MemberOutbox
+from services.controller.adapters.uploads import Uploads
 from services.controller.coordinator import Coordinator, MemberKey
 from services.controller.core.catalog import Catalog
 from services.controller.core.member import Kind
@@ -63,6 +63,7 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         clock: The time.
         revocations: The tokens that were taken back.
         breakers: The breakers of all gateways.
+        uploads: Takes revisions in.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         clock: Clock,
         revocations: RevocationList,
         breakers: BreakerFleet,
+        uploads: Uploads,
     ) -> None:
+        self._uploads = uploads
         self._breakers = breakers
         self._coordinator = coordinator
         self._catalog = catalog
@@ -178,17 +181,36 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         response.forget_time.FromSeconds(int(ends_s))
         return response
 
-    async def PlanUpload(self, request: pb.PlanUploadRequest, context: Context) -> NoReturn:
-        """Not served by this version."""
-        self._refuse(context, "PlanUpload")
+    async def PlanUpload(self, request: pb.PlanUploadRequest, context: Context) -> pb.PlanUploadResponse:
+        """Which blobs of a manifest are missing, and from which byte on."""
+        self._require(context, "admin")
+        missing = await self._uploads.plan(upload_messages.read_manifest(request.manifest))
+        return pb.PlanUploadResponse(
+            missing=[pb.MissingBlob(sha256=sha256, offset=offset) for sha256, offset in missing]
+        )
 
-    async def UploadRevision(self, request_iterator: object, context: Context) -> NoReturn:
-        """Not served by this version."""
-        self._refuse(context, "UploadRevision")
+    async def UploadRevision(
+        self, request_iterator: AsyncIterator[pb.UploadRevisionRequest], context: Context
+    ) -> pb.UploadRevisionResponse:
+        """The manifest, then the missing bytes; the revision is registered at the end."""
+        self._require(context, "admin")
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("part") != "manifest":
+            raise ArgumentInvalid("An upload begins with its manifest.")
+        manifest = upload_messages.read_manifest(first.manifest)
+        revision = await self._uploads.receive(manifest, upload_messages.read_chunks(request_iterator))
+        workers, plan = self._coordinator.members(Kind.WORKER), self._coordinator.plan
+        return pb.UploadRevisionResponse(revision=admin_messages.revision_message(revision, workers, plan))
 
-    async def DeleteRevision(self, request: pb.DeleteRevisionRequest, context: Context) -> NoReturn:
-        """Not served by this version."""
-        self._refuse(context, "DeleteRevision")
+    async def DeleteRevision(
+        self, request: pb.DeleteRevisionRequest, context: Context
+    ) -> pb.DeleteRevisionResponse:
+        """Forgets a revision that nothing uses."""
+        self._require(context, "admin")
+        _check_named(model=request.model, revision=request.revision)
+        self._coordinator.check_unused(request.model, request.revision)
+        await self._uploads.delete(request.model, request.revision)
+        return pb.DeleteRevisionResponse()
 
     async def CreateRollout(
         self, request: pb.CreateRolloutRequest, context: Context
@@ -287,11 +309,6 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         """Raises unless the call carries a token with one of `scopes`."""
         token = bearer_token(tuple(context.invocation_metadata() or ()))
         self._verifier.verify(token).require(*scopes)
-
-    def _refuse(self, context: Context, method: str) -> NoReturn:
-        # Who may not call it learns that first.
-        self._require(context, "admin")
-        raise FeatureUnsupported(f"{method} is not served by this version.")
 
 
 def _check_named(**names: str) -> None:

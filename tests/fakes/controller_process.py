@@ -81,6 +81,7 @@ async def started(
         jwt_secret=SecretStr(JWT_SECRET),
         model_path=model,
         model_name="m",
+        data_dir=tmp_path / "data",
         context_tokens=context_tokens,
         lease_ttl_s=lease_ttl_s,
     )

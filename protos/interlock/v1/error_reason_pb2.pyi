@@ -82,6 +82,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: no worker of that id is attached."""
     ERROR_REASON_ROLLOUT_REFUSED: _ErrorReason.ValueType  # 67
     """FAILED_PRECONDITION: the rollout cannot do that where it is; the message says where."""
+    ERROR_REASON_UPLOAD_CONFLICT: _ErrorReason.ValueType  # 68
+    """ABORTED: another upload is under way; try again when it has ended."""
     ERROR_REASON_NOT_LEADER: _ErrorReason.ValueType  # 66
     """FAILED_PRECONDITION: this controller does not hold the lease; ask the next one in the list."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 90
@@ -159,6 +161,8 @@ ERROR_REASON_WORKER_UNKNOWN: ErrorReason.ValueType  # 65
 """NOT_FOUND: no worker of that id is attached."""
 ERROR_REASON_ROLLOUT_REFUSED: ErrorReason.ValueType  # 67
 """FAILED_PRECONDITION: the rollout cannot do that where it is; the message says where."""
+ERROR_REASON_UPLOAD_CONFLICT: ErrorReason.ValueType  # 68
+"""ABORTED: another upload is under way; try again when it has ended."""
 ERROR_REASON_NOT_LEADER: ErrorReason.ValueType  # 66
 """FAILED_PRECONDITION: this controller does not hold the lease; ask the next one in the list."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 90

@@ -58,7 +58,7 @@ QUANTIZATIONS: Mapping[str, model_pb2.Quantization.ValueType] = MappingProxyType
     }
 )
 
-_DTYPES: Mapping[str, model_pb2.ComputeDtype.ValueType] = MappingProxyType(
+DTYPES: Mapping[str, model_pb2.ComputeDtype.ValueType] = MappingProxyType(
     {
         "auto": model_pb2.COMPUTE_DTYPE_UNSPECIFIED,
         "fp32": model_pb2.COMPUTE_DTYPE_FP32,
@@ -178,7 +178,7 @@ def manifest_message(revision: Revision) -> model_pb2.Manifest:
             for file in manifest.files
         ],
         quantization=QUANTIZATIONS[manifest.quantization],
-        compute_dtype=_DTYPES[manifest.compute_dtype],
+        compute_dtype=DTYPES[manifest.compute_dtype],
         context_tokens=manifest.context_tokens,
         tokenizer_sha256=manifest.tokenizer_sha256,
         local_path=revision.local_path,

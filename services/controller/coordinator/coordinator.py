@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from services.common import logs
 from services.common.clock import Clock
-from services.common.errors import Draining, StoreUnavailable, WorkerUnknown
+from services.common.errors import Draining, RevisionInUse, StoreUnavailable, WorkerUnknown
 from services.controller.coordinator.conductor import Conductor, as_weights
 from services.controller.core import membership, rollout_fleet, routing
 from services.controller.core.catalog import Catalog
@@ -187,6 +187,16 @@ class Coordinator:
         made = await self.rollouts.create(rollout_id, spec, self._plan.wanted)
         self._changed.set()
         return made
+
+    def check_unused(self, model: str, revision: str) -> None:
+        """Raises RevisionInUse for a revision that serves, is in a rollout, or is inside a worker."""
+        current, plan = self.rollouts.current, self._plan
+        if plan is None:
+            raise StoreUnavailable("The controller does not lead yet.", retry_after_s=TICK_S)
+        rolled = () if current is None else (current.previous, current.spec.revision)
+        held = {name for member in self.members(Kind.WORKER) for name in member.residents}
+        if model == self._model and revision in {*rolled, *plan.weights, plan.wanted, *held}:
+            raise RevisionInUse(f"The revision {revision} serves, or is in a rollout.")
 
     async def tell_rollout(self, rollout_id: str, event: RolloutEvent) -> Rollout:
         """Takes in what an operator wants of a rollout.

@@ -76,7 +76,7 @@ class Catalog:
         self._revisions: dict[str, dict[str, Revision]] = {}
 
     def register(self, revision: Revision) -> None:
-        """Adds a revision; the newest one of a model is the one that shall serve."""
+        """Adds a revision; the first one of a model is the one that shall serve until a rollout."""
         manifest = revision.manifest
         self._revisions.setdefault(manifest.model, {})[manifest.revision] = revision
 
@@ -123,4 +123,14 @@ class Catalog:
         Raises:
             ModelUnknown: No such model is registered.
         """
-        return self.revisions(model)[0].manifest.revision
+        return self.revisions(model)[-1].manifest.revision
+
+    def forget(self, model: str, name: str) -> None:
+        """Removes a revision.
+
+        Raises:
+            ModelUnknown: No such model is registered.
+            RevisionUnknown: The model has no such revision.
+        """
+        self.revision(model, name)
+        del self._revisions[model][name]

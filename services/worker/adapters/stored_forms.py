@@ -19,7 +19,7 @@ from pathlib import Path
 
 from services.common.errors import ArtifactInvalid
 from services.common.partial_file import directory_descriptor
-from services.worker.adapters.safetensors_files import check_header, read_header
+from services.common.safetensors_files import check_header, read_header
 
 # Names what a form must look like: it changes whenever the files' content changes its meaning.
 LAYOUT = 1

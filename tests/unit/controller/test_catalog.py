@@ -85,7 +85,7 @@ def test_lookup(tmp_path: Path) -> None:
     catalog.register(second)
     assert catalog.models() == ("m",)
     assert catalog.revisions("m") == (second, first)
-    assert catalog.wanted("m") == second.manifest.revision
+    assert catalog.wanted("m") == first.manifest.revision
     with pytest.raises(ModelUnknown):
         catalog.revisions("other")
     with pytest.raises(RevisionUnknown):

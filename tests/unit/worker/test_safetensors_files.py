@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import ArtifactInvalid
-from services.worker.adapters.safetensors_files import check_files, read_config
+from services.common.safetensors_files import check_files, read_config
 from services.worker.core.revision import RevisionFile, RevisionSpec
 
 GOOD = {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
@@ -25,7 +25,7 @@ def write(path: Path, header: Any, data: bytes) -> RevisionSpec:
 def test_a_true_header_passes(tmp_path: Path) -> None:
     """Metadata is allowed, and every byte is accounted for."""
     spec = write(tmp_path / "model.safetensors", {"__metadata__": {"format": "pt"}, **GOOD}, b"0" * 24)
-    check_files(tmp_path, spec)
+    check_files(tmp_path, [file.path for file in spec.files])
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_lying_header_is_refused(header: Any, data: bytes, tmp_path: Path) -> 
     """Sizes, shapes, offsets and types that do not fit each other or the file."""
     spec = write(tmp_path / "model.safetensors", header, data)
     with pytest.raises(ArtifactInvalid, match=r"model\.safetensors"):
-        check_files(tmp_path, spec)
+        check_files(tmp_path, [file.path for file in spec.files])
 
 
 def test_an_impossible_header_length_is_refused(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_an_impossible_header_length_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
     spec = RevisionSpec("m", "r", (RevisionFile("model.safetensors", 64, ""),))
     with pytest.raises(ArtifactInvalid, match="too long"):
-        check_files(tmp_path, spec)
+        check_files(tmp_path, [file.path for file in spec.files])
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "modeling.py", "MODEL.PKL"])
@@ -64,13 +64,13 @@ def test_files_that_could_run_code_are_refused(name: str, tmp_path: Path) -> Non
     """Pickle in any guise, and Python."""
     spec = RevisionSpec("m", "r", (RevisionFile(name, 1, ""),))
     with pytest.raises(ArtifactInvalid, match="run code"):
-        check_files(tmp_path, spec)
+        check_files(tmp_path, [file.path for file in spec.files])
 
 
 def test_a_revision_without_weights_is_refused(tmp_path: Path) -> None:
     """There must be a safetensors file."""
     with pytest.raises(ArtifactInvalid, match="no safetensors"):
-        check_files(tmp_path, RevisionSpec("m", "r"))
+        check_files(tmp_path, [])
 
 
 @pytest.mark.parametrize(

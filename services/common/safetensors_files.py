@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from services.common.artifacts import CONFIG_BYTES_MAX, REFUSED_SUFFIXES
 from services.common.errors import ArtifactInvalid
-from services.worker.core.revision import RevisionSpec
 
 # The format's own bound on a header.
 HEADER_BYTES_MAX = 100_000_000
@@ -60,13 +59,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def check_files(directory: Path, spec: RevisionSpec) -> None:
+def check_files(directory: Path, names: Sequence[str]) -> None:
     """Checks the kinds of a revision's files and the header of every weight file.
 
     Raises:
         ArtifactInvalid: A file could run code, or a header lies.
     """
-    names = [file.path for file in spec.files]
     for name in names:
         if name.lower().endswith(REFUSED_SUFFIXES):
             raise ArtifactInvalid(f"{name}: files of this kind can run code and are never loaded.")

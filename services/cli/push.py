@@ -1,0 +1,194 @@
+"""`interlock models push`, `rm`, `revisions`. Owns: how a directory gets into the mesh, and out of it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from interlock.v1 import controller_service_pb2 as pb
+from interlock.v1 import model_pb2
+from interlock.v1.controller_service_pb2_grpc import ControllerServiceStub
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from services.cli import table
+from services.cli.access import ANSWER_TIMEOUT_S, entrance, rows_of, running_mesh
+from services.cli.failure import CommandFailed
+from services.common import artifacts
+from services.common.errors import ArtifactInvalid
+
+# The contract's bound of a chunk is four times this; less at a time keeps other calls of the channel quick.
+CHUNK_BYTES = 256 << 10
+
+# Checking headers and linking files takes seconds at most; digests of many gigabytes take longer.
+REGISTER_TIMEOUT_S = 3_600.0
+
+_COLUMNS = {
+    "revision": "REVISION",
+    "quantization": "QUANTIZATION",
+    "context_tokens": "CONTEXT",
+    "weight": "SHARE",
+    "ready_workers": "READY WORKERS",
+    "create_time": "SINCE",
+}
+
+_QUANTIZATIONS = {
+    "auto": model_pb2.QUANTIZATION_UNSPECIFIED,
+    "none": model_pb2.QUANTIZATION_NONE,
+    "int8": model_pb2.QUANTIZATION_INT8,
+    "nf4": model_pb2.QUANTIZATION_NF4,
+    "fp4": model_pb2.QUANTIZATION_FP4,
+}
+_DTYPES = {
+    "auto": model_pb2.COMPUTE_DTYPE_UNSPECIFIED,
+    "fp32": model_pb2.COMPUTE_DTYPE_FP32,
+    "bf16": model_pb2.COMPUTE_DTYPE_BF16,
+}
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+
+
+def push(arguments: argparse.Namespace) -> int:
+    """Uploads a directory as a revision and prints it."""
+    directory = Path(arguments.path)
+    try:
+        with _spinning(f"Reading {directory.name}"):
+            files = artifacts.describe(directory)
+    except ArtifactInvalid as error:
+        raise CommandFailed(error.message) from None
+    manifest = model_pb2.Manifest(
+        model=arguments.name or "",
+        revision=arguments.revision,
+        files=[
+            model_pb2.ArtifactFile(path=file.path, size_bytes=file.size_bytes, sha256=file.sha256)
+            for file in files
+        ],
+        quantization=_QUANTIZATIONS[arguments.quantization],
+        compute_dtype=_DTYPES[arguments.dtype],
+        context_tokens=arguments.context_tokens or _context_tokens(directory),
+    )
+    revision = asyncio.run(_push(directory, manifest))
+    _show([revision], as_json=arguments.json)
+    return 0
+
+
+def remove(arguments: argparse.Namespace) -> int:
+    """Deletes a revision."""
+    model, _, revision = arguments.revision.rpartition("@")
+    if not model:
+        raise CommandFailed("name the revision as MODEL@REVISION; `interlock models revisions` shows them.")
+    asyncio.run(_remove(model, revision))
+    return 0
+
+
+def list_revisions(arguments: argparse.Namespace) -> int:
+    """Prints the revisions of a model."""
+    _show(asyncio.run(_revisions(arguments.name)), as_json=arguments.json)
+    return 0
+
+
+async def _push(directory: Path, manifest: model_pb2.Manifest) -> model_pb2.Revision:
+    async with entrance(*running_mesh()) as (channel, metadata):
+        stub = ControllerServiceStub(channel)
+        manifest.model = manifest.model or await _default_model(stub, metadata)
+        plan = await stub.PlanUpload(
+            pb.PlanUploadRequest(manifest=manifest), metadata=metadata, timeout=REGISTER_TIMEOUT_S
+        )
+        with _bar(manifest, plan.missing) as advance:
+            reply = await stub.UploadRevision(
+                _parts(directory, manifest, plan.missing, advance),
+                metadata=metadata,
+                timeout=REGISTER_TIMEOUT_S,
+            )
+    return reply.revision
+
+
+async def _parts(
+    directory: Path,
+    manifest: model_pb2.Manifest,
+    missing: Sequence[pb.MissingBlob],
+    advance: Callable[[int], None],
+) -> AsyncIterator[pb.UploadRevisionRequest]:
+    yield pb.UploadRevisionRequest(manifest=manifest)
+    paths = {file.sha256: directory / file.path for file in manifest.files}
+    for blob in missing:
+        offset = blob.offset
+        with await asyncio.to_thread(paths[blob.sha256].open, "rb") as stream:
+            stream.seek(offset)
+            while data := await asyncio.to_thread(stream.read, CHUNK_BYTES):
+                yield pb.UploadRevisionRequest(
+                    chunk=pb.BlobChunk(sha256=blob.sha256, offset=offset, data=data)
+                )
+                offset += len(data)
+                advance(len(data))
+
+
+async def _remove(model: str, revision: str) -> None:
+    async with entrance(*running_mesh()) as (channel, metadata):
+        await ControllerServiceStub(channel).DeleteRevision(
+            pb.DeleteRevisionRequest(model=model, revision=revision),
+            metadata=metadata,
+            timeout=ANSWER_TIMEOUT_S,
+        )
+
+
+async def _revisions(model: str | None) -> list[model_pb2.Revision]:
+    async with entrance(*running_mesh()) as (channel, metadata):
+        stub = ControllerServiceStub(channel)
+        name = model or await _default_model(stub, metadata)
+        reply = await stub.ListRevisions(
+            pb.ListRevisionsRequest(model=name), metadata=metadata, timeout=ANSWER_TIMEOUT_S
+        )
+    return list(reply.revisions)
+
+
+async def _default_model(stub: Any, metadata: Any) -> str:
+    reply = await stub.ListModels(
+        pb.ControllerServiceListModelsRequest(), metadata=metadata, timeout=ANSWER_TIMEOUT_S
+    )
+    return next((model.name for model in reply.models if model.is_default), "")
+
+
+def _context_tokens(directory: Path) -> int:
+    """The longest context that the model was made for, by its configuration."""
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+    except (OSError, ValueError):
+        raise CommandFailed(f"{directory}: there is no config.json that can be read.") from None
+    lengths = [config[key] for key in _CONTEXT_KEYS if isinstance(config.get(key), int)]
+    if not lengths:
+        raise CommandFailed("config.json does not say how long a context may be; set --context-tokens.")
+    return int(lengths[0])
+
+
+@contextlib.contextmanager
+def _bar(manifest: model_pb2.Manifest, missing: Sequence[pb.MissingBlob]) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error over the bytes that are sent."""
+    sizes = {file.sha256: file.size_bytes for file in manifest.files}
+    total, done = sum(sizes.values()), sum(sizes.values())
+    done -= sum(sizes[blob.sha256] - blob.offset for blob in missing)
+    columns = (TextColumn("Uploading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task("", total=total, completed=done)
+        yield lambda count: bars.advance(task, count)
+
+
+@contextlib.contextmanager
+def _spinning(words: str) -> Iterator[None]:
+    with Console(stderr=True).status(words):
+        yield
+
+
+def _show(found: list[model_pb2.Revision], *, as_json: bool) -> None:
+    rows = rows_of(found)
+    table.show(rows if as_json else [_for_people(row) for row in rows], _COLUMNS, as_json=as_json)
+
+
+def _for_people(row: dict[str, Any]) -> dict[str, Any]:
+    manifest = row["manifest"]
+    name = str(manifest["quantization"]).removeprefix("QUANTIZATION_").lower()
+    return {**row, **manifest, "quantization": name.replace("unspecified", "auto")}

@@ -1,0 +1,60 @@
+"""Uploads as messages. Owns: how manifests and chunks of the contract become the controller's own data."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from types import MappingProxyType
+
+from interlock.v1 import controller_service_pb2 as pb
+from interlock.v1 import model_pb2
+
+from services.common.errors import ArgumentInvalid
+from services.common.ids import is_valid_id
+from services.controller.adapters.member_messages import DTYPES, QUANTIZATIONS
+from services.controller.adapters.uploads import Chunk
+from services.controller.core.catalog import Manifest, ModelFile
+
+# Longer than any model's context.
+CONTEXT_TOKENS_MAX = 1 << 24
+
+_QUANTIZATIONS = MappingProxyType({number: name for name, number in QUANTIZATIONS.items()})
+_DTYPES = MappingProxyType({number: name for name, number in DTYPES.items()})
+
+
+def read_manifest(message: model_pb2.Manifest) -> Manifest:
+    """A manifest as it was sent; where its sender says that files lie is nobody's business.
+
+    Raises:
+        ArgumentInvalid: A field is missing, or one that this version does not serve is set.
+    """
+    if not message.model:
+        raise ArgumentInvalid("manifest.model: missing.")
+    if message.revision and not is_valid_id(message.revision):
+        raise ArgumentInvalid("manifest.revision: 1 to 64 of the characters A-Z a-z 0-9 . _ -")
+    if message.quantization not in _QUANTIZATIONS or message.compute_dtype not in _DTYPES:
+        raise ArgumentInvalid("manifest: quantization or compute_dtype is not one that is known.")
+    if not 1 <= message.context_tokens <= CONTEXT_TOKENS_MAX:
+        raise ArgumentInvalid(f"manifest.context_tokens: must be 1 to {CONTEXT_TOKENS_MAX}.")
+    if message.fallback_model or message.golden_prompts:
+        raise ArgumentInvalid("manifest: fallback_model and golden_prompts are not served by this version.")
+    return Manifest(
+        model=message.model,
+        revision=message.revision,
+        files=tuple(ModelFile(file.path, file.size_bytes, file.sha256) for file in message.files),
+        quantization=_QUANTIZATIONS[message.quantization],
+        compute_dtype=_DTYPES[message.compute_dtype],
+        context_tokens=message.context_tokens,
+        tokenizer_sha256=message.tokenizer_sha256,
+    )
+
+
+async def read_chunks(requests: AsyncIterator[pb.UploadRevisionRequest]) -> AsyncIterator[Chunk]:
+    """The chunks that follow the manifest.
+
+    Raises:
+        ArgumentInvalid: Something else follows it.
+    """
+    async for request in requests:
+        if request.WhichOneof("part") != "chunk":
+            raise ArgumentInvalid("After its manifest an upload sends chunks.")
+        yield Chunk(request.chunk.sha256, request.chunk.offset, request.chunk.data)

@@ -1,0 +1,356 @@
+"""Uploads. Owns: how a manifest and its bytes become a registered revision, and how one is forgotten.
+
+Bytes are kept by their digest, each content once. A revision's directory holds links to them, and appears
+under its name only when every file is whole and every header was read: whoever sees it can load it. What a
+revision needs and another one has already is not sent again.
+
+    blobs/SHA256                 whole contents; `.SHA256.partial` is one on its way
+    revisions/MODEL/REVISION/    the files by name, and manifest.json
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from services.common import artifacts, logs, safetensors_files
+from services.common.clock import Clock
+from services.common.errors import (
+    ArgumentInvalid,
+    ArtifactInvalid,
+    InternalError,
+    QuotaExceeded,
+    RevisionInUse,
+    UploadConflict,
+)
+from services.common.partial_file import PartialFile
+from services.controller.core.catalog import Catalog, Manifest, ModelFile, Revision
+
+# The contract's bound of a chunk.
+CHUNK_BYTES_MAX = 1 << 20
+
+# A blob that no manifest names may belong to an upload that goes on tomorrow; after a day it does not.
+ORPHAN_KEPT_S = 86_400.0
+
+_MANIFEST = "manifest.json"
+_RECORD = TypeAdapter(Revision)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some bytes of a blob: its digest, where they begin, and what they are."""
+
+    sha256: str
+    offset: int
+    data: bytes
+
+
+class Uploads:
+    """Takes revisions in, under a directory of this machine.
+
+    Args:
+        catalog: The registered revisions; what was taken in before joins it with `load`.
+        directory: Where blobs and revisions are kept; made when missing.
+        clock: The time.
+        bytes_max: Most bytes of all blobs.
+    """
+
+    def __init__(self, catalog: Catalog, directory: Path, clock: Clock, *, bytes_max: int) -> None:
+        self._catalog = catalog
+        self._blobs = directory / "blobs"
+        self._revisions = directory / "revisions"
+        self._clock = clock
+        self._bytes_max = bytes_max
+        self._lock = asyncio.Lock()
+
+    async def load(self) -> None:
+        """Registers what was taken in before; what is damaged is named in the log and passed over."""
+        for revision in await asyncio.to_thread(lambda: list(self._read_all())):
+            if revision.manifest.model in self._catalog.models():
+                self._catalog.register(revision)
+        await asyncio.to_thread(self._collect)
+
+    async def plan(self, manifest: Manifest) -> tuple[tuple[str, int], ...]:
+        """The blobs that are missing, with the byte from which on each is.
+
+        Raises:
+            ArtifactInvalid, ArgumentInvalid, ModelUnknown, QuotaExceeded, RevisionInUse: It cannot be taken.
+        """
+        checked = self._check(manifest)
+        if self._known(checked) is not None:
+            return ()
+        return await asyncio.to_thread(lambda: tuple(self._missing(checked)))
+
+    async def receive(self, manifest: Manifest, chunks: AsyncIterator[Chunk]) -> Revision:
+        """Takes in the missing bytes and registers the revision; what was whole stays after a failure.
+
+        Raises:
+            ArtifactInvalid: Bytes or headers are not what the manifest says, or a file could run code.
+            UploadConflict: Another upload is under way.
+            ArgumentInvalid, ModelUnknown, QuotaExceeded, RevisionInUse: It cannot be taken.
+        """
+        checked = self._check(manifest)
+        if (known := self._known(checked)) is not None:
+            return known
+        if self._lock.locked():
+            raise UploadConflict("Another upload is under way; try again when it has ended.")
+        async with self._lock:
+            try:
+                await self._take(checked, chunks)
+                revision = await asyncio.to_thread(self._compose, checked)
+            except OSError as error:
+                if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+                    raise InternalError("The controller's disk is full; what came so far is kept.") from None
+                raise
+            self._catalog.register(revision)
+        logs.get_logger().info(
+            "revision.uploaded", model=checked.model, revision=checked.revision, files=len(checked.files)
+        )
+        return revision
+
+    async def delete(self, model: str, name: str) -> None:
+        """Forgets a revision, and the blobs that no other one names.
+
+        Raises:
+            ModelUnknown, RevisionUnknown: There is no such revision.
+            RevisionInUse: It was not uploaded: the mesh was started with it.
+        """
+        self._catalog.revision(model, name)
+        directory = self._revisions / model / name
+        if not directory.is_dir():
+            raise RevisionInUse("The mesh was started with this revision; it cannot be deleted.")
+        self._catalog.forget(model, name)
+        await asyncio.to_thread(shutil.rmtree, directory)
+        await asyncio.to_thread(self._collect, orphan_kept_s=0.0)
+        logs.get_logger().info("revision.deleted", model=model, revision=name)
+
+    def _check(self, manifest: Manifest) -> Manifest:
+        """The manifest with what we know better than its sender."""
+        if manifest.model not in self._catalog.models():
+            served = ", ".join(self._catalog.models())
+            raise ArgumentInvalid(f"manifest.model: this controller leads {served}.")
+        files = [artifacts.FileDigest(one.path, one.size_bytes, one.sha256) for one in manifest.files]
+        artifacts.check_files(files)
+        names = {file.path for file in files}
+        for needed in ("config.json", "tokenizer.json"):
+            if needed not in names:
+                raise ArtifactInvalid(f"{needed}: is not among the files.")
+        if not any(name.endswith(".safetensors") for name in names):
+            raise ArtifactInvalid("There are no weights in safetensors format among the files.")
+        if _MANIFEST in names:
+            raise ArtifactInvalid(f"{_MANIFEST}: this name is kept for the manifest itself.")
+        lowered = {name.lower() for name in names}
+        if len(lowered) != len(names):
+            raise ArtifactInvalid("Two files have names that differ in case alone.")
+        total = sum(file.size_bytes for file in files)
+        if total > self._bytes_max:
+            raise QuotaExceeded(f"The revision has {total} bytes; the controller keeps {self._bytes_max}.")
+        digest = artifacts.tokenizer_digest(files)
+        if manifest.tokenizer_sha256 not in {"", digest}:
+            raise ArgumentInvalid("manifest.tokenizer_sha256: is not the digest of these files.")
+        ordered = tuple(sorted(manifest.files, key=lambda file: file.path))
+        checked = replace(manifest, files=ordered, tokenizer_sha256=digest)
+        return checked if checked.revision else checked.named()
+
+    def _known(self, manifest: Manifest) -> Revision | None:
+        """The same revision, where it is registered already.
+
+        Raises:
+            RevisionInUse: Another one bears its name.
+        """
+        for known in self._catalog.revisions(manifest.model):
+            if known.manifest.revision == manifest.revision:
+                if known.manifest == manifest:
+                    return known
+                raise RevisionInUse(
+                    f"The revision {manifest.revision} exists with other content; choose another name."
+                )
+        return None
+
+    def _missing(self, manifest: Manifest) -> Iterable[tuple[str, int]]:
+        seen: set[str] = set()
+        for file in manifest.files:
+            if file.sha256 in seen or self._source(file) is not None:
+                continue
+            seen.add(file.sha256)
+            partial = self._partial(file.sha256)
+            size = partial.stat().st_size if partial.exists() else 0
+            yield file.sha256, size if size <= file.size_bytes else 0
+
+    def _source(self, file: ModelFile) -> Path | None:
+        """A file that has this content already: a blob, or one of a registered revision."""
+        if (blob := self._blobs / file.sha256).exists():
+            return blob
+        for model in self._catalog.models():
+            for revision in self._catalog.revisions(model):
+                for known in revision.manifest.files:
+                    path = Path(revision.local_path) / known.path
+                    same = known.sha256 == file.sha256 and known.size_bytes == file.size_bytes
+                    if same and path.is_file() and path.stat().st_size == file.size_bytes:
+                        return path
+        return None
+
+    def _present(self, file: ModelFile) -> Path:
+        source = self._source(file)
+        if source is None:
+            raise ArtifactInvalid(f"{file.path}: its content is gone; plan the upload again.")
+        return source
+
+    def _partial(self, sha256: str) -> Path:
+        return self._blobs / f".{sha256}.partial"
+
+    async def _take(self, manifest: Manifest, chunks: AsyncIterator[Chunk]) -> None:
+        """Writes the missing blobs, one after the other, in the order in which they come."""
+        await asyncio.to_thread(self._blobs.mkdir, parents=True, exist_ok=True)
+        waiting = {sha256 for sha256, _ in await asyncio.to_thread(lambda: list(self._missing(manifest)))}
+        sizes = {file.sha256: file.size_bytes for file in manifest.files}
+        held = await asyncio.to_thread(self._held_bytes)
+        if held + sum(sizes[sha256] for sha256 in waiting) > self._bytes_max:
+            raise QuotaExceeded("The controller keeps as many bytes as it may; delete a revision first.")
+        writer: _Writer | None = None
+        try:
+            async for chunk in chunks:
+                if len(chunk.data) > CHUNK_BYTES_MAX:
+                    raise ArgumentInvalid(f"chunk.data: at most {CHUNK_BYTES_MAX} bytes.")
+                if writer is None or writer.sha256 != chunk.sha256:
+                    await _finish(writer, waiting)
+                    if chunk.sha256 not in waiting:
+                        raise ArgumentInvalid("chunk.sha256: no file of the manifest misses these bytes.")
+                    writer = await asyncio.to_thread(_Writer, self._blobs / chunk.sha256, sizes[chunk.sha256])
+                await asyncio.to_thread(writer.append, chunk)
+            await _finish(writer, waiting)
+        finally:
+            if writer is not None:
+                writer.close()
+        if waiting:
+            raise ArtifactInvalid(f"{len(waiting)} files are not whole yet; plan the upload again and go on.")
+
+    def _compose(self, manifest: Manifest) -> Revision:
+        """Makes the revision's directory, and gives it its name when everything in it was read."""
+        final = self._revisions / manifest.model / manifest.revision
+        fresh = final.with_name(f".{manifest.revision}.new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        try:
+            for file in manifest.files:
+                _link(self._present(file), fresh / file.path)
+            names = [file.path for file in manifest.files]
+            safetensors_files.read_config(fresh)
+            safetensors_files.check_files(fresh, names)
+            for name in names:
+                if name.endswith("config.json"):
+                    artifacts.refuse_code(fresh / name)
+            revision = Revision(manifest, str(final.resolve()), self._clock.now())
+            with (fresh / _MANIFEST).open("w", encoding="utf-8") as stream:
+                json.dump(asdict(revision), stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            shutil.rmtree(final, ignore_errors=True)
+            fresh.replace(final)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        return revision
+
+    def _read_all(self) -> Iterable[Revision]:
+        for record in sorted(self._revisions.glob("*/*/manifest.json")):
+            revision = _read(record)
+            if revision is None:
+                logs.get_logger().error("revision.unreadable", revision=record.parent.name)
+            else:
+                yield replace(revision, local_path=str(record.parent.resolve()))
+
+    def _collect(self, *, orphan_kept_s: float = ORPHAN_KEPT_S) -> None:
+        """Removes blobs that no revision names, once they are old; whole and partial ones."""
+        if self._lock.locked():
+            return
+        named = {
+            file.sha256
+            for model in self._catalog.models()
+            for revision in self._catalog.revisions(model)
+            for file in revision.manifest.files
+        }
+        for blob in self._blobs.glob("*") if self._blobs.is_dir() else ():
+            if blob.name in named:
+                continue
+            kept_s = ORPHAN_KEPT_S if blob.name.startswith(".") else orphan_kept_s
+            with contextlib.suppress(OSError):
+                if blob.stat().st_mtime + kept_s <= self._clock.now():
+                    blob.unlink()
+
+    def _held_bytes(self) -> int:
+        return sum(blob.stat().st_size for blob in self._blobs.iterdir())
+
+
+class _Writer:
+    """One blob on its way."""
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        self.sha256 = path.name
+        self._size_bytes = size_bytes
+        self._file = PartialFile(path, size_bytes, path.name)
+        self._at = self._file.open()
+
+    def append(self, chunk: Chunk) -> None:
+        if chunk.offset != self._at:
+            raise ArgumentInvalid(f"chunk.offset: {chunk.offset}; the controller has {self._at} bytes of it.")
+        try:
+            self._at = self._file.append(chunk.data)
+        except ArtifactInvalid:
+            self._file.discard()
+            raise
+
+    @property
+    def is_whole(self) -> bool:
+        return self._at == self._size_bytes
+
+    def finish(self) -> None:
+        try:
+            self._file.finish()
+        except ArtifactInvalid:
+            self._file.discard()
+            raise
+        finally:
+            self._file.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+async def _finish(writer: _Writer | None, waiting: set[str]) -> None:
+    """Gives a blob its name, where all of it has come; else what came is kept for the next attempt."""
+    if writer is None:
+        return
+    if not writer.is_whole:
+        writer.close()
+        return
+    await asyncio.to_thread(writer.finish)
+    waiting.discard(writer.sha256)
+
+
+def _read(record: Path) -> Revision | None:
+    """A revision that was taken in before; None where it is damaged."""
+    try:
+        revision = _RECORD.validate_json(record.read_bytes())
+        files = revision.manifest.files
+        whole = all((record.parent / file.path).stat().st_size == file.size_bytes for file in files)
+    except (OSError, ValidationError):
+        return None
+    return revision if whole else None
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # Another file system; the copy's digest is checked by whoever loads it.
+        shutil.copyfile(source, target)
