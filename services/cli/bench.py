@@ -20,6 +20,7 @@ BENCHES = {
     "quality": "what quantization costs: perplexity, and whether answers repeat",
     "queue_latency": "the queue's scripts against a Redis",
     "relay": "what a gateway costs beside a bare relay",
+    "rollouts": "a running mesh whose model is replaced under load: what clients notice",
     "startup": "a worker's cold start by phase, and the memory that workers share",
 }
 

@@ -88,6 +88,13 @@ def _up(commands: _Commands) -> None:
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="auto", help="of the weights")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the computation")
     parser.add_argument(
+        "--worker-memory-bytes",
+        type=_count_of(1 << 50),
+        default=0,
+        metavar="B",
+        help="what a worker may count on; decides how a rollout goes (the machine's memory)",
+    )
+    parser.add_argument(
         "--port",
         type=_port,
         default=8080,

@@ -53,6 +53,7 @@ def _run(home: Home, arguments: argparse.Namespace) -> int:
             quantization=arguments.quantization,
             dtype=arguments.dtype,
             port=arguments.port,
+            worker_memory_bytes=arguments.worker_memory_bytes,
         )
         terminal = Terminal(home, time.monotonic() - began_s)
         print(f"Starting {name} in {home.path}", flush=True)

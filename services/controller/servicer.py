@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+from google.protobuf.message import DecodeError
 from interlock.v1 import controller_service_pb2 as pb
 from interlock.v1 import controller_service_pb2_grpc, rollout_pb2
 
@@ -194,7 +195,10 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
     ) -> pb.UploadRevisionResponse:
         """The manifest, then the missing bytes; the revision is registered at the end."""
         self._require(context, "admin")
-        first = await anext(request_iterator, None)
+        try:
+            first = await anext(request_iterator, None)
+        except DecodeError:
+            raise ArgumentInvalid("The first message cannot be read.") from None
         if first is None or first.WhichOneof("part") != "manifest":
             raise ArgumentInvalid("An upload begins with its manifest.")
         manifest = upload_messages.read_manifest(first.manifest)

@@ -38,6 +38,7 @@ class MeshPlan:
         quantization: `auto`, `none`, `int8`, `nf4` or `fp4`.
         dtype: `auto`, `fp32` or `bf16`.
         port: Envoy's port; 0 makes every port a free one.
+        worker_memory_bytes: What each worker may count on; 0: the machine's memory.
     """
 
     model_path: Path
@@ -47,6 +48,7 @@ class MeshPlan:
     quantization: str = "auto"
     dtype: str = "auto"
     port: int = ports.HTTP_PORT
+    worker_memory_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -122,6 +124,8 @@ def worker(
 ) -> ServicePart:
     """A worker; `controllers` is a JSON list of addresses."""
     settings = {"controllers": controllers, "cache_dir": str(home.cache / "workers")}
+    if plan.worker_memory_bytes:
+        settings["memory_bytes"] = str(plan.worker_memory_bytes)
     if plan.workers > 1 and "INTERLOCK_WORKER_INT8_WEIGHTS" not in os.environ:
         settings["int8_weights"] = "mapped"
     if plan.workers > 1 and "INTERLOCK_WORKER_THREADS" not in os.environ:

@@ -56,7 +56,9 @@ def torch_compute(config: WorkerConfig) -> Compute:
 
     device = adapter.choose_device(config.device)
     loader = adapter.make_loader(config, device)
-    return Compute((adapter.describe_device(device),), loader, LlguidanceLibrary())
+    kind, name, total_bytes = adapter.describe_device(device)
+    memory_bytes = min(config.memory_bytes or total_bytes, total_bytes)
+    return Compute(((kind, name, memory_bytes),), loader, LlguidanceLibrary())
 
 
 class _Process:

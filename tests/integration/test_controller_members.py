@@ -15,10 +15,10 @@ from services.common import artifacts
 from services.common.errors import (
     ArgumentInvalid,
     ArtifactInvalid,
-    FeatureUnsupported,
     InterlockError,
     MeshCredentialInvalid,
     RevisionUnknown,
+    RolloutUnknown,
     ScopeMissing,
     StoreUnavailable,
     TokenMissing,
@@ -267,9 +267,9 @@ async def test_admin_lists(controller: Controller, store: MemoryRouteStore) -> N
     unknown = pb.DrainWorkerRequest(worker_id="nobody")
     assert isinstance(await refused(controller.stub.DrainWorker(unknown, metadata=admin)), WorkerUnknown)
     rollout = controller.stub.CreateRollout(pb.CreateRolloutRequest(), metadata=admin)
-    assert isinstance(await refused(rollout), FeatureUnsupported)
+    assert isinstance(await refused(rollout), ArgumentInvalid)
     watch = controller.stub.WatchRollout(pb.WatchRolloutRequest(), metadata=admin)
-    assert isinstance(await refused(watch.read()), FeatureUnsupported)
+    assert isinstance(await refused(watch.read()), RolloutUnknown)
 
 
 async def test_health_follows_the_store(tmp_path: Path, store: MemoryRouteStore) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from types import MappingProxyType
 
+from google.protobuf.message import DecodeError
 from interlock.v1 import controller_service_pb2 as pb
 from interlock.v1 import model_pb2
 
@@ -54,7 +55,10 @@ async def read_chunks(requests: AsyncIterator[pb.UploadRevisionRequest]) -> Asyn
     Raises:
         ArgumentInvalid: Something else follows it.
     """
-    async for request in requests:
-        if request.WhichOneof("part") != "chunk":
-            raise ArgumentInvalid("After its manifest an upload sends chunks.")
-        yield Chunk(request.chunk.sha256, request.chunk.offset, request.chunk.data)
+    try:
+        async for request in requests:
+            if request.WhichOneof("part") != "chunk":
+                raise ArgumentInvalid("After its manifest an upload sends chunks.")
+            yield Chunk(request.chunk.sha256, request.chunk.offset, request.chunk.data)
+    except DecodeError:
+        raise ArgumentInvalid("A message of the upload cannot be read.") from None

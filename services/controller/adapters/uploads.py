@@ -216,6 +216,9 @@ class Uploads:
         held = await asyncio.to_thread(self._held_bytes)
         if held + sum(sizes[sha256] for sha256 in waiting) > self._bytes_max:
             raise QuotaExceeded("The controller keeps as many bytes as it may; delete a revision first.")
+        for sha256 in [sha256 for sha256 in waiting if not sizes[sha256]]:
+            # Nothing is sent of a file that is empty.
+            await _finish(await asyncio.to_thread(_Writer, self._blobs / sha256, 0), waiting)
         writer: _Writer | None = None
         try:
             async for chunk in chunks:

@@ -12,12 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import replace
-from typing import NamedTuple
 
 from services.common import logs
 from services.common.clock import Clock
 from services.common.errors import Draining, RevisionInUse, StoreUnavailable, WorkerUnknown
 from services.controller.coordinator.conductor import Conductor, as_weights
+from services.controller.coordinator.worker_records import MemberKey, WorkerRecords
 from services.controller.core import membership, rollout_fleet, routing
 from services.controller.core.catalog import Catalog
 from services.controller.core.commands import Effect, EndStream, Note, RemoveWorker, WriteWorker
@@ -37,7 +37,6 @@ from services.controller.core.member import (
     Tick,
 )
 from services.controller.core.ports import FenceStale, MemberStream, RolloutRecords, RouteStore
-from services.controller.core.records import WorkerRecord
 from services.controller.core.residency import Phase
 from services.controller.core.rollout_events import Event as RolloutEvent
 from services.controller.core.rollout_events import Fleet
@@ -49,9 +48,6 @@ TICK_S = 1.0
 # When this much time passed between two ticks, we slept (a stopped process, a suspended machine), and the
 # silence of the members proves nothing.
 SLEPT_S = 3.0
-# We remove lost workers ourselves; this only bounds what a dead controller leaves behind. It is longer than a
-# controller needs to be restarted, because serving goes on without one meanwhile.
-RECORD_TTL_S = 30.0
 # A worker that is gone stays visible to operators for a while.
 LOST_KEPT_S = 600.0
 # Far more than one controller is meant for; beyond it, something attaches under ever new names.
@@ -59,13 +55,6 @@ MEMBERS_MAX = 10_000
 
 
 _UNLOADABLE = frozenset({Phase.READY, Phase.ACTIVATING, Phase.ACTIVE})
-
-
-class MemberKey(NamedTuple):
-    """A worker and a gateway may bear the same id."""
-
-    kind: Kind
-    id: str
 
 
 class Coordinator:
@@ -107,7 +96,7 @@ class Coordinator:
         # The epoch of the route that the store is known to hold; members hear of no later one.
         self._stored_epoch = 0
         self._plan_stored = False
-        self._changed_workers: set[str] = set()
+        self._records = WorkerRecords(self._model, store)
         self._changed = asyncio.Event()
         self.led = asyncio.Event()
         self.deposed = asyncio.Event()
@@ -250,7 +239,7 @@ class Coordinator:
         try:
             await self.rollouts.load()
             await self._keep_route()
-            await self._keep_workers(renew=renew)
+            await self._records.keep(self._members, self._rules.fence, renew=renew)
             await self._retire()
             await self._follow()
         except StoreUnavailable as error:
@@ -392,7 +381,7 @@ class Coordinator:
             case Note(event, revision, reason):
                 self._log(key, event, revision, reason)
             case WriteWorker(worker_id) | RemoveWorker(worker_id):
-                self._changed_workers.add(worker_id)
+                self._records.mark(worker_id)
                 self._changed.set()
             case EndStream(reason):
                 if stream is not None:
@@ -433,11 +422,11 @@ class Coordinator:
             # It was there and is gone or altered: the store lost its memory. Workers are written again too.
             plan = self._plan = routing.raised(plan, stored, 0, self._now_ms())
             self._plan_stored = False
-            self._changed_workers.update(key.id for key in self._members if key.kind is Kind.WORKER)
+            self._records.mark(*(key.id for key in self._members if key.kind is Kind.WORKER))
             self._tell_goal()
         if stored is None:
             # By the route gateways see that the store may be asked, so the workers stand there before it.
-            await self._keep_workers(renew=True)
+            await self._records.keep(self._members, self._rules.fence, renew=True)
         await self._store.write_route(self._model, plan.epoch, fence, plan.weights)
         self.led.set()
         # Members may have moved the plan on while we wrote; then it is written again.
@@ -447,35 +436,6 @@ class Coordinator:
         logs.get_logger().info(
             "route.written", model=self._model, epoch=plan.epoch, fence=fence, weights=dict(plan.weights)
         )
-
-    async def _keep_workers(self, *, renew: bool) -> None:
-        due, self._changed_workers = self._changed_workers, set()
-        if renew:
-            due |= {key.id for key, member in self._members.items() if member.listing is not None}
-        while due:
-            worker_id = due.pop()
-            try:
-                await self._keep_worker(worker_id)
-            except BaseException:
-                self._changed_workers |= {worker_id, *due}
-                raise
-
-    async def _keep_worker(self, worker_id: str) -> None:
-        member = self._members.get(MemberKey(Kind.WORKER, worker_id))
-        listing = member.listing if member is not None else None
-        if listing is None:
-            await self._store.remove_worker(self._model, worker_id, self._rules.fence)
-            return
-        record = WorkerRecord(
-            worker_id=worker_id,
-            address=listing.address,
-            incarnation=listing.incarnation,
-            slots=listing.slots,
-            draining=listing.draining,
-            ready=listing.revisions,
-            lease_ttl_s=RECORD_TTL_S,
-        )
-        await self._store.write_worker(self._model, record, self._rules.fence)
 
     def _now_ms(self) -> int:
         return int(self._clock.now() * 1000)

@@ -227,12 +227,25 @@ def _bake(rollout: Rollout, now: _Now) -> Rollout:
 
 
 def _return(rollout: Rollout, now: _Now) -> Rollout:
+    rollout = _lead_back(rollout, now)
     # A route to a revision that nobody holds would let requests wait that can be answered now.
     if now.old_is_ready:
         rollout = _routed(rollout, ((rollout.previous, SHARE_ALL),))
     if rollout.written != ((rollout.previous, SHARE_ALL),):
         return rollout
     return _enter(rollout, State.ROLLED_BACK, "The old revision serves again.", now)
+
+
+def _lead_back(rollout: Rollout, now: _Now) -> Rollout:
+    """Lets another worker go back first, where the one that should is gone."""
+    names = [
+        worker.worker_id for worker in sorted(now.fleet.workers, key=lambda one: one.new is Standing.READY)
+    ]
+    behind = rollout.swapping[1:]
+    if rollout.strategy is not Strategy.SWAP or not names or not all(name in behind for name in names):
+        return rollout
+    others = (name for name in rollout.swapping if name != names[0])
+    return replace(rollout, swapping=(names[0], *others))
 
 
 def _clear(rollout: Rollout, now: _Now) -> Rollout:

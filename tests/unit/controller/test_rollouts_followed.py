@@ -49,7 +49,7 @@ class World:
         self.catalog = Catalog()
         self.names: dict[str, str] = {}
         files = (ModelFile("model.safetensors", weights_bytes, ""),)
-        for quantization in (NEW, OLD):
+        for quantization in (OLD, NEW):
             manifest = Manifest("m", "", files, quantization, "auto", 64, "t").named()
             self.names[quantization] = manifest.revision
             self.catalog.register(Revision(manifest, "", 0.0))

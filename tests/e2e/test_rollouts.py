@@ -1,0 +1,113 @@
+"""The model is replaced under load: nothing fails, and no answer is of two revisions."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import rollouts as load
+from tests.fixtures.mesh import MODEL, Mesh, started
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+OTHER = "bf16-weights"
+STREAMS = 8
+
+
+@pytest.fixture(scope="module")
+def pair(model_path: Path) -> Iterator[Mesh]:
+    """Two workers, and a second revision: the same files with weights that are not quantized."""
+    with started(model_path, "--workers", "2") as mesh:
+        pushed = mesh.run(
+            "models", "push", str(model_path), "--revision", OTHER, "--quantization", "none", "--json"
+        )
+        assert pushed.returncode == 0, pushed.stderr
+        assert json.loads(pushed.stdout)[0]["manifest"]["revision"] == OTHER
+        yield mesh
+
+
+def serving(mesh: Mesh) -> str:
+    """The revision that answers."""
+    listed = mesh.run("models", "list", "--json")
+    return str(json.loads(listed.stdout)[0]["revision"])
+
+
+def measured(mesh: Mesh, *, strategy: str, rollouts: int) -> dict[str, Any]:
+    """What clients notice while the model is replaced again and again."""
+    arguments = argparse.Namespace(
+        revision=OTHER, rollouts=rollouts, streams=STREAMS, tokens=24, strategy=strategy, bake=1.0, steady=1.0
+    )
+    metadata = (("authorization", f"Bearer {mesh.token}"),)
+    seen, changes, began_s = asyncio.run(load.measure(mesh.address, metadata, arguments))
+    return load.summary(seen, changes, began_s, arguments)
+
+
+@pytest.mark.parametrize("strategy", ["side-by-side", "swap"])
+def test_rollouts_under_load_drop_nothing(pair: Mesh, strategy: str) -> None:
+    """There and back; each answer is from exactly one revision, and both answered."""
+    before = serving(pair)
+    found = measured(pair, strategy=strategy, rollouts=2)
+    assert found["rollouts"] == ["COMPLETED", "COMPLETED"]
+    assert found["failures"] == []
+    assert found["answers_of_two_revisions"] == 0
+    assert found["answers"] >= STREAMS
+    assert serving(pair) == before
+
+
+def test_a_killed_controller_goes_on_with_its_rollout(pair: Mesh) -> None:
+    """SIGKILL right after it began; the restarted one brings it to its end, and one revision serves."""
+    before = serving(pair)
+    started_ = pair.run("rollouts", "start", MODEL, OTHER, "--bake", "1s", "--json")
+    assert started_.returncode == 0, started_.stderr
+    os.kill(pair.refresh()["controllers"][0]["pid"], signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while (state := newest(pair)) != "COMPLETED":
+        assert time.monotonic() < deadline, state
+        assert pair.ask("What is the capital of France?", max_tokens=8)
+    assert serving(pair) == OTHER
+    back = pair.run("rollouts", "start", MODEL, before, "--bake", "1s", "--watch")
+    assert back.returncode == 0, back.stderr
+    assert "COMPLETED" in back.stderr
+    assert serving(pair) == before
+
+
+def newest(mesh: Mesh) -> str:
+    """The state of the newest rollout; empty while no controller answers."""
+    listed = mesh.run("rollouts", "list", "--json")
+    rows = json.loads(listed.stdout) if listed.returncode == 0 else []
+    return str(rows[0]["state"]).removeprefix("ROLLOUT_STATE_") if rows else ""
+
+
+def test_what_an_operator_is_told(pair: Mesh) -> None:
+    """Refusals say what to do; a revision in use cannot be deleted, one that nobody uses can."""
+    unknown = pair.run("rollouts", "start", MODEL, "nope")
+    assert unknown.returncode == 1
+    assert "nope" in unknown.stderr
+    again = pair.run("rollouts", "start", MODEL, serving(pair))
+    assert (again.returncode, "serves already" in again.stderr) == (1, True)
+    used = pair.run("models", "rm", f"{MODEL}@{serving(pair)}")
+    assert (used.returncode, "serves" in used.stderr) == (1, True)
+    gone = pair.run("models", "rm", f"{MODEL}@{OTHER}")
+    assert gone.returncode == 0, gone.stderr
+    assert OTHER not in pair.run("models", "revisions").stdout
+
+
+def test_one_worker_with_memory_for_one_copy_swaps(model_path: Path) -> None:
+    """`auto` takes swap: requests wait, none fails."""
+    with started(model_path, "--worker-memory-bytes", "300000000") as mesh:
+        pushed = mesh.run("models", "push", str(model_path), "--revision", OTHER, "--quantization", "none")
+        assert pushed.returncode == 0, pushed.stderr
+        found = measured(mesh, strategy="auto", rollouts=1)
+        assert (found["rollouts"], found["failures"]) == (["COMPLETED"], [])
+        assert serving(mesh) == OTHER
+        listed = json.loads(mesh.run("rollouts", "list", "--json").stdout)
+        assert listed[0]["spec"]["strategy"] == "ROLLOUT_STRATEGY_SWAP"
