@@ -108,7 +108,6 @@ async def _serve(
     serving = server.create(
         (servicer.SERVICE, http_servicer.SERVICE), clock, interceptors=[mesh_only, *tokens.interceptors]
     )
-<<<<<<< HEAD
     service = servicer.ControllerServicer(
         coordinator,
         catalog,
@@ -117,20 +116,7 @@ async def _serve(
         clock,
         tokens.revocations,
         breakers,
-=======
-    controller_service_pb2_grpc.add_ControllerServiceServicer_to_server(
-        servicer.ControllerServicer(
-            coordinator,
-            catalog,
-            LocalRevisionFiles(catalog),
-            tokens.verifier,
-            clock,
-            tokens.revocations,
-            breakers,
-            uploads,
-        ),
-        serving.grpc_server,
->>>>>>> 8cc8e39 (Take revisions in by their digests, and let an operator push, start, watch and steer)
+        uploads,
     )
     controller_service_pb2_grpc.add_ControllerServiceServicer_to_server(service, serving.grpc_server)
     http_service_pb2_grpc.add_AdminHttpServiceServicer_to_server(
