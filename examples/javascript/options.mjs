@@ -2,7 +2,7 @@
 import { parseArgs } from "node:util";
 
 const usage =
-  "usage: node EXAMPLE.mjs HOST:PORT TOKEN PROMPT [--max-tokens N] [--deadline SECONDS] [--cancel-after CHUNKS]";
+  "usage: node EXAMPLE.mjs HOST:PORT TOKEN PROMPT [--max-tokens N] [--deadline SECONDS] [--cancel-after CHUNKS] [--model NAME]";
 
 export function options() {
   const { values, positionals } = parseArgs({
@@ -11,6 +11,7 @@ export function options() {
       "max-tokens": { type: "string", default: "50" },
       deadline: { type: "string", default: "240" },
       "cancel-after": { type: "string" },
+      model: { type: "string", default: "smollm2-135m-instruct" },
     },
   });
   if (positionals.length !== 3) {
@@ -22,6 +23,7 @@ export function options() {
     address,
     token,
     prompt,
+    model: values.model,
     maxTokens: Number(values["max-tokens"]),
     deadlineMs: 1000 * Number(values.deadline),
     cancelAfter: values["cancel-after"] === undefined ? Infinity : Number(values["cancel-after"]),

@@ -17,7 +17,7 @@ from compose_spec import PyCompose
 
 from deploy.envoy import generate
 from tests.fakes.edge import FakeBackend
-from tests.fixtures.manifests import CONFIGS, GIVEN, ROOT, settings
+from tests.fixtures.manifests import CONFIGS, GIVEN, ROOT, places, settings
 
 DOCKER = ROOT / "deploy" / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
@@ -119,6 +119,10 @@ def test_a_service_understands_what_compose_tells_it(service: str) -> None:
     environ = _image_environment(service) | {key: str(value) for key, value in told["environment"].items()}
     found = settings(service, environ)
     assert found.metrics_bind == "0.0.0.0:9464"
+    # The container's file system is read-only: each place is a volume.
+    mounts = {volume.split(":")[1] for volume in told.get("volumes", ())}
+    mounts |= {volume.partition(":")[0] for volume in told.get("tmpfs", ())}
+    assert {str(place) for place in places(found)} <= mounts
     if service != "controller":
         assert str(found.cache_dir) == "/var/cache/interlock"
         assert found.controllers == ("controller:50052",)

@@ -20,6 +20,7 @@ from tests.fixtures.manifests import (
     environment,
     named,
     objects,
+    places,
     pods,
     settings,
 )
@@ -82,6 +83,15 @@ def test_a_service_understands_its_environment(service: str) -> None:
     host = found.bind.rpartition(":")[0]
     # A worker tells the mesh what it binds; the others are found by name.
     assert host == ("10.1.2.3" if service == "worker" else "0.0.0.0")  # noqa: S104 - a pod's own address
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_what_a_service_keeps_has_a_volume(service: str) -> None:
+    """The file system is read-only: each place of its settings is a mount of its own."""
+    found = places(settings(service, environment(f"interlock-{service}")))
+    mounts = {mount["mountPath"] for mount in container(f"interlock-{service}")["volumeMounts"]}
+    assert found
+    assert {str(place) for place in found} <= mounts
 
 
 @pytest.mark.parametrize("service", ["gateway", "worker"])

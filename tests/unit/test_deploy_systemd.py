@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from deploy.envoy import generate
-from tests.fixtures.manifests import CONFIGS, GIVEN, ROOT, settings
+from tests.fixtures.manifests import CONFIGS, GIVEN, ROOT, places, settings
 
 SYSTEMD = ROOT / "deploy" / "systemd"
 UNITS = {file.name: file for file in sorted(SYSTEMD.glob("*.service"))}
@@ -73,9 +73,9 @@ def test_a_service_understands_its_unit(service: str, port: str) -> None:
     assert (host, bound) == ("192.0.2.21" if service == "worker" else "0.0.0.0", port)  # noqa: S104 - the machine's
     assert found.id == ("node-1" if service == "controller" else f"node-1-{port}")
     assert _one(service, "ExecStart").endswith(f"/opt/interlock/bin/python -m services.{service}")
-    if service != "controller":
-        directory = str(found.cache_dir).removeprefix("/var/cache/")
-        assert directory == _one(service, "CacheDirectory").replace("%i", port)
+    writable = {f"/var/cache/{name.replace('%i', port)}" for name in _all(service, "CacheDirectory")}
+    writable |= {f"/var/lib/{name}" for name in _all(service, "StateDirectory")}
+    assert {str(place) for place in places(found)} - {"/srv/model"} == writable
 
 
 def test_a_unit_waits_as_long_as_its_process_drains() -> None:
