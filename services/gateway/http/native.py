@@ -127,6 +127,12 @@ def status_of(error: InterlockError) -> int:
     return http_errors.status_of(error)
 
 
+def headers(request_id: str) -> tuple[tuple[str, str], ...]:
+    """Nothing beside `x-request-id`, which every reply has."""
+    del request_id
+    return ()
+
+
 def error_body(error: InterlockError, request_id: str) -> bytes:
     """The reply of a request that failed before its first byte."""
     return _dump({"error": http_errors.fields(error, request_id)})

@@ -15,13 +15,15 @@ from services.gateway.core.jobs import Band
 from services.gateway.core.params import FormatKind, Message, OutputFormat
 
 
-def _text(name: str, value: Any) -> str:
+def read_text(name: str, value: Any) -> str:
+    """A text. Raises ArgumentInvalid for anything else."""
     if not isinstance(value, str):
         raise ArgumentInvalid(f"{name}: must be a text.")
     return value
 
 
-def _boolean(name: str, value: Any) -> bool:
+def read_boolean(name: str, value: Any) -> bool:
+    """True or false. Raises ArgumentInvalid for anything else."""
     if not isinstance(value, bool):
         raise ArgumentInvalid(f"{name}: must be true or false.")
     return value
@@ -33,14 +35,16 @@ def _integer(name: str, value: Any) -> int:
     return value
 
 
-def _int32(name: str, value: Any) -> int:
+def read_int32(name: str, value: Any) -> int:
+    """A whole number of 32 bits. Raises ArgumentInvalid for anything else."""
     number = _integer(name, value)
     if not -(2**31) <= number < 2**31:
         raise ArgumentInvalid(f"{name}: is out of range.")
     return number
 
 
-def _number(name: str, value: Any) -> float:
+def read_number(name: str, value: Any) -> float:
+    """A number. Raises ArgumentInvalid for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArgumentInvalid(f"{name}: must be a number.")
     try:
@@ -49,19 +53,21 @@ def _number(name: str, value: Any) -> float:
         raise ArgumentInvalid(f"{name}: is out of range.") from None
 
 
-def _array(name: str, value: Any) -> list[Any]:
+def read_array(name: str, value: Any) -> list[Any]:
+    """An array. Raises ArgumentInvalid for anything else."""
     if not isinstance(value, list):
         raise ArgumentInvalid(f"{name}: must be an array.")
     return value
 
 
-def _stop(name: str, value: Any) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else _array(name, value)
-    return tuple(_text(f"{name}[{at}]", text) for at, text in enumerate(texts))
+def read_stop(name: str, value: Any) -> tuple[str, ...]:
+    """One text, or an array of them. Raises ArgumentInvalid for anything else."""
+    texts = [value] if isinstance(value, str) else read_array(name, value)
+    return tuple(read_text(f"{name}[{at}]", text) for at, text in enumerate(texts))
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
-    token_ids = _array(name, value)
+    token_ids = read_array(name, value)
     # Names are made for mistakes alone: a body has room for a million ids.
     for at, token_id in enumerate(token_ids):
         if type(token_id) is not int or not 0 <= token_id < 2**32:
@@ -70,7 +76,7 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _messages(name: str, value: Any) -> tuple[Message, ...]:
-    return tuple(_message(f"{name}[{at}]", turn) for at, turn in enumerate(_array(name, value)))
+    return tuple(_message(f"{name}[{at}]", turn) for at, turn in enumerate(read_array(name, value)))
 
 
 def _message(name: str, value: Any) -> Message:
@@ -82,26 +88,27 @@ def _message(name: str, value: Any) -> Message:
     for key in ("role", "content"):
         if key not in value:
             raise ArgumentInvalid(f"{name}.{key}: is missing.")
-    return Message(_text(f"{name}.role", value["role"]), _text(f"{name}.content", value["content"]))
+    return Message(read_text(f"{name}.role", value["role"]), read_text(f"{name}.content", value["content"]))
 
 
 def _priority(name: str, value: Any) -> int:
     names = {band.name.lower(): band.value for band in Band}
-    text = _text(name, value)
+    text = read_text(name, value)
     if text not in names:
         raise ArgumentInvalid(f"{name}: must be one of {', '.join(names)}.")
     return names[text]
 
 
-def _object(name: str, value: Any) -> dict[str, Any]:
+def read_map(name: str, value: Any) -> dict[str, Any]:
+    """An object. Raises ArgumentInvalid for anything else."""
     if not isinstance(value, dict):
         raise ArgumentInvalid(f"{name}: must be an object.")
     return value
 
 
 def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
-    entries = _object(name, value).items()
-    return tuple(sorted((_bias_id(name, key), _number(f"{name}.{key}", bias)) for key, bias in entries))
+    entries = read_map(name, value).items()
+    return tuple(sorted((_bias_id(name, key), read_number(f"{name}.{key}", bias)) for key, bias in entries))
 
 
 def _bias_id(name: str, key: str) -> int:
@@ -114,7 +121,7 @@ def _bias_id(name: str, key: str) -> int:
 
 
 def _format(name: str, value: Any) -> OutputFormat:
-    fields = _object(name, value)
+    fields = read_map(name, value)
     kinds = ", ".join(FormatKind)
     if len(fields) != 1 or next(iter(fields)) not in set(FormatKind):
         raise ArgumentInvalid(f"{name}: must have exactly one of {kinds}.")
@@ -123,44 +130,46 @@ def _format(name: str, value: Any) -> OutputFormat:
     name = f"{name}.{key}"
     match kind:
         case FormatKind.CHOICE:
-            choices = _array(name, shape)
-            return OutputFormat(kind, tuple(_text(f"{name}[{at}]", text) for at, text in enumerate(choices)))
+            choices = read_array(name, shape)
+            return OutputFormat(
+                kind, tuple(read_text(f"{name}[{at}]", text) for at, text in enumerate(choices))
+            )
         case FormatKind.JSON_SCHEMA:
-            return OutputFormat(kind, (_schema(name, shape),))
+            return OutputFormat(kind, (read_schema(name, shape),))
         case _:
-            return OutputFormat(kind, (_text(name, shape),))
+            return OutputFormat(kind, (read_text(name, shape),))
 
 
-def _schema(name: str, value: Any) -> str:
+def read_schema(name: str, value: Any) -> str:
     """A schema as it stands in the body, or as JSON text; the order of its properties is kept."""
     if isinstance(value, str):
         return value
-    return json.dumps(_object(name, value), ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(read_map(name, value), ensure_ascii=False, separators=(",", ":"))
 
 
 FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
-    "request_id": _text,
-    "model": _text,
-    "text": _text,
+    "request_id": read_text,
+    "model": read_text,
+    "text": read_text,
     "messages": _messages,
     "tokens": _token_ids,
-    "max_tokens": _int32,
-    "temperature": _number,
-    "top_p": _number,
-    "top_k": _int32,
-    "min_p": _number,
-    "repetition_penalty": _number,
-    "presence_penalty": _number,
-    "frequency_penalty": _number,
+    "max_tokens": read_int32,
+    "temperature": read_number,
+    "top_p": read_number,
+    "top_k": read_int32,
+    "min_p": read_number,
+    "repetition_penalty": read_number,
+    "presence_penalty": read_number,
+    "frequency_penalty": read_number,
     "seed": _integer,
     "logit_bias": _logit_bias,
-    "stop": _stop,
-    "logprobs": _int32,
-    "n": _int32,
+    "stop": read_stop,
+    "logprobs": read_int32,
+    "n": read_int32,
     "format": _format,
     "priority": _priority,
-    "resumable": _boolean,
-    "stream": _boolean,
+    "resumable": read_boolean,
+    "stream": read_boolean,
 }
 SAMPLING_FIELDS = (
     "temperature",

