@@ -17,7 +17,25 @@ _TYPE = "type.googleapis.com/envoy.extensions"
 
 # The gateway names a reply's status in a header, because a transcoded reply is always 200. Header
 # mutation may not touch `:status`; Lua may.
-_STATUS_LUA = """\
+#
+# A request by HTTP becomes a gRPC call, whose metadata knows fewer characters than HTTP: a header with others
+# would end the whole call with INTERNAL. Such headers are left out, and so are `-bin` ones, which would have
+# to be base64. What comes as gRPC is left as it is.
+_LUA = """\
+function envoy_on_request(handle)
+  local headers = handle:headers()
+  local kind = headers:get("content-type") or ""
+  if kind:sub(1, 16) == "application/grpc" then return end
+  local strange = {}
+  for name, value in pairs(headers) do
+    if name:sub(1, 1) ~= ":" and (name:find("[^a-z0-9_.-]") or name:sub(-4) == "-bin"
+        or value:find("[^\\32-\\126]")) then
+      strange[#strange + 1] = name
+    end
+  end
+  for _, name in ipairs(strange) do headers:remove(name) end
+end
+
 function envoy_on_response(handle)
   local status = handle:headers():get("x-interlock-status")
   if status then
@@ -110,7 +128,7 @@ def _limits() -> dict[str, Any]:
 def _http_filters(parameters: Parameters) -> list[dict[str, Any]]:
     """The filters in the order of a request; a reply passes them backwards, so Lua sees it last."""
     return [
-        _filter("lua", "lua.v3.Lua", default_source_code={"inline_string": _STATUS_LUA}),
+        _filter("lua", "lua.v3.Lua", default_source_code={"inline_string": _LUA}),
         # Before everything that answers, so that a page may read an error as well.
         _filter("cors", "cors.v3.Cors"),
         _filter("grpc_web", "grpc_web.v3.GrpcWeb"),

@@ -38,7 +38,10 @@ _ROUTES = (
 
 # Where REST requests come in. They find a route here only for its CORS policy, which needs one that
 # forwards; the transcoder answers 404 itself or changes the path, and with it the route.
-_REST = ({"prefix": "/v1/"}, *({"path": path} for path in ("/", "/generate", "/healthz", "/readyz")))
+_REST = (
+    {"prefix": "/v1/"},
+    *({"path": path} for path in ("/", "/generate", "/healthz", "/openapi.json", "/readyz")),
+)
 
 # The largest body, and with the content type and the framing that the transcoder puts around it. It fits
 # the gateway's 4 MiB message limit; the prompt of a small model's longest context is a tenth of it.

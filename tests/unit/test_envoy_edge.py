@@ -255,6 +255,14 @@ def test_headers_that_could_fool_a_server_are_dropped_or_refused(edge: Edge) -> 
     assert edge.ask("POST", "/v1/generate", "x", {"x-large": "v" * 20_000})[0] == 431
 
 
+def test_headers_that_grpc_cannot_carry_are_left_out(edge: Edge) -> None:
+    """HTTP allows more characters in names and values; the request itself passes, and so do the others."""
+    strange = {"x+y$": "v", "x-odd": "caf\u00e9", "x-data-bin": "no base64!", "x-plain": "v"}
+    assert edge.ask("POST", "/v1/generate", "x", strange)[2] == b"gateway 1"
+    seen = edge.gateway.seen["/interlock.http.v1.GatewayHttpService/Generate"]
+    assert {name for name in seen if name.startswith("x-") and name in strange} == {"x-plain"}
+
+
 def test_a_client_cannot_shorten_or_retry_by_header(edge: Edge) -> None:
     """Headers that steer Envoy are not taken from clients, also not from loopback."""
     edge.ask("POST", "/v1/generate", "x", {"x-envoy-upstream-rq-timeout-ms": "1", "x-envoy-retry-on": "5xx"})

@@ -29,7 +29,8 @@ def read_boolean(name: str, value: Any) -> bool:
     return value
 
 
-def _integer(name: str, value: Any) -> int:
+def read_integer(name: str, value: Any) -> int:
+    """A whole number. Raises ArgumentInvalid for anything else."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ArgumentInvalid(f"{name}: must be a whole number.")
     return value
@@ -37,7 +38,7 @@ def _integer(name: str, value: Any) -> int:
 
 def read_int32(name: str, value: Any) -> int:
     """A whole number of 32 bits. Raises ArgumentInvalid for anything else."""
-    number = _integer(name, value)
+    number = read_integer(name, value)
     if not -(2**31) <= number < 2**31:
         raise ArgumentInvalid(f"{name}: is out of range.")
     return number
@@ -66,7 +67,8 @@ def read_stop(name: str, value: Any) -> tuple[str, ...]:
     return tuple(read_text(f"{name}[{at}]", text) for at, text in enumerate(texts))
 
 
-def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+def read_token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """Token ids. Raises ArgumentInvalid for anything else."""
     token_ids = read_array(name, value)
     # Names are made for mistakes alone: a body has room for a million ids.
     for at, token_id in enumerate(token_ids):
@@ -75,7 +77,8 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     return tuple(token_ids)
 
 
-def _messages(name: str, value: Any) -> tuple[Message, ...]:
+def read_messages(name: str, value: Any) -> tuple[Message, ...]:
+    """The turns of a conversation. Raises ArgumentInvalid for anything else."""
     return tuple(_message(f"{name}[{at}]", turn) for at, turn in enumerate(read_array(name, value)))
 
 
@@ -91,7 +94,8 @@ def _message(name: str, value: Any) -> Message:
     return Message(read_text(f"{name}.role", value["role"]), read_text(f"{name}.content", value["content"]))
 
 
-def _priority(name: str, value: Any) -> int:
+def read_priority(name: str, value: Any) -> int:
+    """The name of a band. Raises ArgumentInvalid for anything else."""
     names = {band.name.lower(): band.value for band in Band}
     text = read_text(name, value)
     if text not in names:
@@ -106,7 +110,8 @@ def read_map(name: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+def read_logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    """Biases by token id. Raises ArgumentInvalid for anything else."""
     entries = read_map(name, value).items()
     return tuple(sorted((_bias_id(name, key), read_number(f"{name}.{key}", bias)) for key, bias in entries))
 
@@ -120,7 +125,8 @@ def _bias_id(name: str, key: str) -> int:
     return int(key)
 
 
-def _format(name: str, value: Any) -> OutputFormat:
+def read_format(name: str, value: Any) -> OutputFormat:
+    """A shape of the output. Raises ArgumentInvalid for anything else."""
     fields = read_map(name, value)
     kinds = ", ".join(FormatKind)
     if len(fields) != 1 or next(iter(fields)) not in set(FormatKind):
@@ -151,8 +157,8 @@ FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "request_id": read_text,
     "model": read_text,
     "text": read_text,
-    "messages": _messages,
-    "tokens": _token_ids,
+    "messages": read_messages,
+    "tokens": read_token_ids,
     "max_tokens": read_int32,
     "temperature": read_number,
     "top_p": read_number,
@@ -161,13 +167,13 @@ FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "repetition_penalty": read_number,
     "presence_penalty": read_number,
     "frequency_penalty": read_number,
-    "seed": _integer,
-    "logit_bias": _logit_bias,
+    "seed": read_integer,
+    "logit_bias": read_logit_bias,
     "stop": read_stop,
     "logprobs": read_int32,
     "n": read_int32,
-    "format": _format,
-    "priority": _priority,
+    "format": read_format,
+    "priority": read_priority,
     "resumable": read_boolean,
     "stream": read_boolean,
 }

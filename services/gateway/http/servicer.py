@@ -18,7 +18,7 @@ from services.common.grpc_types import Context
 from services.gateway.core.readiness import Readiness
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, Metadata, Reception
 from services.gateway.dispatcher.streams import AnswerStream
-from services.gateway.http import anthropic_calls, console, native
+from services.gateway.http import anthropic_calls, console, native, openapi
 from services.gateway.http.reply import Reply, event, timely_events, whole_answer
 
 LAST_EVENT_KEY = "last-event-id"
@@ -84,6 +84,11 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
         del request
         await Reply(context, native).begin(more=console.HEADERS)
         yield HttpBody(content_type=console.TYPE, data=console.PAGE)
+
+    async def OpenApi(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
+        """The description of the native API."""
+        del request
+        yield await Reply(context, native).whole(openapi.BODY)
 
     async def Healthz(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """Alive."""

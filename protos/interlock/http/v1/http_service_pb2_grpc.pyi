@@ -33,6 +33,8 @@ class GatewayHttpServiceStub:
     """The Anthropic API: the tokens of a conversation."""
     Console: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """A page that shows whether the mesh answers, and asks it."""
+    OpenApi: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
+    """The OpenAPI document of the native API."""
     Healthz: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """Alive: the process answers."""
     Readyz: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
@@ -92,6 +94,14 @@ class GatewayHttpServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """A page that shows whether the mesh answers, and asks it."""
+
+    @_abc_1.abstractmethod
+    def OpenApi(
+        self,
+        request: _httpbody_pb2.HttpBody,
+        context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """The OpenAPI document of the native API."""
 
     @_abc_1.abstractmethod
     def Healthz(
