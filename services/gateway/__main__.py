@@ -75,7 +75,7 @@ async def run(
         SecretWeak: The JWT secret is too short.
     """
     clock = clock or SystemClock()
-    catalog, breakers = Catalog(), Breakers(clock)
+    catalog, breakers = Catalog(settings.aliases), Breakers(clock)
     if queue is not None and logs_of is not None:
         outside = _Store(queue, *logs_of)
         await _serve(settings, outside, trust.build(settings, clock, None), catalog, breakers, clock, wait)

@@ -102,6 +102,14 @@ class GatewayConfig(TokenSettings):
         float, Field(ge=1.5, description="How long the steps of a worker with requests may stand still.")
     ] = 10.0
     drain_grace_s: Annotated[float, Field(ge=0)] = 30.0
+    # Existing code sends the names of other models; a mesh with one model answers to them on request.
+    model_aliases: Annotated[
+        tuple[str, ...],
+        Field(
+            max_length=256,
+            description='Other names of models, as "PATTERN=MODEL": "gpt-*=my-model"; no MODEL: the default.',
+        ),
+    ] = ()
     metrics_bind: Annotated[
         str,
         Field(
@@ -110,3 +118,9 @@ class GatewayConfig(TokenSettings):
         ),
     ] = ""
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = "info"
+
+    @property
+    def aliases(self) -> tuple[tuple[str, str], ...]:
+        """Patterns of names, each with the model that it means; empty: the default one."""
+        split = (alias.partition("=") for alias in self.model_aliases)
+        return tuple((pattern, model) for pattern, _, model in split)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -116,6 +117,9 @@ def controller(home: Home, plan: MeshPlan, bind: str, shared: Mapping[str, str])
 def gateway(home: Home, number: int, bind: str, controllers: str, shared: Mapping[str, str]) -> ServicePart:
     """A gateway; `controllers` is a JSON list of addresses."""
     settings = {"controllers": controllers, "cache_dir": str(home.cache / f"gateway-{number}")}
+    if "INTERLOCK_GATEWAY_MODEL_ALIASES" not in os.environ:
+        # One model, so code that asks for another one's name means it.
+        settings["model_aliases"] = json.dumps(["gpt-*=", "o1*=", "o3*=", "o4*=", "claude-*="])
     return _part("gateway", number, home, bind, settings, shared)
 
 

@@ -34,6 +34,10 @@ class FakeTokenizer:
         rendered = "".join(f"{message.role}:{message.content}\n" for message in messages)
         return tuple(map(ord, rendered))
 
+    async def encode_raw(self, text: str) -> tuple[int, ...]:
+        """See `Tokenizer.encode_raw`."""
+        return tuple(map(ord, text))
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
         return "".join(map(chr, token_ids))

@@ -93,6 +93,14 @@ class HfTokenizer:
         async with self._turn:
             return await asyncio.to_thread(self.encode_now, messages)
 
+    async def encode_raw(self, text: str) -> tuple[int, ...]:
+        """See `Tokenizer.encode_raw`."""
+        async with self._turn:
+            return await asyncio.to_thread(self._encode_raw_now, text)
+
+    def _encode_raw_now(self, text: str) -> tuple[int, ...]:
+        return tuple(self._literal.encode(text, add_special_tokens=True).ids)
+
     def encode_now(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Renders and encodes a conversation. Blocks.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 from services.common.errors import ModelUnknown, NoWorker
@@ -39,8 +40,13 @@ class CatalogEntry:
 
 @dataclass(slots=True)
 class Catalog:
-    """What serves. One assignment replaces the whole table, so that no reader sees half a change."""
+    """What serves. One assignment replaces the whole table, so that no reader sees half a change.
 
+    Attributes:
+        aliases: Patterns of other names, with the model that each means; empty: the default one.
+    """
+
+    aliases: tuple[tuple[str, str], ...] = ()
     _entries: Mapping[str, CatalogEntry] = field(default_factory=lambda: MappingProxyType({}))
 
     def activate(self, entry: CatalogEntry) -> None:
@@ -59,11 +65,18 @@ class Catalog:
         """
         if not self._entries:
             raise NoWorker("No model is ready yet; try again shortly.", retry_after_s=RETRY_UNTIL_ATTACHED_S)
-        entry = self._entries.get(self.default if name is None else name)
+        entry = self._entries.get(self.default if name is None else self._meant(name))
         if entry is None:
             named, served = ascii(name)[:NAME_CHARS_SHOWN], ", ".join(self.models)
             raise ModelUnknown(f"model: {named} is not served; {served} can be asked.")
         return entry
+
+    def _meant(self, name: str) -> str:
+        """The model that a name means: its own, or what the first alias that fits says."""
+        if name in self._entries:
+            return name
+        meant = next((model for pattern, model in self.aliases if fnmatchcase(name, pattern)), name)
+        return meant or self.default
 
     def decoder(self, model: str) -> Decode | None:
         """A model's way back to text; None where it is not served."""

@@ -9,6 +9,9 @@ from enum import StrEnum
 from services.gateway.core.jobs import Band
 from services.gateway.core.tenancy import TenantLimits
 
+# What an absent `max_tokens` means in the native API.
+MAX_TOKENS_DEFAULT = 50
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -31,6 +34,13 @@ class TextPrompt:
 
 
 @dataclass(frozen=True, slots=True)
+class RawPrompt:
+    """Text that is tokenized as it is, without a chat template."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class ChatPrompt:
     """A conversation, oldest turn first."""
 
@@ -44,7 +54,7 @@ class TokenPrompt:
     ids: tuple[int, ...]
 
 
-Prompt = TextPrompt | ChatPrompt | TokenPrompt
+Prompt = TextPrompt | RawPrompt | ChatPrompt | TokenPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +108,11 @@ class OutputFormat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """A request as it came in; None: absent. The fields are those of `interlock.v1.GenerateRequest`."""
+    """A request as it came in; None: absent. The fields are those of `interlock.v1.GenerateRequest`.
+
+    Attributes:
+        tokens_where_absent: What an absent `max_tokens` means, where the context leaves as many.
+    """
 
     request_id: str | None = None
     model: str | None = None
@@ -111,6 +125,7 @@ class GenerationRequest:
     form: OutputFormat | None = None
     priority: int = 0
     resumable: bool = False
+    tokens_where_absent: int = MAX_TOKENS_DEFAULT
 
 
 @dataclass(frozen=True, slots=True)

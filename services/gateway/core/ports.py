@@ -223,6 +223,10 @@ class Tokenizer(Protocol):
         """
         ...
 
+    async def encode_raw(self, text: str) -> tuple[int, ...]:
+        """The ids of a text without a template, with what the model begins its texts with."""
+        ...
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of some ids; special tokens become nothing."""
         ...

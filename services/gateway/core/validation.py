@@ -13,17 +13,18 @@ from services.common.errors import ArgumentInvalid, ContextExceeded, FeatureUnsu
 from services.common.ids import is_valid_id
 from services.gateway.core.jobs import Band, Principal
 from services.gateway.core.params import (
+    MAX_TOKENS_DEFAULT,
     ChatPrompt,
     FormatKind,
     GenerationRequest,
     Message,
     OutputFormat,
     Prompt,
+    RawPrompt,
     SamplingParams,
     TextPrompt,
 )
 
-MAX_TOKENS_DEFAULT = 50
 STOPS_MAX = 4
 STOP_BYTES_MAX = 256
 MESSAGES_MAX = 1_024
@@ -90,7 +91,7 @@ def check_prompt(prompt: Prompt | None) -> Prompt:
     """Returns the prompt; raises ArgumentInvalid when it is missing, empty or too large."""
     if prompt is None:
         raise ArgumentInvalid("text, chat or tokens: exactly one of them is needed.")
-    if isinstance(prompt, TextPrompt):
+    if isinstance(prompt, TextPrompt | RawPrompt):
         _check_text("text", prompt.text)
         if not prompt.text:
             raise ArgumentInvalid("text: is empty.")
@@ -174,8 +175,13 @@ def check_biased_ids(sampling: SamplingParams, vocabulary: int) -> None:
         raise ArgumentInvalid(f"logit_bias: ids are 0 to {vocabulary - 1}.")
 
 
-def fit_max_tokens(max_tokens: int | None, prompt_tokens: int, context_tokens: int) -> int:
-    """Returns how many tokens may be generated: what was asked for, or 50, or what the context leaves.
+def fit_max_tokens(
+    max_tokens: int | None,
+    prompt_tokens: int,
+    context_tokens: int,
+    where_absent: int = MAX_TOKENS_DEFAULT,
+) -> int:
+    """Returns how many tokens may be generated: what was asked for, or the default, or what is left.
 
     Raises:
         ContextExceeded: The prompt, or prompt and `max_tokens`, do not fit.
@@ -187,7 +193,7 @@ def fit_max_tokens(max_tokens: int | None, prompt_tokens: int, context_tokens: i
             "the answer included."
         )
     if max_tokens is None:
-        return min(MAX_TOKENS_DEFAULT, left)
+        return min(where_absent, left)
     if max_tokens > left:
         raise ContextExceeded(
             f"max_tokens: {max_tokens} is more than the {left} that a prompt of {prompt_tokens} tokens "

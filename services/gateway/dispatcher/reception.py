@@ -20,10 +20,12 @@ from services.gateway.core import validation
 from services.gateway.core.catalog import Catalog, CatalogEntry
 from services.gateway.core.jobs import Principal
 from services.gateway.core.params import (
+    Decode,
     GenerationJob,
     GenerationParams,
     GenerationRequest,
     Prompt,
+    RawPrompt,
     SamplingParams,
     TokenPrompt,
 )
@@ -147,7 +149,9 @@ class Reception:
         band = validation.band_of(request.priority, principal)
         entry = self._catalog.find(request.model)
         prompt_ids = await self._tokenize(entry, prompt)
-        max_tokens = validation.fit_max_tokens(request.max_tokens, len(prompt_ids), entry.context_tokens)
+        max_tokens = validation.fit_max_tokens(
+            request.max_tokens, len(prompt_ids), entry.context_tokens, request.tokens_where_absent
+        )
         # Only what fits is looked at one by one.
         validation.check_token_ids(prompt_ids, entry.tokenizer.vocabulary)
         validation.check_biased_ids(request.sampling, entry.tokenizer.vocabulary)
@@ -202,6 +206,18 @@ class Reception:
         prompt_ids = await self._tokenize(entry, validation.check_prompt(prompt))
         return Count(len(prompt_ids), entry)
 
+    def decoder(self, model: str) -> Decode | None:
+        """A model's way back to text; None where it is not served any more."""
+        return self._catalog.decoder(model)
+
+    def model(self, name: str) -> CatalogEntry:
+        """One model.
+
+        Raises:
+            ModelUnknown, NoWorker: It is not served.
+        """
+        return self._catalog.find(name)
+
     def models(self) -> tuple[CatalogEntry, ...]:
         """What serves, the default model first."""
         default = self._catalog.default
@@ -210,6 +226,8 @@ class Reception:
     async def _tokenize(self, entry: CatalogEntry, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, TokenPrompt):
             return prompt.ids
+        if isinstance(prompt, RawPrompt):
+            return await entry.tokenizer.encode_raw(prompt.text)
         return await entry.tokenizer.encode(validation.messages_of(prompt))
 
     def _with_seed(self, sampling: SamplingParams) -> SamplingParams:

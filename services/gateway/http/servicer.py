@@ -18,7 +18,7 @@ from services.common.grpc_types import Context
 from services.gateway.core.readiness import Readiness
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, Metadata, Reception
 from services.gateway.dispatcher.streams import AnswerStream
-from services.gateway.http import anthropic_calls, console, native, openapi
+from services.gateway.http import anthropic_calls, console, native, openai_calls, openapi
 from services.gateway.http.reply import Reply, event, timely_events, whole_answer
 
 LAST_EVENT_KEY = "last-event-id"
@@ -66,6 +66,32 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
             yield await reply.whole(native.cancelled_body(reply.request_id, cancelled=cancelled))
         except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
             yield await reply.failed(error)
+
+    async def CreateChatCompletion(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
+        """The OpenAI API: one completion of a conversation, or its chunks."""
+        calls = openai_calls.create_chat_completion(self._reception, request, context)
+        async with aclosing(calls) as bodies:
+            async for body in bodies:
+                yield body
+
+    async def CreateCompletion(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
+        """The OpenAI API: one completion of a text, or its chunks."""
+        async with aclosing(openai_calls.create_completion(self._reception, request, context)) as bodies:
+            async for body in bodies:
+                yield body
+
+    async def ListModels(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
+        """The models that can be asked."""
+        del request
+        async with aclosing(openai_calls.list_models(self._reception, context)) as bodies:
+            async for body in bodies:
+                yield body
+
+    async def GetModel(self, request: pb.OneModel, context: Context) -> AsyncIterator[HttpBody]:
+        """One model."""
+        async with aclosing(openai_calls.get_model(self._reception, request.model, context)) as bodies:
+            async for body in bodies:
+                yield body
 
     async def CreateMessage(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """The Anthropic API: one message, or its events."""

@@ -27,6 +27,14 @@ class GatewayHttpServiceStub:
     """The events of a resumable request behind the cursor in `last-event-id`; without one from the first on."""
     Cancel: _aio.UnaryStreamMultiCallable[_http_service_pb2.CancelRequest, _httpbody_pb2.HttpBody]
     """Ends a request of the caller's own subject."""
+    CreateChatCompletion: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
+    """The OpenAI API: one completion of a conversation, or its chunks."""
+    CreateCompletion: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
+    """The OpenAI API: one completion of a text, or its chunks."""
+    ListModels: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
+    """The models that can be asked, as OpenAI lists them."""
+    GetModel: _aio.UnaryStreamMultiCallable[_http_service_pb2.OneModel, _httpbody_pb2.HttpBody]
+    """One model."""
     CreateMessage: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """The Anthropic API: one message, or its events."""
     CountMessageTokens: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
@@ -70,6 +78,38 @@ class GatewayHttpServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_http_service_pb2.CancelRequest, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """Ends a request of the caller's own subject."""
+
+    @_abc_1.abstractmethod
+    def CreateChatCompletion(
+        self,
+        request: _httpbody_pb2.HttpBody,
+        context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """The OpenAI API: one completion of a conversation, or its chunks."""
+
+    @_abc_1.abstractmethod
+    def CreateCompletion(
+        self,
+        request: _httpbody_pb2.HttpBody,
+        context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """The OpenAI API: one completion of a text, or its chunks."""
+
+    @_abc_1.abstractmethod
+    def ListModels(
+        self,
+        request: _httpbody_pb2.HttpBody,
+        context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """The models that can be asked, as OpenAI lists them."""
+
+    @_abc_1.abstractmethod
+    def GetModel(
+        self,
+        request: _http_service_pb2.OneModel,
+        context: _aio.ServicerContext[_http_service_pb2.OneModel, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """One model."""
 
     @_abc_1.abstractmethod
     def CreateMessage(

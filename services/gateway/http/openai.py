@@ -1,0 +1,302 @@
+"""The OpenAI API. Owns: its bodies, its chunks and its errors. Pure; knows no dispatcher.
+
+A stream is `data:` lines: a chunk with the role, chunks of text, one with the finish reason, on request one
+with the usage, then `[DONE]`. One that fails ends with an `error` instead, and never with `[DONE]`: the
+vendor's clients raise it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from services.common import http_errors
+from services.common.errors import InterlockError
+from services.gateway.core.events import Chunk, Finished, FinishReason, TokenLogprob, Usage
+from services.gateway.core.params import Decode
+from services.gateway.http.tool_calls import ToolCall
+
+_FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+_STATUS_BY_REASON = {"FEATURE_UNSUPPORTED": 400, "CONTEXT_EXCEEDED": 400}
+_CODES = {
+    "TOKEN_MISSING": "invalid_api_key",
+    "TOKEN_INVALID": "invalid_api_key",
+    "TOKEN_EXPIRED": "invalid_api_key",
+    "TOKEN_REVOKED": "invalid_api_key",
+    "MODEL_UNKNOWN": "model_not_found",
+    "CONTEXT_EXCEEDED": "context_length_exceeded",
+    "QUEUE_FULL": "rate_limit_exceeded",
+    "QUOTA_EXCEEDED": "rate_limit_exceeded",
+}
+# The field that a message names at its beginning.
+_PARAM = re.compile(r"([a-z_]+(?:[.\[][A-Za-z0-9_.\[\]]*)?): ")
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What every body of one reply says.
+
+    Attributes:
+        id: The completion's id.
+        created_s: When it was asked for, in seconds since the epoch.
+        model: The model that answers.
+        revision: Its revision, which is what the vendor calls a fingerprint of the system.
+    """
+
+    id: str
+    created_s: int
+    model: str
+    revision: str
+
+
+# --- chat ---------------------------------------------------------------------------------------------------
+
+
+def chat_body(
+    head: Head,
+    text: str,
+    calls: Sequence[ToolCall],
+    finished: Finished,
+    logprobs: dict[str, Any] | None,
+) -> bytes:
+    """A whole completion of a conversation."""
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None, "annotations": []}
+    if calls:
+        message["content"] = text or None
+        message["tool_calls"] = [_call(call) for call in calls]
+    choice = {
+        "index": 0,
+        "message": message,
+        "logprobs": logprobs,
+        "finish_reason": _finish_reason(finished, calls=bool(calls)),
+    }
+    return _dump(
+        {**_head(head, "chat.completion"), "choices": [choice], "usage": usage_fields(finished.usage)}
+    )
+
+
+def chat_opening(head: Head, *, usage: bool) -> bytes:
+    """The chunk that a stream begins with: who speaks."""
+    return _chat_chunk(head, {"role": "assistant", "content": "", "refusal": None}, usage=usage)
+
+
+def chat_text(head: Head, text: str, logprobs: dict[str, Any] | None, *, usage: bool) -> bytes:
+    """A chunk of text."""
+    return _chat_chunk(head, {"content": text}, logprobs=logprobs, usage=usage)
+
+
+def chat_calls(head: Head, calls: Sequence[ToolCall], *, usage: bool) -> bytes:
+    """A chunk with tool calls."""
+    deltas = [{"index": at, **_call(call)} for at, call in enumerate(calls)]
+    return _chat_chunk(head, {"tool_calls": deltas}, usage=usage)
+
+
+def chat_closing(head: Head, finished: Finished, *, calls: bool, usage: bool) -> bytes:
+    """What a stream ends with."""
+    last = _chat_chunk(head, {}, finish_reason=_finish_reason(finished, calls=calls), usage=usage)
+    if not usage:
+        return last + DONE
+    told = {**_head(head, "chat.completion.chunk"), "choices": [], "usage": usage_fields(finished.usage)}
+    return last + _data(told) + DONE
+
+
+def chat_logprobs(chunks: Iterable[Chunk], decode: Decode) -> dict[str, Any]:
+    """The scores of some tokens."""
+    scored = [pair for chunk in chunks for pair in zip(chunk.token_ids, chunk.logprobs, strict=False)]
+    return {
+        "content": [
+            {
+                **_scored(decode, token_id, score.logprob),
+                "top_logprobs": [_scored(decode, other, logprob) for other, logprob in score.alternatives],
+            }
+            for token_id, score in scored
+        ],
+        "refusal": None,
+    }
+
+
+# --- completions --------------------------------------------------------------------------------------------
+
+
+def completion_body(head: Head, text: str, finished: Finished, logprobs: dict[str, Any] | None) -> bytes:
+    """A whole completion of a text."""
+    choice = {
+        "index": 0,
+        "text": text,
+        "logprobs": logprobs,
+        "finish_reason": _FINISH_REASONS[finished.reason],
+    }
+    return _dump(
+        {**_head(head, "text_completion"), "choices": [choice], "usage": usage_fields(finished.usage)}
+    )
+
+
+def completion_text(head: Head, text: str, logprobs: dict[str, Any] | None, *, usage: bool) -> bytes:
+    """A chunk of text."""
+    return _completion_chunk(head, text, logprobs, None, usage=usage)
+
+
+def completion_closing(head: Head, finished: Finished, *, usage: bool) -> bytes:
+    """What a stream ends with."""
+    last = _completion_chunk(head, "", None, _FINISH_REASONS[finished.reason], usage=usage)
+    if not usage:
+        return last + DONE
+    told = {**_head(head, "text_completion"), "choices": [], "usage": usage_fields(finished.usage)}
+    return last + _data(told) + DONE
+
+
+def completion_logprobs(chunks: Iterable[Chunk], decode: Decode, offset: int) -> dict[str, Any]:
+    """The scores of some tokens; `offset` is where the first of them begins in the text."""
+    scored = [pair for chunk in chunks for pair in zip(chunk.token_ids, chunk.logprobs, strict=False)]
+    tokens = [decode([token_id]) for token_id, _ in scored]
+    offsets = [offset + sum(map(len, tokens[:at])) for at in range(len(tokens))]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [score.logprob for _, score in scored],
+        "top_logprobs": [_top(decode, score) for _, score in scored],
+        "text_offset": offsets,
+    }
+
+
+# --- models -------------------------------------------------------------------------------------------------
+
+
+def models_body(models: Iterable[str], created_s: int) -> bytes:
+    """The models that can be asked."""
+    return _dump({"object": "list", "data": [_model(name, created_s) for name in models]})
+
+
+def model_body(name: str, created_s: int) -> bytes:
+    """One model."""
+    return _dump(_model(name, created_s))
+
+
+def heartbeat_body() -> bytes:
+    """A comment that keeps a waiting connection from looking dead."""
+    return b": waiting\n\n"
+
+
+# --- errors -------------------------------------------------------------------------------------------------
+
+
+def status_of(error: InterlockError) -> int:
+    """The HTTP status of an error."""
+    return _STATUS_BY_REASON.get(error.reason, http_errors.status_of(error))
+
+
+def headers(request_id: str) -> tuple[tuple[str, str], ...]:
+    """Nothing beside `x-request-id`, which every reply has."""
+    del request_id
+    return ()
+
+
+def error_body(error: InterlockError, request_id: str) -> bytes:
+    """The reply of a request that failed before its first byte."""
+    del request_id
+    return _dump({"error": _error(error)})
+
+
+def error_event_body(error: InterlockError, request_id: str) -> bytes:
+    """The last event of a stream that failed."""
+    return b"data: %s\n\n" % error_body(error, request_id)
+
+
+def _error(error: InterlockError) -> dict[str, Any]:
+    status = status_of(error)
+    kind = "invalid_request_error" if status < 499 else "server_error"
+    if status == 429:
+        kind = "rate_limit_error"
+    param = _PARAM.match(error.message) if status == 400 else None
+    return {
+        "message": error.message,
+        "type": kind,
+        "param": param.group(1) if param else None,
+        "code": _CODES.get(error.reason),
+    }
+
+
+# --- parts --------------------------------------------------------------------------------------------------
+
+
+def usage_fields(usage: Usage) -> dict[str, Any]:
+    """Tokens, as the vendor counts them."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_prompt_tokens, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }
+
+
+def _finish_reason(finished: Finished, *, calls: bool) -> str:
+    whole = calls and finished.reason is FinishReason.STOP
+    return "tool_calls" if whole else _FINISH_REASONS[finished.reason]
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _head(head: Head, kind: str) -> dict[str, Any]:
+    return {
+        "id": head.id,
+        "object": kind,
+        "created": head.created_s,
+        "model": head.model,
+        "system_fingerprint": head.revision,
+    }
+
+
+def _chat_chunk(
+    head: Head,
+    delta: Mapping[str, Any],
+    *,
+    usage: bool,
+    logprobs: dict[str, Any] | None = None,
+    finish_reason: str | None = None,
+) -> bytes:
+    choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+    # Where the usage comes at the end, every chunk before says that it does not know it yet.
+    told = {"usage": None} if usage else {}
+    return _data({**_head(head, "chat.completion.chunk"), "choices": [choice], **told})
+
+
+def _completion_chunk(
+    head: Head, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None, *, usage: bool
+) -> bytes:
+    choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+    told = {"usage": None} if usage else {}
+    return _data({**_head(head, "text_completion"), "choices": [choice], **told})
+
+
+def _scored(decode: Decode, token_id: int, logprob: float) -> dict[str, Any]:
+    text = decode([token_id])
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _top(decode: Decode, score: TokenLogprob) -> dict[str, float]:
+    return {decode([token_id]): logprob for token_id, logprob in score.alternatives}
+
+
+def _model(name: str, created_s: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created_s, "owned_by": "interlock"}
+
+
+def _data(fields: Mapping[str, Any]) -> bytes:
+    return b"data: %s\n\n" % _dump(fields)
+
+
+def _dump(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,0 +1,372 @@
+"""The fields of an OpenAI request. Owns: what each means here, and which are refused by name.
+
+Fields that change nothing that could be promised (`user`, `metadata`, `store`) are accepted.
+Must not know: the bounds of values; `core.validation` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from services.common.errors import ArgumentInvalid, FeatureUnsupported
+from services.common.strict_json import read_object, shown
+from services.gateway.core.params import (
+    ChatPrompt,
+    FormatKind,
+    GenerationRequest,
+    Message,
+    OutputFormat,
+    Prompt,
+    RawPrompt,
+    SamplingParams,
+    TokenPrompt,
+)
+from services.gateway.http import native_fields, tool_calls
+from services.gateway.http.native import check_json_type
+from services.gateway.http.tool_calls import Tool
+
+# What an absent `max_tokens` means in this API, where the context leaves as many.
+TOKENS_WHERE_ABSENT = 1_024
+
+TOOLS_MAX = 128
+
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAiRequest:
+    """What was posted.
+
+    Attributes:
+        generation: The request itself.
+        stream: Whether chunks are wanted rather than one body.
+        usage: Whether a stream tells the usage at its end.
+        tools: The names of the functions that the model may call.
+        forced: Whether it must call one.
+        echo: What is said again before the completion of a text.
+    """
+
+    generation: GenerationRequest
+    stream: bool = False
+    usage: bool = False
+    tools: frozenset[str] = frozenset()
+    forced: bool = False
+    echo: str = ""
+
+
+def read_chat(body: bytes, content_type: str) -> OpenAiRequest:
+    """Returns what a body of `/v1/chat/completions` asks for.
+
+    Raises:
+        MessageTooLarge: The body is longer than the server reads.
+        ArgumentInvalid: It is not JSON, or a field is unknown, missing or of the wrong type.
+        FeatureUnsupported: A field is known and not served.
+    """
+    read = _read(body, content_type, _CHAT_FIELDS, _CHAT_REFUSED, ("model", "messages"))
+    tools, forced = _chosen_tools(read)
+    turns: list[Message] = list(read["messages"])
+    if tools and not forced:
+        turns = _instructed(turns, tool_calls.instructions(tools))
+    logprobs = read.get("top_logprobs", 0) if read.get("logprobs") else None
+    if logprobs is None and "top_logprobs" in read:
+        raise ArgumentInvalid("top_logprobs: needs logprobs to be true.")
+    form = tool_calls.forced_format(tools) if forced else read.get("response_format")
+    max_tokens = read.get("max_completion_tokens", read.get("max_tokens"))
+    generation = _generation(read, ChatPrompt(tuple(turns)), max_tokens, logprobs, form)
+    return OpenAiRequest(
+        generation,
+        stream=read.get("stream", False),
+        usage=read.get("stream_options", False),
+        tools=frozenset(tool.name for tool in tools),
+        forced=forced,
+    )
+
+
+def read_completion(body: bytes, content_type: str) -> OpenAiRequest:
+    """Returns what a body of `/v1/completions` asks for; raises as `read_chat`."""
+    read = _read(body, content_type, _TEXT_FIELDS, _TEXT_REFUSED, ("model", "prompt"))
+    prompt: Prompt = read["prompt"]
+    # This API generates 16 tokens where nothing is said.
+    generation = _generation(read, prompt, read.get("max_tokens", 16), read.get("logprobs"), None)
+    if read.get("echo") and not isinstance(prompt, RawPrompt):
+        raise FeatureUnsupported("echo: is served for a prompt that is text.")
+    echo = prompt.text if read.get("echo") and isinstance(prompt, RawPrompt) else ""
+    return OpenAiRequest(
+        generation, stream=read.get("stream", False), usage=read.get("stream_options", False), echo=echo
+    )
+
+
+def _generation(
+    read: Mapping[str, Any],
+    prompt: Prompt,
+    max_tokens: int | None,
+    logprobs: int | None,
+    form: OutputFormat | None,
+) -> GenerationRequest:
+    # The vendor samples at 1 where nothing is said.
+    sampling = {"temperature": 1.0} | {name: read[name] for name in _SAMPLING if name in read}
+    if read.get("n", 1) != 1:
+        raise FeatureUnsupported("n: only 1 is served by this version.")
+    return GenerationRequest(
+        model=read["model"],
+        prompt=prompt,
+        max_tokens=max_tokens,
+        sampling=SamplingParams(**sampling),
+        stop=read.get("stop", ()),
+        logprobs=logprobs,
+        form=form,
+        tokens_where_absent=TOKENS_WHERE_ABSENT,
+    )
+
+
+def _read(
+    body: bytes,
+    content_type: str,
+    known: Mapping[str, Callable[[str, Any], Any]],
+    refused: frozenset[str],
+    needed: tuple[str, ...],
+) -> dict[str, Any]:
+    check_json_type(content_type)
+    read = {}
+    for name, value in read_object(body).items():
+        # JSON's null says what leaving the field out says.
+        if value is None:
+            continue
+        if name in refused:
+            raise FeatureUnsupported(f"{name}: is not served here.")
+        if name not in known:
+            raise ArgumentInvalid(f"{shown(name)}: is not a field of this request.")
+        read[name] = known[name](name, value)
+    for name in needed:
+        if name not in read:
+            raise ArgumentInvalid(f"{name}: is missing.")
+    return read
+
+
+def _chosen_tools(read: Mapping[str, Any]) -> tuple[tuple[Tool, ...], bool]:
+    """The tools that the model is told of, and whether it must call one."""
+    tools: tuple[Tool, ...] = read.get("tools", ())
+    choice = read.get("tool_choice", "auto")
+    if not tools:
+        if choice not in {"auto", "none"}:
+            raise ArgumentInvalid("tool_choice: needs tools.")
+        return (), False
+    if choice == "none":
+        return (), False
+    if choice in {"auto", "required"}:
+        return tools, choice == "required"
+    name = choice.removeprefix("function:")
+    named = tuple(tool for tool in tools if tool.name == name)
+    if not named:
+        raise ArgumentInvalid(f"tool_choice: {shown(name)} is not among the tools.")
+    return named, True
+
+
+def _instructed(turns: list[Message], words: str) -> list[Message]:
+    """The conversation with `words` in the system's part of it."""
+    if turns and turns[0].role == "system":
+        return [Message("system", f"{turns[0].content}\n\n{words}"), *turns[1:]]
+    return [Message("system", words), *turns]
+
+
+def _messages(name: str, value: Any) -> tuple[Message, ...]:
+    turns = native_fields.read_array(name, value)
+    if not turns:
+        raise ArgumentInvalid(f"{name}: at least one message is needed.")
+    return tuple(_message(f"{name}[{at}]", turn) for at, turn in enumerate(turns))
+
+
+def _message(name: str, value: Any) -> Message:
+    fields = native_fields.read_map(name, value)
+    role = native_fields.read_text(f"{name}.role", fields.get("role"))
+    if role not in _ROLES:
+        raise ArgumentInvalid(f"{name}.role: must be system, developer, user, assistant or tool.")
+    for key, given in fields.items():
+        if key in {"audio", "function_call"} and given is not None:
+            raise FeatureUnsupported(f"{name}.{key}: is not served here.")
+        if key not in _MESSAGE_FIELDS:
+            raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of a message.")
+    calls = _said_calls(f"{name}.tool_calls", fields.get("tool_calls") or [])
+    if fields.get("content") is None and not calls:
+        raise ArgumentInvalid(f"{name}.content: is missing.")
+    content = _content(f"{name}.content", fields.get("content") or "")
+    if role in {"tool", "function"}:
+        return Message("user", tool_calls.said_result(content))
+    words = "\n".join(part for part in (content, calls) if part)
+    return Message("system" if role == "developer" else role, words)
+
+
+_MESSAGE_FIELDS = frozenset(
+    {
+        "role",
+        "content",
+        "name",
+        "refusal",
+        "annotations",
+        "tool_calls",
+        "tool_call_id",
+        "audio",
+        "function_call",
+    }
+)
+
+
+def _said_calls(name: str, value: Any) -> str:
+    said = []
+    for at, call in enumerate(native_fields.read_array(name, value)):
+        function = native_fields.read_map(f"{name}[{at}]", call).get("function")
+        fields = native_fields.read_map(f"{name}[{at}].function", function)
+        called = native_fields.read_text(f"{name}[{at}].function.name", fields.get("name"))
+        arguments = native_fields.read_text(f"{name}[{at}].function.arguments", fields.get("arguments"))
+        said.append(tool_calls.said_call(called, arguments))
+    return "\n".join(said)
+
+
+def _content(name: str, value: Any) -> str:
+    """A text, or parts of it."""
+    if isinstance(value, str):
+        return value
+    parts = native_fields.read_array(name, value)
+    return "".join(_part(f"{name}[{at}]", part) for at, part in enumerate(parts))
+
+
+def _part(name: str, value: Any) -> str:
+    fields = native_fields.read_map(name, value)
+    kind = native_fields.read_text(f"{name}.type", fields.get("type"))
+    if kind not in {"text", "refusal"}:
+        raise FeatureUnsupported(f"{name}.type: parts of type {shown(kind)} are not served here.")
+    return native_fields.read_text(f"{name}.{kind}", fields.get(kind))
+
+
+def _prompt(name: str, value: Any) -> Prompt:
+    if isinstance(value, str):
+        return RawPrompt(value)
+    entries = native_fields.read_array(name, value)
+    if len(entries) == 1 and isinstance(entries[0], str | list):
+        return _prompt(f"{name}[0]", entries[0])
+    if entries and not all(type(entry) is int for entry in entries):
+        raise FeatureUnsupported(f"{name}: one text, or one array of token ids, is served at a time.")
+    return TokenPrompt(native_fields.read_token_ids(name, entries))
+
+
+def _response_format(name: str, value: Any) -> OutputFormat | None:
+    fields = native_fields.read_map(name, value)
+    kind = native_fields.read_text(f"{name}.type", fields.get("type"))
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return OutputFormat(FormatKind.JSON_SCHEMA, ('{"type":"object"}',))
+    if kind != "json_schema":
+        raise ArgumentInvalid(f"{name}.type: must be text, json_object or json_schema.")
+    form = native_fields.read_map(f"{name}.json_schema", fields.get("json_schema"))
+    native_fields.read_text(f"{name}.json_schema.name", form.get("name"))
+    schema = form.get("schema") or {"type": "object"}
+    return OutputFormat(
+        FormatKind.JSON_SCHEMA, (native_fields.read_schema(f"{name}.json_schema.schema", schema),)
+    )
+
+
+def _tools(name: str, value: Any) -> tuple[Tool, ...]:
+    given = native_fields.read_array(name, value)
+    if len(given) > TOOLS_MAX:
+        raise ArgumentInvalid(f"{name}: at most {TOOLS_MAX} are allowed.")
+    tools = tuple(_tool(f"{name}[{at}]", tool) for at, tool in enumerate(given))
+    if len({tool.name for tool in tools}) != len(tools):
+        raise ArgumentInvalid(f"{name}: two have the same name.")
+    return tools
+
+
+def _tool(name: str, value: Any) -> Tool:
+    fields = native_fields.read_map(name, value)
+    kind = native_fields.read_text(f"{name}.type", fields.get("type"))
+    if kind != "function":
+        raise FeatureUnsupported(f"{name}.type: tools of type {shown(kind)} are not served here.")
+    function = native_fields.read_map(f"{name}.function", fields.get("function"))
+    parameters = function.get("parameters")
+    return Tool(
+        native_fields.read_text(f"{name}.function.name", function.get("name")),
+        native_fields.read_text(f"{name}.function.description", function.get("description") or ""),
+        {} if parameters is None else native_fields.read_map(f"{name}.function.parameters", parameters),
+    )
+
+
+def _tool_choice(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        if value not in {"auto", "none", "required"}:
+            raise ArgumentInvalid(f"{name}: must be auto, none, required, or a function.")
+        return value
+    fields = native_fields.read_map(name, value)
+    if fields.get("type") != "function":
+        raise FeatureUnsupported(f"{name}.type: only function is served here.")
+    function = native_fields.read_map(f"{name}.function", fields.get("function"))
+    return "function:" + native_fields.read_text(f"{name}.function.name", function.get("name"))
+
+
+def _stream_options(name: str, value: Any) -> bool:
+    fields = native_fields.read_map(name, value)
+    for key in fields:
+        if key not in {"include_usage", "include_obfuscation"}:
+            raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of it.")
+    include = fields.get("include_usage")
+    return include is not None and native_fields.read_boolean(f"{name}.include_usage", include)
+
+
+def _zero_seed(name: str, value: Any) -> int:
+    """The vendor's seeds are signed; each of them names a seed of its own here."""
+    number = native_fields.read_integer(name, value)
+    return number % 2**64 if -(2**63) <= number < 2**63 else number
+
+
+def _ignored(name: str, value: Any) -> None:
+    del name, value
+
+
+_SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "logit_bias")
+
+_SHARED_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
+    "model": native_fields.read_text,
+    "max_tokens": native_fields.read_int32,
+    "temperature": native_fields.read_number,
+    "top_p": native_fields.read_number,
+    "presence_penalty": native_fields.read_number,
+    "frequency_penalty": native_fields.read_number,
+    "seed": _zero_seed,
+    "logit_bias": native_fields.read_logit_bias,
+    "stop": native_fields.read_stop,
+    "n": native_fields.read_int32,
+    "stream": native_fields.read_boolean,
+    "stream_options": _stream_options,
+    "user": _ignored,
+}
+
+_CHAT_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
+    **_SHARED_FIELDS,
+    "messages": _messages,
+    "max_completion_tokens": native_fields.read_int32,
+    "logprobs": native_fields.read_boolean,
+    "top_logprobs": native_fields.read_int32,
+    "response_format": _response_format,
+    "tools": _tools,
+    "tool_choice": _tool_choice,
+    "parallel_tool_calls": _ignored,
+    "metadata": _ignored,
+    "store": _ignored,
+    "service_tier": _ignored,
+    "safety_identifier": _ignored,
+    "prompt_cache_key": _ignored,
+    "prompt_cache_retention": _ignored,
+    "reasoning_effort": _ignored,
+}
+_CHAT_REFUSED = frozenset(
+    {"audio", "modalities", "functions", "function_call", "prediction", "web_search_options", "verbosity"}
+)
+
+_TEXT_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
+    **_SHARED_FIELDS,
+    "prompt": _prompt,
+    "logprobs": native_fields.read_int32,
+    "echo": native_fields.read_boolean,
+}
+_TEXT_REFUSED = frozenset({"suffix", "best_of"})

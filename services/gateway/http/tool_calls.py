@@ -1,0 +1,136 @@
+"""Tools in a conversation. Owns: how they are told to a model, and how its calls are read out of its text.
+
+Models that learned tools learned to write a call as JSON between two marks; a model's own template may know
+more, but none is asked: what is said here every chat model can read. Pure.
+
+    <tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>
+
+A call that is forced needs no marks: the output is held to a schema, and is the call.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.gateway.core.params import FormatKind, OutputFormat
+
+BEGIN, END = "<tool_call>", "</tool_call>"
+
+# What a model says of calls is read up to here; more is no call.
+CALLS_MAX = 32
+
+_CALL = re.compile(re.escape(BEGIN) + r"\s*(\{.*?\})\s*(?:" + re.escape(END) + r"|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call.
+
+    Attributes:
+        name: Its name.
+        description: What it does, for the model.
+        parameters: A JSON schema of its arguments.
+    """
+
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model wants made: its id, the function, and the arguments as JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+def instructions(tools: Sequence[Tool]) -> str:
+    """What the model is told of its tools, in the system's words."""
+    lines = "\n".join(
+        json.dumps(
+            {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
+            ensure_ascii=False,
+        )
+        for tool in tools
+    )
+    return (
+        f"You can call these functions:\n{lines}\n"
+        f"To call one, answer with {BEGIN}"
+        '{"name": "<its name>", "arguments": {<its arguments>}}'
+        f"{END} and nothing else. Its result follows as the next message."
+    )
+
+
+def said_call(name: str, arguments: str) -> str:
+    """A call of an earlier turn, as the model would have written it."""
+    try:
+        read = json.loads(arguments)
+    except ValueError:
+        read = arguments
+    return BEGIN + json.dumps({"name": name, "arguments": read}, ensure_ascii=False) + END
+
+
+def said_result(text: str) -> str:
+    """What a call came to, as the model is told."""
+    return f"<tool_response>{text}</tool_response>"
+
+
+def forced_format(tools: Sequence[Tool]) -> OutputFormat:
+    """The format of an answer that is a call of one of `tools`."""
+    shapes = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": tool.name}, "arguments": tool.parameters or {"type": "object"}},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    schema = shapes[0] if len(shapes) == 1 else {"anyOf": shapes}
+    return OutputFormat(FormatKind.JSON_SCHEMA, (json.dumps(schema, ensure_ascii=False),))
+
+
+def read_calls(text: str, names: frozenset[str], id_of: str, *, forced: bool) -> tuple[str, list[ToolCall]]:
+    """The text before the first call, and the calls of functions that exist.
+
+    What looks like a call and is none stays text, as the model said it.
+
+    Args:
+        text: The whole answer.
+        names: The functions that exist.
+        id_of: What the ids of calls begin with.
+        forced: Whether all of it is one call, without marks.
+    """
+    found = [text] if forced else _CALL.findall(text)
+    calls: list[ToolCall] = []
+    for source in found[:CALLS_MAX]:
+        call = _read(source, names, f"{id_of}{len(calls)}")
+        if call is None:
+            return text, []
+        calls.append(call)
+    before = "" if forced or not calls else text[: text.index(BEGIN)].rstrip()
+    return (before, calls) if calls else (text, [])
+
+
+def may_begin_call(text: str) -> bool:
+    """Whether a text that has begun so may turn out to be, or to hold, a call."""
+    return BEGIN in text or any(text.endswith(BEGIN[:size]) for size in range(1, len(BEGIN)))
+
+
+def _read(source: str, names: frozenset[str], call_id: str) -> ToolCall | None:
+    try:
+        fields = json.loads(source)
+    except ValueError:
+        return None
+    if not isinstance(fields, dict) or fields.get("name") not in names:
+        return None
+    arguments = fields.get("arguments", fields.get("parameters", {}))
+    if not isinstance(arguments, dict):
+        return None
+    return ToolCall(call_id, fields["name"], json.dumps(arguments, ensure_ascii=False))

@@ -1,0 +1,87 @@
+"""OpenAI's own client before a whole mesh with the real model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import openai
+import pytest
+
+from tests.fixtures.mesh import MODEL, ROOT, Mesh
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+QUESTION = "What is the capital of France?"
+ASKED: dict[str, Any] = {
+    "model": MODEL,
+    "max_tokens": 32,
+    "temperature": 0,
+    "messages": [{"role": "user", "content": QUESTION}],
+}
+
+
+def test_the_model_answers_whole_streamed_and_to_a_schema(mesh: Mesh) -> None:
+    """The greedy text is the native API's, by both ways; a schema holds, and a tool that must be called is."""
+    schema = {"type": "object", "properties": {"city": {"enum": ["Paris"]}}, "required": ["city"]}
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "c", "schema": {**schema, "additionalProperties": False}},
+    }
+    tool = {
+        "type": "function",
+        "function": {"name": "travel", "parameters": json.loads(json.dumps(form["json_schema"]))["schema"]},
+    }
+    with openai.OpenAI(base_url=f"{mesh.url}/v1", api_key=mesh.token) as client:
+        create: Any = client.chat.completions.create
+        completion = create(**ASKED)
+        chunks = list(create(**ASKED, stream=True, stream_options={"include_usage": True}))
+        shaped = create(**ASKED, response_format=form)
+        called = create(**ASKED, tools=[tool], tool_choice="required")
+        listed = [model.id for model in client.models.list()]
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert completion.choices[0].message.content == streamed == mesh.ask(QUESTION, max_tokens=32)
+    assert "Paris" in streamed
+    assert chunks[-1].usage.completion_tokens == completion.usage.completion_tokens
+    assert json.loads(shaped.choices[0].message.content) == {"city": "Paris"}
+    (call,) = called.choices[0].message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("travel", {"city": "Paris"})
+    assert listed == [MODEL]
+
+
+def test_code_that_names_another_model_is_answered(mesh: Mesh) -> None:
+    """`gpt-*` means the model that the mesh serves; what nobody knows stays unknown."""
+    with openai.OpenAI(base_url=f"{mesh.url}/v1", api_key=mesh.token, max_retries=0) as client:
+        create: Any = client.chat.completions.create
+        assert create(**{**ASKED, "model": "gpt-4o-mini", "max_tokens": 1}).model == MODEL
+        with pytest.raises(openai.NotFoundError):
+            create(**{**ASKED, "model": "nope"})
+
+
+def test_a_text_is_completed(mesh: Mesh) -> None:
+    """Without the chat template, with scores."""
+    with openai.OpenAI(base_url=f"{mesh.url}/v1", api_key=mesh.token) as client:
+        complete: Any = client.completions.create
+        text = complete(
+            model=MODEL, prompt="The capital of France is", max_tokens=4, temperature=0, logprobs=1
+        )
+    (choice,) = text.choices
+    assert "Paris" in choice.text
+    assert "".join(choice.logprobs.tokens) == choice.text
+
+
+def test_the_example_runs_as_it_is(mesh: Mesh) -> None:
+    """It asks, and streams."""
+    done = subprocess.run(
+        [sys.executable, "examples/openai_chat.py", f"{mesh.url}/v1"],
+        env=mesh.environment | {"OPENAI_API_KEY": mesh.token},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout

