@@ -24,7 +24,7 @@ ASKED: dict[str, Any] = {
 
 
 def test_the_model_answers_whole_streamed_and_to_a_schema(mesh: Mesh) -> None:
-    """The greedy text is the native API's, by both ways; a schema holds, and a tool that must be called is."""
+    """The greedy text is the native API's, by both ways; a schema holds, and a tool is called."""
     schema = {"type": "object", "properties": {"city": {"enum": ["Paris"]}}, "required": ["city"]}
     form = {
         "type": "json_schema",
