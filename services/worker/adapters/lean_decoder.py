@@ -154,6 +154,11 @@ class LeanDecoder:
         return self.head.by_row
 
     @property
+    def guesses(self) -> bool:
+        """Whether a few tokens more in a pass cost little, and change no token's numbers."""
+        return self.joins and self.head.packed
+
+    @property
     def bytes(self) -> int:
         """Memory of the weights; a head that is the embedding counts once."""
         linears = [

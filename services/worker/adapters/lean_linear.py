@@ -57,9 +57,11 @@ class Linear(Protocol):
 
     Attributes:
         by_row: Whether a row's product is the same, bit for bit, beside any other rows.
+        packed: Whether a few rows take hardly longer than one.
     """
 
     by_row: bool
+    packed: bool
 
     def __call__(self, x: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
         """Returns `[rows, outputs]`."""
@@ -80,6 +82,7 @@ class PlainLinear:
 
     # The matrix library chooses the order of its sums by the number of rows.
     by_row = False
+    packed = False
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = weight
@@ -123,6 +126,7 @@ class Int8Linear:
     ) -> None:
         # Integers are used as they are: they may be pages of a file that other workers share.
         self._weight, self._scales = quantized(weight) if scales is None else (weight, scales)
+        self.packed = packed
         make = PackedProduct if packed else MappedProduct
         self._multiply: IntegerProduct = make(self._weight, self._scales)
         self._bias = None if bias is None else bias.float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.worker.core.format import Constraint
 from services.worker.core.sequence import Sampling, TokenScore
@@ -83,12 +83,28 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """The last known token of one row; a token follows from it."""
+    """The last known token of one row; a token follows from it.
+
+    Attributes:
+        row: The row.
+        position: Where the token stands.
+        token_id: The token.
+        draw: How the next one is chosen.
+        guess: Tokens that may follow. Each is passed behind the one before it, and yields a choice of its
+            own, which counts when all before it were right. Only a step that does nothing else has one.
+    """
 
     row: int
     position: int
     token_id: int
     draw: Draw
+    guess: tuple[int, ...] = ()
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        """The draw of the token, and of each of the guess."""
+        later = (replace(self.draw, index=self.draw.index + at) for at in range(1, len(self.guess) + 1))
+        return (self.draw, *later)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,4 +131,5 @@ class Batch:
     @property
     def draws(self) -> tuple[Draw, ...]:
         """The tokens that the step yields, in this order: of the chunks, then of the decodes."""
-        return (*(chunk.draw for chunk in self.chunks if chunk.draw), *(one.draw for one in self.decodes))
+        chosen = tuple(chunk.draw for chunk in self.chunks if chunk.draw)
+        return (*chosen, *(draw for one in self.decodes for draw in one.draws))

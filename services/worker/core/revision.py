@@ -110,6 +110,7 @@ class ModelFacts:
         end_ids: Tokens that end an answer.
         kv_tokens: Area of the KV cache that its budget of bytes allows, in row positions.
         weights_bytes: Memory of the weights, measured.
+        guess_tokens: Tokens of a guess that one pass checks at little cost, and to the bit; 0: none.
     """
 
     vocabulary: int
@@ -117,6 +118,7 @@ class ModelFacts:
     end_ids: frozenset[int]
     kv_tokens: int
     weights_bytes: int
+    guess_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

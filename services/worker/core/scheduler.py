@@ -34,6 +34,7 @@ class Limits:
         chunk_tokens: Most prompt tokens of a step in which nothing decodes.
         shared_chunk_tokens: Most prompt tokens of a step that also decodes.
         prefix_tokens: The part of `kv_tokens` that rows of ended sequences may take; 0: none are kept.
+        guess_tokens: Most tokens that are guessed for a sequence that decodes alone; 0: none.
     """
 
     slots: int
@@ -41,15 +42,17 @@ class Limits:
     chunk_tokens: int = 512
     shared_chunk_tokens: int = 128
     prefix_tokens: int = 0
+    guess_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """A sequence of the step under way, and how many of its tokens it takes in."""
+    """A sequence of the step under way, how many of its tokens it takes in, and what is guessed to follow."""
 
     sequence: LiveSequence
     tokens: int
     draws: bool
+    guess: tuple[int, ...] = ()
 
 
 class Scheduler:
@@ -57,6 +60,7 @@ class Scheduler:
 
     def __init__(self, limits: Limits, end_ids: frozenset[int]) -> None:
         self._slots = limits.slots
+        self._guess_tokens = limits.guess_tokens
         self._end_ids = end_ids
         self._budget = KvBudget(limits.kv_tokens, limits.prefix_tokens)
         self._rows = RowTable(self._budget)
@@ -133,8 +137,9 @@ class Scheduler:
         self._turns.extend(newcomers)
         decoding = [live for live in self._rows.running if live.credit > 0 and live.pending == 1]
         chunks = self._plan_chunks(shared=bool(decoding))
-        decodes = tuple(_decode(live) for live in decoding)
-        self._planned.extend(_Planned(live, 1, draws=True) for live in decoding)
+        guess = () if chunks or len(decoding) > 1 else self._guess(decoding, layout.capacity)
+        decodes = tuple(_decode(live, guess) for live in decoding)
+        self._planned.extend(_Planned(live, 1, draws=True, guess=guess) for live in decoding)
         return Batch(layout.rows, layout.capacity, layout.moves, chunks, decodes)
 
     def apply(self, choices: Sequence[Choice]) -> tuple[Output, ...]:
@@ -143,8 +148,13 @@ class Scheduler:
         # All rows first: what is kept of one that ends below is all that is in it.
         for plan in planned:
             plan.sequence.filled += plan.tokens
-        drawing = [plan.sequence for plan in planned if plan.draws]
-        return tuple(self._take(live, choice) for live, choice in zip(drawing, choices, strict=True))
+        outputs: list[Output] = []
+        at = 0
+        for plan in planned:
+            if plan.draws:
+                outputs.append(self._take_all(plan, choices[at : at + 1 + len(plan.guess)]))
+                at += 1 + len(plan.guess)
+        return tuple(outputs)
 
     def pace(self, batch: Batch, step_s: float) -> None:
         """Adapts the length of chunks to the time that a step took."""
@@ -230,6 +240,32 @@ class Scheduler:
         self._turns.extend(again)
         return tuple(chunks)
 
+    def _guess(self, decoding: Sequence[LiveSequence], capacity: int) -> tuple[int, ...]:
+        """What the only sequence of a step may say next, where that can be checked for it alone."""
+        if not decoding or not self._guess_tokens or _draw(decoding[0]).adjusts:
+            return ()
+        (live,) = decoding
+        left = live.start.max_tokens - live.emitted
+        most = min(self._guess_tokens, live.credit - 1, left - 1, capacity - live.filled - 1)
+        return live.lookup.guess(live.history, most)
+
+    def _take_all(self, plan: _Planned, choices: Sequence[Choice]) -> Output:
+        """Takes in the choices of one sequence: the first, and each that follows a right guess."""
+        live = plan.sequence
+        broken = next((choice for choice in choices if choice.token_id == NO_TOKEN), None)
+        output = self._take(live, broken or choices[0])
+        right = 0
+        for guessed, choice in zip(plan.guess, choices[1:], strict=True):
+            if output.finish is not None or output.token_ids[-1] != guessed:
+                break
+            right += 1
+            # Its keys and values are in the row already.
+            live.filled += 1
+            output = output.followed_by(self._take(live, choice))
+        if plan.guess:
+            live.lookup.learn(right)
+        return output
+
     def _take(self, live: LiveSequence, choice: Choice) -> Output:
         index, key, token = live.emitted, live.start.key, choice.token_id
         cached = live.cached_tokens if index == len(live.start.emitted_ids) else 0
@@ -269,5 +305,5 @@ def _chunk(live: LiveSequence, tokens: int) -> Chunk:
     return Chunk(live.row, live.filled, ids, _draw(live) if tokens == live.pending else None)
 
 
-def _decode(live: LiveSequence) -> Decode:
-    return Decode(live.row, live.filled, live.history[-1], _draw(live))
+def _decode(live: LiveSequence, guess: tuple[int, ...]) -> Decode:
+    return Decode(live.row, live.filled, live.history[-1], _draw(live), guess)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from services.worker.core.format import Constraint
+from services.worker.core.lookup import PromptLookup
 
 # A sequence that waits for a row.
 NO_ROW = -1
@@ -177,6 +178,7 @@ class LiveSequence:
         row: Its row of the KV cache, or NO_ROW. Rows are dense, so it changes when others leave.
         cached_tokens: Prompt tokens that were found in the prefix cache.
         preemptions: How often its row was taken for others.
+        lookup: Guesses what it says next.
     """
 
     start: SequenceStart
@@ -186,6 +188,7 @@ class LiveSequence:
     filled: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
+    lookup: PromptLookup = field(default_factory=PromptLookup)
 
     @property
     def pending(self) -> int:

@@ -207,6 +207,7 @@ class Stepper:
             chunk_tokens=self._chunk_tokens,
             shared_chunk_tokens=self._shared_chunk_tokens,
             prefix_tokens=int(kv_tokens * self._prefix_cache_share),
+            guess_tokens=runner.facts.guess_tokens,
         )
         self._loaded[revision] = _Loaded(runner, Scheduler(limits, runner.facts.end_ids))
 
