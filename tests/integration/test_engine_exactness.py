@@ -19,7 +19,8 @@ from services.worker.adapters.torch_runner import TorchRunner
 from services.worker.core.format import Format, FormatKind
 from services.worker.core.revision import ComputeDtype, Quantization, RevisionFile, RevisionSpec
 from services.worker.core.sequence import Finish, Sampling
-from tests.fixtures.engine_world import SOAK_FACTOR, Asked, EngineWorld, engine_world, fetched_model
+from tests.fixtures.engine_world import SOAK_FACTOR, Asked, EngineWorld, engine_world
+from tests.fixtures.mesh import fetched_model
 
 # A test loads, or runs, dozens of answers on two cores that others may use too.
 pytestmark = pytest.mark.timeout(300 * SOAK_FACTOR)

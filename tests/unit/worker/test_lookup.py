@@ -110,6 +110,7 @@ def test_numbers_that_are_not_finite_end_it_wherever_they_are() -> None:
     """Also behind a guess: what they left in the row would reach the tokens after."""
     scheduler = Scheduler(Limits(4, 1_024, guess_tokens=3), frozenset())
     scheduler.admit(START)
+    outputs: tuple[Output, ...] = ()
     while (batch := scheduler.schedule()) is not None:
         choices = [Choice(SAID[draw.index]) for draw in batch.draws]
         if len(choices) > 1:
