@@ -87,7 +87,7 @@ def newest(mesh: Mesh) -> str:
     return str(rows[0]["state"]).removeprefix("ROLLOUT_STATE_") if rows else ""
 
 
-def test_what_an_operator_is_told(pair: Mesh) -> None:
+def test_what_an_operator_is_told(pair: Mesh, model_path: Path) -> None:
     """Refusals say what to do; a revision in use cannot be deleted, one that nobody uses can."""
     unknown = pair.run("rollouts", "start", MODEL, "nope")
     assert unknown.returncode == 1
@@ -96,9 +96,11 @@ def test_what_an_operator_is_told(pair: Mesh) -> None:
     assert (again.returncode, "serves already" in again.stderr) == (1, True)
     used = pair.run("models", "rm", f"{MODEL}@{serving(pair)}")
     assert (used.returncode, "serves" in used.stderr) == (1, True)
-    gone = pair.run("models", "rm", f"{MODEL}@{OTHER}")
+    pushed = pair.run("models", "push", str(model_path), "--revision", "unused", "--quantization", "nf4")
+    assert pushed.returncode == 0, pushed.stderr
+    gone = pair.run("models", "rm", f"{MODEL}@unused")
     assert gone.returncode == 0, gone.stderr
-    assert OTHER not in pair.run("models", "revisions").stdout
+    assert "unused" not in pair.run("models", "revisions").stdout
 
 
 def test_one_worker_with_memory_for_one_copy_swaps(model_path: Path) -> None:

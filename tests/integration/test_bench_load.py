@@ -43,7 +43,8 @@ async def test_what_clients_count_is_what_the_worker_sent() -> None:
     counted, sent = sum(trace.tokens for trace in step.traces), sum(worker.sent.values())
     assert counted <= sent <= counted + 2 * 10
     found = figures(step.traces, LOAD.weights, step.window_s)
-    assert sum(found.tenant_tokens.values()) == counted
+    # What comes while the window closes counts for the client, and for no window: a token of each slot.
+    assert counted - 2 <= sum(found.tenant_tokens.values()) <= counted
     assert found.tenant_tokens["large"] > 1.5 * found.tenant_tokens["small"]
     assert found.wait_error_s.count > 0
     assert {found.requests[name] for name in ("refused", "missed", "failed")} == {0}

@@ -75,8 +75,8 @@ class Catalog:
         """The model that a name means: its own, or what the first alias that fits says."""
         if name in self._entries:
             return name
-        meant = next((model for pattern, model in self.aliases if fnmatchcase(name, pattern)), name)
-        return meant or self.default
+        fitting = (model or self.default for pattern, model in self.aliases if fnmatchcase(name, pattern))
+        return next(fitting, name)
 
     def decoder(self, model: str) -> Decode | None:
         """A model's way back to text; None where it is not served."""

@@ -162,7 +162,8 @@ def _result() -> dict[str, Any]:
 
 
 def _error() -> dict[str, Any]:
-    error = _closed(code=_TEXT, reason=_TEXT, message=_TEXT, request_id=_TEXT)
+    # Envoy refuses some requests before they have an id.
+    error = _closed(code=_TEXT, reason=_TEXT, message=_TEXT, request_id={"type": ["string", "null"]})
     return {**error, "properties": {**error["properties"], "retry_after_ms": _COUNT}}
 
 

@@ -174,3 +174,14 @@ def test_the_catalog_knows_the_latest_epoch() -> None:
     assert catalog.models == ("a", "m")
     with pytest.raises(ModelUnknown, match="'x' is not served; a, m"):
         catalog.find("x")
+
+
+def test_aliases_mean_a_model_and_nothing_else_does() -> None:
+    """The first pattern that fits counts; a name that none fits, the empty one too, is unknown."""
+    catalog = Catalog((("gpt-*", ""), ("gpt-4", "b"), ("claude-*", "b")))
+    for model in ("a", "b"):
+        catalog.activate(CatalogEntry(model, "r", 1, 10, 1, FakeTokenizer()))
+    assert [catalog.find(name).model for name in ("gpt-4", "claude-x", "a", "b")] == ["a", "b", "a", "b"]
+    for name in ("", "other"):
+        with pytest.raises(ModelUnknown):
+            catalog.find(name)
