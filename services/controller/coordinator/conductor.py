@@ -92,11 +92,9 @@ class Conductor:
 
         What a rollout put in its place stays, over restarts, until the mesh is started with another one.
         """
-        begun = asked
-        for one in self._rollouts.values():
-            if one.state is State.COMPLETED and one.previous == begun:
-                begun = one.spec.revision
-        return begun
+        completed = (one for one in self.all if one.state is State.COMPLETED and one.origin == asked)
+        newest = next(completed, None)
+        return asked if newest is None else newest.spec.revision
 
     async def create(self, rollout_id: str, spec: Spec, serving: str) -> Rollout:
         """Puts a rollout on record; it begins with the next look at the fleet.
@@ -123,7 +121,7 @@ class Conductor:
                     "revision: it has another tokenizer or chat template than the one that serves, and "
                     "running requests could not go on with it. Register it as a model of its own."
                 )
-            made = create(rollout_id, spec, serving, self._now_ms())
+            made = create(rollout_id, spec, serving, self._now_ms(), self._catalog.wanted(spec.model))
             await self._keep(made)
             return made
 

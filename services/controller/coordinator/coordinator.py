@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from services.common import logs
 from services.common.clock import Clock
-from services.common.errors import Draining, RevisionInUse, StoreUnavailable, WorkerUnknown
+from services.common.errors import Draining, RevisionInUse, RolloutRefused, StoreUnavailable, WorkerUnknown
 from services.controller.coordinator.conductor import Conductor, as_weights
 from services.controller.coordinator.worker_records import MemberKey, WorkerRecords
 from services.controller.core import membership, rollout_fleet, routing
@@ -195,6 +195,10 @@ class Coordinator:
             RolloutUnknown: No rollout has this id.
         """
         known = self.rollouts.find(rollout_id)
+        if known.ended:
+            raise RolloutRefused(f"The rollout is over: it is {known.state}.")
+        if self._plan is None:
+            raise StoreUnavailable("The controller does not lead yet.", retry_after_s=TICK_S)
         after = await self.rollouts.tell(rollout_id, event, self._fleet(known))
         self._obey(after)
         return after

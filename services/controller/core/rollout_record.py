@@ -94,6 +94,7 @@ class Rollout:
         id: Its id.
         spec: What was asked for.
         previous: The revision that served before.
+        origin: The revision that the mesh was started with.
         strategy: How it is done; AUTO until it began.
         state: Where it is.
         route: The weights that the store shall hold now.
@@ -107,6 +108,7 @@ class Rollout:
     id: str
     spec: Spec
     previous: str
+    origin: str = ""
     strategy: Strategy = Strategy.AUTO
     state: State = State.PENDING
     route: Weights = ()
@@ -122,7 +124,14 @@ class Rollout:
         return self.state in TERMINAL
 
 
-def create(id: str, spec: Spec, previous: str, now_ms: int) -> Rollout:  # noqa: A002 - the field's name
+def create(
+    id: str,  # noqa: A002 - the field's name
+    spec: Spec,
+    previous: str,
+    now_ms: int,
+    origin: str = "",
+) -> Rollout:
     """A rollout that has not begun."""
     pending = Transition(State.PENDING, now_ms, "It was asked for.")
-    return Rollout(id=id, spec=spec, previous=previous, route=((previous, SHARE_ALL),), history=(pending,))
+    route = ((previous, SHARE_ALL),)
+    return Rollout(id=id, spec=spec, previous=previous, origin=origin, route=route, history=(pending,))

@@ -360,6 +360,22 @@ async def test_the_next_controller_goes_on(world: World, died_in: State) -> None
     assert later.held == {"a": {later.new}, "b": {later.new}}
 
 
+async def test_what_the_mesh_is_started_with_counts(world: World) -> None:
+    """A rollout to and from a revision does not take its place in a mesh that is started with it."""
+    await world.start(bake_s=0.0)
+    await world.settle(2)
+    back = Spec(model="m", revision=world.old, bake_s=0.0)
+    await world.coordinator.start_rollout("back", back)
+    await world.settle(2)
+    assert world.route == {world.old: 100}
+    conductor = world.coordinator.rollouts
+    assert conductor.serving(world.old) == world.old
+    assert conductor.serving(world.new) == world.new
+    await world.coordinator.start_rollout("again", Spec(model="m", revision=world.new, bake_s=0.0))
+    await world.settle(2)
+    assert conductor.serving(world.old) == world.new
+
+
 async def test_an_emptied_store_gets_the_rollouts_route_back(world: World) -> None:
     """Redis restarted empty in the middle."""
     await world.start(canary_percent=10, bake_s=600.0)
