@@ -60,6 +60,16 @@ def test_code_that_names_another_model_is_answered(mesh: Mesh) -> None:
             create(**{**ASKED, "model": "nope"})
 
 
+def test_a_response_is_the_same_answer(mesh: Mesh) -> None:
+    """The Responses API says what the chat says, whole and in events."""
+    with openai.OpenAI(base_url=f"{mesh.url}/v1", api_key=mesh.token) as client:
+        create: Any = client.responses.create
+        asked = {"model": MODEL, "input": QUESTION, "temperature": 0, "max_output_tokens": 32}
+        whole = create(**asked).output_text
+        streamed = "".join(event.delta for event in create(**asked, stream=True) if hasattr(event, "delta"))
+    assert whole == streamed == mesh.ask(QUESTION, max_tokens=32)
+
+
 def test_a_text_is_completed(mesh: Mesh) -> None:
     """Without the chat template, with scores."""
     with openai.OpenAI(base_url=f"{mesh.url}/v1", api_key=mesh.token) as client:

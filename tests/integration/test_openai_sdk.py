@@ -256,6 +256,74 @@ async def test_a_format(world: World) -> None:
     assert not worker.starts[-1].HasField("format")
 
 
+async def test_a_response(world: World) -> None:
+    """Text in and out, with instructions, usage and the vendor's own shape."""
+    worker = await world.gateway.add_worker("w1", Script(answer="Bonjour", cached_prompt_tokens=3))
+    turns = [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}]
+    response = await world.client.responses.with_raw_response.create(
+        model=MODEL, input=turns, instructions="Be brief.", metadata={"a": "b"}, store=False
+    )
+    made = response.parse()
+    assert (made.output_text, made.status, made.metadata) == ("Bonjour", "completed", {"a": "b"})
+    assert "".join(map(chr, worker.starts[0].prompt_ids)) == "system:Be brief.\nuser:hi\n"
+    assert (made.usage.output_tokens, made.usage.input_tokens_details.cached_tokens) == (7, 3)
+    check("Response", response.http_response.json())
+    cut = await world.client.responses.create(model=MODEL, input="hi", max_output_tokens=3)
+    assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    form = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}
+    await world.client.responses.create(model=MODEL, input="hi", text=form)
+    assert json.loads(worker.starts[-1].format.json_schema) == {"type": "object"}
+
+
+async def test_a_response_in_events(world: World) -> None:
+    """In the vendor's order, each as published, numbered without a gap."""
+    await world.gateway.add_worker("w1", Script(answer="one two", interval_s=0.001))
+    stream = await world.client.responses.create(model=MODEL, input="hi", stream=True)
+    events = [event async for event in stream]
+    for event in events:
+        check("ResponseStreamEvent", event.model_dump(exclude_unset=True))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
+    assert kinds[-4:] == ["output_text.done", "content_part.done", "output_item.done", "completed"]
+    assert set(kinds[4:-4]) == {"output_text.delta"}
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].response.output_text == "one two"
+    assert "".join(event.delta for event in events[4:-4]) == "one two"
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"background": True}, "background"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
+        ({"input": []}, "input"),
+        ({"colour": "red"}, "colour"),
+        ({"text": {"format": {"type": "yaml"}}}, "text.format.type"),
+    ],
+    ids=str,
+)
+async def test_what_a_response_cannot_be_is_named(world: World, fields: dict[str, Any], named: str) -> None:
+    """A 400 in the vendor's shape."""
+    status, _, body = await world.raw("/v1/responses", {"model": MODEL, "input": "hi", **fields})
+    assert (status, body["error"]["type"]) == (400, "invalid_request_error")
+    assert body["error"]["message"].startswith(named)
+
+
+async def test_a_response_whose_worker_is_lost_raises(world: World) -> None:
+    """The client raises; it never takes a broken stream for a short answer."""
+    worker = await world.gateway.add_worker("w1", Script(answer="x" * 50, die_at=10))
+    reading = asyncio.create_task(
+        drained(await world.client.responses.create(model=MODEL, input="hi", stream=True))
+    )
+    await worker.wait_until(lambda: worker.starts)
+    world.gateway.queue.remove_worker(MODEL, "w1")
+    with pytest.raises(openai.APIError):
+        await reading
+
+
 async def test_models(world: World) -> None:
     """Listed, and one by one; an unknown one is the client's own exception."""
     response = await world.client.models.with_raw_response.list()

@@ -18,7 +18,7 @@ from services.common.grpc_types import Context
 from services.gateway.core.readiness import Readiness
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, Metadata, Reception
 from services.gateway.dispatcher.streams import AnswerStream
-from services.gateway.http import anthropic_calls, console, native, openai_calls, openapi
+from services.gateway.http import anthropic_calls, console, native, openai_calls, openapi, responses_calls
 from services.gateway.http.reply import Reply, event, timely_events, whole_answer
 
 LAST_EVENT_KEY = "last-event-id"
@@ -77,6 +77,12 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
     async def CreateCompletion(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """The OpenAI API: one completion of a text, or its chunks."""
         async with aclosing(openai_calls.create_completion(self._reception, request, context)) as bodies:
+            async for body in bodies:
+                yield body
+
+    async def CreateResponse(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
+        """OpenAI's Responses API: one response, or its events."""
+        async with aclosing(responses_calls.create_response(self._reception, request, context)) as bodies:
             async for body in bodies:
                 yield body
 

@@ -31,6 +31,8 @@ class GatewayHttpServiceStub:
     """The OpenAI API: one completion of a conversation, or its chunks."""
     CreateCompletion: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """The OpenAI API: one completion of a text, or its chunks."""
+    CreateResponse: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
+    """OpenAI's Responses API: one response, or its events."""
     ListModels: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """The models that can be asked, as OpenAI lists them."""
     GetModel: _aio.UnaryStreamMultiCallable[_http_service_pb2.OneModel, _httpbody_pb2.HttpBody]
@@ -94,6 +96,14 @@ class GatewayHttpServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """The OpenAI API: one completion of a text, or its chunks."""
+
+    @_abc_1.abstractmethod
+    def CreateResponse(
+        self,
+        request: _httpbody_pb2.HttpBody,
+        context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """OpenAI's Responses API: one response, or its events."""
 
     @_abc_1.abstractmethod
     def ListModels(

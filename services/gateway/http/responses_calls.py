@@ -1,0 +1,68 @@
+"""The Responses API's call. Owns: when which body goes out; what bodies look like is `responses`'s."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from google.api.httpbody_pb2 import HttpBody
+
+from services.common import logs
+from services.common.grpc_types import Context
+from services.gateway.core.events import Chunk, Event, Finished, Started
+from services.gateway.dispatcher.reception import GENERATE_SCOPE, Reception
+from services.gateway.http import responses, responses_fields
+from services.gateway.http.reply import JSON_TYPE, Reply, event, timely_events, whole_answer
+from services.gateway.http.responses_fields import ResponsesRequest
+
+Bodies = AsyncGenerator[HttpBody, None]
+
+
+async def create_response(reception: Reception, request: HttpBody, context: Context) -> Bodies:
+    """`POST /v1/responses`: one response, or its events."""
+    reply = Reply(context, responses)
+    try:
+        metadata = tuple(context.invocation_metadata() or ())
+        principal = reception.authenticate(metadata, GENERATE_SCOPE)
+        asked = responses_fields.read_responses(request.data, request.content_type)
+        logs.annotate(request_id=reply.request_id, subject=principal.subject)
+        timeout_s = reception.timeout_s(metadata, context.time_remaining())
+        generation = await reception.generate(principal, reply.request_id, asked.generation, timeout_s)
+        async with aclosing(generation):
+            if not asked.stream:
+                answer = await whole_answer(generation)
+                await reply.begin(generation)
+                head = _head(reply, asked, answer.started)
+                data = responses.response_body(head, answer.text, answer.finished)
+                yield HttpBody(content_type=JSON_TYPE, data=data)
+                return
+            async with aclosing(timely_events(generation, reply)) as events:
+                async for body in _stream(reply, asked, events):
+                    yield body
+    except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
+        yield await reply.failed(error)
+
+
+async def _stream(
+    reply: Reply, asked: ResponsesRequest, events: AsyncGenerator[Event | None, None]
+) -> Bodies:
+    said: responses.Events | None = None
+    async for happened in events:
+        match happened:
+            case None:
+                yield event(responses.heartbeat_body())
+            case Started() if said is None:
+                # Said again after a failover, which the vendor's clients know nothing of.
+                said = responses.Events(_head(reply, asked, happened))
+                yield event(said.opening())
+            case Chunk() if happened.text:
+                assert said is not None
+                yield event(said.delta(happened.text))
+            case Finished():
+                assert said is not None
+                yield event(said.closing(happened))
+
+
+def _head(reply: Reply, asked: ResponsesRequest, started: Started) -> responses.Head:
+    return responses.Head(reply.request_id, int(time.time()), started.model, asked.told)
