@@ -11,7 +11,6 @@ A call that is forced needs no marks: the output is held to a schema, and is the
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +21,6 @@ BEGIN, END = "<tool_call>", "</tool_call>"
 
 # What a model says of calls is read up to here; more is no call.
 CALLS_MAX = 32
-
-_CALL = re.compile(re.escape(BEGIN) + r"\s*(\{.*?\})\s*(?:" + re.escape(END) + r"|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +68,7 @@ def said_call(name: str, arguments: str) -> str:
     """A call of an earlier turn, as the model would have written it."""
     try:
         read = json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         read = arguments
     return BEGIN + json.dumps({"name": name, "arguments": read}, ensure_ascii=False) + END
 
@@ -107,15 +104,27 @@ def read_calls(text: str, names: frozenset[str], id_of: str, *, forced: bool) ->
         id_of: What the ids of calls begin with.
         forced: Whether all of it is one call, without marks.
     """
-    found = [text] if forced else _CALL.findall(text)
+    found = [text] if forced else _marked(text)
     calls: list[ToolCall] = []
-    for source in found[:CALLS_MAX]:
+    for source in found:
         call = _read(source, names, f"{id_of}{len(calls)}")
         if call is None:
             return text, []
         calls.append(call)
     before = "" if forced or not calls else text[: text.index(BEGIN)].rstrip()
     return (before, calls) if calls else (text, [])
+
+
+def _marked(text: str) -> list[str]:
+    """What stands between the marks; the last end may be missing. Takes time in proportion to the text."""
+    found: list[str] = []
+    begin = text.find(BEGIN)
+    while begin >= 0 and len(found) < CALLS_MAX:
+        end = text.find(END, begin)
+        end = len(text) if end < 0 else end
+        found.append(text[begin + len(BEGIN) : end])
+        begin = text.find(BEGIN, end)
+    return found
 
 
 def may_begin_call(text: str) -> bool:
@@ -126,11 +135,11 @@ def may_begin_call(text: str) -> bool:
 def _read(source: str, names: frozenset[str], call_id: str) -> ToolCall | None:
     try:
         fields = json.loads(source)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(fields, dict) or fields.get("name") not in names:
+    if not isinstance(fields, dict):
         return None
-    arguments = fields.get("arguments", fields.get("parameters", {}))
-    if not isinstance(arguments, dict):
+    name, arguments = fields.get("name"), fields.get("arguments", fields.get("parameters", {}))
+    if not isinstance(name, str) or name not in names or not isinstance(arguments, dict):
         return None
-    return ToolCall(call_id, fields["name"], json.dumps(arguments, ensure_ascii=False))
+    return ToolCall(call_id, name, json.dumps(arguments, ensure_ascii=False))

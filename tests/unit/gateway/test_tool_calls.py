@@ -1,0 +1,97 @@
+"""Tools in a conversation: what a model is told, and what is read out of what it says."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import jsonschema
+import pytest
+
+from services.gateway.http.tool_calls import (
+    BEGIN,
+    CALLS_MAX,
+    END,
+    Tool,
+    forced_format,
+    instructions,
+    may_begin_call,
+    read_calls,
+    said_call,
+)
+
+NAMES = frozenset({"weather", "time"})
+CALL = said_call("weather", '{"city": "Paris"}')
+
+
+def read(text: str, *, forced: bool = False) -> tuple[str, list[tuple[str, str]]]:
+    """The text and the calls, without their ids."""
+    before, calls = read_calls(text, NAMES, "c", forced=forced)
+    assert [call.id for call in calls] == [f"c{at}" for at in range(len(calls))]
+    return before, [(call.name, call.arguments) for call in calls]
+
+
+def test_calls_are_read_out_of_the_text() -> None:
+    """One, several, with words before, and with an end that a token limit cut off."""
+    city = ("weather", '{"city": "Paris"}')
+    assert read(CALL) == ("", [city])
+    assert read(f"Let me see.\n{CALL}\n{said_call('time', '{}')}") == ("Let me see.", [city, ("time", "{}")])
+    assert read(CALL.removesuffix(END)) == ("", [city])
+    assert read(BEGIN + '\n{"name": "time", "parameters": {"a": 1}}\n' + END) == ("", [("time", '{"a": 1}')])
+    assert read('{"name": "time", "arguments": {}}', forced=True) == ("", [("time", "{}")])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no call",
+        "",
+        BEGIN,
+        BEGIN + END,
+        BEGIN + '{"name": "unknown", "arguments": {}}' + END,
+        BEGIN + '{"name": "time", "arguments": "x"}' + END,
+        BEGIN + '{"name": ["time"], "arguments": {}}' + END,
+        BEGIN + "not JSON" + END,
+        BEGIN + "[" * 200_000 + END,
+        f"{CALL} {BEGIN}broken{END}",
+    ],
+    ids=range(10),
+)
+def test_what_is_no_call_stays_text(text: str) -> None:
+    """As the model said it, to the letter."""
+    assert read(text) == (text, [])
+
+
+def test_hostile_text_takes_no_time() -> None:
+    """A model can be made to say anything; reading it is linear, and calls are bounded."""
+    began_s = time.monotonic()
+    for text in (BEGIN * 100_000, (BEGIN + "{") * 100_000, BEGIN + "{" * 1_000_000, f"{BEGIN}{{}}" * 50_000):
+        read(text)
+        may_begin_call(text)
+    assert time.monotonic() - began_s < 5
+    assert len(read(CALL * (CALLS_MAX + 5))[1]) == CALLS_MAX
+
+
+def test_a_forced_call_has_a_schema_that_holds_it() -> None:
+    """One of the tools with its own arguments, and nothing beside."""
+    tools = [Tool("weather", parameters={"type": "object", "required": ["city"]}), Tool("time")]
+    form = forced_format(tools)
+    schema = json.loads(form.texts[0])
+    jsonschema.validate({"name": "weather", "arguments": {"city": "x"}}, schema)
+    jsonschema.validate({"name": "time", "arguments": {}}, schema)
+    for wrong in ({"name": "weather", "arguments": {}}, {"name": "other", "arguments": {}}, {"name": "time"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema)
+
+
+def test_a_model_is_told_of_each_tool() -> None:
+    """By name, description and schema."""
+    words = instructions([Tool("weather", "Tells the weather.", {"type": "object"})])
+    assert all(part in words for part in ("weather", "Tells the weather.", '"type": "object"', BEGIN, END))
+
+
+def test_a_text_that_may_become_a_call_is_held() -> None:
+    """As long as its end may be the beginning of a mark."""
+    assert may_begin_call("Hm. <tool")
+    assert may_begin_call(f"Hm. {BEGIN}x")
+    assert not may_begin_call("Hm. <b>")
