@@ -225,7 +225,8 @@ def _loader(arguments: argparse.Namespace, watch: Stopwatch) -> Any:
     threads = len(os.sched_getaffinity(0))
     forms = StoredForms(arguments.forms, FORMS_BYTES)
     device = torch_compute.choose_device("cpu")
-    return TorchLoader(TorchSettings(device, threads, 8, lambda: KV_BYTES, forms=forms))
+    # As `interlock up --workers` has it: weights that are packed for the processor are not shared.
+    return TorchLoader(TorchSettings(device, threads, 8, lambda: KV_BYTES, forms=forms, packed=False))
 
 
 async def _fetch(files: tuple[artifacts.FileDigest, ...], directory: Path) -> Path:
