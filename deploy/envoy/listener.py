@@ -20,7 +20,7 @@ _TYPE = "type.googleapis.com/envoy.extensions"
 #
 # A request by HTTP becomes a gRPC call, whose metadata knows fewer characters than HTTP: a header with others
 # would end the whole call with INTERNAL. Such headers are left out, and so are `-bin` ones, which would have
-# to be base64. What comes as gRPC is left as it is.
+# to be base64, and gRPC's own: a `grpc-timeout` that is none ends the call too. gRPC is left as it is.
 _LUA = """\
 function envoy_on_request(handle)
   local headers = handle:headers()
@@ -29,7 +29,7 @@ function envoy_on_request(handle)
   local strange = {}
   for name, value in pairs(headers) do
     if name:sub(1, 1) ~= ":" and (name:find("[^a-z0-9_.-]") or name:sub(-4) == "-bin"
-        or value:find("[^\\32-\\126]")) then
+        or name:sub(1, 5) == "grpc-" or value:find("[^\\32-\\126]")) then
       strange[#strange + 1] = name
     end
   end
