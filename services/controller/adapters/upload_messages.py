@@ -10,7 +10,6 @@ from interlock.v1 import controller_service_pb2 as pb
 from interlock.v1 import model_pb2
 
 from services.common.errors import ArgumentInvalid
-from services.common.ids import is_valid_id
 from services.controller.adapters.member_messages import DTYPES, QUANTIZATIONS
 from services.controller.adapters.uploads import Chunk
 from services.controller.core.catalog import Manifest, ModelFile
@@ -30,8 +29,6 @@ def read_manifest(message: model_pb2.Manifest) -> Manifest:
     """
     if not message.model:
         raise ArgumentInvalid("manifest.model: missing.")
-    if message.revision and not is_valid_id(message.revision):
-        raise ArgumentInvalid("manifest.revision: 1 to 64 of the characters A-Z a-z 0-9 . _ -")
     if message.quantization not in _QUANTIZATIONS or message.compute_dtype not in _DTYPES:
         raise ArgumentInvalid("manifest: quantization or compute_dtype is not one that is known.")
     if not 1 <= message.context_tokens <= CONTEXT_TOKENS_MAX:

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +43,10 @@ CHUNK_BYTES_MAX = 1 << 20
 ORPHAN_KEPT_S = 86_400.0
 
 _MANIFEST = "manifest.json"
+
+# The contract's form. A revision's name becomes a directory's: one that begins with a dot would be another's
+# parent, or one of those that are on their way.
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _RECORD = TypeAdapter(Revision)
 
 
@@ -138,6 +143,10 @@ class Uploads:
         if manifest.model not in self._catalog.models():
             served = ", ".join(self._catalog.models())
             raise ArgumentInvalid(f"manifest.model: this controller leads {served}.")
+        if manifest.revision and _NAME.fullmatch(manifest.revision) is None:
+            raise ArgumentInvalid(
+                "manifest.revision: 1 to 63 of the characters a-z 0-9 . _ - are allowed, the first no sign."
+            )
         files = [artifacts.FileDigest(one.path, one.size_bytes, one.sha256) for one in manifest.files]
         artifacts.check_files(files)
         names = {file.path for file in files}

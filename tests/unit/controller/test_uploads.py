@@ -268,6 +268,18 @@ async def test_a_manifest_that_lies_is_refused(
     assert [one.manifest.revision for one in place.catalog.revisions("m")] == ["v1"]
 
 
+@pytest.mark.parametrize(
+    "name", ["..", ".", "...", ".v2.new", "-v", "V2", "a/b", "../v9", "a\n", "a\0b", "x" * 64], ids=ascii
+)
+async def test_a_name_that_is_no_plain_name_touches_nothing(place: Place, name: str) -> None:
+    """It would become a directory: what was taken in before stays as it is."""
+    await push(place, manifest(CONTENT), CONTENT)
+    before = sorted(place.directory.rglob("*"))
+    with pytest.raises(ArgumentInvalid, match=r"manifest\.revision"):
+        await push(place, manifest(CONTENT, revision=name, quantization="int8"), CONTENT)
+    assert sorted(place.directory.rglob("*")) == before
+
+
 async def test_content_that_is_not_its_digest_is_thrown_away(place: Place) -> None:
     """And the upload begins again from its first byte."""
     wanted = manifest(CONTENT)
