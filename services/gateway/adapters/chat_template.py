@@ -193,8 +193,9 @@ class ChatTemplate:
         pieces: list[str] = []
         chars = 0
         stream = self._template.generate(messages=turns, add_generation_prompt=True, **self._variables)
-        previous = sys.gettrace()
+        previous = sys.gettrace(), sys.getprofile()
         if watch is not None:
+            sys.setprofile(_kept_up(watch))
             sys.settrace(watch)
         try:
             for piece in stream:
@@ -204,7 +205,8 @@ class ChatTemplate:
                 pieces.append(piece)
         finally:
             if watch is not None:
-                sys.settrace(previous)
+                sys.setprofile(previous[1])
+                sys.settrace(previous[0])
         return "".join(pieces)
 
 
@@ -215,14 +217,32 @@ def _deadline(end_s: float) -> Trace:
     a machine that is busy with others makes no template look slow.
     """
     lines = itertools.count(1)
+    is_over = False
 
     def trace(frame: FrameType, _event: str, _argument: Any) -> Trace | None:
-        if next(lines) % LINES_PER_LOOK == 0 and time.thread_time() > end_s:
+        nonlocal is_over
+        is_over = is_over or (next(lines) % LINES_PER_LOOK == 0 and time.thread_time() > end_s)
+        if is_over:
             raise _TooLong
         # Of what a template calls the calls are enough: one of them does no more than its argument has items.
         return trace if frame.f_code.co_filename == _TEMPLATE_FILE else None
 
     return trace
+
+
+def _kept_up(watch: Trace) -> Trace:
+    """A profile function that sets the trace function `watch` again when it was lost.
+
+    The interpreter drops a trace function that raises, and drops the exception too where nothing can be told
+    of it: in a finalizer, or in a callback of the garbage collector, which runs whenever it likes. A template
+    would then go on, with nobody watching.
+    """
+
+    def profile(_frame: FrameType, _event: str, _argument: Any) -> None:
+        if sys.gettrace() is None:
+            sys.settrace(watch)
+
+    return profile
 
 
 def _length(value: Any) -> int:

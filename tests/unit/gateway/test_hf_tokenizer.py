@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from pathlib import Path
@@ -130,12 +131,31 @@ def test_the_literal_twin_is_a_copy(tokenizer: HfTokenizer) -> None:
     ],
     ids=range(25),
 )
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_hostile_template_is_stopped(source: str) -> None:
     """Loops, explosions and escapes end as errors of the call, in bounded time."""
     started_s = time.monotonic()
     with pytest.raises((ArgumentInvalid, ArtifactInvalid)):
         ChatTemplate(source, {}, limit_s=0.2).render(user("hi"))
     assert time.monotonic() - started_s < 5
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stop_that_nobody_hears_is_said_again() -> None:
+    """What is raised in a callback of the garbage collector is dropped, and the trace function with it."""
+
+    def collected(_phase: str, _info: dict[str, int]) -> None:
+        for _ in range(200):
+            user("hi")
+
+    source = "{{ ([range(99999)|list] * 30)|map('batch', 2)|map('list')|list|length }}"
+    gc.callbacks.append(collected)
+    try:
+        for _ in range(10):
+            with pytest.raises(ArgumentInvalid, match="took too long"):
+                ChatTemplate(source, {}, limit_s=0.02).render(user("hi"))
+    finally:
+        gc.callbacks.remove(collected)
 
 
 @pytest.mark.parametrize(
