@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,14 @@ _SCRIPTS = Path(__file__).parent / "scripts"
 
 # A hold, or a restarted worker, is known within this; a call costs a tenth of a millisecond.
 LOOK_S = 1.0
+# Until every model that is served is known the store must not go: nothing could take its place.
+LOOK_FOR_UNKNOWN_S = 0.1
 # Five looks that could not be taken are a loss.
 SHOWN_S = 5.0
 
 
 class RedisFleet:
-    """Looks at Redis each second.
+    """Looks at Redis each second, and more often until it knows each model's fleet.
 
     Args:
         store: Redis.
@@ -56,7 +58,7 @@ class RedisFleet:
         self,
         store: RedisStore,
         gateway_id: str,
-        models: Callable[[], Iterable[str]],
+        models: Callable[[], Collection[str]],
         standby: Standby,
         breakers: Breakers,
     ) -> None:
@@ -78,7 +80,8 @@ class RedisFleet:
                 pass
             except Exception:  # noqa: BLE001 - logged with its traceback; the next look may be well
                 logs.get_logger().error("fleet.crashed", exc_info=True)
-            await asyncio.sleep(LOOK_S)
+            is_known = all(self._standby.serves(model) for model in self._models())
+            await asyncio.sleep(LOOK_S if is_known and self._models() else LOOK_FOR_UNKNOWN_S)
 
     async def look(self) -> None:
         """Looks once.
