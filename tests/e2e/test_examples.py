@@ -64,15 +64,18 @@ def _environment() -> dict[str, str]:
 
 
 # What a vendor's own library calls what happened; gRPC's names are the same everywhere.
-ANTHROPIC = {
-    "CANCELLED": "APIUSERABORTERROR",
-    "DEADLINEEXCEEDED": "TIMEOUTERROR",
-    "UNAUTHENTICATED": "AUTHENTICATIONERROR",
-    "TOKENINVALID": "TOKEN IS NOT VALID",
+VENDORS = {
+    "anthropic": {
+        "CANCELLED": "APIUSERABORTERROR",
+        "DEADLINEEXCEEDED": "TIMEOUTERROR",
+        "UNAUTHENTICATED": "AUTHENTICATIONERROR",
+        "TOKENINVALID": "TOKEN IS NOT VALID",
+    },
+    "openai": {"CANCELLED": "APIUSERABORTERROR", "UNAUTHENTICATED": "AUTHENTICATIONERROR"},
 }
 
 
-@pytest.fixture(params=["python", "grpc-js", "connect-node", "anthropic", "curl", "grpcurl"])
+@pytest.fixture(params=["python", "grpc-js", "connect-node", "anthropic", "openai", "curl", "grpcurl"])
 def example(request: pytest.FixtureRequest) -> Example:
     """Each of the programs; those in JavaScript only where there is a Node."""
     match request.param:
@@ -82,9 +85,9 @@ def example(request: pytest.FixtureRequest) -> Example:
             return Example((f"examples/{name}.sh",), flags=False, in_band=name == "curl")
         case name:
             node: Node = request.getfixturevalue("node")
-            if name == "anthropic":
-                command = (str(node.program), "anthropic.mjs")
-                return Example(command, cwd=EXAMPLES, in_band=True, names=ANTHROPIC)
+            if name in VENDORS:
+                command = (str(node.program), f"{name}.mjs")
+                return Example(command, cwd=EXAMPLES, in_band=True, names=VENDORS[name])
             return Example((str(node.program), f"{name.replace('-', '_')}.mjs"), cwd=EXAMPLES)
 
 
@@ -103,7 +106,8 @@ def _ends(mesh: Mesh) -> list[str]:
     """How every call of Generate ended, by the gateway's log."""
     logs = (mesh.home / "logs").glob("gateway-*.log")
     lines = [line for log in logs for line in log.read_text().splitlines()]
-    calls = [json.loads(line) for line in lines if "/Generate" in line or "/CreateMessage" in line]
+    methods = ("/Generate", "/CreateMessage", "/CreateChatCompletion")
+    calls = [json.loads(line) for line in lines if any(method in line for method in methods)]
     return [line["code"] for line in calls if line.get("event") == "rpc.finished"]
 
 

@@ -28,6 +28,13 @@ ASKED: dict[str, Any] = {
     "messages": [{"role": "user", "content": "hi"}],
 }
 
+WEATHER: dict[str, Any] = {
+    "name": "weather",
+    "description": "Of a city.",
+    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
+
 
 class World:
     """A gateway behind Envoy, and the vendor's client of it."""
@@ -136,6 +143,75 @@ async def test_a_stream_has_the_vendors_events_in_their_order(world: World) -> N
     assert (final.usage.input_tokens, final.usage.output_tokens) == (8, 13)
 
 
+async def test_tools(world: World) -> None:
+    """The model is told of them; its calls are blocks, whole and streamed; their results reach it."""
+    worker = await world.gateway.add_worker("w1", Script(answer=f"Hm. {CALL}{CALL}"))
+    asked = {**ASKED, "max_tokens": 155, "tools": [WEATHER]}
+    response = await world.client.messages.with_raw_response.create(**asked)
+    check("Message", response.http_response.json())
+    message = await response.parse()
+    text, call, other = message.content
+    assert (message.stop_reason, text.text) == ("tool_use", "Hm.")
+    assert (call.type, call.name, call.input) == ("tool_use", "weather", {"city": "Paris"})
+    assert call.id != other.id
+    assert '"city"' in "".join(map(chr, worker.starts[0].prompt_ids))
+    alone = await world.create(**asked, tool_choice={"type": "auto", "disable_parallel_tool_use": True})
+    assert [block.type for block in alone.content] == ["text", "tool_use"]
+    async for event in await world.create(**asked, stream=True):
+        check("MessageStreamEvent", event.model_dump(exclude_unset=True))
+    async with world.client.messages.stream(**asked) as stream:
+        streamed = await stream.get_final_message()
+    assert streamed.content[0].text.rstrip() == text.text
+    assert [(block.name, block.input) for block in streamed.content[1:]] == [
+        ("weather", {"city": "Paris"})
+    ] * 2
+    assert streamed.stop_reason == "tool_use"
+    turns = [
+        *ASKED["messages"],
+        {"role": "assistant", "content": [text, call]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "rain"}]},
+    ]
+    await world.create(messages=turns, tools=[WEATHER], tool_choice={"type": "none"}, max_tokens=9)
+    prompt = "".join(map(chr, worker.starts[-1].prompt_ids))
+    assert CALL in prompt
+    assert "<tool_response>rain</tool_response>" in prompt
+    turns[-1]["content"][0].update(is_error=True, content=[{"type": "text", "text": "gone"}])
+    await world.create(messages=turns, tools=[WEATHER], max_tokens=9)
+    prompt = "".join(map(chr, worker.starts[-1].prompt_ids))
+    assert "<tool_response>Error: gone</tool_response>" in prompt
+    counted = await world.client.messages.count_tokens(model=MODEL, messages=turns, tools=[WEATHER])
+    assert counted.input_tokens == len(worker.starts[-1].prompt_ids)
+
+
+async def test_a_tool_that_must_be_called(world: World) -> None:
+    """Its arguments are held to its schema, and the answer is the call alone, whole and streamed."""
+    answer = '{"name": "weather", "arguments": {"city": "Rome"}}'
+    worker = await world.gateway.add_worker("w1", Script(answer=answer))
+    for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
+        message = await world.create(tools=[WEATHER], tool_choice=choice)
+        (call,) = message.content
+        assert (call.name, call.input, message.stop_reason) == ("weather", {"city": "Rome"}, "tool_use")
+        assert '"city"' in worker.starts[-1].format.json_schema
+        asked = {**ASKED, "tools": [WEATHER], "tool_choice": choice}
+        async with world.client.messages.stream(**asked) as stream:
+            (streamed,) = (await stream.get_final_message()).content
+        assert (streamed.name, streamed.input) == (call.name, call.input)
+
+
+async def test_models(world: World) -> None:
+    """The path that two vendors share answers each vendor's client in its shape."""
+    await world.gateway.add_worker("w1")
+    page = await world.client.models.list()
+    assert [model.id async for model in page] == [MODEL]
+    response = await world.client.models.with_raw_response.list()
+    check("ListResponse_ModelInfo_", response.http_response.json())
+    model = await world.client.models.retrieve(MODEL)
+    assert (model.type, model.id) == ("model", MODEL)
+    assert model.max_input_tokens > 0
+    with pytest.raises(anthropic.NotFoundError):
+        await world.client.models.retrieve("claude-0")
+
+
 async def test_tokens_are_counted(world: World) -> None:
     """As many as the same conversation costs."""
     await world.gateway.add_worker("w1")
@@ -203,8 +279,29 @@ async def test_a_worker_lost_in_mid_stream_raises(world: World) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"tools": [{"name": "a", "input_schema": {}}]}, "tools"),
-        ({"tool_choice": {"type": "auto"}}, "tool_choice"),
+        ({"tools": [{"name": "a"}]}, "tools[0].input_schema"),
+        ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name"),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),
+        ({"tools": [WEATHER, WEATHER]}, "tools"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "b"}}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "maybe"}}, "tool_choice.type"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice"),
+        (
+            {
+                "tools": [WEATHER],
+                "tool_choice": {"type": "any"},
+                "output_config": {"format": {"type": "json_schema", "schema": {}}},
+            },
+            "tool_choice",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "a"}]}]},
+            "messages[0].content[0].type",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]},
+            "messages[0].content[0].tool_use_id",
+        ),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
         ({"container": "c"}, "container"),
         ({"output_config": {"effort": "low"}}, "output_config.effort"),
@@ -220,7 +317,7 @@ async def test_a_worker_lost_in_mid_stream_raises(world: World) -> None:
         ({"system": [{"type": "text"}]}, "system[0].text"),
         ({"stream": "yes"}, "stream"),
     ],
-    ids=range(16),
+    ids=range(24),
 )
 async def test_what_is_not_served_is_refused_by_name(world: World, fields: Any, named: str) -> None:
     """400 in the vendor's shape; the counting path refuses the same where it has the field."""

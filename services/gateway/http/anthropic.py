@@ -1,19 +1,21 @@
 """The Anthropic API. Owns: its bodies, its events and its errors, both ways. Pure; knows no dispatcher.
 
-A stream is `message_start`, `content_block_start`, `ping`, any number of `content_block_delta`, then
-`content_block_stop`, `message_delta`, `message_stop`. One that fails ends with `error` instead, and never
-with `message_stop`. `input_tokens` are those that no cache had, as the vendor counts them.
+A stream is `message_start`, `ping`, then for each block of the message `content_block_start`, any number of
+`content_block_delta` and `content_block_stop`, and at last `message_delta` and `message_stop`. One that fails
+ends with `error` instead, and never with `message_stop`. `input_tokens` are those that no cache
+had, as the vendor counts them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from services.common import http_errors
 from services.common.errors import InterlockError
 from services.gateway.core.events import Finished, FinishReason, Usage
+from services.gateway.http.tool_calls import ToolCall
 
 # Where the vendor has another status than the native API.
 _STATUS_BY_REASON = {"QUEUE_FULL": 529, "FEATURE_UNSUPPORTED": 400}
@@ -29,22 +31,25 @@ _TYPES = {
 _STOP_REASONS = {FinishReason.STOP: "end_turn", FinishReason.LENGTH: "max_tokens"}
 
 
-def message_body(message_id: str, model: str, text: str, finished: Finished) -> bytes:
+def message_body(
+    message_id: str, model: str, text: str, calls: Sequence[ToolCall], finished: Finished
+) -> bytes:
     """A whole message."""
-    content = [{"type": "text", "text": text, "citations": None}]
-    ending = {"content": content, **_ending(finished), "usage": _usage(finished.usage)}
+    content = [_text_block(text)] if text or not calls else []
+    content += [{**_call_block(call), "input": json.loads(call.arguments)} for call in calls]
+    ending = {"content": content, **_ending(finished, calls=bool(calls)), "usage": _usage(finished.usage)}
     return _dump({**_message(message_id, model), **ending})
 
 
 def opening_events(message_id: str, model: str, prompt_tokens: int) -> bytes:
     """What a stream begins with; how much of the prompt a cache had is not known yet."""
     message = {**_message(message_id, model), "usage": _usage(Usage(prompt_tokens=prompt_tokens))}
-    block = {"type": "text", "text": "", "citations": None}
-    return (
-        _event("message_start", message=message)
-        + _event("content_block_start", index=0, content_block=block)
-        + _event("ping")
-    )
+    return _event("message_start", message=message) + _event("ping")
+
+
+def text_opening() -> bytes:
+    """The text's block, which is the first of all."""
+    return _event("content_block_start", index=0, content_block=_text_block(""))
 
 
 def text_event(text: str) -> bytes:
@@ -52,16 +57,39 @@ def text_event(text: str) -> bytes:
     return _event("content_block_delta", index=0, delta={"type": "text_delta", "text": text})
 
 
-def closing_events(finished: Finished) -> bytes:
+def text_closing() -> bytes:
+    """The end of the text's block."""
+    return _event("content_block_stop", index=0)
+
+
+def call_events(index: int, call: ToolCall) -> bytes:
+    """A whole block that is a call."""
+    delta = {"type": "input_json_delta", "partial_json": call.arguments}
+    return (
+        _event("content_block_start", index=index, content_block=_call_block(call))
+        + _event("content_block_delta", index=index, delta=delta)
+        + _event("content_block_stop", index=index)
+    )
+
+
+def closing_events(finished: Finished, *, calls: bool) -> bytes:
     """What a stream ends with."""
     usage = _usage(finished.usage)
     for name in ("cache_creation", "inference_geo", "service_tier"):
         del usage[name]
-    return (
-        _event("content_block_stop", index=0)
-        + _event("message_delta", delta=_ending(finished), usage=usage)
-        + _event("message_stop")
-    )
+    return _event("message_delta", delta=_ending(finished, calls=calls), usage=usage) + _event("message_stop")
+
+
+def models_body(models: Sequence[tuple[str, int]]) -> bytes:
+    """The models with their context lengths; all of them are one page."""
+    names = [name for name, _ in models]
+    ends = {"first_id": names[0] if names else None, "last_id": names[-1] if names else None}
+    return _dump({"data": [_model(*model) for model in models], "has_more": False, **ends})
+
+
+def model_body(name: str, context_tokens: int) -> bytes:
+    """One model."""
+    return _dump(_model(name, context_tokens))
 
 
 def heartbeat_body() -> bytes:
@@ -115,8 +143,32 @@ def _message(message_id: str, model: str) -> dict[str, Any]:
     }
 
 
-def _ending(finished: Finished) -> dict[str, Any]:
+def _model(name: str, context_tokens: int) -> dict[str, Any]:
+    """A model; when it was made nobody here knows, and its output has the context's bound alone."""
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": "1970-01-01T00:00:00Z",
+        "max_input_tokens": context_tokens,
+        "max_tokens": context_tokens,
+        "capabilities": None,
+    }
+
+
+def _text_block(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text, "citations": None}
+
+
+def _call_block(call: ToolCall) -> dict[str, Any]:
+    """A call whose arguments are still to come."""
+    return {"type": "tool_use", "id": call.id, "name": call.name, "input": {}, "caller": {"type": "direct"}}
+
+
+def _ending(finished: Finished, *, calls: bool) -> dict[str, Any]:
     reason = "stop_sequence" if finished.stop_text else _STOP_REASONS[finished.reason]
+    if calls:
+        reason = "tool_use"
     return {
         "stop_reason": reason,
         "stop_sequence": finished.stop_text or None,

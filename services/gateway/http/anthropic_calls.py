@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 
 from google.api.httpbody_pb2 import HttpBody
@@ -10,11 +10,16 @@ from google.api.httpbody_pb2 import HttpBody
 from services.common import logs
 from services.common.grpc_types import Context
 from services.gateway.core.events import Chunk, Event, Finished, Started
-from services.gateway.dispatcher.reception import GENERATE_SCOPE, Reception
-from services.gateway.http import anthropic, anthropic_fields
+from services.gateway.dispatcher.reception import GENERATE_SCOPE, MODELS_SCOPE, Reception
+from services.gateway.http import anthropic, anthropic_fields, tool_calls
+from services.gateway.http.anthropic_fields import MessagesRequest
 from services.gateway.http.reply import JSON_TYPE, Reply, event, timely_events, whole_answer
+from services.gateway.http.tool_calls import ToolCall
 
 Bodies = AsyncGenerator[HttpBody, None]
+
+# What tells the two vendors apart where they have the same path.
+VERSION_KEY = "anthropic-version"
 
 
 async def create_message(reception: Reception, request: HttpBody, context: Context) -> Bodies:
@@ -36,12 +41,14 @@ async def create_message(reception: Reception, request: HttpBody, context: Conte
             if not asked.stream:
                 answer = await whole_answer(generation)
                 await reply.begin(generation)
-                started, text = answer.started, answer.text
-                data = anthropic.message_body(_message_id(reply), started.model, text, answer.finished)
+                text, calls = _read(asked, reply, answer.text)
+                data = anthropic.message_body(
+                    _message_id(reply), answer.started.model, text, calls, answer.finished
+                )
                 yield HttpBody(content_type=JSON_TYPE, data=data)
                 return
             async with aclosing(timely_events(generation, reply)) as events:
-                async for body in _stream(events, reply, prompt_tokens):
+                async for body in _stream(events, asked, reply, prompt_tokens):
                     yield body
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
         yield await reply.failed(error)
@@ -59,20 +66,100 @@ async def count_tokens(reception: Reception, request: HttpBody, context: Context
         yield await reply.failed(error)
 
 
-async def _stream(events: AsyncGenerator[Event | None, None], reply: Reply, prompt_tokens: int) -> Bodies:
-    begun = False
+async def list_models(reception: Reception, context: Context) -> Bodies:
+    """`GET /v1/models`, for the vendor's clients."""
+    reply = Reply(context, anthropic)
+    try:
+        reception.authenticate(tuple(context.invocation_metadata() or ()), MODELS_SCOPE, GENERATE_SCOPE)
+        models = [(entry.model, entry.context_tokens) for entry in reception.models()]
+        yield await reply.whole(anthropic.models_body(models))
+    except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
+        yield await reply.failed(error)
+
+
+async def get_model(reception: Reception, name: str, context: Context) -> Bodies:
+    """`GET /v1/models/{model}`, for the vendor's clients."""
+    reply = Reply(context, anthropic)
+    try:
+        reception.authenticate(tuple(context.invocation_metadata() or ()), MODELS_SCOPE, GENERATE_SCOPE)
+        entry = reception.model(name)
+        yield await reply.whole(anthropic.model_body(entry.model, entry.context_tokens))
+    except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
+        yield await reply.failed(error)
+
+
+def is_asked(context: Context) -> bool:
+    """Whether a caller names the version of this API, as the vendor's clients always do."""
+    return any(key == VERSION_KEY for key, _ in context.invocation_metadata() or ())
+
+
+async def _stream(
+    events: AsyncGenerator[Event | None, None], asked: MessagesRequest, reply: Reply, prompt_tokens: int
+) -> Bodies:
+    stream: _MessageStream | None = None
     async for happened in events:
         match happened:
             case None:
                 yield event(anthropic.heartbeat_body())
-            case Started() if not begun:
+            case Started() if stream is None:
                 # Said again after a failover, which the vendor's clients know nothing of.
-                begun = True
+                stream = _MessageStream(asked, reply)
                 yield event(anthropic.opening_events(_message_id(reply), happened.model, prompt_tokens))
-            case Chunk() if happened.text:
-                yield event(anthropic.text_event(happened.text))
-            case Finished():
-                yield event(anthropic.closing_events(happened))
+            case Chunk() | Finished():
+                assert stream is not None
+                for data in stream.said(happened):
+                    yield event(data)
+
+
+class _MessageStream:
+    """The blocks of one message.
+
+    What may be a call is told at the end, whole: a part of one is of no use to anybody.
+    """
+
+    def __init__(self, asked: MessagesRequest, reply: Reply) -> None:
+        self._asked = asked
+        self._reply = reply
+        self._held = ""
+        self._opened = False
+
+    def said(self, happened: Chunk | Finished) -> Iterator[bytes]:
+        """The events that follow from one of ours."""
+        if isinstance(happened, Finished):
+            yield from self._end(happened)
+            return
+        self._held += happened.text
+        if self._asked.forced or (self._asked.tools and tool_calls.may_begin_call(self._held)):
+            return
+        if self._held:
+            yield from self._text(self._held)
+        self._held = ""
+
+    def _end(self, finished: Finished) -> Iterator[bytes]:
+        text, calls = _read(self._asked, self._reply, self._held)
+        if text or not (calls or self._opened):
+            yield from self._text(text)
+        if self._opened:
+            yield anthropic.text_closing()
+        for at, call in enumerate(calls, start=int(self._opened)):
+            yield anthropic.call_events(at, call)
+        yield anthropic.closing_events(finished, calls=bool(calls))
+
+    def _text(self, text: str) -> Iterator[bytes]:
+        if not self._opened:
+            self._opened = True
+            yield anthropic.text_opening()
+        if text:
+            yield anthropic.text_event(text)
+
+
+def _read(asked: MessagesRequest, reply: Reply, text: str) -> tuple[str, list[ToolCall]]:
+    """Text and calls of what the model said."""
+    if not asked.tools:
+        return text, []
+    ids = f"toolu_{reply.request_id}_"
+    before, calls = tool_calls.read_calls(text, asked.tools, ids, forced=asked.forced)
+    return before, calls[:1] if asked.single else calls
 
 
 def _message_id(reply: Reply) -> str:

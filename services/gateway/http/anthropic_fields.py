@@ -20,14 +20,18 @@ from services.gateway.core.params import (
     OutputFormat,
     SamplingParams,
 )
-from services.gateway.http import native_fields
+from services.gateway.http import anthropic_tools, native_fields, tool_calls
+from services.gateway.http.anthropic_tools import Choice
 from services.gateway.http.native import check_json_type
+from services.gateway.http.tool_calls import Tool
 
 _SAMPLING = ("temperature", "top_p", "top_k")
-_COUNTED = frozenset({"messages", "model", "system", "thinking", "output_config", "cache_control"})
+_COUNTED = frozenset(
+    {"messages", "model", "system", "thinking", "output_config", "cache_control", "tools", "tool_choice"}
+)
 # Nothing to use is nothing to refuse.
-_EMPTY_OR_REFUSED = ("tools", "mcp_servers")
-_REFUSED = ("tool_choice", "container", "inference_geo", "context_management")
+_EMPTY_OR_REFUSED = ("mcp_servers",)
+_REFUSED = ("container", "inference_geo", "context_management")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +41,16 @@ class MessagesRequest:
     Attributes:
         generation: The request itself.
         stream: Whether events are wanted rather than one message.
+        tools: The names of the tools that the model may call.
+        forced: Whether it must call one.
+        single: Whether it may call no more than one.
     """
 
     generation: GenerationRequest
     stream: bool
+    tools: frozenset[str] = frozenset()
+    forced: bool = False
+    single: bool = False
 
 
 def read_messages(body: bytes, content_type: str) -> MessagesRequest:
@@ -56,6 +66,10 @@ def read_messages(body: bytes, content_type: str) -> MessagesRequest:
     sampling = {"temperature": 1.0} | {
         name: read[name] for name in ("temperature", "top_p", "top_k") if name in read
     }
+    tools, forced = _tools(read)
+    form = read.get("output_config")
+    if forced and form is not None:
+        raise ArgumentInvalid("tool_choice: an answer that must be a call cannot have output_config.format.")
     generation = GenerationRequest(
         request_id=None,
         model=read["model"],
@@ -65,11 +79,17 @@ def read_messages(body: bytes, content_type: str) -> MessagesRequest:
         stop=read.get("stop_sequences", ()),
         logprobs=None,
         n=None,
-        form=read.get("output_config"),
+        form=tool_calls.forced_format(tools) if forced else form,
         priority=0,
         resumable=False,
     )
-    return MessagesRequest(generation, stream=read.get("stream", False))
+    return MessagesRequest(
+        generation,
+        stream=read.get("stream", False),
+        tools=frozenset(tool.name for tool in tools),
+        forced=forced,
+        single=read.get("tool_choice", Choice()).single,
+    )
 
 
 def read_counted(body: bytes, content_type: str) -> tuple[str, ChatPrompt]:
@@ -107,7 +127,12 @@ def _prompt(read: Mapping[str, Any]) -> ChatPrompt:
         turns.append(turn)
     if turns and turns[-1].role == "assistant":
         raise FeatureUnsupported("messages: the last turn must be the user's; it cannot be continued here.")
-    return ChatPrompt(tuple(turns))
+    tools, forced = _tools(read)
+    return ChatPrompt(tuple(tool_calls.instructed(turns, tools) if tools and not forced else turns))
+
+
+def _tools(read: Mapping[str, Any]) -> tuple[tuple[Tool, ...], bool]:
+    return tool_calls.chosen(read.get("tools", ()), read.get("tool_choice", Choice()).named)
 
 
 def _messages(name: str, value: Any) -> tuple[Message, ...]:
@@ -128,20 +153,30 @@ def _message(name: str, value: Any) -> Message:
     role = native_fields.read_text(f"{name}.role", fields["role"])
     if role not in {"user", "assistant"}:
         raise ArgumentInvalid(f"{name}.role: must be user or assistant.")
-    return Message(role, _content(f"{name}.content", fields["content"]))
+    return Message(role, _content(f"{name}.content", fields["content"], role))
 
 
-def _content(name: str, value: Any) -> str:
+def _system(name: str, value: Any) -> str:
+    return _content(name, value, "system")
+
+
+def _content(name: str, value: Any, role: str) -> str:
     """A text, or blocks of it; blocks are lines of one text."""
     if isinstance(value, str):
         return value
     blocks = native_fields.read_array(name, value)
-    return "\n".join(_block(f"{name}[{at}]", block) for at, block in enumerate(blocks))
+    return "\n".join(_block(f"{name}[{at}]", block, role) for at, block in enumerate(blocks))
 
 
-def _block(name: str, value: Any) -> str:
+def _block(name: str, value: Any, role: str) -> str:
     fields = native_fields.read_map(name, value)
     kind = native_fields.read_text(f"{name}.type", fields.get("type"))
+    if kind == "tool_use" and role == "assistant":
+        return anthropic_tools.said_use(name, fields)
+    if kind == "tool_result" and role == "user":
+        content = fields.get("content")
+        text = "" if content is None else _content(f"{name}.content", content, "tool")
+        return anthropic_tools.said_result(name, fields, text)
     if kind != "text":
         raise FeatureUnsupported(f"{name}.type: blocks of type {shown(kind)} are not served here.")
     for key in fields:
@@ -178,12 +213,14 @@ _FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "model": native_fields.read_text,
     "messages": _messages,
     "max_tokens": native_fields.read_int32,
-    "system": _content,
+    "system": _system,
     "stop_sequences": native_fields.read_stop,
     "stream": native_fields.read_boolean,
     "temperature": native_fields.read_number,
     "top_p": native_fields.read_number,
     "top_k": native_fields.read_int32,
+    "tools": anthropic_tools.read_tools,
+    "tool_choice": anthropic_tools.read_choice,
     "thinking": _thinking,
     "output_config": _output,
     "metadata": _ignored,

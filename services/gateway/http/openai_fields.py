@@ -25,12 +25,10 @@ from services.gateway.core.params import (
 )
 from services.gateway.http import native_fields, tool_calls
 from services.gateway.http.native import check_json_type
-from services.gateway.http.tool_calls import Tool
+from services.gateway.http.tool_calls import TOOLS_MAX, Tool
 
 # What an absent `max_tokens` means in this API, where the context leaves as many.
 TOKENS_WHERE_ABSENT = 1_024
-
-TOOLS_MAX = 128
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
@@ -65,10 +63,10 @@ def read_chat(body: bytes, content_type: str) -> OpenAiRequest:
         FeatureUnsupported: A field is known and not served.
     """
     read = _read(body, content_type, _CHAT_FIELDS, _CHAT_REFUSED, ("model", "messages"))
-    tools, forced = _chosen_tools(read)
+    tools, forced = tool_calls.chosen(read.get("tools", ()), read.get("tool_choice", "auto"))
     turns: list[Message] = list(read["messages"])
     if tools and not forced:
-        turns = _instructed(turns, tool_calls.instructions(tools))
+        turns = tool_calls.instructed(turns, tools)
     logprobs = read.get("top_logprobs", 0) if read.get("logprobs") else None
     if logprobs is None and "top_logprobs" in read:
         raise ArgumentInvalid("top_logprobs: needs logprobs to be true.")
@@ -143,32 +141,6 @@ def _read(
         if name not in read:
             raise ArgumentInvalid(f"{name}: is missing.")
     return read
-
-
-def _chosen_tools(read: Mapping[str, Any]) -> tuple[tuple[Tool, ...], bool]:
-    """The tools that the model is told of, and whether it must call one."""
-    tools: tuple[Tool, ...] = read.get("tools", ())
-    choice = read.get("tool_choice", "auto")
-    if not tools:
-        if choice not in {"auto", "none"}:
-            raise ArgumentInvalid("tool_choice: needs tools.")
-        return (), False
-    if choice == "none":
-        return (), False
-    if choice in {"auto", "required"}:
-        return tools, choice == "required"
-    name = choice.removeprefix("function:")
-    named = tuple(tool for tool in tools if tool.name == name)
-    if not named:
-        raise ArgumentInvalid(f"tool_choice: {shown(name)} is not among the tools.")
-    return named, True
-
-
-def _instructed(turns: list[Message], words: str) -> list[Message]:
-    """The conversation with `words` in the system's part of it."""
-    if turns and turns[0].role == "system":
-        return [Message("system", f"{turns[0].content}\n\n{words}"), *turns[1:]]
-    return [Message("system", words), *turns]
 
 
 def _messages(name: str, value: Any) -> tuple[Message, ...]:

@@ -87,15 +87,17 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
                 yield body
 
     async def ListModels(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
-        """The models that can be asked."""
+        """The models that can be asked, in the shape of the vendor whose client asks."""
         del request
-        async with aclosing(openai_calls.list_models(self._reception, context)) as bodies:
+        vendor = anthropic_calls if anthropic_calls.is_asked(context) else openai_calls
+        async with aclosing(vendor.list_models(self._reception, context)) as bodies:
             async for body in bodies:
                 yield body
 
     async def GetModel(self, request: pb.OneModel, context: Context) -> AsyncIterator[HttpBody]:
         """One model."""
-        async with aclosing(openai_calls.get_model(self._reception, request.model, context)) as bodies:
+        vendor = anthropic_calls if anthropic_calls.is_asked(context) else openai_calls
+        async with aclosing(vendor.get_model(self._reception, request.model, context)) as bodies:
             async for body in bodies:
                 yield body
 

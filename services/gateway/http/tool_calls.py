@@ -15,9 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.gateway.core.params import FormatKind, OutputFormat
+from services.common.errors import ArgumentInvalid
+from services.common.strict_json import shown
+from services.gateway.core.params import FormatKind, Message, OutputFormat
 
 BEGIN, END = "<tool_call>", "</tool_call>"
+
+# A prompt has room for no more.
+TOOLS_MAX = 128
 
 # What a model says of calls is read up to here; more is no call.
 CALLS_MAX = 32
@@ -62,6 +67,39 @@ def instructions(tools: Sequence[Tool]) -> str:
         '{"name": "<its name>", "arguments": {<its arguments>}}'
         f"{END} and nothing else. Its result follows as the next message."
     )
+
+
+def instructed(turns: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
+    """The conversation with what the model is told of its tools in the system's part of it."""
+    words = instructions(tools)
+    if turns and turns[0].role == "system":
+        return [Message("system", f"{turns[0].content}\n\n{words}"), *turns[1:]]
+    return [Message("system", words), *turns]
+
+
+def chosen(tools: tuple[Tool, ...], choice: str) -> tuple[tuple[Tool, ...], bool]:
+    """The tools that the model is told of, and whether it must call one.
+
+    Args:
+        tools: All of them.
+        choice: `auto`, `none`, `required`, or `function:` with the name of the one to call.
+
+    Raises:
+        ArgumentInvalid: There is no such tool, or none at all to be called.
+    """
+    if not tools:
+        if choice not in {"auto", "none"}:
+            raise ArgumentInvalid("tool_choice: needs tools.")
+        return (), False
+    if choice == "none":
+        return (), False
+    if choice in {"auto", "required"}:
+        return tools, choice == "required"
+    name = choice.removeprefix("function:")
+    named = tuple(tool for tool in tools if tool.name == name)
+    if not named:
+        raise ArgumentInvalid(f"tool_choice: {shown(name)} is not among the tools.")
+    return named, True
 
 
 def said_call(name: str, arguments: str) -> str:

@@ -1,0 +1,119 @@
+"""Tools in an Anthropic request. Owns: how tools, the choice among them and their blocks are read.
+
+A call of an earlier turn is told to the model as it would have written it, a result as a turn of the user's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from services.common.errors import ArgumentInvalid, FeatureUnsupported
+from services.common.strict_json import shown
+from services.gateway.http import native_fields, tool_calls
+from services.gateway.http.tool_calls import TOOLS_MAX, Tool
+
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
+_ID = re.compile(r"[a-zA-Z0-9_-]{1,256}")
+_TOOL_FIELDS = frozenset(
+    {
+        "type",
+        "name",
+        "description",
+        "input_schema",
+        "cache_control",
+        "strict",
+        "input_examples",
+        "eager_input_streaming",
+        "allowed_callers",
+        "defer_loading",
+    }
+)
+_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the model may do with its tools.
+
+    Attributes:
+        named: As `tool_calls.chosen` reads it.
+        single: Whether one call at most is wanted.
+    """
+
+    named: str = "auto"
+    single: bool = False
+
+
+def read_tools(name: str, value: Any) -> tuple[Tool, ...]:
+    """Returns the tools that the caller defines; raises for those that the vendor would run itself."""
+    given = native_fields.read_array(name, value)
+    if len(given) > TOOLS_MAX:
+        raise ArgumentInvalid(f"{name}: at most {TOOLS_MAX} are allowed.")
+    tools = tuple(_tool(f"{name}[{at}]", tool) for at, tool in enumerate(given))
+    if len({tool.name for tool in tools}) != len(tools):
+        raise ArgumentInvalid(f"{name}: two have the same name.")
+    return tools
+
+
+def read_choice(name: str, value: Any) -> Choice:
+    """Returns what `tool_choice` says."""
+    fields = native_fields.read_map(name, value)
+    kind = native_fields.read_text(f"{name}.type", fields.get("type"))
+    allowed = {"type", "disable_parallel_tool_use", *(("name",) if kind == "tool" else ())}
+    _refuse_others(name, fields, allowed)
+    alone = fields.get("disable_parallel_tool_use")
+    single = alone is not None and native_fields.read_boolean(f"{name}.disable_parallel_tool_use", alone)
+    if kind == "tool":
+        return Choice("function:" + native_fields.read_text(f"{name}.name", fields.get("name")), single)
+    if kind not in _CHOICES:
+        raise ArgumentInvalid(f"{name}.type: must be auto, any, tool or none.")
+    return Choice(_CHOICES[kind], single)
+
+
+def said_use(name: str, fields: Mapping[str, Any]) -> str:
+    """A `tool_use` block of an earlier turn, in the model's words."""
+    _refuse_others(name, fields, {"type", "id", "name", "input", "cache_control", "caller"})
+    _matching(_ID, f"{name}.id", fields.get("id"))
+    called = native_fields.read_text(f"{name}.name", fields.get("name"))
+    arguments = native_fields.read_map(f"{name}.input", fields.get("input"))
+    return tool_calls.said_call(called, json.dumps(arguments, ensure_ascii=False))
+
+
+def said_result(name: str, fields: Mapping[str, Any], text: str) -> str:
+    """A `tool_result` block whose content is `text`, as the model is told of it."""
+    _refuse_others(name, fields, {"type", "tool_use_id", "content", "is_error", "cache_control"})
+    _matching(_ID, f"{name}.tool_use_id", fields.get("tool_use_id"))
+    failed = fields.get("is_error")
+    if failed is not None and native_fields.read_boolean(f"{name}.is_error", failed):
+        text = f"Error: {text}"
+    return tool_calls.said_result(text)
+
+
+def _tool(name: str, value: Any) -> Tool:
+    fields = native_fields.read_map(name, value)
+    if fields.get("type") not in {None, "custom"}:
+        kind = native_fields.read_text(f"{name}.type", fields["type"])
+        raise FeatureUnsupported(f"{name}.type: tools of type {shown(kind)} are not served here.")
+    _refuse_others(name, fields, _TOOL_FIELDS)
+    return Tool(
+        _matching(_NAME, f"{name}.name", fields.get("name")),
+        native_fields.read_text(f"{name}.description", fields.get("description") or ""),
+        native_fields.read_map(f"{name}.input_schema", fields.get("input_schema")),
+    )
+
+
+def _matching(pattern: re.Pattern[str], name: str, value: Any) -> str:
+    text = native_fields.read_text(name, value)
+    if pattern.fullmatch(text) is None:
+        raise ArgumentInvalid(f"{name}: letters, digits, _ and - are allowed, at least one of them.")
+    return text
+
+
+def _refuse_others(name: str, fields: Mapping[str, Any], allowed: set[str] | frozenset[str]) -> None:
+    for key in fields:
+        if key not in allowed:
+            raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of it.")
