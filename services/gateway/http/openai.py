@@ -27,6 +27,7 @@ _CODES = {
     "TOKEN_EXPIRED": "invalid_api_key",
     "TOKEN_REVOKED": "invalid_api_key",
     "MODEL_UNKNOWN": "model_not_found",
+    "DEADLINE_EXCEEDED": "deadline_exceeded",
     "CONTEXT_EXCEEDED": "context_length_exceeded",
     "QUEUE_FULL": "rate_limit_exceeded",
     "QUOTA_EXCEEDED": "rate_limit_exceeded",
