@@ -127,12 +127,14 @@ class RolloutSpec(_message.Message):
     strategy: Global___RolloutStrategy.ValueType
     """How it takes the old one's place. Absent: AUTO."""
     canary_percent: _builtins.int
-    """Percentage of new requests while it is judged, 1..100. Absent: 100."""
+    """Percentage of new requests while it is judged, 1..100; then it gets all. Absent: 100."""
     quorum: _builtins.int
     """Workers that must be ready before the switch, 1..all. Absent: all."""
     @_builtins.property
     def bake(self) -> _duration_pb2.Duration:
-        """How long it is judged before it stays. Absent: 60 s."""
+        """How long it is judged before it stays, by failures and first tokens; worse than the old revision, it goes
+        back by itself. With too few requests to judge by, it stays. Absent: 60 s.
+        """
 
     @_builtins.property
     def prepare_timeout(self) -> _duration_pb2.Duration:
