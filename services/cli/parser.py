@@ -257,6 +257,18 @@ def _rollouts(commands: _Commands) -> None:
     start.add_argument(
         "--quorum", type=_count_of(10_000), metavar="N", help="workers that must be ready (all)"
     )
+    start.add_argument(
+        "--max-failed",
+        type=_count_of(100, least=0),
+        metavar="PERCENT",
+        help="of its attempts that may fail beyond the old revision's; 100: any (5)",
+    )
+    start.add_argument(
+        "--max-ttft",
+        type=_count_of(100, least=0),
+        metavar="TIMES",
+        help="as long as the old revision's its first tokens may take; 0: any (3)",
+    )
     start.add_argument("--watch", action="store_true", help="show it until its end")
     for name, text in (
         ("watch", "Show a rollout until its end."),
@@ -321,10 +333,10 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="a JSON list instead of a table")
 
 
-def _count_of(most: int) -> Callable[[str], int]:
+def _count_of(most: int, least: int = 1) -> Callable[[str], int]:
     def count(text: str) -> int:
-        if not text.isdecimal() or not 1 <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {most}")
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} to {most}")
         return int(text)
 
     return count

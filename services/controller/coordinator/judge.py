@@ -51,11 +51,9 @@ class Judge:
 
     Attributes:
         clock: The time.
-        rules: How much worse a new revision may be.
     """
 
     clock: Clock
-    rules: Rules = field(default_factory=Rules)
     _heard: dict[str, tuple[str, Tallies]] = field(default_factory=dict)
     _totals: dict[str, Tally] = field(default_factory=dict)
     _looks: deque[tuple[float, dict[str, Tally]]] = field(
@@ -94,7 +92,9 @@ class Judge:
             # Beside a canary the old revision goes on under the same load; after a full switch it does not.
             old = old.plus(self._window.before)
         judged_s = self.clock.now() - rollout.history[-1].time_ms / 1000
-        return judge(new, old, self.rules, judged_s)
+        spec = rollout.spec
+        rules = Rules(failed_percent_max=spec.failed_percent_max, ttft_ratio_max=spec.ttft_ratio_max)
+        return judge(new, old, rules, judged_s)
 
     def _add(self, revision: str, tally: Tally) -> None:
         self._totals[revision] = self._totals.pop(revision, Tally()).plus(tally)

@@ -189,3 +189,12 @@ async def test_the_next_controller_judges_by_what_it_hears(world: World) -> None
     await later.settle(2)
     assert later.states[-3:] == BACK
     assert later.rollout.history[-2].cause == "10 of 20 attempts failed."
+
+
+async def test_the_spec_says_how_much_worse_it_may_be(world: World, gateway: Gateway) -> None:
+    """One that is slower on purpose, and fails as often as was expected, stays."""
+    await world.start(bake_s=20.0, failed_percent_max=50, ttft_ratio_max=0)
+    await world.settle(1)
+    gateway.count(world.new, finished=100, failed=90, ttft_s=5.0)
+    await world.settle(21)
+    assert world.rollout.state is State.COMPLETED
