@@ -205,6 +205,7 @@ def _models(commands: _Commands) -> None:
         run="push:push",
         examples="""\
   interlock models push ./my-model --revision v2
+  interlock models push ./my-model --golden golden.json   [{"text": "2 + 2 =", "expected": "4"}]
   interlock models push ./my-model --revision v2-int8 --quantization int8   sends nothing but the manifest""",
     )
     push.add_argument("path", metavar="PATH", help="a directory in Hugging Face format")
@@ -213,6 +214,9 @@ def _models(commands: _Commands) -> None:
     push.add_argument("--quantization", choices=QUANTIZATIONS, default="auto", help="of the weights")
     push.add_argument("--dtype", choices=DTYPES, default="auto", help="of the computation")
     push.add_argument("--context-tokens", type=_count_of(1 << 24), metavar="N", help="(the model's)")
+    push.add_argument(
+        "--golden", metavar="FILE", help="JSON list of prompts that it must answer before it may serve"
+    )
     _add_json(push)
     remove = _command(
         inner, "rm", "Delete a revision.", run="push:remove", examples="  interlock models rm my-model@v1"

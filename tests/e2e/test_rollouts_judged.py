@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -22,16 +22,25 @@ BAKE_S = 90.0
 STREAMS = 4
 
 
+class Answered(NamedTuple):
+    """One request: when it was asked, and what came of it."""
+
+    asked_s: float
+    status: int
+    revision: str
+
+
 @contextmanager
-def asked_all_the_time(mesh: Mesh) -> Iterator[list[tuple[int, str]]]:
-    """Clients that ask again and again; the status and the revision of each reply, in order."""
-    replies: list[tuple[int, str]] = []
+def asked_all_the_time(mesh: Mesh) -> Iterator[list[Answered]]:
+    """Clients that ask again and again, and what they hear."""
+    replies: list[Answered] = []
     over = threading.Event()
 
     def ask() -> None:
         while not over.is_set():
+            asked_s = time.monotonic()
             reply = mesh.post("/v1/generate", {"text": "What is the capital of France?", "max_tokens": 8})
-            replies.append((reply.status, str(reply.json.get("revision", ""))))
+            replies.append(Answered(asked_s, reply.status, str(reply.json.get("revision", ""))))
 
     clients = [threading.Thread(target=ask) for _ in range(STREAMS)]
     for client in clients:
@@ -74,7 +83,7 @@ def test_a_revision_that_turns_bad_is_rolled_back(model_path: Path, tmp_path: Pa
             before = json.loads(begun.stdout)[0]["previous_revision"]
             await_state(mesh, "BAKING", 120)
             deadline = time.monotonic() + 30
-            while (200, OTHER) not in replies:
+            while not any(one.revision == OTHER for one in replies):
                 assert time.monotonic() < deadline, replies[-5:]
                 time.sleep(0.1)
             # It has been good; from here on it is not.
@@ -82,13 +91,35 @@ def test_a_revision_that_turns_bad_is_rolled_back(model_path: Path, tmp_path: Pa
             turned_bad_s = time.monotonic()
             ended = await_state(mesh, "ROLLED_BACK", BAKE_S)
             assert time.monotonic() - turned_bad_s < BAKE_S / 2
-            back = len(replies)
-            deadline = time.monotonic() + 60
-            while len(replies) < back + 5 * STREAMS:
-                assert time.monotonic() < deadline, replies[-5:]
+            back_s = time.monotonic()
+            while len(later := [one for one in replies if one.asked_s > back_s]) < 4 * STREAMS:
+                assert time.monotonic() < back_s + 60, replies[-5:]
                 time.sleep(0.1)
         assert "failed" in ended["history"][-2]["cause"], ended
-        # Those that were under way at the end of the old route may be told of its failure still.
-        assert all(reply == (200, before) for reply in replies[back + STREAMS :]), replies[back:]
+        assert {(one.status, one.revision) for one in later} == {(200, before)}
         told = mesh.run("rollouts", "list")
         assert "The old revision serves again." in told.stdout
+
+
+def test_golden_prompts_are_answered_before_the_switch(model_path: Path, tmp_path: Path) -> None:
+    """One that answers them serves; one that does not is ABORTED with the cause, and the old one goes on."""
+    asked = {"text": "What is the capital of France?", "max_tokens": 12}
+    with started(model_path) as mesh:
+        for revision, expected in (("knows", "Paris"), ("does-not", "Atlantis")):
+            file = tmp_path / f"{revision}.json"
+            file.write_text(json.dumps([{**asked, "expected": expected}]))
+            pushed = mesh.run(
+                "models", "push", str(model_path), "--revision", revision, "--golden", str(file)
+            )
+            assert pushed.returncode == 0, pushed.stderr
+        before = mesh.post("/v1/generate", {"text": "hi", "max_tokens": 2}).json["revision"]
+        refused = mesh.run("rollouts", "start", MODEL, "does-not", "--watch", timeout_s=180)
+        assert refused.returncode == 1
+        ended = rollout(mesh)
+        assert ended["state"] == "ROLLOUT_STATE_ABORTED"
+        cause = ended["history"][-1]["cause"]
+        assert "Golden prompt 1 of 1: its answer does not contain what it must." in cause
+        assert mesh.post("/v1/generate", {"text": "hi", "max_tokens": 2}).json["revision"] == before
+        taken = mesh.run("rollouts", "start", MODEL, "knows", "--bake", "1s", "--watch", timeout_s=180)
+        assert taken.returncode == 0, taken.stderr
+        assert mesh.post("/v1/generate", {"text": "hi", "max_tokens": 2}).json["revision"] == "knows"

@@ -186,6 +186,10 @@ def manifest_message(revision: Revision) -> model_pb2.Manifest:
         context_tokens=manifest.context_tokens,
         tokenizer_sha256=manifest.tokenizer_sha256,
         local_path=revision.local_path,
+        golden_prompts=[
+            model_pb2.GoldenPrompt(text=one.text, expected=one.expected, max_tokens=one.max_tokens)
+            for one in manifest.golden_prompts
+        ],
     )
 
 

@@ -23,7 +23,7 @@ from interlock.v1 import (
 from services.common import artifacts, channel, logs, status
 from services.common.credential import mesh_metadata
 from services.common.errors import ArtifactInvalid, InterlockError
-from services.gateway.adapters.hf_tokenizer import HfTokenizer
+from services.common.hf_tokenizer import HfTokenizer
 from services.gateway.core.catalog import Catalog, CatalogEntry
 from services.gateway.core.tallies import Tallies
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
+from services.common.conversation import Message
 from services.gateway.core.attempts import AttemptEnd, Loss, Output, RefusalReason, WorkOrder
 from services.gateway.core.breaker import Verdict
 from services.gateway.core.events import Finished
@@ -19,7 +20,6 @@ from services.gateway.core.log import (
     Notice,
     TakenUp,
 )
-from services.gateway.core.params import Message
 from services.gateway.core.tenancy import TenantUsage
 
 
