@@ -141,7 +141,7 @@ class RolloutSpec(_message.Message):
     @_builtins.property
     def bake(self) -> _duration_pb2.Duration:
         """How long it is judged before it stays, by failures and first tokens; worse than the old revision, it goes
-        back by itself. With too few requests to judge by, it stays. Absent: 60 s.
+        back by itself. With too few requests to judge by, it stays, unless all failed. Absent: 60 s.
         """
 
     @_builtins.property

@@ -30,6 +30,11 @@ def took(seconds: float, times: int, *, slow_s: float = 0.0, slow: int = 0) -> T
         # Five of nine are too few ends, five of ten are not.
         (Tally(finished=4, failed=5), Tally(), Finding.OPEN),
         (Tally(finished=5, failed=5), Tally(), Finding.BAD),
+        # Where nothing at all comes of it, three are enough, unless the old one does no better.
+        (Tally(failed=2), Tally(), Finding.OPEN),
+        (Tally(failed=3), Tally(), Finding.BAD),
+        (Tally(finished=1, failed=3), Tally(), Finding.OPEN),
+        (Tally(failed=3), Tally(failed=30), Finding.OPEN),
         # A twentieth is what may fail, and no more.
         (Tally(finished=95, failed=5), Tally(), Finding.GOOD),
         (Tally(finished=94, failed=6), Tally(), Finding.BAD),

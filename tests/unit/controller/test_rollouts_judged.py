@@ -128,10 +128,10 @@ async def test_nobody_asks(world: World) -> None:
     await world.settle(1)
     await world.start(bake_s=5.0)
     await world.settle()
-    gateway.count(world.new, failed=4)
+    gateway.count(world.new, failed=2)
     await world.settle(7)
     assert world.rollout.state is State.COMPLETED
-    assert world.rollout.history[-1].cause == "It serves for good. 4 attempts: too few to judge it by."
+    assert world.rollout.history[-1].cause == "It serves for good. 2 attempts: too few to judge it by."
 
 
 async def test_an_operator_is_faster(world: World, gateway: Gateway) -> None:
