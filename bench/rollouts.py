@@ -160,6 +160,8 @@ async def measure(
                 model=model,
                 revision=first if number % 2 else arguments.revision,
                 strategy=_STRATEGIES[arguments.strategy],
+                # Revisions of different speed are replaced here on purpose.
+                ttft_ratio_max=0,
             )
             spec.bake.FromMilliseconds(round(arguments.bake * 1000))
             changes.append(await roll(stub, metadata, spec))

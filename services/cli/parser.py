@@ -205,6 +205,7 @@ def _models(commands: _Commands) -> None:
         run="push:push",
         examples="""\
   interlock models push ./my-model --revision v2
+  interlock models push ./my-model --golden golden.json   [{"text": "2 + 2 =", "expected": "4"}]
   interlock models push ./my-model --revision v2-int8 --quantization int8   sends nothing but the manifest""",
     )
     push.add_argument("path", metavar="PATH", help="a directory in Hugging Face format")
@@ -213,6 +214,9 @@ def _models(commands: _Commands) -> None:
     push.add_argument("--quantization", choices=QUANTIZATIONS, default="auto", help="of the weights")
     push.add_argument("--dtype", choices=DTYPES, default="auto", help="of the computation")
     push.add_argument("--context-tokens", type=_count_of(1 << 24), metavar="N", help="(the model's)")
+    push.add_argument(
+        "--golden", metavar="FILE", help="JSON list of prompts that it must answer before it may serve"
+    )
     _add_json(push)
     remove = _command(
         inner, "rm", "Delete a revision.", run="push:remove", examples="  interlock models rm my-model@v1"
@@ -256,6 +260,18 @@ def _rollouts(commands: _Commands) -> None:
     start.add_argument("--bake", type=_duration_s, default="60s", help="how long it is judged (%(default)s)")
     start.add_argument(
         "--quorum", type=_count_of(10_000), metavar="N", help="workers that must be ready (all)"
+    )
+    start.add_argument(
+        "--max-failed",
+        type=_count_of(100, least=0),
+        metavar="PERCENT",
+        help="of its attempts that may fail beyond the old revision's; 100: any (5)",
+    )
+    start.add_argument(
+        "--max-ttft",
+        type=_count_of(100, least=0),
+        metavar="TIMES",
+        help="as long as the old revision's its first tokens may take; 0: any (3)",
     )
     start.add_argument("--watch", action="store_true", help="show it until its end")
     for name, text in (
@@ -321,10 +337,10 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="a JSON list instead of a table")
 
 
-def _count_of(most: int) -> Callable[[str], int]:
+def _count_of(most: int, least: int = 1) -> Callable[[str], int]:
     def count(text: str) -> int:
-        if not text.isdecimal() or not 1 <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {most}")
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} to {most}")
         return int(text)
 
     return count

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.json_format import ParseDict, ParseError
 from interlock.v1 import controller_service_pb2 as pb
 from interlock.v1 import model_pb2
 from interlock.v1.controller_service_pb2_grpc import ControllerServiceStub
@@ -49,6 +50,8 @@ _DTYPES = {
     "fp32": model_pb2.COMPUTE_DTYPE_FP32,
     "bf16": model_pb2.COMPUTE_DTYPE_BF16,
 }
+# Sixteen prompts of the longest kind; what is longer is cut, and so no JSON.
+GOLDEN_BYTES_MAX = 1 << 20
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 
 
@@ -70,6 +73,7 @@ def push(arguments: argparse.Namespace) -> int:
         quantization=_QUANTIZATIONS[arguments.quantization],
         compute_dtype=_DTYPES[arguments.dtype],
         context_tokens=arguments.context_tokens or _context_tokens(directory),
+        golden_prompts=[] if arguments.golden is None else _golden(Path(arguments.golden)),
     )
     revision = asyncio.run(_push(directory, manifest))
     _show([revision], as_json=arguments.json)
@@ -163,6 +167,18 @@ def _context_tokens(directory: Path) -> int:
     if not lengths:
         raise CommandFailed("config.json does not say how long a context may be; set --context-tokens.")
     return int(lengths[0])
+
+
+def _golden(file: Path) -> list[model_pb2.GoldenPrompt]:
+    """Golden prompts from a JSON list of objects with the contract's fields."""
+    try:
+        with file.open("rb") as stream:
+            entries = json.loads(stream.read(GOLDEN_BYTES_MAX))
+        return [ParseDict(entry, model_pb2.GoldenPrompt()) for entry in entries]
+    except (OSError, ValueError, TypeError, AttributeError, ParseError):
+        raise CommandFailed(
+            f'{file}: must be a JSON list such as [{{"text": "2 + 2 =", "expected": "4", "max_tokens": 8}}].'
+        ) from None
 
 
 @contextlib.contextmanager

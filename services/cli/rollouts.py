@@ -48,6 +48,8 @@ def start(arguments: argparse.Namespace) -> int:
         strategy=_STRATEGIES[arguments.strategy],
         canary_percent=arguments.canary,
         quorum=arguments.quorum,
+        failed_percent_max=arguments.max_failed,
+        ttft_ratio_max=arguments.max_ttft,
     )
     spec.bake.FromMilliseconds(round(arguments.bake * 1000))
     made = asyncio.run(_create(spec))

@@ -18,6 +18,7 @@ from services.common.tokens import SecretWeak
 from services.common.trust import Trust
 from services.gateway.adapters.breakers import Breakers
 from services.gateway.adapters.controller_link import ControllerLink, Membership
+from services.gateway.adapters.counted_workers import CountedWorkerPool
 from services.gateway.adapters.fallback_queue import FallbackJobQueue
 from services.gateway.adapters.grpc_worker import GrpcWorkerPool
 from services.gateway.adapters.guarded_workers import GuardedWorkerPool
@@ -33,6 +34,7 @@ from services.gateway.core.ports import GenerationLog, RequestDirectory, SharedQ
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.readiness import Readiness
 from services.gateway.core.retry import RetryBudget
+from services.gateway.core.tallies import Tallies
 from services.gateway.core.tenancy import TenantBounds, TenantLimits
 from services.gateway.dispatcher.dispatch import Dispatcher, DispatcherLimits
 from services.gateway.dispatcher.limits import GenerationLimits
@@ -124,7 +126,9 @@ async def _serve(
     await tokens.load()
     breakers.use_board(store.queue)
     pool = _pool(settings, clock)
-    workers = GuardedWorkerPool(pool, breakers, RetryBudget(), clock)
+    tallies = Tallies()
+    counted = CountedWorkerPool(pool, tallies, clock)
+    workers = GuardedWorkerPool(counted, breakers, RetryBudget(), clock)
     dispatcher = _dispatcher(settings, store, workers, clock, catalog)
     reception = Reception(
         tokens.verifier,
@@ -135,7 +139,7 @@ async def _serve(
     )
     serving = server.create(SERVICES, clock, interceptors=tokens.interceptors)
     address = serving.bind(settings.bind)
-    link = ControllerLink(_membership(settings, address), catalog)
+    link = ControllerLink(_membership(settings, address), catalog, tallies)
     readiness = Readiness(
         attached=lambda: link.attached_once,
         model_known=lambda: bool(catalog.models),

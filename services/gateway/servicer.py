@@ -10,6 +10,7 @@ from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import gateway_service_pb2_grpc, generation_pb2, model_pb2
 
 from services.common import allowance, logs
+from services.common.conversation import Message
 from services.common.grpc_types import Context
 from services.gateway.core.catalog import CatalogEntry
 from services.gateway.core.events import Chunk, Event, Finished, FinishReason, Queued, Started, TokenLogprob
@@ -18,7 +19,6 @@ from services.gateway.core.params import (
     ChatPrompt,
     FormatKind,
     GenerationRequest,
-    Message,
     OutputFormat,
     Prompt,
     SamplingParams,

@@ -13,6 +13,7 @@ from interlock.v1 import worker_service_pb2_grpc
 from services.common import announce, logs, metrics, server
 from services.common.clock import Clock
 from services.common.config import from_command_line
+from services.common.hf_tokenizer import HfTokenizer
 from services.common.ids import new_incarnation
 from services.common.interceptors import MeshOnly
 from services.common.system_clock import SystemClock
@@ -142,6 +143,7 @@ class _Process:
             report=link.report,
             on_change=self.show_health,
             formats=compute.formats,
+            open_tokenizer=HfTokenizer.load,
         )
         return link, preparation
 

@@ -8,13 +8,13 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from services.common.conversation import Message
 from services.common.errors import InterlockError, RequestUnknown, StoreUnavailable
 from services.gateway.core.attempts import AttemptEnd, WorkOrder
 from services.gateway.core.breaker import Verdict
 from services.gateway.core.events import Finished
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
 from services.gateway.core.log import LogTail, Notice, TakenUp
-from services.gateway.core.params import Message
 from services.gateway.core.ports import AttemptSink
 
 # Every character below is one token; none is special.

@@ -24,6 +24,7 @@ class ScriptedController(controller_service_pb2_grpc.ControllerServiceServicer):
     Attributes:
         manifest: What it prepares.
         heard: Everything that the gateway said, reports left out.
+        tallies: The counts of its latest report.
         downloads: Paths that were downloaded.
         commands: What else to say to whoever is attached.
     """
@@ -31,6 +32,7 @@ class ScriptedController(controller_service_pb2_grpc.ControllerServiceServicer):
     def __init__(self, manifest: model_pb2.Manifest, directory: Path) -> None:
         self.manifest = manifest
         self.heard: list[pb.AttachRequest] = []
+        self.tallies: list[pb.RevisionTally] = []
         self.downloads: list[str] = []
         self.commands: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue()
         self.changed = asyncio.Condition()
@@ -47,6 +49,16 @@ class ScriptedController(controller_service_pb2_grpc.ControllerServiceServicer):
         async with asyncio.timeout(10), self.changed:
             await self.changed.wait_for(there)
         return found[count - 1]
+
+    async def wait_counted(self, finished: int, failed: int) -> pb.RevisionTally:
+        """Returns the one tally as soon as a report has these counts."""
+
+        def there() -> bool:
+            return [(one.finished, one.failed) for one in self.tallies] == [(finished, failed)]
+
+        async with asyncio.timeout(10), self.changed:
+            await self.changed.wait_for(there)
+        return self.tallies[0]
 
     async def Attach(
         self, request_iterator: AsyncIterator[pb.AttachRequest], context: Context
@@ -77,8 +89,9 @@ class ScriptedController(controller_service_pb2_grpc.ControllerServiceServicer):
     async def _listen(self, requests: AsyncIterator[pb.AttachRequest]) -> None:
         async for request in requests:
             if request.WhichOneof("event") == "load":
-                continue
-            self.heard.append(request)
+                self.tallies = list(request.tallies)
+            else:
+                self.heard.append(request)
             if request.WhichOneof("event") == "ready":
                 await self.activate(1)
             async with self.changed:

@@ -16,6 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from interlock.v1 import controller_service_pb2, gateway_service_pb2_grpc
 from interlock.v1 import gateway_service_pb2 as pb
+from interlock.v1.worker_service_pb2 import REFUSAL_REASON_INVALID
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 from tokenizers import Tokenizer
@@ -149,6 +150,27 @@ async def test_its_numbers_can_be_scraped(process: Process) -> None:
     assert samples["interlock_gateway_store_up",] == 1
     assert samples["interlock_gateway_breaker", "closed", "w1"] == 1
     assert samples["interlock_gateway_breaker", "open", "w1"] == 0
+
+
+async def test_it_reports_what_becomes_of_the_workers_work(process: Process) -> None:
+    """An answer and its first token; then what the worker gave up, and nothing for what it refused."""
+    await process.watch_health(health_pb2.HealthCheckResponse.SERVING)
+    assert joined([event async for event in process.generate(text="hi")]) == "hello"
+    counted = await process.controller.wait_counted(finished=1, failed=0)
+    assert (counted.model, counted.revision, sum(counted.ttft_counts)) == (MODEL, REVISION, 1)
+    process.worker.script = script(process.directory, "hello", failing=True)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        _ = [event async for event in process.generate(text="hi")]
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    await process.controller.wait_counted(finished=1, failed=2)
+    process.worker.script = script(process.directory, "", refusals=[REFUSAL_REASON_INVALID])
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        _ = [event async for event in process.generate(text="hi")]
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    process.worker.script = script(process.directory, "hello")
+    assert joined([event async for event in process.generate(text="hi")]) == "hello"
+    counted = await process.controller.wait_counted(finished=2, failed=2)
+    assert sum(counted.ttft_counts) == 2
 
 
 def scrape(address: str) -> str:

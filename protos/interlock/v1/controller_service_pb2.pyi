@@ -272,6 +272,50 @@ class Retired(_message.Message):
 Global___Retired: _TypeAlias = Retired  # noqa: Y015
 
 @_typing.final
+class RevisionTally(_message.Message):
+    """What became of a gateway's attempts at one revision, since the gateway's process started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    TTFT_COUNTS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model."""
+    revision: _builtins.str
+    """The revision."""
+    finished: _builtins.int
+    """Attempts whose text came to its end."""
+    failed: _builtins.int
+    """Attempts that failed by the worker's doing: ended in error, or against the protocol. The loss of a worker
+    counts once, however many it carried. Refusals, cancellations and clients' mistakes are none.
+    """
+    @_builtins.property
+    def ttft_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Attempts by the time from order to first token. The first entry counts those of up to 1 ms, each further
+        one those of up to 1.25 times as much as the one before, the 59th all that took longer. Absent: none.
+        """
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        finished: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        ttft_counts: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "finished", b"finished", "model", b"model", "revision", b"revision", "ttft_counts", b"ttft_counts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevisionTally: _TypeAlias = RevisionTally  # noqa: Y015
+
+@_typing.final
 class AttachRequest(_message.Message):
     """From member to controller."""
 
@@ -284,6 +328,7 @@ class AttachRequest(_message.Message):
     ACTIVATED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     RETIRED_FIELD_NUMBER: _builtins.int
+    TALLIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """Who it is; the first message."""
@@ -312,6 +357,10 @@ class AttachRequest(_message.Message):
     def retired(self) -> Global___Retired:
         """A revision is gone."""
 
+    @_builtins.property
+    def tallies(self) -> _containers.RepeatedCompositeFieldContainer[Global___RevisionTally]:
+        """With a gateway's `load`: its counts, by which a rollout is judged; at most 64."""
+
     def __init__(
         self,
         *,
@@ -322,10 +371,11 @@ class AttachRequest(_message.Message):
         activated: Global___Activated | None = ...,
         failed: Global___Failed | None = ...,
         retired: Global___Retired | None = ...,
+        tallies: _abc.Iterable[Global___RevisionTally] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "event", b"event", "failed", b"failed", "hello", b"hello", "load", b"load", "progress", b"progress", "ready", b"ready", "retired", b"retired"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "event", b"event", "failed", b"failed", "hello", b"hello", "load", b"load", "progress", b"progress", "ready", b"ready", "retired", b"retired"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "event", b"event", "failed", b"failed", "hello", b"hello", "load", b"load", "progress", b"progress", "ready", b"ready", "retired", b"retired", "tallies", b"tallies"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "load", "progress", "ready", "activated", "failed", "retired"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015

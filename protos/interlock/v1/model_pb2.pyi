@@ -116,9 +116,9 @@ class GoldenPrompt(_message.Message):
     EXPECTED_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The prompt, rendered as one user message."""
+    """The prompt, rendered as one user message; 1..4096 characters."""
     expected: _builtins.str
-    """A string that the greedy answer must contain."""
+    """A string that the greedy answer must contain; 1..4096 characters."""
     max_tokens: _builtins.int
     """Tokens to generate; 1..256. Absent: 32."""
     def __init__(
@@ -178,7 +178,7 @@ class Manifest(_message.Message):
 
     @_builtins.property
     def golden_prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___GoldenPrompt]:
-        """Prompts that must be answered before the revision serves."""
+        """Prompts that must be answered before the revision serves, by every worker; at most 16."""
 
     def __init__(
         self,

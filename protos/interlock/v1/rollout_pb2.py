@@ -27,23 +27,23 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from interlock.v1 import worker_pb2 as interlock_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ainterlock/v1/rollout.proto\x12\x0cinterlock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19interlock/v1/worker.proto\"\xbe\x02\n\x0bRolloutSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12/\n\x08strategy\x18\x03 \x01(\x0e\x32\x1d.interlock.v1.RolloutStrategy\x12\x1b\n\x0e\x63\x61nary_percent\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\'\n\x04\x62\x61ke\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x06quorum\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x32\n\x0fprepare_timeout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rdrain_timeout\x18\x08 \x01(\x0b\x32\x19.google.protobuf.DurationB\x11\n\x0f_canary_percentB\t\n\x07_quorum\"\x89\x01\n\x0eWorkerProgress\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12*\n\x05phase\x18\x02 \x01(\x0e\x32\x1b.interlock.v1.RevisionPhase\x12\x12\n\ndone_bytes\x18\x03 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\"w\n\x11RolloutTransition\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.interlock.v1.RolloutState\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x63\x61use\x18\x03 \x01(\t\"\xf5\x01\n\x07Rollout\x12\n\n\x02id\x18\x01 \x01(\t\x12\'\n\x04spec\x18\x02 \x01(\x0b\x32\x19.interlock.v1.RolloutSpec\x12\x19\n\x11previous_revision\x18\x03 \x01(\t\x12)\n\x05state\x18\x04 \x01(\x0e\x32\x1a.interlock.v1.RolloutState\x12\x30\n\x07history\x18\x05 \x03(\x0b\x32\x1f.interlock.v1.RolloutTransition\x12-\n\x07workers\x18\x06 \x03(\x0b\x32\x1c.interlock.v1.WorkerProgress\x12\x0e\n\x06paused\x18\x07 \x01(\x08*\x8c\x01\n\x0fRolloutStrategy\x12 \n\x1cROLLOUT_STRATEGY_UNSPECIFIED\x10\x00\x12\x19\n\x15ROLLOUT_STRATEGY_AUTO\x10\x01\x12!\n\x1dROLLOUT_STRATEGY_SIDE_BY_SIDE\x10\x02\x12\x19\n\x15ROLLOUT_STRATEGY_SWAP\x10\x03*\xc8\x02\n\x0cRolloutState\x12\x1d\n\x19ROLLOUT_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15ROLLOUT_STATE_PENDING\x10\x01\x12\x1b\n\x17ROLLOUT_STATE_PREPARING\x10\x02\x12\x17\n\x13ROLLOUT_STATE_READY\x10\x03\x12\x1b\n\x17ROLLOUT_STATE_SWITCHING\x10\x04\x12\x18\n\x14ROLLOUT_STATE_BAKING\x10\x05\x12\x1b\n\x17ROLLOUT_STATE_COMPLETED\x10\x06\x12\x1e\n\x1aROLLOUT_STATE_ROLLING_BACK\x10\x07\x12\x1d\n\x19ROLLOUT_STATE_ROLLED_BACK\x10\x08\x12\x1a\n\x16ROLLOUT_STATE_ABORTING\x10\t\x12\x19\n\x15ROLLOUT_STATE_ABORTED\x10\nb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ainterlock/v1/rollout.proto\x12\x0cinterlock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19interlock/v1/worker.proto\"\xa6\x03\n\x0bRolloutSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12/\n\x08strategy\x18\x03 \x01(\x0e\x32\x1d.interlock.v1.RolloutStrategy\x12\x1b\n\x0e\x63\x61nary_percent\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\'\n\x04\x62\x61ke\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x06quorum\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x32\n\x0fprepare_timeout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rdrain_timeout\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1f\n\x12\x66\x61iled_percent_max\x18\t \x01(\rH\x02\x88\x01\x01\x12\x1b\n\x0ettft_ratio_max\x18\n \x01(\rH\x03\x88\x01\x01\x42\x11\n\x0f_canary_percentB\t\n\x07_quorumB\x15\n\x13_failed_percent_maxB\x11\n\x0f_ttft_ratio_max\"\x89\x01\n\x0eWorkerProgress\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12*\n\x05phase\x18\x02 \x01(\x0e\x32\x1b.interlock.v1.RevisionPhase\x12\x12\n\ndone_bytes\x18\x03 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\"w\n\x11RolloutTransition\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.interlock.v1.RolloutState\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x63\x61use\x18\x03 \x01(\t\"\xf5\x01\n\x07Rollout\x12\n\n\x02id\x18\x01 \x01(\t\x12\'\n\x04spec\x18\x02 \x01(\x0b\x32\x19.interlock.v1.RolloutSpec\x12\x19\n\x11previous_revision\x18\x03 \x01(\t\x12)\n\x05state\x18\x04 \x01(\x0e\x32\x1a.interlock.v1.RolloutState\x12\x30\n\x07history\x18\x05 \x03(\x0b\x32\x1f.interlock.v1.RolloutTransition\x12-\n\x07workers\x18\x06 \x03(\x0b\x32\x1c.interlock.v1.WorkerProgress\x12\x0e\n\x06paused\x18\x07 \x01(\x08*\x8c\x01\n\x0fRolloutStrategy\x12 \n\x1cROLLOUT_STRATEGY_UNSPECIFIED\x10\x00\x12\x19\n\x15ROLLOUT_STRATEGY_AUTO\x10\x01\x12!\n\x1dROLLOUT_STRATEGY_SIDE_BY_SIDE\x10\x02\x12\x19\n\x15ROLLOUT_STRATEGY_SWAP\x10\x03*\xc8\x02\n\x0cRolloutState\x12\x1d\n\x19ROLLOUT_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15ROLLOUT_STATE_PENDING\x10\x01\x12\x1b\n\x17ROLLOUT_STATE_PREPARING\x10\x02\x12\x17\n\x13ROLLOUT_STATE_READY\x10\x03\x12\x1b\n\x17ROLLOUT_STATE_SWITCHING\x10\x04\x12\x18\n\x14ROLLOUT_STATE_BAKING\x10\x05\x12\x1b\n\x17ROLLOUT_STATE_COMPLETED\x10\x06\x12\x1e\n\x1aROLLOUT_STATE_ROLLING_BACK\x10\x07\x12\x1d\n\x19ROLLOUT_STATE_ROLLED_BACK\x10\x08\x12\x1a\n\x16ROLLOUT_STATE_ABORTING\x10\t\x12\x19\n\x15ROLLOUT_STATE_ABORTED\x10\nb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'interlock.v1.rollout_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLLOUTSTRATEGY']._serialized_start=967
-  _globals['_ROLLOUTSTRATEGY']._serialized_end=1107
-  _globals['_ROLLOUTSTATE']._serialized_start=1110
-  _globals['_ROLLOUTSTATE']._serialized_end=1438
+  _globals['_ROLLOUTSTRATEGY']._serialized_start=1071
+  _globals['_ROLLOUTSTRATEGY']._serialized_end=1211
+  _globals['_ROLLOUTSTATE']._serialized_start=1214
+  _globals['_ROLLOUTSTATE']._serialized_end=1542
   _globals['_ROLLOUTSPEC']._serialized_start=137
-  _globals['_ROLLOUTSPEC']._serialized_end=455
-  _globals['_WORKERPROGRESS']._serialized_start=458
-  _globals['_WORKERPROGRESS']._serialized_end=595
-  _globals['_ROLLOUTTRANSITION']._serialized_start=597
-  _globals['_ROLLOUTTRANSITION']._serialized_end=716
-  _globals['_ROLLOUT']._serialized_start=719
-  _globals['_ROLLOUT']._serialized_end=964
+  _globals['_ROLLOUTSPEC']._serialized_end=559
+  _globals['_WORKERPROGRESS']._serialized_start=562
+  _globals['_WORKERPROGRESS']._serialized_end=699
+  _globals['_ROLLOUTTRANSITION']._serialized_start=701
+  _globals['_ROLLOUTTRANSITION']._serialized_end=820
+  _globals['_ROLLOUT']._serialized_start=823
+  _globals['_ROLLOUT']._serialized_end=1068
 # @@protoc_insertion_point(module_scope)

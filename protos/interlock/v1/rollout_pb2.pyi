@@ -120,6 +120,8 @@ class RolloutSpec(_message.Message):
     QUORUM_FIELD_NUMBER: _builtins.int
     PREPARE_TIMEOUT_FIELD_NUMBER: _builtins.int
     DRAIN_TIMEOUT_FIELD_NUMBER: _builtins.int
+    FAILED_PERCENT_MAX_FIELD_NUMBER: _builtins.int
+    TTFT_RATIO_MAX_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model to update."""
     revision: _builtins.str
@@ -127,12 +129,20 @@ class RolloutSpec(_message.Message):
     strategy: Global___RolloutStrategy.ValueType
     """How it takes the old one's place. Absent: AUTO."""
     canary_percent: _builtins.int
-    """Percentage of new requests while it is judged, 1..100. Absent: 100."""
+    """Percentage of new requests while it is judged, 1..100; then it gets all. Absent: 100."""
     quorum: _builtins.int
     """Workers that must be ready before the switch, 1..all. Absent: all."""
+    failed_percent_max: _builtins.int
+    """Percentage of the new revision's attempts that may fail beyond the old one's, 0..100; 100: any. Absent: 5."""
+    ttft_ratio_max: _builtins.int
+    """How many times as long as the old revision's its first tokens may take (median, and 95th percentile), 1..100;
+    0: any. Absent: 3.
+    """
     @_builtins.property
     def bake(self) -> _duration_pb2.Duration:
-        """How long it is judged before it stays. Absent: 60 s."""
+        """How long it is judged before it stays, by failures and first tokens; worse than the old revision, it goes
+        back by itself. With too few requests to judge by, it stays, unless all failed. Absent: 60 s.
+        """
 
     @_builtins.property
     def prepare_timeout(self) -> _duration_pb2.Duration:
@@ -153,19 +163,29 @@ class RolloutSpec(_message.Message):
         quorum: _builtins.int | None = ...,
         prepare_timeout: _duration_pb2.Duration | None = ...,
         drain_timeout: _duration_pb2.Duration | None = ...,
+        failed_percent_max: _builtins.int | None = ...,
+        ttft_ratio_max: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_canary_percent", b"_canary_percent", "_quorum", b"_quorum", "bake", b"bake", "canary_percent", b"canary_percent", "drain_timeout", b"drain_timeout", "prepare_timeout", b"prepare_timeout", "quorum", b"quorum"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_canary_percent", b"_canary_percent", "_failed_percent_max", b"_failed_percent_max", "_quorum", b"_quorum", "_ttft_ratio_max", b"_ttft_ratio_max", "bake", b"bake", "canary_percent", b"canary_percent", "drain_timeout", b"drain_timeout", "failed_percent_max", b"failed_percent_max", "prepare_timeout", b"prepare_timeout", "quorum", b"quorum", "ttft_ratio_max", b"ttft_ratio_max"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_canary_percent", b"_canary_percent", "_quorum", b"_quorum", "bake", b"bake", "canary_percent", b"canary_percent", "drain_timeout", b"drain_timeout", "model", b"model", "prepare_timeout", b"prepare_timeout", "quorum", b"quorum", "revision", b"revision", "strategy", b"strategy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_canary_percent", b"_canary_percent", "_failed_percent_max", b"_failed_percent_max", "_quorum", b"_quorum", "_ttft_ratio_max", b"_ttft_ratio_max", "bake", b"bake", "canary_percent", b"canary_percent", "drain_timeout", b"drain_timeout", "failed_percent_max", b"failed_percent_max", "model", b"model", "prepare_timeout", b"prepare_timeout", "quorum", b"quorum", "revision", b"revision", "strategy", b"strategy", "ttft_ratio_max", b"ttft_ratio_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__canary_percent: _TypeAlias = _typing.Literal["canary_percent"]  # noqa: Y015
     _WhichOneofArgType__canary_percent: _TypeAlias = _typing.Literal["_canary_percent", b"_canary_percent"]  # noqa: Y015
+    _WhichOneofReturnType__failed_percent_max: _TypeAlias = _typing.Literal["failed_percent_max"]  # noqa: Y015
+    _WhichOneofArgType__failed_percent_max: _TypeAlias = _typing.Literal["_failed_percent_max", b"_failed_percent_max"]  # noqa: Y015
     _WhichOneofReturnType__quorum: _TypeAlias = _typing.Literal["quorum"]  # noqa: Y015
     _WhichOneofArgType__quorum: _TypeAlias = _typing.Literal["_quorum", b"_quorum"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_ratio_max: _TypeAlias = _typing.Literal["ttft_ratio_max"]  # noqa: Y015
+    _WhichOneofArgType__ttft_ratio_max: _TypeAlias = _typing.Literal["_ttft_ratio_max", b"_ttft_ratio_max"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__canary_percent) -> _WhichOneofReturnType__canary_percent | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__failed_percent_max) -> _WhichOneofReturnType__failed_percent_max | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__quorum) -> _WhichOneofReturnType__quorum | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_ratio_max) -> _WhichOneofReturnType__ttft_ratio_max | None: ...
 
 Global___RolloutSpec: _TypeAlias = RolloutSpec  # noqa: Y015
 

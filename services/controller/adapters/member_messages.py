@@ -14,6 +14,7 @@ from interlock.v1 import model_pb2, worker_pb2
 
 from services.common.errors import ArgumentInvalid
 from services.common.ids import is_valid_id
+from services.common.ttft_buckets import BUCKETS
 from services.controller.core.catalog import Catalog, Revision
 from services.controller.core.commands import (
     Command,
@@ -24,6 +25,7 @@ from services.controller.core.commands import (
     SendPrepare,
     SendRetire,
 )
+from services.controller.core.judgement import Tally
 from services.controller.core.member import (
     Activated,
     Device,
@@ -45,6 +47,8 @@ REASON_CHARS_MAX = 500
 ADDRESS_CHARS_MAX = 300
 # Memory holds a handful of revisions at a time; more is a defect of the member.
 RESIDENTS_MAX = 64
+# A gateway reports of the revisions that it met lately; more is a defect of the gateway.
+TALLIES_MAX = 64
 
 _KINDS = {pb.MEMBER_KIND_WORKER: Kind.WORKER, pb.MEMBER_KIND_GATEWAY: Kind.GATEWAY}
 
@@ -129,7 +133,7 @@ def read_report(request: pb.AttachRequest) -> Report:
     """
     match request.WhichOneof("event"):
         case "load":
-            return LoadReport(_read_load(request.load))
+            return LoadReport(_read_load(request.load), _read_tallies(request))
         case "progress":
             progress = request.progress
             step = STEPS.get(progress.phase, "")
@@ -182,6 +186,10 @@ def manifest_message(revision: Revision) -> model_pb2.Manifest:
         context_tokens=manifest.context_tokens,
         tokenizer_sha256=manifest.tokenizer_sha256,
         local_path=revision.local_path,
+        golden_prompts=[
+            model_pb2.GoldenPrompt(text=one.text, expected=one.expected, max_tokens=one.max_tokens)
+            for one in manifest.golden_prompts
+        ],
     )
 
 
@@ -200,6 +208,18 @@ def _read_residents(hello: pb.Hello) -> dict[str, Resident]:
 
 def _read_load(load: worker_pb2.WorkerLoad) -> Load:
     return Load(load.running, load.slots, load.memory_bytes, load.steps, load.generated_tokens)
+
+
+def _read_tallies(request: pb.AttachRequest) -> dict[str, dict[str, Tally]]:
+    if len(request.tallies) > TALLIES_MAX:
+        raise ArgumentInvalid(f"`tallies` has more than {TALLIES_MAX} entries.")
+    tallies: dict[str, dict[str, Tally]] = {}
+    for found in request.tallies:
+        if len(found.ttft_counts) > BUCKETS:
+            raise ArgumentInvalid(f"`tallies.ttft_counts` has more than {BUCKETS} entries.")
+        tally = Tally(found.finished, found.failed, tuple(found.ttft_counts))
+        tallies.setdefault(found.model, {})[_name(found.revision)] = tally
+    return tallies
 
 
 def _name(revision: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import MappingProxyType
+from typing import Literal
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -36,6 +37,8 @@ _STRATEGY_NUMBERS = MappingProxyType(
 DURATION_S_MAX = 86_400.0
 # More than a fleet has; the core asks for as many as there are at most.
 QUORUM_MAX = 10_000
+# Who would let it be a hundred times as slow does not want it judged: that is 0.
+TTFT_RATIO_MAX = 100
 
 
 def read_spec(spec: pb.RolloutSpec) -> Spec:
@@ -55,6 +58,8 @@ def read_spec(spec: pb.RolloutSpec) -> Spec:
     quorum = spec.quorum if spec.HasField("quorum") else None
     if quorum is not None and not 1 <= quorum <= QUORUM_MAX:
         raise ArgumentInvalid(f"spec.quorum: must be 1 to {QUORUM_MAX}.")
+    failed = _bounded(spec, "failed_percent_max", 100)
+    ratio = _bounded(spec, "ttft_ratio_max", TTFT_RATIO_MAX)
     plain = Spec(model=spec.model, revision=spec.revision)
     return Spec(
         model=spec.model,
@@ -66,6 +71,8 @@ def read_spec(spec: pb.RolloutSpec) -> Spec:
         prepare_timeout_s=_seconds("prepare_timeout", spec.prepare_timeout, least_s=1.0)
         if spec.HasField("prepare_timeout")
         else plain.prepare_timeout_s,
+        failed_percent_max=plain.failed_percent_max if failed is None else failed,
+        ttft_ratio_max=plain.ttft_ratio_max if ratio is None else ratio,
     )
 
 
@@ -100,6 +107,8 @@ def _spec_message(rollout: Rollout) -> pb.RolloutSpec:
         strategy=_STRATEGY_NUMBERS[spec.strategy if rollout.strategy is Strategy.AUTO else rollout.strategy],
         canary_percent=spec.canary_percent,
         quorum=spec.quorum,
+        failed_percent_max=spec.failed_percent_max,
+        ttft_ratio_max=spec.ttft_ratio_max,
     )
     message.bake.FromMilliseconds(round(spec.bake_s * 1000))
     message.prepare_timeout.FromMilliseconds(round(spec.prepare_timeout_s * 1000))
@@ -119,6 +128,17 @@ def _progress_message(worker: Member, revision: str) -> pb.WorkerProgress:
         total_bytes=resident.total_bytes,
         failure=resident.failure,
     )
+
+
+def _bounded(
+    spec: pb.RolloutSpec, field: Literal["failed_percent_max", "ttft_ratio_max"], most: int
+) -> int | None:
+    if not spec.HasField(field):
+        return None
+    value: int = getattr(spec, field)
+    if value > most:
+        raise ArgumentInvalid(f"spec.{field}: must be 0 to {most}.")
+    return value
 
 
 def _seconds(field: str, duration: Duration, *, least_s: float) -> float:

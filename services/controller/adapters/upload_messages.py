@@ -12,10 +12,15 @@ from interlock.v1 import model_pb2
 from services.common.errors import ArgumentInvalid
 from services.controller.adapters.member_messages import DTYPES, QUANTIZATIONS
 from services.controller.adapters.uploads import Chunk
-from services.controller.core.catalog import Manifest, ModelFile
+from services.controller.core.catalog import GoldenPrompt, Manifest, ModelFile
 
 # Longer than any model's context.
 CONTEXT_TOKENS_MAX = 1 << 24
+# Every worker answers them one after the other before it is ready; some seconds, and no benchmark.
+GOLDEN_PROMPTS_MAX = 16
+GOLDEN_CHARS_MAX = 4_096
+GOLDEN_TOKENS_MAX = 256
+GOLDEN_TOKENS_DEFAULT = 32
 
 _QUANTIZATIONS = MappingProxyType({number: name for name, number in QUANTIZATIONS.items()})
 _DTYPES = MappingProxyType({number: name for name, number in DTYPES.items()})
@@ -33,8 +38,10 @@ def read_manifest(message: model_pb2.Manifest) -> Manifest:
         raise ArgumentInvalid("manifest: quantization or compute_dtype is not one that is known.")
     if not 1 <= message.context_tokens <= CONTEXT_TOKENS_MAX:
         raise ArgumentInvalid(f"manifest.context_tokens: must be 1 to {CONTEXT_TOKENS_MAX}.")
-    if message.fallback_model or message.golden_prompts:
-        raise ArgumentInvalid("manifest: fallback_model and golden_prompts are not served by this version.")
+    if message.fallback_model:
+        raise ArgumentInvalid("manifest.fallback_model: is not served by this version.")
+    if len(message.golden_prompts) > GOLDEN_PROMPTS_MAX:
+        raise ArgumentInvalid(f"manifest.golden_prompts: more than {GOLDEN_PROMPTS_MAX}.")
     return Manifest(
         model=message.model,
         revision=message.revision,
@@ -43,7 +50,20 @@ def read_manifest(message: model_pb2.Manifest) -> Manifest:
         compute_dtype=_DTYPES[message.compute_dtype],
         context_tokens=message.context_tokens,
         tokenizer_sha256=message.tokenizer_sha256,
+        golden_prompts=tuple(_read_golden(one) for one in message.golden_prompts),
     )
+
+
+def _read_golden(message: model_pb2.GoldenPrompt) -> GoldenPrompt:
+    for name, text in (("text", message.text), ("expected", message.expected)):
+        if not 1 <= len(text) <= GOLDEN_CHARS_MAX:
+            raise ArgumentInvalid(
+                f"manifest.golden_prompts.{name}: must have 1 to {GOLDEN_CHARS_MAX} characters."
+            )
+    max_tokens = message.max_tokens if message.HasField("max_tokens") else GOLDEN_TOKENS_DEFAULT
+    if not 1 <= max_tokens <= GOLDEN_TOKENS_MAX:
+        raise ArgumentInvalid(f"manifest.golden_prompts.max_tokens: must be 1 to {GOLDEN_TOKENS_MAX}.")
+    return GoldenPrompt(message.text, message.expected, max_tokens)
 
 
 async def read_chunks(requests: AsyncIterator[pb.UploadRevisionRequest]) -> AsyncIterator[Chunk]:

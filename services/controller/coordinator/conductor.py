@@ -22,8 +22,17 @@ from services.common.errors import (
 )
 from services.controller.core import rollout as table
 from services.controller.core.catalog import Catalog
+from services.controller.core.judgement import Finding, Verdict
 from services.controller.core.ports import RolloutRecords
-from services.controller.core.rollout_events import Begun, Event, Fleet, Observed, RouteWritten, Weights
+from services.controller.core.rollout_events import (
+    Begun,
+    Event,
+    FellShort,
+    Fleet,
+    Observed,
+    RouteWritten,
+    Weights,
+)
 from services.controller.core.rollout_record import Rollout, Spec, State, create
 
 # An operator wants to read what happened lately; older records only slow the start.
@@ -142,20 +151,22 @@ class Conductor:
                 await self._keep(after)
             return after
 
-    async def observe(self, fleet: Fleet, written: Weights | None) -> bool:
+    async def observe(self, fleet: Fleet, written: Weights | None, verdict: Verdict | None = None) -> bool:
         """Lets the rollout that is under way see the fleet and the route; returns whether it moved.
 
         Args:
             fleet: Who is attached now.
             written: The weights that the store is known to hold; None: not known.
+            verdict: What is to be said of the new revision; None: it is not judged now.
         """
+        findings = "" if verdict is None else verdict.reason
         async with self._lock:
             before = self.current
             if before is None:
                 return False
             after = before
-            for event in _events(before, written):
-                after = table.step(after, event, fleet, self._now_ms()).rollout
+            for event in _events(before, written, verdict):
+                after = table.step(after, event, fleet, self._now_ms(), findings).rollout
             if after == before:
                 return False
             await self._keep(after)
@@ -187,9 +198,11 @@ class Conductor:
         return int(self._clock.now() * 1000)
 
 
-def _events(rollout: Rollout, written: Weights | None) -> Sequence[Event]:
+def _events(rollout: Rollout, written: Weights | None, verdict: Verdict | None) -> Sequence[Event]:
     if rollout.state is State.PENDING:
         return (Begun(),)
+    if verdict is not None and verdict.finding is Finding.BAD and rollout.state is State.BAKING:
+        return (FellShort(verdict.reason),)
     if written is not None and written == rollout.route and rollout.written != rollout.route:
         return (RouteWritten(written),)
     return (Observed(),)

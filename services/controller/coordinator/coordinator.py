@@ -17,10 +17,11 @@ from services.common import logs
 from services.common.clock import Clock
 from services.common.errors import Draining, RevisionInUse, RolloutRefused, StoreUnavailable, WorkerUnknown
 from services.controller.coordinator.conductor import Conductor, as_weights
+from services.controller.coordinator.judge import Judge
+from services.controller.coordinator.roster import Roster
 from services.controller.coordinator.worker_records import MemberKey, WorkerRecords
 from services.controller.core import membership, rollout_fleet, routing
 from services.controller.core.catalog import Catalog
-from services.controller.core.commands import Effect, EndStream, Note, RemoveWorker, WriteWorker
 from services.controller.core.member import (
     DrainAsked,
     Event,
@@ -28,16 +29,15 @@ from services.controller.core.member import (
     Goal,
     Hello,
     Kind,
+    LoadReport,
     Member,
     Presence,
     Report,
     RetireAsked,
-    Silence,
     StreamBroken,
     Tick,
 )
 from services.controller.core.ports import FenceStale, MemberStream, RolloutRecords, RouteStore
-from services.controller.core.residency import Phase
 from services.controller.core.rollout_events import Event as RolloutEvent
 from services.controller.core.rollout_events import Fleet
 from services.controller.core.rollout_record import Rollout, Spec, State, Strategy
@@ -45,16 +45,6 @@ from services.controller.core.routing import Plan
 
 # Members report every second, and gateways look as often: a slower tick would delay both.
 TICK_S = 1.0
-# When this much time passed between two ticks, we slept (a stopped process, a suspended machine), and the
-# silence of the members proves nothing.
-SLEPT_S = 3.0
-# A worker that is gone stays visible to operators for a while.
-LOST_KEPT_S = 600.0
-# Far more than one controller is meant for; beyond it, something attaches under ever new names.
-MEMBERS_MAX = 10_000
-
-
-_UNLOADABLE = frozenset({Phase.READY, Phase.ACTIVATING, Phase.ACTIVE})
 
 
 class Coordinator:
@@ -89,8 +79,7 @@ class Coordinator:
         self._store = store
         self._clock = clock
         self._rules = membership.Rules(lease_ttl_s, prepare_timeout_s, fence=0)
-        self._members: dict[MemberKey, Member] = {}
-        self._streams: dict[MemberKey, MemberStream] = {}
+        self._judge = Judge(clock)
         self.rollouts = Conductor(self._model, catalog, records, clock)
         self._plan: Plan | None = None
         # The epoch of the route that the store is known to hold; members hear of no later one.
@@ -98,10 +87,10 @@ class Coordinator:
         self._plan_stored = False
         self._records = WorkerRecords(self._model, store)
         self._changed = asyncio.Event()
+        self._roster = Roster(self._model, clock, self._mark)
         self.led = asyncio.Event()
         self.deposed = asyncio.Event()
         self._store_lost = False
-        self._ticked_s = clock.monotonic()
 
     @property
     def leading(self) -> bool:
@@ -115,7 +104,7 @@ class Coordinator:
 
     def members(self, kind: Kind) -> tuple[Member, ...]:
         """The members of a kind, by id; those that were lost lately included."""
-        return tuple(self._members[key] for key in sorted(self._members) if key.kind is kind)
+        return self._roster.of(kind)
 
     def attach(self, hello: Hello, stream: MemberStream) -> MemberKey:
         """Takes a member in; a stream of the same member before it ends.
@@ -128,11 +117,7 @@ class Coordinator:
         self._check_welcome(key)
         assert self._plan is not None
         self._learn(self._plan, hello)
-        earlier = self._streams.pop(key, None)
-        if earlier is not None:
-            earlier.end("The same member attached again.")
-        self._streams[key] = stream
-        self._members.setdefault(key, Member(hello.kind, hello.id))
+        self._roster.take_in(hello, stream)
         self._advance(key, hello)
         return key
 
@@ -142,13 +127,17 @@ class Coordinator:
         Raises:
             EventIllegal: It cannot follow what the member said before.
         """
-        if self._streams.get(key) is stream:
-            self._advance(key, report)
+        if not self._roster.is_current(key, stream):
+            return
+        if isinstance(report, LoadReport) and key.kind is Kind.GATEWAY:
+            incarnation = self._roster.members[key].incarnation
+            self._judge.hear(key.id, incarnation, report.tallies.get(self._model, {}))
+        self._advance(key, report)
 
     def detach(self, key: MemberKey, stream: MemberStream, *, farewell: bool) -> None:
         """A stream has ended, with the member's goodbye or without."""
-        if self._streams.get(key) is stream:
-            del self._streams[key]
+        if self._roster.is_current(key, stream):
+            self._roster.drop_stream(key)
             self._advance(key, Farewell() if farewell else StreamBroken())
 
     def drain(self, worker_id: str, grace_s: float) -> Member:
@@ -158,11 +147,11 @@ class Coordinator:
             WorkerUnknown: No such worker is here.
         """
         key = MemberKey(Kind.WORKER, worker_id)
-        member = self._members.get(key)
+        member = self._roster.members.get(key)
         if member is None or member.presence is Presence.LOST:
             raise WorkerUnknown(f"No worker {worker_id!a} is attached.")
         self._advance(key, DrainAsked(grace_s))
-        return self._members[key]
+        return self._roster.members[key]
 
     async def start_rollout(self, rollout_id: str, spec: Spec) -> Rollout:
         """Puts a rollout on record; it begins at once.
@@ -205,9 +194,7 @@ class Coordinator:
 
     def close(self, reason: str) -> None:
         """Ends every stream; the members attach again, here or elsewhere."""
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.end(reason)
+        self._roster.end_all(reason)
 
     async def run(self) -> None:
         """Watches leases and keeps the store, until it is cancelled."""
@@ -217,21 +204,9 @@ class Coordinator:
 
     def tick(self) -> None:
         """Judges leases and deadlines; once a second."""
-        now_s = self._clock.monotonic()
-        slept = now_s - self._ticked_s > SLEPT_S
-        self._ticked_s = now_s
-        for key, member in list(self._members.items()):
-            if slept:
-                lease_end_s = max(member.lease_end_s, now_s + self._rules.lease_ttl_s)
-                self._members[key] = replace(member, lease_end_s=lease_end_s)
-            elif member.presence is Presence.LOST:
-                if member.lease_end_s + LOST_KEPT_S < now_s:
-                    del self._members[key]
-                continue
-            elif member.lease_end_s <= now_s:
-                self._advance(key, Silence())
-                continue
-            self._advance(key, Tick())
+        self._judge.look()
+        for key, event in self._roster.tick(self._rules.lease_ttl_s):
+            self._advance(key, event)
 
     async def keep_store(self, *, renew: bool = True) -> None:
         """Brings the store to what the members are; with `renew` every lease is written too.
@@ -243,7 +218,7 @@ class Coordinator:
         try:
             await self.rollouts.load()
             await self._keep_route()
-            await self._records.keep(self._members, self._rules.fence, renew=renew)
+            await self._records.keep(self._roster.members, self._rules.fence, renew=renew)
             await self._retire()
             await self._follow()
         except StoreUnavailable as error:
@@ -290,7 +265,7 @@ class Coordinator:
             raise Draining("Another controller leads; attach there.")
         if not self.led.is_set():
             raise StoreUnavailable("The controller has not reached its store yet.", retry_after_s=TICK_S)
-        if key not in self._members and len(self._members) >= MEMBERS_MAX:
+        if not self._roster.has_room(key):
             raise Draining("The controller has as many members as it can lead.")
 
     def _learn(self, plan: Plan, hello: Hello) -> None:
@@ -303,27 +278,23 @@ class Coordinator:
             self._plan_stored = False
 
     def _advance(self, key: MemberKey, event: Event) -> None:
-        now_s = self._clock.monotonic()
-        member = self._members[key]
-        taken = membership.step(member, event, self._goal(member), now_s, self._rules)
-        self._members[key] = taken.member
-        for effect in taken.effects:
-            self._perform(key, effect)
+        goal = self._goal(self._roster.members[key])
+        effects = self._roster.advance(key, event, goal, self._rules)
         # A mere sign of life changes nothing, and looking at every member for each would cost their square.
         if (
-            taken.effects
+            effects
             and self._plan is not None
             and self.rollouts.current is None
-            and routing.may_switch(self._plan, self._members.values())
+            and routing.may_switch(self._plan, self._roster.members.values())
         ):
             self._plan = routing.switch(self._plan)
             self._plan_stored = False
-        if not self._plan_stored or (taken.effects and self.rollouts.current is not None):
+        if not self._plan_stored or (effects and self.rollouts.current is not None):
             self._changed.set()
 
     def _tell_goal(self) -> None:
         """Lets every member hear of a goal that has changed, now and not at the next tick."""
-        for key in list(self._streams):
+        for key in self._roster.attached:
             self._advance(key, Tick())
 
     def _goal(self, member: Member) -> Goal | None:
@@ -339,14 +310,15 @@ class Coordinator:
     def _fleet(self, rollout: Rollout) -> Fleet:
         files = self._catalog.revision(self._model, rollout.spec.revision).manifest.files
         weights_bytes = sum(file.size_bytes for file in files if file.path.endswith(".safetensors"))
-        return rollout_fleet.fleet(rollout, self._members.values(), weights_bytes)
+        return rollout_fleet.fleet(rollout, self._roster.members.values(), weights_bytes)
 
     async def _follow(self) -> None:
         """Lets the rollout that is under way see what is, and obeys it."""
         while (rollout := self.rollouts.current) is not None:
             assert self._plan is not None
             written = as_weights(self._plan.weights) if self._plan_stored else None
-            if not await self.rollouts.observe(self._fleet(rollout), written):
+            verdict = self._judge.verdict(rollout)
+            if not await self.rollouts.observe(self._fleet(rollout), written, verdict):
                 return
             self._obey(self.rollouts.find(rollout.id))
 
@@ -368,41 +340,10 @@ class Coordinator:
         """Takes from workers what nobody needs there any more; what runs on it ends first."""
         rollout = self.rollouts.current
         routed = rollout is not None and rollout.strategy is Strategy.SWAP
-        for key, member in list(self._members.items()):
-            goal = self._goal(member)
-            if key.kind is not Kind.WORKER or goal is None or key not in self._streams or member.draining:
-                continue
-            for revision, resident in member.residents.items():
-                if revision in goal.holds or resident.phase not in _UNLOADABLE:
-                    continue
-                fence = self._rules.fence
-                if await self._store.unready(self._model, key.id, revision, fence, routed=routed):
-                    self._advance(key, RetireAsked(revision))
-
-    def _perform(self, key: MemberKey, effect: Effect) -> None:
-        stream = self._streams.get(key)
-        match effect:
-            case Note(event, revision, reason):
-                self._log(key, event, revision, reason)
-            case WriteWorker(worker_id) | RemoveWorker(worker_id):
-                self._records.mark(worker_id)
-                self._changed.set()
-            case EndStream(reason):
-                if stream is not None:
-                    del self._streams[key]
-                    stream.end(reason)
-            case _:
-                if stream is not None:
-                    stream.send(effect)
-
-    def _log(self, key: MemberKey, event: str, revision: str, reason: str) -> None:
-        fields = {f"{key.kind}_id": key.id, "model": self._model}
-        if revision:
-            fields["revision"] = revision
-        if reason:
-            fields["reason"] = reason
-        emit = logs.get_logger().warning if reason else logs.get_logger().info
-        emit(event, **fields)
+        for key, revision in tuple(self._roster.unneeded(self._goal)):
+            fence = self._rules.fence
+            if await self._store.unready(self._model, key.id, revision, fence, routed=routed):
+                self._advance(key, RetireAsked(revision))
 
     async def _keep_route(self) -> None:
         """Reads the route, and writes it where it is not what it shall be."""
@@ -426,11 +367,11 @@ class Coordinator:
             # It was there and is gone or altered: the store lost its memory. Workers are written again too.
             plan = self._plan = routing.raised(plan, stored, 0, self._now_ms())
             self._plan_stored = False
-            self._records.mark(*(key.id for key in self._members if key.kind is Kind.WORKER))
+            self._records.mark(*(key.id for key in self._roster.members if key.kind is Kind.WORKER))
             self._tell_goal()
         if stored is None:
             # By the route gateways see that the store may be asked, so the workers stand there before it.
-            await self._records.keep(self._members, self._rules.fence, renew=True)
+            await self._records.keep(self._roster.members, self._rules.fence, renew=True)
         await self._store.write_route(self._model, plan.epoch, fence, plan.weights)
         self.led.set()
         # Members may have moved the plan on while we wrote; then it is written again.
@@ -440,6 +381,11 @@ class Coordinator:
         logs.get_logger().info(
             "route.written", model=self._model, epoch=plan.epoch, fence=fence, weights=dict(plan.weights)
         )
+
+    def _mark(self, *worker_ids: str) -> None:
+        """These workers' records have changed."""
+        self._records.mark(*worker_ids)
+        self._changed.set()
 
     def _now_ms(self) -> int:
         return int(self._clock.now() * 1000)

@@ -26,6 +26,15 @@ class ModelFile:
 
 
 @dataclass(frozen=True, slots=True)
+class GoldenPrompt:
+    """A prompt, a string that its greedy answer must contain, and the most tokens of the answer."""
+
+    text: str
+    expected: str
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything that makes one revision of a model.
 
@@ -37,6 +46,7 @@ class Manifest:
         compute_dtype: `auto`, `fp32` or `bf16`.
         context_tokens: Most tokens that prompt and output may have together.
         tokenizer_sha256: Digest of tokenizer and chat template.
+        golden_prompts: What it must answer before it may serve.
     """
 
     model: str
@@ -46,10 +56,15 @@ class Manifest:
     compute_dtype: str
     context_tokens: int
     tokenizer_sha256: str
+    golden_prompts: tuple[GoldenPrompt, ...] = ()
 
     def named(self) -> Manifest:
         """The same manifest under the name that its content gives it."""
-        content = json.dumps(asdict(replace(self, revision="")), sort_keys=True, separators=(",", ":"))
+        fields = asdict(replace(self, revision=""))
+        if not self.golden_prompts:
+            # Names that were given before there were any stay what they are.
+            del fields["golden_prompts"]
+        content = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(content.encode()).hexdigest()
         return replace(self, revision=digest[:NAME_DIGITS])
 

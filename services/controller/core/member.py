@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
+from services.controller.core.judgement import Tally
 from services.controller.core.residency import Phase, Resident
 
 
@@ -63,9 +64,15 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """The sign of life, every second; a gateway's load is empty."""
+    """The sign of life, every second.
+
+    Attributes:
+        load: What a worker carries; a gateway's is empty.
+        tallies: What a gateway has counted since its process started, by model and revision.
+    """
 
     load: Load
+    tallies: Mapping[str, Mapping[str, Tally]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

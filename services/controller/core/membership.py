@@ -126,7 +126,7 @@ def _apply(member: Member, event: Event, now_s: float, rules: Rules, effects: li
     match event:
         case Hello():
             return _greet(member, event, now_s, rules, effects)
-        case LoadReport(load):
+        case LoadReport(load=load):
             return replace(member, load=load, slots=load.slots)
         case Progress() | Ready() | Activated() | Failed() | Retired():
             return _hear(member, event, now_s, effects)

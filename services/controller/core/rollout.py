@@ -61,7 +61,7 @@ class Step:
     effects: tuple[Effect, ...]
 
 
-def step(rollout: Rollout, event: Event, fleet: Fleet, now_ms: int) -> Step:
+def step(rollout: Rollout, event: Event, fleet: Fleet, now_ms: int, findings: str = "") -> Step:
     """What follows from `event`.
 
     Args:
@@ -69,6 +69,7 @@ def step(rollout: Rollout, event: Event, fleet: Fleet, now_ms: int) -> Step:
         event: What happened.
         fleet: Who is attached now.
         now_ms: The time since the epoch.
+        findings: What is to be said for the new revision so far, for people; empty: nothing.
 
     Raises:
         RolloutEventIllegal: The table has no such entry; nothing changed.
@@ -77,7 +78,7 @@ def step(rollout: Rollout, event: Event, fleet: Fleet, now_ms: int) -> Step:
     if take is None:
         name = type(event).__name__
         raise RolloutEventIllegal(f"A rollout that is {rollout.state} does not take the event {name}.")
-    now = _Now(fleet, now_ms)
+    now = _Now(fleet, now_ms, findings)
     after = _advance(take(rollout, event, now), now)
     return Step(after, _effects(rollout, after))
 
@@ -97,6 +98,7 @@ class _Now:
 
     fleet: Fleet
     ms: int
+    findings: str = ""
 
     def after(self, seconds: float) -> int:
         return self.ms + round(seconds * 1000)
@@ -223,7 +225,7 @@ def _bake(rollout: Rollout, now: _Now) -> Rollout:
     rollout = _routed(rollout, _shares(rollout, SHARE_ALL))
     if rollout.written != rollout.route:
         return rollout
-    return _enter(rollout, State.COMPLETED, "It serves for good.", now)
+    return _enter(rollout, State.COMPLETED, f"It serves for good. {now.findings}".rstrip(), now)
 
 
 def _return(rollout: Rollout, now: _Now) -> Rollout:

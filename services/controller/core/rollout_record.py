@@ -66,6 +66,8 @@ class Spec:
         bake_s: How long it is judged.
         quorum: Workers that must be ready before the switch; None: all.
         prepare_timeout_s: Most time until they are; a swap's first drain is part of it.
+        failed_percent_max: How many of its attempts may fail beyond the old revision's share; 100: any.
+        ttft_ratio_max: How many times as long as before first tokens may take; 0: any.
     """
 
     model: str
@@ -75,6 +77,8 @@ class Spec:
     bake_s: float = 60.0
     quorum: int | None = None
     prepare_timeout_s: float = 600.0
+    failed_percent_max: int = 5
+    ttft_ratio_max: int = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,9 @@ from interlock.v1 import (
 from services.common import artifacts, channel, logs, status
 from services.common.credential import mesh_metadata
 from services.common.errors import ArtifactInvalid, InterlockError
-from services.gateway.adapters.hf_tokenizer import HfTokenizer
+from services.common.hf_tokenizer import HfTokenizer
 from services.gateway.core.catalog import Catalog, CatalogEntry
+from services.gateway.core.tallies import Tallies
 
 # The controller's leases count seconds.
 REPORT_S = 1.0
@@ -69,11 +70,13 @@ class ControllerLink:
     Args:
         membership: Who we are, and who leads perhaps.
         catalog: Is told what serves.
+        tallies: What became of the attempts at each revision.
     """
 
-    def __init__(self, membership: Membership, catalog: Catalog) -> None:
+    def __init__(self, membership: Membership, catalog: Catalog, tallies: Tallies) -> None:
         self._membership = membership
         self._catalog = catalog
+        self._tallies = tallies
         self._prepared: dict[tuple[str, str], CatalogEntry] = {}
         self._fence = 0
         self._attached_once = False
@@ -122,6 +125,20 @@ class ControllerLink:
             fence=self._fence,
         )
         return Request(hello=hello)
+
+    def report(self) -> Request:
+        """The sign of life, with what is counted here of the workers' work."""
+        tallies = [
+            controller_service_pb2.RevisionTally(
+                model=tally.model,
+                revision=tally.revision,
+                finished=tally.finished,
+                failed=tally.failed,
+                ttft_counts=tally.ttft,
+            )
+            for tally in self._tallies
+        ]
+        return Request(load=worker_pb2.WorkerLoad(), tallies=tallies)
 
     def leased(self, lease: controller_service_pb2.Lease) -> None:
         """A controller took the gateway in."""
@@ -264,7 +281,7 @@ class _Attachment:
     async def _report(self) -> None:
         while True:
             await asyncio.sleep(REPORT_S)
-            self._say(Request(load=worker_pb2.WorkerLoad()))
+            self._say(self._link.report())
 
     async def _expect_lease(self) -> None:
         await asyncio.sleep(HELLO_TIMEOUT_S)

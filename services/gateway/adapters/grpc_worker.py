@@ -20,7 +20,7 @@ from services.common import channel, logs
 from services.common.clock import Clock
 from services.common.credential import mesh_metadata
 from services.gateway.adapters.worker_messages import read_output, start_job
-from services.gateway.core.attempts import RefusalReason, WorkOrder
+from services.gateway.core.attempts import Loss, RefusalReason, WorkOrder
 from services.gateway.core.breaker import Verdict
 from services.gateway.core.events import FinishReason
 from services.gateway.core.ports import Attempt, AttemptSink
@@ -182,7 +182,7 @@ class _Session:
             self._ended(key)
         for sink in sinks:
             if self._connected:
-                sink.lost(cause, crashed=self._crashed)
+                sink.lost(cause, Loss.PROCESS if self._crashed else Loss.SILENCE)
             else:
                 sink.refused(RefusalReason.UNREACHABLE, cause)
 
@@ -282,7 +282,7 @@ class _Session:
             return
         if output.token_ids:
             sink.output(read_output(output, None))
-        sink.lost("it ended the sequence without finishing it", crashed=True)
+        sink.lost("it ended the sequence without finishing it", Loss.JOB)
 
     def _refuse(self, refused: worker_service_pb2.Refused) -> None:
         sink = self._sinks.pop((refused.job, refused.attempt), None)

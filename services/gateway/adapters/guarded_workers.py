@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from services.common.clock import Clock
 from services.gateway.adapters.breakers import Breakers
 from services.gateway.adapters.pybreaker_circuit import Circuit
-from services.gateway.core.attempts import Output, RefusalReason, WorkOrder
+from services.gateway.core.attempts import Loss, Output, RefusalReason, WorkOrder
 from services.gateway.core.breaker import Permit, Verdict, verdict_of
 from services.gateway.core.ports import Attempt, AttemptSink, WorkerPool
 from services.gateway.core.retry import RetryBudget
@@ -101,11 +101,11 @@ class _Guarded:
         self._settle(verdict_of(_REFUSAL_CODES.get(reason, "RESOURCE_EXHAUSTED")))
         self.sink.refused(reason, message)
 
-    def lost(self, cause: str, *, crashed: bool) -> None:
+    def lost(self, cause: str, loss: Loss) -> None:
         """See `AttemptSink.lost`."""
         self._settle(Verdict.FAILURE)
         if self.budget.spend(self.circuit.target, self.clock.monotonic()):
-            self.sink.lost(cause, crashed=crashed)
+            self.sink.lost(cause, loss)
         else:
             self.sink.refused(RefusalReason.BUDGET_SPENT, cause)
 

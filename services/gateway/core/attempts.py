@@ -95,6 +95,23 @@ class AttemptEnd(StrEnum):
     BROKEN = "broken"
 
 
+class Loss(StrEnum):
+    """What was lost.
+
+    JOB: the worker lives, and ended the attempt without finishing it. PROCESS: its session broke, as it does
+    with the process. SILENCE: it was silent, or stood still, or was left.
+    """
+
+    JOB = "job"
+    PROCESS = "process"
+    SILENCE = "silence"
+
+    @property
+    def crashed(self) -> bool:
+        """Whether its process, or the job in it, came to an end; silence may be a busy machine's."""
+        return self is not Loss.SILENCE
+
+
 class RefusalReason(StrEnum):
     """Why a worker did not take an attempt.
 

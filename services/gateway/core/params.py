@@ -6,24 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from services.common.conversation import Message
 from services.gateway.core.jobs import Band
 from services.gateway.core.tenancy import TenantLimits
 
 # What an absent `max_tokens` means in the native API.
 MAX_TOKENS_DEFAULT = 50
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation.
-
-    Attributes:
-        role: Who speaks.
-        content: What was said.
-    """
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, slots=True)

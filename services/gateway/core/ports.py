@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
-from services.gateway.core.attempts import AttemptEnd, Output, RefusalReason, WorkOrder
+from services.common.conversation import Message
+from services.gateway.core.attempts import AttemptEnd, Loss, Output, RefusalReason, WorkOrder
 from services.gateway.core.breaker import Verdict
 from services.gateway.core.events import Finished
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
@@ -19,7 +20,6 @@ from services.gateway.core.log import (
     Notice,
     TakenUp,
 )
-from services.gateway.core.params import Message
 from services.gateway.core.tenancy import TenantUsage
 
 
@@ -243,11 +243,8 @@ class AttemptSink(Protocol):
         """The worker did not take it: an end."""
         ...
 
-    def lost(self, cause: str, *, crashed: bool) -> None:
-        """The worker is gone or broke the protocol: an end.
-
-        `crashed`: its process, or the job in it, came to an end; else it was silent, or stood still.
-        """
+    def lost(self, cause: str, loss: Loss) -> None:
+        """The worker is gone, or gave the attempt up: an end."""
         ...
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 
+from services.common.conversation import Message
 from services.common.errors import ArgumentInvalid, ContextExceeded, FeatureUnsupported, ScopeMissing
 from services.common.ids import is_valid_id
 from services.gateway.core.jobs import Band, Principal
@@ -17,7 +18,6 @@ from services.gateway.core.params import (
     ChatPrompt,
     FormatKind,
     GenerationRequest,
-    Message,
     OutputFormat,
     Prompt,
     RawPrompt,

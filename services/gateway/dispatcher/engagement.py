@@ -10,7 +10,7 @@ from collections.abc import Awaitable
 from typing import Protocol
 
 from services.common import logs
-from services.gateway.core.attempts import AttemptEnd, Output, RefusalReason, WorkOrder
+from services.gateway.core.attempts import AttemptEnd, Loss, Output, RefusalReason, WorkOrder
 from services.gateway.core.breaker import Verdict
 from services.gateway.core.jobs import Grant
 from services.gateway.core.ports import Attempt, Meter, WorkerPool
@@ -99,12 +99,12 @@ class Engagement:
             self._log("attempt.refused", cause=reason.value, message=message)
             self._employer.refused(reason, message)
 
-    def lost(self, number: int, cause: str, *, crashed: bool) -> None:
+    def lost(self, number: int, cause: str, loss: Loss) -> None:
         """See `AttemptListener.lost`."""
         if self._hears(number):
             self._end(AttemptEnd.LOST)
             self._log("attempt.lost", cause=cause)
-            self._employer.worker_lost(crashed=crashed)
+            self._employer.worker_lost(crashed=loss.crashed)
 
     def _hears(self, number: int) -> bool:
         return number == self._number and self._attempt is not None

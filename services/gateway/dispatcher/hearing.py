@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.gateway.core.attempts import Output, RefusalReason
+from services.gateway.core.attempts import Loss, Output, RefusalReason
 
 
 class AttemptListener(Protocol):
@@ -19,7 +19,7 @@ class AttemptListener(Protocol):
         """Attempt `number` was not taken."""
         ...
 
-    def lost(self, number: int, cause: str, *, crashed: bool) -> None:
+    def lost(self, number: int, cause: str, loss: Loss) -> None:
         """The worker of attempt `number` is gone."""
         ...
 
@@ -39,6 +39,6 @@ class Hearing:
         """See `AttemptSink.refused`."""
         self.listener.refused(self.number, reason, message)
 
-    def lost(self, cause: str, *, crashed: bool) -> None:
+    def lost(self, cause: str, loss: Loss) -> None:
         """See `AttemptSink.lost`."""
-        self.listener.lost(self.number, cause, crashed=crashed)
+        self.listener.lost(self.number, cause, loss)

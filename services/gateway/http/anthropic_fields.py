@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from services.common.conversation import Message
 from services.common.errors import ArgumentInvalid, FeatureUnsupported
 from services.common.strict_json import read_object, shown
 from services.gateway.core.params import (
     ChatPrompt,
     FormatKind,
     GenerationRequest,
-    Message,
     OutputFormat,
     SamplingParams,
 )

@@ -9,10 +9,11 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from services.common.conversation import Message
 from services.common.errors import ArgumentInvalid
 from services.common.strict_json import shown
 from services.gateway.core.jobs import Band
-from services.gateway.core.params import FormatKind, Message, OutputFormat
+from services.gateway.core.params import FormatKind, OutputFormat
 
 
 def read_text(name: str, value: Any) -> str:

@@ -11,6 +11,7 @@ from services.worker.core.revision import (
     BecameReady,
     BecameRetired,
     ComputeDtype,
+    GoldenPrompt,
     Phase,
     PreparationFailed,
     Progressed,
@@ -77,6 +78,9 @@ def revision_spec(manifest: model_pb2.Manifest) -> RevisionSpec:
         compute_dtype=_DTYPES.get(manifest.compute_dtype, ComputeDtype.AUTO),
         context_tokens=manifest.context_tokens,
         local_path=manifest.local_path,
+        golden_prompts=tuple(
+            GoldenPrompt(one.text, one.expected, one.max_tokens) for one in manifest.golden_prompts
+        ),
     )
 
 

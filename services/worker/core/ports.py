@@ -119,3 +119,19 @@ class RevisionHandshake(Protocol):
     def abort(self, revision: str) -> None:
         """Stops preparing it."""
         ...
+
+
+class ChatTokenizer(Protocol):
+    """Text to token ids and back, with one revision's chat template."""
+
+    def encode_user(self, text: str) -> tuple[int, ...]:
+        """The ids of a conversation of one turn. Blocks.
+
+        Raises:
+            ArgumentInvalid: The template refuses it.
+        """
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of some ids; special tokens become nothing."""
+        ...

@@ -78,6 +78,15 @@ class RevisionFile:
 
 
 @dataclass(frozen=True, slots=True)
+class GoldenPrompt:
+    """A prompt, a string that its greedy answer must contain, and the most tokens of the answer."""
+
+    text: str
+    expected: str
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class RevisionSpec:
     """What shall be prepared.
 
@@ -89,6 +98,7 @@ class RevisionSpec:
         compute_dtype: The format of activations.
         context_tokens: Most tokens of prompt and output; 0: what the model allows.
         local_path: A directory that may hold the files already; empty: none.
+        golden_prompts: What it must answer before it may serve.
     """
 
     model: str
@@ -98,6 +108,7 @@ class RevisionSpec:
     compute_dtype: ComputeDtype = ComputeDtype.AUTO
     context_tokens: int = 0
     local_path: str = ""
+    golden_prompts: tuple[GoldenPrompt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

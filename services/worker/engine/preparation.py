@@ -11,13 +11,16 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
 from services.common import logs
 from services.common.clock import Clock
-from services.common.errors import InterlockError
+from services.common.errors import ArtifactInvalid, InterlockError
+from services.worker.core.golden import answer_all
 from services.worker.core.ports import (
     ArtifactStore,
+    ChatTokenizer,
     FormatCompiler,
     FormatLibrary,
     LoadWatch,
@@ -59,9 +62,10 @@ class Preparation:
         report: Hears what came of the commands.
         on_change: Hears that the residency changed, for health.
         formats: Where compilers of formats come from; None: jobs that have one are refused.
+        open_tokenizer: Reads the tokenizer of a directory; None: revisions with golden prompts are refused.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one is made, and most are given by name
         self,
         engine: Engine,
         residency: Residency,
@@ -72,6 +76,7 @@ class Preparation:
         report: Callable[[Report], None],
         on_change: Callable[[], None],
         formats: FormatLibrary | None = None,
+        open_tokenizer: Callable[[Path], ChatTokenizer] | None = None,
     ) -> None:
         self._engine = engine
         self._residency = residency
@@ -81,6 +86,7 @@ class Preparation:
         self._report = report
         self._on_change = on_change
         self._formats = formats
+        self._open_tokenizer = open_tokenizer
         self._one_at_a_time = asyncio.Lock()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ready: dict[str, BecameReady] = {}
@@ -184,11 +190,20 @@ class Preparation:
         runner = await _finished(in_thread(lambda: self._loader.load(directory, spec, watch), "load"), halt)
         try:
             self._advance(spec, stages, Phase.WARM)
-            await _finished(in_thread(lambda: warm(runner), "warm"), halt)
+            await _finished(in_thread(lambda: self._prove(directory, spec, runner, halt), "warm"), halt)
         except BaseException:
             runner.close()
             raise
         return runner, None if self._formats is None else self._formats.open(directory, runner.facts)
+
+    def _prove(self, directory: Path, spec: RevisionSpec, runner: ModelRunner, halt: threading.Event) -> None:
+        """Lets a loaded revision generate, and answer what it must; in a thread."""
+        warm(runner)
+        if not spec.golden_prompts:
+            return
+        if self._open_tokenizer is None:
+            raise ArtifactInvalid("This worker cannot read golden prompts.")
+        answer_all(runner, self._open_tokenizer(directory), spec.golden_prompts, halt.is_set)
 
     def _watch(self, spec: RevisionSpec, stages: _Stages, halt: threading.Event) -> LoadWatch:
         """What a load tells from its thread, reported on the loop."""

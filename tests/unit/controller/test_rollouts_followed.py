@@ -63,6 +63,7 @@ class World:
         self.workers: dict[str, FakeStream] = {}
         self.held: dict[str, set[str]] = {}
         self.heard: dict[str, int] = {}
+        self.gateways: set[str] = set()
         self.told: list[tuple[str, Command]] = []
         self.refuses: dict[str, str] = {}
         self.lazy: set[str] = set()
@@ -77,10 +78,21 @@ class World:
         load = Load(slots=8, memory_bytes=memory_bytes // 2)
         self.coordinator.hear(MemberKey(Kind.WORKER, worker_id), stream, LoadReport(load))
 
+    def attach_gateway(self, gateway_id: str, incarnation: str) -> None:
+        """Attaches a gateway, which does what it is told as workers do."""
+        stream = FakeStream()
+        self.gateways.add(gateway_id)
+        self.workers[gateway_id], self.held[gateway_id], self.heard[gateway_id] = stream, set(), 0
+        self.coordinator.attach(Hello(Kind.GATEWAY, gateway_id, incarnation), stream)
+
+    def key(self, member_id: str) -> MemberKey:
+        """How the coordinator knows a member."""
+        return MemberKey(Kind.GATEWAY if member_id in self.gateways else Kind.WORKER, member_id)
+
     def kill(self, worker_id: str) -> None:
         """Its stream ends with a goodbye, which counts as a loss at once."""
         stream = self.workers.pop(worker_id)
-        self.coordinator.detach(MemberKey(Kind.WORKER, worker_id), stream, farewell=True)
+        self.coordinator.detach(self.key(worker_id), stream, farewell=True)
 
     async def settle(self, seconds: float = 0.0) -> None:
         """Lets everybody act until nothing more happens; then time passes, second by second."""
@@ -99,7 +111,7 @@ class World:
                 self.heard[worker_id] += 1
                 self.told.append((worker_id, command))
                 if (report := self._obey(worker_id, command)) is not None:
-                    self.coordinator.hear(MemberKey(Kind.WORKER, worker_id), stream, report)
+                    self.coordinator.hear(self.key(worker_id), stream, report)
 
     def _obey(self, worker_id: str, command: Command) -> Report | None:
         held = self.held[worker_id]

@@ -19,7 +19,7 @@ from services.common.errors import (
     WorkerLost,
 )
 from services.common.system_clock import SystemClock
-from services.gateway.core.attempts import AttemptEnd, Output, RefusalReason
+from services.gateway.core.attempts import AttemptEnd, Loss, Output, RefusalReason
 from services.gateway.core.events import Chunk, Event, Finished, FinishReason, Started, TokenLogprob
 from services.gateway.core.jobs import Band, Outcome, Renewal, Waiting
 from services.gateway.core.params import GenerationJob, GenerationParams, SamplingParams
@@ -122,7 +122,7 @@ async def test_a_new_attempt_gets_no_more_credit_than_the_reader_left(world: Wor
     """What lies unread in the outbox is taken off the window."""
     await world.dispatcher.submit(job())
     world.workers.attempts[0].sink.output(Output(0, ids("abcde")))
-    world.workers.attempts[0].sink.lost("test", crashed=True)
+    world.workers.attempts[0].sink.lost("test", Loss.PROCESS)
     world.queue.receive(grant("n2"))
     second = await world.workers.wait_started(2)
     assert second.order.emitted_ids == ids("abcde")
@@ -143,11 +143,11 @@ async def test_a_late_attempt_is_not_heard(world: World) -> None:
     """What the first worker says after it was given up reaches nobody."""
     generation = await world.dispatcher.submit(job())
     first = world.workers.attempts[0]
-    first.sink.lost("test", crashed=True)
+    first.sink.lost("test", Loss.PROCESS)
     world.queue.receive(grant("n2"))
     second = await world.workers.wait_started(2)
     first.sink.output(Output(0, ids("late")))
-    first.sink.lost("again", crashed=True)
+    first.sink.lost("again", Loss.PROCESS)
     second.sink.output(Output(0, ids("right"), FinishReason.STOP))
     texts = [event.text for event in await rest(generation) if isinstance(event, Chunk)]
     assert texts == ["right"]
@@ -158,8 +158,8 @@ async def test_a_request_and_each_of_its_attempts_are_counted_once(world: World)
     generation = await world.dispatcher.submit(job())
     first = world.workers.attempts[0].sink
     first.output(Output(0, ids("a")))
-    first.lost("test", crashed=True)
-    first.lost("again", crashed=True)
+    first.lost("test", Loss.PROCESS)
+    first.lost("again", Loss.PROCESS)
     world.queue.receive(grant("n2"))
     (await world.workers.wait_started(2)).sink.refused(RefusalReason.BUSY, "full")
     world.queue.receive(grant("n3"))
@@ -350,7 +350,7 @@ async def test_a_worker_that_leaves_logprobs_out_is_given_up(world: World) -> No
 async def test_nobody_takes_over_in_time(world: World) -> None:
     """After the failover wait the request ends in-band and leaves the queue."""
     generation = await world.dispatcher.submit(job())
-    world.workers.attempts[0].sink.lost("test", crashed=True)
+    world.workers.attempts[0].sink.lost("test", Loss.PROCESS)
     with pytest.raises(WorkerLost):
         await rest(generation)
     await world.queue.wait_for("cancel", "s-j")

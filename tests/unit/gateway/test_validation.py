@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.common.conversation import Message
 from services.common.errors import (
     ArgumentInvalid,
     ContextExceeded,
@@ -24,7 +25,6 @@ from services.gateway.core.params import (
     ChatPrompt,
     FormatKind,
     GenerationRequest,
-    Message,
     OutputFormat,
     SamplingParams,
     TextPrompt,

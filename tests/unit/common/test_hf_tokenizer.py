@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from services.common import chat_template, hf_tokenizer
+from services.common.chat_template import ChatTemplate
+from services.common.conversation import Message
 from services.common.errors import ArgumentInvalid, ArtifactInvalid
-from services.gateway.adapters import chat_template, hf_tokenizer
-from services.gateway.adapters.chat_template import ChatTemplate
-from services.gateway.adapters.hf_tokenizer import HfTokenizer
-from services.gateway.core.params import Message
+from services.common.hf_tokenizer import HfTokenizer
 from tests.fixtures.tiny_tokenizer import BEGIN, END, TEMPLATE, write_tokenizer
 
 TYPED = st.lists(

@@ -18,9 +18,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from services.common.chat_template import RENDER_LIMIT_S, ChatTemplate
+from services.common.conversation import Message
 from services.common.errors import ArgumentInvalid, ArtifactInvalid
-from services.gateway.adapters.chat_template import RENDER_LIMIT_S, ChatTemplate
-from services.gateway.core.params import Message
 
 # Tokenizing a prompt of 1 MiB takes about a second of one core: more at once would starve the event loop.
 ENCODINGS_AT_ONCE = 4
@@ -111,6 +111,14 @@ class HfTokenizer:
         if ids is None:
             raise ArgumentInvalid("messages: the model's chat template took too long over them.")
         return ids
+
+    def encode_user(self, text: str) -> tuple[int, ...]:
+        """Renders and encodes one turn of a user. Blocks.
+
+        Raises:
+            ArgumentInvalid: The template refuses it.
+        """
+        return self.encode_now([Message("user", text)])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""

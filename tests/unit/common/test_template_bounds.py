@@ -8,10 +8,10 @@ import jinja2
 import pytest
 from jinja2.ext import loopcontrols
 
+from services.common.chat_template import ChatTemplate
+from services.common.conversation import Message
 from services.common.errors import ArgumentInvalid
-from services.gateway.adapters.chat_template import ChatTemplate
-from services.gateway.adapters.template_bounds import PLAIN_CHARS_MAX, PLAIN_MESSAGES_MAX, is_plain
-from services.gateway.core.params import Message
+from services.common.template_bounds import PLAIN_CHARS_MAX, PLAIN_MESSAGES_MAX, is_plain
 
 TURN = "{{ '<|' + message['role'] + '|>' + message.content | trim + '<|end|>' }}"
 PLAIN = (

@@ -21,9 +21,9 @@ from jinja2.compiler import CodeGenerator
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from services.common.conversation import Message
 from services.common.errors import ArgumentInvalid, ArtifactInvalid
-from services.gateway.adapters.template_bounds import PLAIN_MESSAGES_MAX, is_plain
-from services.gateway.core.params import Message
+from services.common.template_bounds import PLAIN_MESSAGES_MAX, is_plain
 
 # Templates in use take under a millisecond for each message, and a conversation has at most 1,024.
 RENDER_LIMIT_S = 2.0

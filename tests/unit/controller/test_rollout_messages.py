@@ -1,0 +1,40 @@
+"""What is asked of a rollout, as it comes by the wire."""
+
+from __future__ import annotations
+
+import pytest
+from interlock.v1 import rollout_pb2 as pb
+
+from services.common.errors import ArgumentInvalid
+from services.controller.adapters.rollout_messages import read_spec, rollout_message
+from services.controller.core.rollout_record import create
+
+
+def test_what_is_absent_is_as_the_contract_says() -> None:
+    """A spec of two names is judged for a minute, by the usual rules."""
+    spec = read_spec(pb.RolloutSpec(model="m", revision="r"))
+    assert (spec.canary_percent, spec.bake_s, spec.failed_percent_max, spec.ttft_ratio_max) == (
+        100,
+        60.0,
+        5,
+        3,
+    )
+
+
+@pytest.mark.parametrize(("failed", "ratio"), [(0, 0), (100, 100)])
+def test_how_much_worse_it_may_be(failed: int, ratio: int) -> None:
+    """Both ends of each range are taken, and told again as they were asked for."""
+    asked = pb.RolloutSpec(model="m", revision="r", failed_percent_max=failed, ttft_ratio_max=ratio)
+    spec = read_spec(asked)
+    assert (spec.failed_percent_max, spec.ttft_ratio_max) == (failed, ratio)
+    told = rollout_message(create("id", spec, "old", 0), ()).spec
+    assert (told.failed_percent_max, told.ttft_ratio_max) == (failed, ratio)
+
+
+@pytest.mark.parametrize("field", ["failed_percent_max", "ttft_ratio_max", "canary_percent"])
+def test_more_than_the_most_is_refused(field: str) -> None:
+    """The refusal names the field."""
+    spec = pb.RolloutSpec(model="m", revision="r")
+    setattr(spec, field, 101)
+    with pytest.raises(ArgumentInvalid, match=field):
+        read_spec(spec)
