@@ -4,22 +4,22 @@ Bytes are kept by their digest, each content once. A revision's directory holds 
 under its name only when every file is whole and every header was read: whoever sees it can load it. What a
 revision needs and another one has already is not sent again.
 
-    blobs/SHA256                 whole contents; `.SHA256.partial` is one on its way
+    blobs/                       the contents
     revisions/MODEL/REVISION/    the files by name, and manifest.json
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -33,14 +33,10 @@ from services.common.errors import (
     RevisionInUse,
     UploadConflict,
 )
-from services.common.partial_file import PartialFile
+from services.common.hf_tokenizer import HfTokenizer
+from services.common.partial_file import directory_descriptor
+from services.controller.adapters.blobs import Blobs, Chunk
 from services.controller.core.catalog import Catalog, Manifest, ModelFile, Revision
-
-# The contract's bound of a chunk.
-CHUNK_BYTES_MAX = 1 << 20
-
-# A blob that no manifest names may belong to an upload that goes on tomorrow; after a day it does not.
-ORPHAN_KEPT_S = 86_400.0
 
 _MANIFEST = "manifest.json"
 
@@ -48,15 +44,6 @@ _MANIFEST = "manifest.json"
 # parent, or one of those that are on their way.
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _RECORD = TypeAdapter(Revision)
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Some bytes of a blob: its digest, where they begin, and what they are."""
-
-    sha256: str
-    offset: int
-    data: bytes
 
 
 class Uploads:
@@ -71,7 +58,7 @@ class Uploads:
 
     def __init__(self, catalog: Catalog, directory: Path, clock: Clock, *, bytes_max: int) -> None:
         self._catalog = catalog
-        self._blobs = directory / "blobs"
+        self._blobs = Blobs(directory / "blobs", clock, bytes_max=bytes_max)
         self._revisions = directory / "revisions"
         self._clock = clock
         self._bytes_max = bytes_max
@@ -82,7 +69,10 @@ class Uploads:
         for revision in await asyncio.to_thread(lambda: list(self._read_all())):
             if revision.manifest.model in self._catalog.models():
                 self._catalog.register(revision)
-        await asyncio.to_thread(self._collect)
+            else:
+                # It is kept: the model may be served again.
+                logs.get_logger().warning("revision.of_no_model", model=revision.manifest.model)
+        await asyncio.to_thread(self._blobs.collect, self._named())
 
     async def plan(self, manifest: Manifest) -> tuple[tuple[str, int], ...]:
         """The blobs that are missing, with the byte from which on each is.
@@ -101,6 +91,7 @@ class Uploads:
         Raises:
             ArtifactInvalid: Bytes or headers are not what the manifest says, or a file could run code.
             UploadConflict: Another upload is under way.
+            ClientStalled: Nothing came for too long.
             ArgumentInvalid, ModelUnknown, QuotaExceeded, RevisionInUse: It cannot be taken.
         """
         checked = self._check(manifest)
@@ -110,8 +101,13 @@ class Uploads:
             raise UploadConflict("Another upload is under way; try again when it has ended.")
         async with self._lock:
             try:
-                await self._take(checked, chunks)
-                revision = await asyncio.to_thread(self._compose, checked)
+                # What others left and never came back for makes room first.
+                await asyncio.to_thread(self._blobs.collect, self._named())
+                missing = dict(await asyncio.to_thread(lambda: list(self._missing(checked))))
+                sizes = {file.sha256: file.size_bytes for file in checked.files if file.sha256 in missing}
+                await self._blobs.take(sizes, chunks)
+                # The lock is held to the end of it, also where the client goes away meanwhile.
+                revision = await _undisturbed(asyncio.to_thread(self._compose, checked))
             except OSError as error:
                 if error.errno in {errno.ENOSPC, errno.EDQUOT}:
                     raise InternalError("The controller's disk is full; what came so far is kept.") from None
@@ -129,13 +125,20 @@ class Uploads:
             ModelUnknown, RevisionUnknown: There is no such revision.
             RevisionInUse: It was not uploaded: the mesh was started with it.
         """
-        self._catalog.revision(model, name)
+        deleted = self._catalog.revision(model, name)
         directory = self._revisions / model / name
         if not directory.is_dir():
             raise RevisionInUse("The mesh was started with this revision; it cannot be deleted.")
         self._catalog.forget(model, name)
-        await asyncio.to_thread(shutil.rmtree, directory)
-        await asyncio.to_thread(self._collect, orphan_kept_s=0.0)
+        # At once under a name that means nothing: one that is half removed would be a damaged one.
+        gone = directory.with_name(f".{name}.gone")
+        await asyncio.to_thread(shutil.rmtree, gone, ignore_errors=True)
+        await asyncio.to_thread(directory.replace, gone)
+        await asyncio.to_thread(shutil.rmtree, gone)
+        named = self._named()
+        await asyncio.to_thread(
+            self._blobs.drop, {file.sha256 for file in deleted.manifest.files if file.sha256 not in named}
+        )
         logs.get_logger().info("revision.deleted", model=model, revision=name)
 
     def _check(self, manifest: Manifest) -> Manifest:
@@ -191,13 +194,11 @@ class Uploads:
             if file.sha256 in seen or self._source(file) is not None:
                 continue
             seen.add(file.sha256)
-            partial = self._partial(file.sha256)
-            size = partial.stat().st_size if partial.exists() else 0
-            yield file.sha256, size if size <= file.size_bytes else 0
+            yield file.sha256, self._blobs.received_bytes(file.sha256, file.size_bytes)
 
     def _source(self, file: ModelFile) -> Path | None:
         """A file that has this content already: a blob, or one of a registered revision."""
-        if (blob := self._blobs / file.sha256).exists():
+        if (blob := self._blobs.whole(file.sha256, file.size_bytes)) is not None:
             return blob
         for model in self._catalog.models():
             for revision in self._catalog.revisions(model):
@@ -213,38 +214,6 @@ class Uploads:
         if source is None:
             raise ArtifactInvalid(f"{file.path}: its content is gone; plan the upload again.")
         return source
-
-    def _partial(self, sha256: str) -> Path:
-        return self._blobs / f".{sha256}.partial"
-
-    async def _take(self, manifest: Manifest, chunks: AsyncIterator[Chunk]) -> None:
-        """Writes the missing blobs, one after the other, in the order in which they come."""
-        await asyncio.to_thread(self._blobs.mkdir, parents=True, exist_ok=True)
-        waiting = {sha256 for sha256, _ in await asyncio.to_thread(lambda: list(self._missing(manifest)))}
-        sizes = {file.sha256: file.size_bytes for file in manifest.files}
-        held = await asyncio.to_thread(self._held_bytes)
-        if held + sum(sizes[sha256] for sha256 in waiting) > self._bytes_max:
-            raise QuotaExceeded("The controller keeps as many bytes as it may; delete a revision first.")
-        for sha256 in [sha256 for sha256 in waiting if not sizes[sha256]]:
-            # Nothing is sent of a file that is empty.
-            await _finish(await asyncio.to_thread(_Writer, self._blobs / sha256, 0), waiting)
-        writer: _Writer | None = None
-        try:
-            async for chunk in chunks:
-                if len(chunk.data) > CHUNK_BYTES_MAX:
-                    raise ArgumentInvalid(f"chunk.data: at most {CHUNK_BYTES_MAX} bytes.")
-                if writer is None or writer.sha256 != chunk.sha256:
-                    await _finish(writer, waiting)
-                    if chunk.sha256 not in waiting:
-                        raise ArgumentInvalid("chunk.sha256: no file of the manifest misses these bytes.")
-                    writer = await asyncio.to_thread(_Writer, self._blobs / chunk.sha256, sizes[chunk.sha256])
-                await asyncio.to_thread(writer.append, chunk)
-            await _finish(writer, waiting)
-        finally:
-            if writer is not None:
-                writer.close()
-        if waiting:
-            raise ArtifactInvalid(f"{len(waiting)} files are not whole yet; plan the upload again and go on.")
 
     def _compose(self, manifest: Manifest) -> Revision:
         """Makes the revision's directory, and gives it its name when everything in it was read."""
@@ -266,14 +235,21 @@ class Uploads:
                 json.dump(asdict(revision), stream)
                 stream.flush()
                 os.fsync(stream.fileno())
+            HfTokenizer.load(fresh)
             shutil.rmtree(final, ignore_errors=True)
             fresh.replace(final)
+            # What was answered for is there after the power fails.
+            with directory_descriptor(final.parent) as descriptor:
+                os.fsync(descriptor)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
         return revision
 
     def _read_all(self) -> Iterable[Revision]:
+        for left in self._revisions.glob("*/.*"):
+            # A crash left it on its way in or out.
+            shutil.rmtree(left, ignore_errors=True)
         for record in sorted(self._revisions.glob("*/*/manifest.json")):
             revision = _read(record)
             if revision is None:
@@ -281,72 +257,24 @@ class Uploads:
             else:
                 yield replace(revision, local_path=str(record.parent.resolve()))
 
-    def _collect(self, *, orphan_kept_s: float = ORPHAN_KEPT_S) -> None:
-        """Removes blobs that no revision names, once they are old; whole and partial ones."""
-        if self._lock.locked():
-            return
-        named = {
+    def _named(self) -> set[str]:
+        """The digests of everything that a registered revision has."""
+        return {
             file.sha256
             for model in self._catalog.models()
             for revision in self._catalog.revisions(model)
             for file in revision.manifest.files
         }
-        for blob in self._blobs.glob("*") if self._blobs.is_dir() else ():
-            if blob.name in named:
-                continue
-            kept_s = ORPHAN_KEPT_S if blob.name.startswith(".") else orphan_kept_s
-            with contextlib.suppress(OSError):
-                if blob.stat().st_mtime + kept_s <= self._clock.now():
-                    blob.unlink()
-
-    def _held_bytes(self) -> int:
-        return sum(blob.stat().st_size for blob in self._blobs.iterdir())
 
 
-class _Writer:
-    """One blob on its way."""
-
-    def __init__(self, path: Path, size_bytes: int) -> None:
-        self.sha256 = path.name
-        self._size_bytes = size_bytes
-        self._file = PartialFile(path, size_bytes, path.name)
-        self._at = self._file.open()
-
-    def append(self, chunk: Chunk) -> None:
-        if chunk.offset != self._at:
-            raise ArgumentInvalid(f"chunk.offset: {chunk.offset}; the controller has {self._at} bytes of it.")
-        try:
-            self._at = self._file.append(chunk.data)
-        except ArtifactInvalid:
-            self._file.discard()
-            raise
-
-    @property
-    def is_whole(self) -> bool:
-        return self._at == self._size_bytes
-
-    def finish(self) -> None:
-        try:
-            self._file.finish()
-        except ArtifactInvalid:
-            self._file.discard()
-            raise
-        finally:
-            self._file.close()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-async def _finish(writer: _Writer | None, waiting: set[str]) -> None:
-    """Gives a blob its name, where all of it has come; else what came is kept for the next attempt."""
-    if writer is None:
-        return
-    if not writer.is_whole:
-        writer.close()
-        return
-    await asyncio.to_thread(writer.finish)
-    waiting.discard(writer.sha256)
+async def _undisturbed(work: Coroutine[Any, Any, Revision]) -> Revision:
+    """Waits for `work` to its end, and is cancelled only then: a thread cannot be stopped."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 def _read(record: Path) -> Revision | None:
@@ -366,3 +294,5 @@ def _link(source: Path, target: Path) -> None:
     except OSError:
         # Another file system; the copy's digest is checked by whoever loads it.
         shutil.copyfile(source, target)
+        with target.open("rb") as copy:
+            os.fsync(copy.fileno())

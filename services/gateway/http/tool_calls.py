@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.common.conversation import Message
 from services.common.errors import ArgumentInvalid
 from services.common.strict_json import shown
-from services.gateway.core.params import FormatKind, Message, OutputFormat
+from services.gateway.core.params import FormatKind, OutputFormat
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 

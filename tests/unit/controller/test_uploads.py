@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
 
+from services.common import safetensors_files
 from services.common.errors import (
     ArgumentInvalid,
     ArtifactInvalid,
+    ClientStalled,
     InterlockError,
     QuotaExceeded,
     RevisionInUse,
     RevisionUnknown,
     UploadConflict,
 )
-from services.controller.adapters.uploads import CHUNK_BYTES_MAX, Chunk, Uploads
+from services.controller.adapters import blobs
+from services.controller.adapters.blobs import CHUNK_BYTES_MAX, Chunk
+from services.controller.adapters.uploads import Uploads
 from services.controller.core.catalog import Catalog, Manifest, ModelFile, Revision
 from tests.fakes.controller_ports import FakeClock
 
@@ -37,7 +47,8 @@ def weights(header: object = None, data: bytes = b"\0" * 8, length: int | None =
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-CONTENT = {"config.json": CONFIG, "tokenizer.json": b"{}", "model.safetensors": weights()}
+TOKENIZER = Tokenizer(models.BPE()).to_str().encode()
+CONTENT = {"config.json": CONFIG, "tokenizer.json": TOKENIZER, "model.safetensors": weights()}
 
 
 def manifest(content: dict[str, bytes], **fields: object) -> Manifest:
@@ -203,6 +214,8 @@ BAD_CONTENT: list[tuple[str, dict[str, bytes], str]] = [
         ),
         "model.safetensors",
     ),
+    ("a template that is no template", bad("chat_template.jinja", b"{% for %}"), "chat template"),
+    ("a tokenizer that is none", bad("tokenizer.json", b"{}"), "tokenizer.json"),
     ("an empty weight file", bad("model.safetensors", b""), "model.safetensors"),
     ("no weights", {name: CONTENT[name] for name in ("config.json", "tokenizer.json")}, "weights"),
     ("no tokenizer", {name: CONTENT[name] for name in ("config.json", "model.safetensors")}, "tokenizer"),
@@ -320,6 +333,104 @@ async def test_deleting_frees_what_nobody_names(place: Place) -> None:
         await place.uploads.delete("m", "v3")
     with pytest.raises(RevisionInUse):
         await place.uploads.delete("m", "v1")
+
+
+async def test_what_came_already_counts_once(tmp_path: Path) -> None:
+    """An upload that was cut goes on where there is room for it, but not for half of it once more."""
+    data = weights(data=b"\2" * 8)
+    content = {**CONTENT, "model.safetensors": data}
+    place = Place(tmp_path, bytes_max=sum(map(len, content.values())))
+    digest = hashlib.sha256(data).hexdigest()
+    with pytest.raises(ArtifactInvalid, match="not whole"):
+        await place.uploads.receive(manifest(content), sent([Chunk(digest, 0, data[:60])]))
+    await place.uploads.receive(manifest(content), sent([Chunk(digest, 60, data[60:])]))
+    other = {**CONTENT, "model.safetensors": weights(data=b"\3" * 8), "more.json": b"0" * len(TOKENIZER)}
+    with pytest.raises(QuotaExceeded):
+        await place.uploads.receive(manifest(other, revision="v3"), sent(()))
+
+
+async def test_deleting_leaves_what_another_upload_has_sent(place: Place) -> None:
+    """Its client was cut between two files, and comes back."""
+    data = {"model.safetensors": weights(data=b"\2" * 8), "more.json": b"[1]"}
+    sent_first, missing = (Chunk(hashlib.sha256(one).hexdigest(), 0, one) for one in data.values())
+    with pytest.raises(ArtifactInvalid, match="not whole"):
+        await place.uploads.receive(manifest({**CONTENT, **data}, revision="v3"), sent([sent_first]))
+    await place.uploads.receive(manifest(CONTENT), sent(chunks_of({"w": CONTENT["model.safetensors"]})))
+    place.clock.seconds += 1e9
+    await place.uploads.delete("m", "v2")
+    assert await place.uploads.plan(manifest({**CONTENT, **data}, revision="v3")) == ((missing.sha256, 0),)
+
+
+async def test_what_nobody_came_back_for_makes_room(place: Place) -> None:
+    """A day later it is gone when the next upload begins, whether it was whole or not."""
+    data = weights(data=b"\2" * 8)
+    digest = hashlib.sha256(data).hexdigest()
+    cut = manifest({**CONTENT, "model.safetensors": data}, revision="v3")
+    for chunk in (Chunk(digest, 0, data[:9]), Chunk(digest, 9, data[9:])):
+        with pytest.raises((ArtifactInvalid, ArgumentInvalid)):
+            await place.uploads.receive(cut, sent([chunk, Chunk("0" * 64, 0, b"x")]))
+        assert list((place.directory / "data" / "blobs").iterdir())
+    place.clock.seconds = time.time() + blobs.ORPHAN_KEPT_S + 1
+    with pytest.raises(ArtifactInvalid, match="not whole"):
+        await place.uploads.receive(manifest(CONTENT), sent(()))
+    assert list((place.directory / "data" / "blobs").iterdir()) == []
+
+
+async def test_a_client_that_falls_silent_makes_way(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told so, what it sent is kept, and another one can upload."""
+    monkeypatch.setattr(blobs, "CHUNK_WAIT_S", 0.05)
+    data = CONTENT["model.safetensors"]
+    digest = hashlib.sha256(data).hexdigest()
+
+    async def silent() -> AsyncIterator[Chunk]:
+        yield Chunk(digest, 0, data[:9])
+        await asyncio.Event().wait()
+
+    with pytest.raises(ClientStalled):
+        await place.uploads.receive(manifest(CONTENT), silent())
+    await place.uploads.receive(manifest(CONTENT, revision="v3"), sent([Chunk(digest, 9, data[9:])]))
+
+
+async def test_a_client_that_leaves_at_the_end_leaves_no_lock_and_no_half(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The revision is put together in a thread, which nothing stops: nobody else begins before it ends."""
+    begun = threading.Event()
+    check_files = safetensors_files.check_files
+
+    def slow(*args: Any) -> None:
+        begun.set()
+        time.sleep(0.2)
+        check_files(*args)
+
+    monkeypatch.setattr(safetensors_files, "check_files", slow)
+    wanted = manifest(CONTENT)
+    chunk = Chunk(hashlib.sha256(CONTENT["model.safetensors"]).hexdigest(), 0, CONTENT["model.safetensors"])
+    upload = asyncio.create_task(place.uploads.receive(wanted, sent([chunk])))
+    await asyncio.to_thread(begun.wait)
+    upload.cancel()
+    await asyncio.sleep(0)
+    with pytest.raises(UploadConflict):
+        await place.uploads.receive(wanted, sent(()))
+    with pytest.raises(asyncio.CancelledError):
+        await upload
+    assert place.left_behind == []
+    await place.uploads.receive(wanted, sent(()))
+    assert place.catalog.revision("m", "v2").manifest.files
+
+
+async def test_what_a_crash_left_on_its_way_is_no_revision(place: Place) -> None:
+    """A directory that had its manifest already, and one that was half removed."""
+    chunk = Chunk(hashlib.sha256(CONTENT["model.safetensors"]).hexdigest(), 0, CONTENT["model.safetensors"])
+    await place.uploads.receive(manifest(CONTENT), sent([chunk]))
+    directory = place.directory / "data" / "revisions" / "m"
+    for name in (".v8.new", ".v9.gone"):
+        shutil.copytree(directory / "v2", directory / name)
+    later = Place(place.directory)
+    await later.uploads.load()
+    assert sorted(revision.manifest.revision for revision in later.catalog.revisions("m")) == ["v1", "v2"]
+    assert later.catalog.revision("m", "v2").local_path == str(directory / "v2")
+    assert later.left_behind == []
 
 
 @pytest.mark.skipif(not __debug__, reason="this is the run without assertions")
