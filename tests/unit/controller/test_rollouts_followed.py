@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from services.common.errors import (
@@ -15,142 +13,11 @@ from services.common.errors import (
     RolloutUnknown,
     StoreUnavailable,
 )
-from services.controller.coordinator import TICK_S, Coordinator, MemberKey
-from services.controller.core.catalog import Catalog, Manifest, ModelFile, Revision
-from services.controller.core.commands import Command, SendAbort, SendActivate, SendPrepare, SendRetire
-from services.controller.core.member import (
-    Activated,
-    Device,
-    Failed,
-    Hello,
-    Kind,
-    Load,
-    LoadReport,
-    Ready,
-    Report,
-    Retired,
-)
+from services.controller.core.catalog import Manifest, Revision
+from services.controller.core.commands import SendAbort, SendActivate, SendRetire
 from services.controller.core.rollout_events import Cancelled, Promoted, TakenBack
-from services.controller.core.rollout_record import Rollout, Spec, State, Strategy
-from tests.fakes.controller_ports import FakeClock, FakeStream, MemoryRolloutRecords, MemoryRouteStore
-
-OLD, NEW = "none", "int8"
-
-
-class World:
-    """A coordinator with two revisions, and workers that do at once what they are told."""
-
-    def __init__(
-        self,
-        store: MemoryRouteStore | None = None,
-        records: MemoryRolloutRecords | None = None,
-        weights_bytes: int = 0,
-    ) -> None:
-        self.catalog = Catalog()
-        self.names: dict[str, str] = {}
-        files = (ModelFile("model.safetensors", weights_bytes, ""),)
-        for quantization in (OLD, NEW):
-            manifest = Manifest("m", "", files, quantization, "auto", 64, "t").named()
-            self.names[quantization] = manifest.revision
-            self.catalog.register(Revision(manifest, "", 0.0))
-        self.old, self.new = self.names[OLD], self.names[NEW]
-        self.store = store or MemoryRouteStore()
-        self.records = records or MemoryRolloutRecords()
-        self.clock = FakeClock()
-        self.coordinator = Coordinator(
-            self.catalog, self.store, self.records, self.clock, lease_ttl_s=1e6, prepare_timeout_s=600.0
-        )
-        self.workers: dict[str, FakeStream] = {}
-        self.held: dict[str, set[str]] = {}
-        self.heard: dict[str, int] = {}
-        self.gateways: set[str] = set()
-        self.told: list[tuple[str, Command]] = []
-        self.refuses: dict[str, str] = {}
-        self.lazy: set[str] = set()
-
-    def attach(self, worker_id: str, memory_bytes: int = 0) -> None:
-        """Attaches a worker; it is a new process."""
-        stream = FakeStream()
-        devices = (Device("cpu", "c", memory_bytes),) if memory_bytes else ()
-        self.workers[worker_id], self.held[worker_id], self.heard[worker_id] = stream, set(), 0
-        incarnation = f"i{len(self.told)}"
-        self.coordinator.attach(Hello(Kind.WORKER, worker_id, incarnation, "h:1", 8, devices), stream)
-        load = Load(slots=8, memory_bytes=memory_bytes // 2)
-        self.coordinator.hear(MemberKey(Kind.WORKER, worker_id), stream, LoadReport(load))
-
-    def attach_gateway(self, gateway_id: str, incarnation: str) -> None:
-        """Attaches a gateway, which does what it is told as workers do."""
-        stream = FakeStream()
-        self.gateways.add(gateway_id)
-        self.workers[gateway_id], self.held[gateway_id], self.heard[gateway_id] = stream, set(), 0
-        self.coordinator.attach(Hello(Kind.GATEWAY, gateway_id, incarnation), stream)
-
-    def key(self, member_id: str) -> MemberKey:
-        """How the coordinator knows a member."""
-        return MemberKey(Kind.GATEWAY if member_id in self.gateways else Kind.WORKER, member_id)
-
-    def kill(self, worker_id: str) -> None:
-        """Its stream ends with a goodbye, which counts as a loss at once."""
-        stream = self.workers.pop(worker_id)
-        self.coordinator.detach(self.key(worker_id), stream, farewell=True)
-
-    async def settle(self, seconds: float = 0.0) -> None:
-        """Lets everybody act until nothing more happens; then time passes, second by second."""
-        for passed in range(int(seconds) + 1):
-            if passed:
-                self.clock.seconds += TICK_S
-                self.coordinator.tick()
-            for _ in range(12):
-                await self.coordinator.keep_store()
-                self._act()
-
-    def _act(self) -> None:
-        for worker_id, stream in list(self.workers.items()):
-            while self.heard[worker_id] < len(stream.sent):
-                command = stream.sent[self.heard[worker_id]]
-                self.heard[worker_id] += 1
-                self.told.append((worker_id, command))
-                if (report := self._obey(worker_id, command)) is not None:
-                    self.coordinator.hear(self.key(worker_id), stream, report)
-
-    def _obey(self, worker_id: str, command: Command) -> Report | None:
-        held = self.held[worker_id]
-        match command:
-            case SendPrepare(_, revision, _) if revision in self.refuses:
-                return Failed(revision, "load", self.refuses[revision])
-            case SendPrepare(_, revision, _) if worker_id not in self.lazy:
-                held.add(revision)
-                return Ready(revision, 1)
-            case SendActivate(_, revision, epoch):
-                assert revision in held
-                return Activated(revision, epoch)
-            case SendRetire(revision):
-                held.discard(revision)
-                return Retired(revision)
-            case SendAbort(revision):
-                return Retired(revision)
-        return None
-
-    async def start(self, **fields: object) -> Rollout:
-        """Starts a rollout to the new revision."""
-        spec = replace(Spec(model="m", revision=self.new, bake_s=5.0), **fields)  # type: ignore[arg-type]
-        return await self.coordinator.start_rollout("r", spec)
-
-    @property
-    def rollout(self) -> Rollout:
-        """The rollout as it is."""
-        return self.coordinator.rollouts.find("r")
-
-    @property
-    def states(self) -> list[State]:
-        """Every state that it entered."""
-        return [entered.state for entered in self.rollout.history]
-
-    @property
-    def route(self) -> dict[str, int]:
-        """What gateways read."""
-        assert self.store.route is not None
-        return dict(self.store.route.weights)
+from services.controller.core.rollout_record import Spec, State, Strategy
+from tests.fixtures.rollout_world import World
 
 
 @pytest.fixture

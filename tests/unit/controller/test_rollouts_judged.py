@@ -9,7 +9,7 @@ from services.controller.core.judgement import Tally
 from services.controller.core.member import Load, LoadReport
 from services.controller.core.rollout_events import Promoted
 from services.controller.core.rollout_record import State, Strategy
-from tests.unit.controller.test_rollouts_followed import World
+from tests.fixtures.rollout_world import World
 
 BACK = [State.BAKING, State.ROLLING_BACK, State.ROLLED_BACK]
 
