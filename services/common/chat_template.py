@@ -12,10 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jinja2
+import markupsafe
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.ext import loopcontrols
@@ -52,6 +54,8 @@ _FILTERS_REFUSED = ("center", "format", "indent", "pprint", "urlize", "wordwrap"
 
 # What Jinja names the code of a template that comes from no file.
 _TEMPLATE_FILE = "<template>"
+# Where every loop of a template is: in itself, or in what Jinja does for it.
+_TEMPLATE_CODE = (_TEMPLATE_FILE, *(str(Path(str(one.__file__)).parent) for one in (jinja2, markupsafe)))
 
 Trace = Callable[[FrameType, str, Any], Any]
 
@@ -222,7 +226,9 @@ def _deadline(end_s: float) -> Trace:
     def trace(frame: FrameType, _event: str, _argument: Any) -> Trace | None:
         nonlocal is_over
         is_over = is_over or (next(lines) % LINES_PER_LOOK == 0 and time.thread_time() > end_s)
-        if is_over:
+        # Elsewhere it would be dropped, as nobody can be told of it: in a finalizer, or in a callback of the
+        # garbage collector, which runs whenever it likes.
+        if is_over and frame.f_code.co_filename.startswith(_TEMPLATE_CODE):
             raise _TooLong
         # Of what a template calls the calls are enough: one of them does no more than its argument has items.
         return trace if frame.f_code.co_filename == _TEMPLATE_FILE else None
@@ -233,9 +239,8 @@ def _deadline(end_s: float) -> Trace:
 def _kept_up(watch: Trace) -> Trace:
     """A profile function that sets the trace function `watch` again when it was lost.
 
-    The interpreter drops a trace function that raises, and drops the exception too where nothing can be told
-    of it: in a finalizer, or in a callback of the garbage collector, which runs whenever it likes. A template
-    would then go on, with nobody watching.
+    The interpreter drops a trace function that raises, and drops the exception too where nobody can be told
+    of it, as at the end of a generator that nobody reads any more. A template would then go on unwatched.
     """
 
     def profile(_frame: FrameType, _event: str, _argument: Any) -> None:

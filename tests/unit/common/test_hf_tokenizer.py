@@ -148,12 +148,16 @@ def test_a_stop_that_nobody_hears_is_said_again() -> None:
         for _ in range(200):
             user("hi")
 
-    source = "{{ ([range(99999)|list] * 30)|map('batch', 2)|map('list')|list|length }}"
     gc.callbacks.append(collected)
     try:
-        for _ in range(10):
-            with pytest.raises(ArgumentInvalid, match="took too long"):
-                ChatTemplate(source, {}, limit_s=0.02).render(user("hi"))
+        for source in (
+            "{{ ([range(99999)|list] * 30)|map('batch', 2)|map('list')|list|length }}",
+            # Generators that nobody reads to their end.
+            "{{ ([range(999)|list] * 9999)|map('batch', 2)|map('first')|list|length * 1 }}",
+        ):
+            for _ in range(10):
+                with pytest.raises(ArgumentInvalid, match="took too long"):
+                    ChatTemplate(source, {}, limit_s=0.02).render(user("hi"))
     finally:
         gc.callbacks.remove(collected)
 
