@@ -1,4 +1,7 @@
-"""Fixtures of the integration tests: a real Redis, and a queue in it. Libraries hold as little as in a worker."""
+"""Fixtures of the integration tests: a real Redis, and a queue in it.
+
+Libraries hold as little here as in a worker.
+"""
 
 from __future__ import annotations
 
