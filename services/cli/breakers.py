@@ -21,7 +21,7 @@ from services.cli.access import ANSWER_TIMEOUT_S, entrance, rows_of, running_mes
 from services.local.home import Home
 from services.local.state import MeshState
 
-_COLUMNS = {
+COLUMNS = {
     "gateway_id": "GATEWAY",
     "target": "TARGET",
     "state": "STATE",
@@ -78,4 +78,4 @@ async def _force(target: str, state: BreakerState.ValueType) -> list[dict[str, A
 
 
 def _show(rows: Sequence[dict[str, Any]], *, as_json: bool) -> None:
-    table.show(rows if as_json else [for_people(row) for row in rows], _COLUMNS, as_json=as_json)
+    table.show(rows if as_json else [for_people(row) for row in rows], COLUMNS, as_json=as_json)

@@ -19,7 +19,7 @@ from services.local.model_store import ModelStore, ModelUnavailable
 from services.local.process_toolbox import ProcessToolbox
 from services.local.session import ended_by_signals
 
-_COLUMNS = {
+COLUMNS = {
     "name": "NAME",
     "revision": "REVISION",
     "quantization": "QUANTIZATION",
@@ -32,8 +32,8 @@ def list_models(arguments: argparse.Namespace) -> int:
     """Prints the models of the mesh."""
     rows = asyncio.run(_models())
     if not arguments.json:
-        rows = [{**row, "quantization": _for_people(row["quantization"])} for row in rows]
-    table.show(rows, _COLUMNS, as_json=arguments.json)
+        rows = [for_people(row) for row in rows]
+    table.show(rows, COLUMNS, as_json=arguments.json)
     return 0
 
 
@@ -63,6 +63,7 @@ async def _models() -> list[dict[str, Any]]:
     return rows_of(reply.models)
 
 
-def _for_people(quantization: str) -> str:
-    """`QUANTIZATION_INT8` as it was asked for: `int8`; what the worker chose by itself is `auto`."""
-    return quantization.removeprefix("QUANTIZATION_").lower().replace("unspecified", "auto")
+def for_people(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with `QUANTIZATION_INT8` as it was asked for: `int8`; what the worker chose itself is `auto`."""
+    quantization = str(row["quantization"]).removeprefix("QUANTIZATION_").lower()
+    return {**row, "quantization": quantization.replace("unspecified", "auto")}

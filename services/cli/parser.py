@@ -108,7 +108,18 @@ def _down(commands: _Commands) -> None:
 
 
 def _status(commands: _Commands) -> None:
-    parser = _command(commands, "status", "Show what runs, and where.", run="status")
+    parser = _command(
+        commands,
+        "status",
+        "Show what runs, and where.",
+        run="status",
+        examples="""\
+  interlock status                   processes and breakers, once; 1 when one of them is not well
+  interlock status --watch           queue, routes and workers too, anew each second until Ctrl-C
+  interlock status --watch --json    the same, one JSON object a line
+""",
+    )
+    parser.add_argument("--watch", action="store_true", help="show it anew each second, until Ctrl-C")
     _add_json(parser)
 
 

@@ -26,17 +26,37 @@ _COLUMNS = {"kind": "KIND", "id": "ID", "state": "STATE", "address": "ADDRESS", 
 def run(arguments: argparse.Namespace) -> int:
     """Prints one line a process. Returns 1 when one of them does not run. Breakers follow."""
     home = Home.of_environment(os.environ)
-    holder = home.holder()
-    mesh = state.read(home.state_file) if holder is not None else None
-    if mesh is None:
-        starting = "" if holder is None else f" (process {holder} is starting or stopping one)"
-        raise CommandFailed(f"no mesh runs in {home.path}{starting}. Start one with `interlock up`.")
-    rows = [_row(kind, part) for kind, part in mesh.parts()]
+    if arguments.watch:
+        # Without a mesh the command answers before gRPC would be there.
+        _running(home)
+        watch = importlib.import_module("services.cli.status_watch")
+        code: int = watch.run(home, lambda: _running(home), _rows, as_json=arguments.json)
+        return code
+    mesh = _running(home)
+    rows = _rows(mesh)
     shown = _breakers(home, mesh)
     if not arguments.json:
         _headline(home, mesh)
     table.show([*rows, *shown], _COLUMNS, as_json=arguments.json)
     return 0 if all(row["state"] == "running" for row in rows) else 1
+
+
+def _running(home: Home) -> MeshState:
+    """What runs in the home.
+
+    Raises:
+        CommandFailed: Nothing does.
+    """
+    holder = home.holder()
+    mesh = state.read(home.state_file) if holder is not None else None
+    if mesh is None:
+        starting = "" if holder is None else f" (process {holder} is starting or stopping one)"
+        raise CommandFailed(f"no mesh runs in {home.path}{starting}. Start one with `interlock up`.")
+    return mesh
+
+
+def _rows(mesh: MeshState) -> list[dict[str, str | int]]:
+    return [_row(kind, part) for kind, part in mesh.parts()]
 
 
 def _headline(home: Home, mesh: MeshState) -> None:

@@ -12,7 +12,7 @@ from interlock.v1.controller_service_pb2_grpc import ControllerServiceStub
 from services.cli import table
 from services.cli.access import ANSWER_TIMEOUT_S, entrance, rows_of, running_mesh
 
-_COLUMNS = {
+COLUMNS = {
     "id": "ID",
     "state": "STATE",
     "address": "ADDRESS",
@@ -26,8 +26,8 @@ def list_workers(arguments: argparse.Namespace) -> int:
     """Prints the workers of the mesh."""
     rows = asyncio.run(_workers())
     if not arguments.json:
-        rows = [_for_people(row) for row in rows]
-    table.show(rows, _COLUMNS, as_json=arguments.json)
+        rows = [for_people(row) for row in rows]
+    table.show(rows, COLUMNS, as_json=arguments.json)
     return 0
 
 
@@ -40,7 +40,8 @@ async def _workers() -> list[dict[str, Any]]:
     return rows_of(reply.workers)
 
 
-def _for_people(row: dict[str, Any]) -> dict[str, Any]:
+def for_people(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with states and revisions as people say them."""
     load = row.get("load", {})
     revisions = (
         f"{found['model']}@{found['revision']} {found['phase'].removeprefix('REVISION_PHASE_').lower()}"

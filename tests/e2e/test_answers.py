@@ -6,6 +6,7 @@ import http.client
 import itertools
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import pytest
 from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import gateway_service_pb2_grpc, generation_pb2
 
-from tests.fixtures.mesh import MODEL, Mesh
+from tests.fixtures.mesh import MODEL, ROOT, Mesh
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -165,6 +166,21 @@ def test_the_commands_describe_the_mesh(mesh: Mesh) -> None:
     assert [worker["id"] for worker in workers] == [part["id"] for part in mesh.refresh()["workers"]]
     models = json.loads(mesh.run("models", "list", "--json").stdout)
     assert MODEL in [model["name"] for model in models]
+
+
+def test_the_mesh_can_be_watched(mesh: Mesh) -> None:
+    """Line after line while it serves, with what gateways and workers carry; Ctrl-C ends it well."""
+    command = [sys.executable, "-m", "services.cli", "status", "--watch", "--json"]
+    with subprocess.Popen(
+        command, env=mesh.environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as watching:
+        assert watching.stdout is not None
+        seen = [json.loads(watching.stdout.readline()) for _ in range(2)][-1]
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(10) == 0
+    assert seen["queue"] == {"requests": 0, "waiting": 0}
+    assert [worker["id"] for worker in seen["workers"]] == [part["id"] for part in mesh.refresh()["workers"]]
+    assert {row["state"] for row in seen["processes"]} == {"running"}
 
 
 def test_a_client_with_grpcio_and_protobuf_alone_generates(mesh: Mesh, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -169,6 +170,32 @@ def test_status_shows_every_process(mesh: FakeMesh, capsys: Capture) -> None:
     assert [row["state"] for row in rows] == ["running", "running", "running", "open"]
     assert rows[-1]["id"] == "gateway-1/worker-1"
     assert mesh.requests == []
+
+
+def watched(*, as_json: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`status --watch`, ended by Ctrl-C at its second look."""
+
+    async def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(asyncio, "sleep", interrupted)
+    assert main(["status", "--watch", *(["--json"] if as_json else [])]) == 0
+
+
+def test_status_can_be_watched(mesh: FakeMesh, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes, the queue, routes, workers and breakers; what cannot be asked is told as not known."""
+    assert mesh.requests == []
+    watched(as_json=False, monkeypatch=monkeypatch)
+    shown = capsys.readouterr().out
+    for words in ("gateway-1", "tiny@r1 active", "int8", "open", "? requests"):
+        assert words in shown, shown
+    watched(as_json=True, monkeypatch=monkeypatch)
+    (line,) = capsys.readouterr().out.splitlines()
+    seen = json.loads(line)
+    assert set(seen) == {"processes", "queue", "models", "workers", "breakers"}
+    # This mesh's gateway has no numbers to ask for.
+    assert seen["queue"] == {"requests": None, "waiting": None}
+    assert [worker["id"] for worker in seen["workers"]] == ["worker-1"]
 
 
 def test_status_fails_when_a_process_is_gone(mesh: FakeMesh, capsys: Capture) -> None:
