@@ -149,6 +149,21 @@ def test_internal_headers_of_a_client_change_nothing(mesh: Mesh) -> None:
     assert mesh.post("/v1/generate", {"text": "Hi", "max_tokens": 1}, headers=forged).status == 200
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("grpc-timeout", "soon"),
+        ("grpc-timeout", "1n"),
+        ("grpc-encoding", "none"),
+        ("x-mine-bin", "%"),
+        ("x-city", "Z\u00fc"),
+    ],
+)
+def test_a_header_that_grpc_cannot_carry_ends_no_request(mesh: Mesh, name: str, value: str) -> None:
+    """What comes by HTTP is answered by its body, whatever such a header would mean to gRPC."""
+    assert mesh.post("/v1/generate", {"text": "Hi", "max_tokens": 1}, headers={name: value}).status == 200
+
+
 def test_internal_metadata_over_grpc_changes_nothing(mesh: Mesh, stub: Any) -> None:
     """The same by gRPC: a forged credential lets nobody in, and a forged status reaches no answer."""
     forged = (("x-interlock-mesh-token", "m" * 32), ("x-interlock-status", "204"))
