@@ -49,6 +49,11 @@ class DirectStream:
         """See `AnswerStream.allowance`."""
         return self._generation.allowance
 
+    @property
+    def prompt_tokens(self) -> int | None:
+        """See `AnswerStream.prompt_tokens`."""
+        return len(self._generation.job.prompt_ids)
+
     async def first_grant(self, timeout_s: float) -> Started | None:
         """See `AnswerStream.first_grant`."""
         try:

@@ -112,6 +112,11 @@ class Follower:
             self._fail(error)
         self._noticed.set()
 
+    @property
+    def prompt_tokens(self) -> int | None:
+        """See `AnswerStream.prompt_tokens`; a log does not hold the prompt."""
+        return None
+
     async def first_grant(self, timeout_s: float) -> Started | None:
         """See `AnswerStream.first_grant`."""
         try:

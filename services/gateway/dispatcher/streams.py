@@ -36,6 +36,11 @@ class AnswerStream(Protocol):
         """What was left to the tenant when the request was admitted here; None: elsewhere, or no limit."""
         ...
 
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Tokens of the prompt; None: the request runs elsewhere, and only its end tells."""
+        ...
+
     async def first_grant(self, timeout_s: float) -> Started | None:
         """Returns what is known of the worker once one is granted; None when that takes longer."""
         ...

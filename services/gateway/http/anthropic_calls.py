@@ -31,11 +31,6 @@ async def create_message(reception: Reception, request: HttpBody, context: Conte
         asked = anthropic_fields.read_messages(request.data, request.content_type)
         logs.annotate(request_id=reply.request_id, subject=principal.subject)
         timeout_s = reception.timeout_s(metadata, context.time_remaining())
-        prompt_tokens = 0
-        if asked.stream:
-            # The first event names them; for the others they come with the end.
-            count = await reception.count(asked.generation.model, asked.generation.prompt)
-            prompt_tokens = count.prompt_tokens
         generation = await reception.generate(principal, reply.request_id, asked.generation, timeout_s)
         async with aclosing(generation):
             if not asked.stream:
@@ -48,7 +43,7 @@ async def create_message(reception: Reception, request: HttpBody, context: Conte
                 yield HttpBody(content_type=JSON_TYPE, data=data)
                 return
             async with aclosing(timely_events(generation, reply)) as events:
-                async for body in _stream(events, asked, reply, prompt_tokens):
+                async for body in _stream(events, asked, reply, generation.prompt_tokens or 0):
                     yield body
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
         yield await reply.failed(error)
