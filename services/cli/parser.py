@@ -290,6 +290,8 @@ def _rollouts(commands: _Commands) -> None:
         ("promote", "End the judging: the new revision stays."),
         ("rollback", "Give everything back to the old revision."),
         ("cancel", "End a rollout, wherever it is."),
+        ("pause", "Hold a rollout: it does not switch, and its judging does not end."),
+        ("resume", "Let a rollout that was held go on."),
     ):
         parser = _command(inner, name, text, run=f"rollouts:{name}")
         parser.add_argument("id", nargs="?", metavar="ID", help="(the newest)")

@@ -85,6 +85,16 @@ def cancel(arguments: argparse.Namespace) -> int:
     return _tell("CancelRollout", pb.CancelRolloutRequest(rollout_id=_chosen(arguments.id)), arguments)
 
 
+def pause(arguments: argparse.Namespace) -> int:
+    """Holds a rollout where it is."""
+    return _tell("PauseRollout", pb.PauseRolloutRequest(rollout_id=_chosen(arguments.id)), arguments)
+
+
+def resume(arguments: argparse.Namespace) -> int:
+    """Lets a rollout that was held go on."""
+    return _tell("ResumeRollout", pb.ResumeRolloutRequest(rollout_id=_chosen(arguments.id)), arguments)
+
+
 def _tell(method: str, request: Any, arguments: argparse.Namespace) -> int:
     async def call() -> rollout_pb2.Rollout:
         async with entrance(*running_mesh()) as (channel, metadata):

@@ -129,6 +129,16 @@ class AdminHttpServicer(http_service_pb2_grpc.AdminHttpServiceServicer):
         wanted = pb.CancelRolloutRequest(rollout_id=request.rollout_id)
         yield await self._answer(context, self._controller.CancelRollout, wanted)
 
+    async def PauseRollout(self, request: http_pb.OneRollout, context: Context) -> Bodies:
+        """`POST /v1/admin/rollouts/{rollout_id}/pause`."""
+        wanted = pb.PauseRolloutRequest(rollout_id=request.rollout_id)
+        yield await self._answer(context, self._controller.PauseRollout, wanted)
+
+    async def ResumeRollout(self, request: http_pb.OneRollout, context: Context) -> Bodies:
+        """`POST /v1/admin/rollouts/{rollout_id}/resume`."""
+        wanted = pb.ResumeRolloutRequest(rollout_id=request.rollout_id)
+        yield await self._answer(context, self._controller.ResumeRollout, wanted)
+
     async def ListWorkers(self, request: HttpBody, context: Context) -> Bodies:
         """`GET /v1/admin/workers`."""
         del request

@@ -33,7 +33,7 @@ from services.controller.core.member import Kind
 from services.controller.core.ports import BreakerFleet, RevisionFiles
 from services.controller.core.records import BreakerRecord
 from services.controller.core.residency import EventIllegal
-from services.controller.core.rollout_events import Cancelled, Event, Promoted, TakenBack
+from services.controller.core.rollout_events import Cancelled, Event, Paused, Promoted, Resumed, TakenBack
 from services.controller.core.rollout_record import Rollout
 
 SERVICE = "interlock.v1.ControllerService"
@@ -278,6 +278,18 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         """Ends a rollout, wherever it is; the old revision serves."""
         after = await self._tell(request.rollout_id, Cancelled(), context)
         return pb.CancelRolloutResponse(rollout=after)
+
+    async def PauseRollout(
+        self, request: pb.PauseRolloutRequest, context: Context
+    ) -> pb.PauseRolloutResponse:
+        """Holds a rollout where it is."""
+        return pb.PauseRolloutResponse(rollout=await self._tell(request.rollout_id, Paused(), context))
+
+    async def ResumeRollout(
+        self, request: pb.ResumeRolloutRequest, context: Context
+    ) -> pb.ResumeRolloutResponse:
+        """Lets a rollout that was held go on."""
+        return pb.ResumeRolloutResponse(rollout=await self._tell(request.rollout_id, Resumed(), context))
 
     async def ListBreakers(
         self, request: pb.ListBreakersRequest, context: Context

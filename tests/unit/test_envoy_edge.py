@@ -74,7 +74,7 @@ def test_names_in_a_path_and_a_query_become_fields(edge: Edge) -> None:
     http = "/interlock.http.v1"
     assert edge.gateway.requests[f"{http}.GatewayHttpService/Resume"] == b"\x0a\x07some-id"
     assert edge.controller.requests[f"{http}.AdminHttpService/GetRevision"] == b"\x0a\x01m\x12\x03r@1"
-    for path, method in (("cancel", "CancelRollout"), ("events", "WatchRollout")):
+    for path, method in (("cancel", "CancelRollout"), ("pause", "PauseRollout"), ("events", "WatchRollout")):
         edge.ask("GET" if path == "events" else "POST", f"/v1/admin/rollouts/r1/{path}")
         request = edge.controller.requests[f"{http}.AdminHttpService/{method}"]
         assert http_service_pb2.OneRollout.FromString(request).rollout_id == "r1"

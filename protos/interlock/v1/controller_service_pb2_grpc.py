@@ -111,6 +111,16 @@ class ControllerServiceStub(object):
                 request_serializer=interlock_dot_v1_dot_controller__service__pb2.CancelRolloutRequest.SerializeToString,
                 response_deserializer=interlock_dot_v1_dot_controller__service__pb2.CancelRolloutResponse.FromString,
                 _registered_method=True)
+        self.PauseRollout = channel.unary_unary(
+                '/interlock.v1.ControllerService/PauseRollout',
+                request_serializer=interlock_dot_v1_dot_controller__service__pb2.PauseRolloutRequest.SerializeToString,
+                response_deserializer=interlock_dot_v1_dot_controller__service__pb2.PauseRolloutResponse.FromString,
+                _registered_method=True)
+        self.ResumeRollout = channel.unary_unary(
+                '/interlock.v1.ControllerService/ResumeRollout',
+                request_serializer=interlock_dot_v1_dot_controller__service__pb2.ResumeRolloutRequest.SerializeToString,
+                response_deserializer=interlock_dot_v1_dot_controller__service__pb2.ResumeRolloutResponse.FromString,
+                _registered_method=True)
         self.ListWorkers = channel.unary_unary(
                 '/interlock.v1.ControllerService/ListWorkers',
                 request_serializer=interlock_dot_v1_dot_controller__service__pb2.ListWorkersRequest.SerializeToString,
@@ -249,6 +259,21 @@ class ControllerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseRollout(self, request, context):
+        """Holds a rollout where it is: it does not switch, and its judging does not end. One that falls short still goes
+        back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeRollout(self, request, context):
+        """Lets a rollout that was held go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListWorkers(self, request, context):
         """The workers of the mesh.
         """
@@ -361,6 +386,16 @@ def add_ControllerServiceServicer_to_server(servicer, server):
                     servicer.CancelRollout,
                     request_deserializer=interlock_dot_v1_dot_controller__service__pb2.CancelRolloutRequest.FromString,
                     response_serializer=interlock_dot_v1_dot_controller__service__pb2.CancelRolloutResponse.SerializeToString,
+            ),
+            'PauseRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseRollout,
+                    request_deserializer=interlock_dot_v1_dot_controller__service__pb2.PauseRolloutRequest.FromString,
+                    response_serializer=interlock_dot_v1_dot_controller__service__pb2.PauseRolloutResponse.SerializeToString,
+            ),
+            'ResumeRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeRollout,
+                    request_deserializer=interlock_dot_v1_dot_controller__service__pb2.ResumeRolloutRequest.FromString,
+                    response_serializer=interlock_dot_v1_dot_controller__service__pb2.ResumeRolloutResponse.SerializeToString,
             ),
             'ListWorkers': grpc.unary_unary_rpc_method_handler(
                     servicer.ListWorkers,
@@ -795,6 +830,60 @@ class ControllerService(object):
             '/interlock.v1.ControllerService/CancelRollout',
             interlock_dot_v1_dot_controller__service__pb2.CancelRolloutRequest.SerializeToString,
             interlock_dot_v1_dot_controller__service__pb2.CancelRolloutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/interlock.v1.ControllerService/PauseRollout',
+            interlock_dot_v1_dot_controller__service__pb2.PauseRolloutRequest.SerializeToString,
+            interlock_dot_v1_dot_controller__service__pb2.PauseRolloutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/interlock.v1.ControllerService/ResumeRollout',
+            interlock_dot_v1_dot_controller__service__pb2.ResumeRolloutRequest.SerializeToString,
+            interlock_dot_v1_dot_controller__service__pb2.ResumeRolloutResponse.FromString,
             options,
             channel_credentials,
             insecure,

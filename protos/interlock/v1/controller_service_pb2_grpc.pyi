@@ -50,6 +50,12 @@ class ControllerServiceStub:
     """Gives the route back to the old revision."""
     CancelRollout: _aio.UnaryUnaryMultiCallable[_controller_service_pb2.CancelRolloutRequest, _controller_service_pb2.CancelRolloutResponse]
     """Ends a rollout before its switch."""
+    PauseRollout: _aio.UnaryUnaryMultiCallable[_controller_service_pb2.PauseRolloutRequest, _controller_service_pb2.PauseRolloutResponse]
+    """Holds a rollout where it is: it does not switch, and its judging does not end. One that falls short still goes
+    back.
+    """
+    ResumeRollout: _aio.UnaryUnaryMultiCallable[_controller_service_pb2.ResumeRolloutRequest, _controller_service_pb2.ResumeRolloutResponse]
+    """Lets a rollout that was held go on."""
     ListWorkers: _aio.UnaryUnaryMultiCallable[_controller_service_pb2.ListWorkersRequest, _controller_service_pb2.ListWorkersResponse]
     """The workers of the mesh."""
     DrainWorker: _aio.UnaryUnaryMultiCallable[_controller_service_pb2.DrainWorkerRequest, _controller_service_pb2.DrainWorkerResponse]
@@ -187,6 +193,24 @@ class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_controller_service_pb2.CancelRolloutRequest, _abc.Awaitable[_controller_service_pb2.CancelRolloutResponse]],
     ) -> _abc.Awaitable[_controller_service_pb2.CancelRolloutResponse]:
         """Ends a rollout before its switch."""
+
+    @_abc_1.abstractmethod
+    def PauseRollout(
+        self,
+        request: _controller_service_pb2.PauseRolloutRequest,
+        context: _aio.ServicerContext[_controller_service_pb2.PauseRolloutRequest, _abc.Awaitable[_controller_service_pb2.PauseRolloutResponse]],
+    ) -> _abc.Awaitable[_controller_service_pb2.PauseRolloutResponse]:
+        """Holds a rollout where it is: it does not switch, and its judging does not end. One that falls short still goes
+        back.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeRollout(
+        self,
+        request: _controller_service_pb2.ResumeRolloutRequest,
+        context: _aio.ServicerContext[_controller_service_pb2.ResumeRolloutRequest, _abc.Awaitable[_controller_service_pb2.ResumeRolloutResponse]],
+    ) -> _abc.Awaitable[_controller_service_pb2.ResumeRolloutResponse]:
+        """Lets a rollout that was held go on."""
 
     @_abc_1.abstractmethod
     def ListWorkers(

@@ -15,7 +15,7 @@ from services.common.errors import (
 )
 from services.controller.core.catalog import Manifest, Revision
 from services.controller.core.commands import SendAbort, SendActivate, SendRetire
-from services.controller.core.rollout_events import Cancelled, Promoted, TakenBack
+from services.controller.core.rollout_events import Cancelled, Paused, Promoted, Resumed, TakenBack
 from services.controller.core.rollout_record import Spec, State, Strategy
 from tests.fixtures.rollout_world import World
 
@@ -89,6 +89,32 @@ async def test_a_canary_gets_its_share_until_it_is_promoted(world: World) -> Non
     await world.settle()
     assert world.route == {world.new: 100}
     assert world.rollout.state is State.COMPLETED
+
+
+async def test_what_is_held_waits_for_its_operator(world: World) -> None:
+    """Its judging does not end meanwhile; once it goes on it ends, and takes no such word any more."""
+    await world.start(canary_percent=10, bake_s=5.0)
+    await world.settle()
+    await world.coordinator.tell_rollout("r", Paused())
+    await world.settle(60)
+    assert (world.states[-1], world.rollout.paused) == (State.BAKING, True)
+    assert world.route == {world.new: 10, world.old: 90}
+    await world.coordinator.tell_rollout("r", Resumed())
+    await world.settle()
+    assert (world.rollout.state, world.rollout.paused) == (State.COMPLETED, False)
+    assert world.route == {world.new: 100}
+    with pytest.raises(RolloutRefused):
+        await world.coordinator.tell_rollout("r", Paused())
+
+
+async def test_what_is_held_goes_back_when_told(world: World) -> None:
+    """The word that it goes back does not wait for another one."""
+    await world.start(bake_s=600.0)
+    await world.settle()
+    await world.coordinator.tell_rollout("r", Paused())
+    await world.coordinator.tell_rollout("r", TakenBack())
+    await world.settle(1)
+    assert world.states[-2:] == [State.ROLLING_BACK, State.ROLLED_BACK]
 
 
 async def test_an_operator_takes_it_back(world: World) -> None:

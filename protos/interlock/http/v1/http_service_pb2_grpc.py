@@ -748,6 +748,16 @@ class AdminHttpServiceStub(object):
                 request_serializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.SerializeToString,
                 response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
+        self.PauseRollout = channel.unary_stream(
+                '/interlock.http.v1.AdminHttpService/PauseRollout',
+                request_serializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.SerializeToString,
+                response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+                _registered_method=True)
+        self.ResumeRollout = channel.unary_stream(
+                '/interlock.http.v1.AdminHttpService/ResumeRollout',
+                request_serializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.SerializeToString,
+                response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+                _registered_method=True)
         self.ListWorkers = channel.unary_stream(
                 '/interlock.http.v1.AdminHttpService/ListWorkers',
                 request_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
@@ -856,6 +866,20 @@ class AdminHttpServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseRollout(self, request, context):
+        """Holds a rollout where it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeRollout(self, request, context):
+        """Lets a rollout that was held go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListWorkers(self, request, context):
         """The workers of the mesh.
         """
@@ -946,6 +970,16 @@ def add_AdminHttpServiceServicer_to_server(servicer, server):
             ),
             'CancelRollout': grpc.unary_stream_rpc_method_handler(
                     servicer.CancelRollout,
+                    request_deserializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.FromString,
+                    response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
+            ),
+            'PauseRollout': grpc.unary_stream_rpc_method_handler(
+                    servicer.PauseRollout,
+                    request_deserializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.FromString,
+                    response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
+            ),
+            'ResumeRollout': grpc.unary_stream_rpc_method_handler(
+                    servicer.ResumeRollout,
                     request_deserializer=interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.FromString,
                     response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
@@ -1271,6 +1305,60 @@ class AdminHttpService(object):
             request,
             target,
             '/interlock.http.v1.AdminHttpService/CancelRollout',
+            interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.SerializeToString,
+            google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/interlock.http.v1.AdminHttpService/PauseRollout',
+            interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.SerializeToString,
+            google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/interlock.http.v1.AdminHttpService/ResumeRollout',
             interlock_dot_http_dot_v1_dot_http__service__pb2.OneRollout.SerializeToString,
             google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,

@@ -197,6 +197,10 @@ class AdminHttpServiceStub:
     """Gives the route back to the old revision."""
     CancelRollout: _aio.UnaryStreamMultiCallable[_http_service_pb2.OneRollout, _httpbody_pb2.HttpBody]
     """Ends a rollout before its switch."""
+    PauseRollout: _aio.UnaryStreamMultiCallable[_http_service_pb2.OneRollout, _httpbody_pb2.HttpBody]
+    """Holds a rollout where it is."""
+    ResumeRollout: _aio.UnaryStreamMultiCallable[_http_service_pb2.OneRollout, _httpbody_pb2.HttpBody]
+    """Lets a rollout that was held go on."""
     ListWorkers: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """The workers of the mesh."""
     DrainWorker: _aio.UnaryStreamMultiCallable[_http_service_pb2.OneWorker, _httpbody_pb2.HttpBody]
@@ -298,6 +302,22 @@ class AdminHttpServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_http_service_pb2.OneRollout, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
         """Ends a rollout before its switch."""
+
+    @_abc_1.abstractmethod
+    def PauseRollout(
+        self,
+        request: _http_service_pb2.OneRollout,
+        context: _aio.ServicerContext[_http_service_pb2.OneRollout, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """Holds a rollout where it is."""
+
+    @_abc_1.abstractmethod
+    def ResumeRollout(
+        self,
+        request: _http_service_pb2.OneRollout,
+        context: _aio.ServicerContext[_http_service_pb2.OneRollout, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
+    ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
+        """Lets a rollout that was held go on."""
 
     @_abc_1.abstractmethod
     def ListWorkers(
