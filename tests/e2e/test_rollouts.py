@@ -6,9 +6,12 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +116,64 @@ def test_one_worker_with_memory_for_one_copy_swaps(model_path: Path) -> None:
         assert serving(mesh) == OTHER
         listed = json.loads(mesh.run("rollouts", "list", "--json").stdout)
         assert listed[0]["spec"]["strategy"] == "ROLLOUT_STRATEGY_SWAP"
+
+
+@pytest.mark.parametrize(
+    ("how", "strategy", "named"),
+    [
+        ("nan", "side-by-side", "not finite"),
+        ("nan", "swap", "not finite"),
+        ("shape", "side-by-side", "not make the model that config.json describes"),
+        ("shape", "swap", "not make the model that config.json describes"),
+    ],
+)
+def test_a_revision_that_is_no_good_is_aborted_with_its_cause(
+    pair: Mesh, model_path: Path, tmp_path: Path, how: str, strategy: str, named: str
+) -> None:
+    """Weights that are not finite, or not of the shape that the configuration says: no request fails."""
+    before = serving(pair)
+    bad = spoiled(model_path, tmp_path / how, how)
+    revision = f"bad-{how}-{strategy}"
+    pushed = pair.run("models", "push", str(bad), "--revision", revision)
+    assert pushed.returncode == 0, pushed.stderr
+    done = threading.Event()
+
+    def ask() -> list[str]:
+        answers = []
+        while not done.is_set():
+            answers.append(pair.ask("What is the capital of France?", max_tokens=8))
+        return answers
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask) for _ in range(4)]
+        try:
+            start = ("rollouts", "start", MODEL, revision, "--strategy", strategy, "--watch")
+            watched = pair.run(*start)
+        finally:
+            done.set()
+        answers = {answer for one in asking for answer in one.result(120)}
+    assert watched.returncode == 1
+    assert "ABORTED" in watched.stderr
+    assert named in " ".join(watched.stderr.split())
+    assert len(answers) == 1
+    assert serving(pair) == before
+    assert pair.run("models", "rm", f"{MODEL}@{revision}").returncode == 0
+
+
+def spoiled(model: Path, directory: Path, how: str) -> Path:
+    """A copy of a model that no worker can serve."""
+    shutil.copytree(model, directory)
+    if how == "shape":
+        config = directory / "config.json"
+        fields = json.loads(config.read_text())
+        config.write_text(json.dumps({**fields, "intermediate_size": fields["intermediate_size"] // 2}))
+        return directory
+    for path in directory.glob("*.safetensors"):
+        with path.open("r+b") as file:
+            size = int.from_bytes(file.read(8), "little")
+            found = json.loads(file.read(size)).get("model.norm.weight")
+            if found is not None:
+                begin, end = found["data_offsets"]
+                file.seek(8 + size + begin)
+                file.write(b"\xff" * (end - begin))
+    return directory
