@@ -26,13 +26,12 @@ _COLUMNS = {"kind": "KIND", "id": "ID", "state": "STATE", "address": "ADDRESS", 
 def run(arguments: argparse.Namespace) -> int:
     """Prints one line a process. Returns 1 when one of them does not run. Breakers follow."""
     home = Home.of_environment(os.environ)
+    mesh = _running(home)
     if arguments.watch:
-        # Without a mesh the command answers before gRPC would be there.
-        _running(home)
+        # Loaded late, as below.
         watch = importlib.import_module("services.cli.status_watch")
         code: int = watch.run(home, lambda: _running(home), _rows, as_json=arguments.json)
         return code
-    mesh = _running(home)
     rows = _rows(mesh)
     shown = _breakers(home, mesh)
     if not arguments.json:

@@ -107,15 +107,11 @@ async def _stream(
 
 
 class _MessageStream:
-    """The blocks of one message.
-
-    What may be a call is told at the end, whole: a part of one is of no use to anybody.
-    """
+    """The blocks of one message."""
 
     def __init__(self, asked: MessagesRequest, reply: Reply) -> None:
         self._asked = asked
-        self._reply = reply
-        self._held = ""
+        self._held = tool_calls.HeldText(asked.tools, _call_ids(reply), forced=asked.forced)
         self._opened = False
 
     def said(self, happened: Chunk | Finished) -> Iterator[bytes]:
@@ -123,15 +119,12 @@ class _MessageStream:
         if isinstance(happened, Finished):
             yield from self._end(happened)
             return
-        self._held += happened.text
-        if self._asked.forced or (self._asked.tools and tool_calls.may_begin_call(self._held)):
-            return
-        if self._held:
-            yield from self._text(self._held)
-        self._held = ""
+        if text := self._held.add(happened.text):
+            yield from self._text(text)
 
     def _end(self, finished: Finished) -> Iterator[bytes]:
-        text, calls = _read(self._asked, self._reply, self._held)
+        text, calls = self._held.end()
+        calls = _wanted(self._asked, calls)
         if text or not (calls or self._opened):
             yield from self._text(text)
         if self._opened:
@@ -149,12 +142,19 @@ class _MessageStream:
 
 
 def _read(asked: MessagesRequest, reply: Reply, text: str) -> tuple[str, list[ToolCall]]:
-    """Text and calls of what the model said."""
+    """Text and calls of a whole answer."""
     if not asked.tools:
         return text, []
-    ids = f"toolu_{reply.request_id}_"
-    before, calls = tool_calls.read_calls(text, asked.tools, ids, forced=asked.forced)
-    return before, calls[:1] if asked.single else calls
+    before, calls = tool_calls.read_calls(text, asked.tools, _call_ids(reply), forced=asked.forced)
+    return before, _wanted(asked, calls)
+
+
+def _wanted(asked: MessagesRequest, calls: list[ToolCall]) -> list[ToolCall]:
+    return calls[:1] if asked.single else calls
+
+
+def _call_ids(reply: Reply) -> str:
+    return f"toolu_{reply.request_id}_"
 
 
 def _message_id(reply: Reply) -> str:

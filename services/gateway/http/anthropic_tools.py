@@ -14,7 +14,7 @@ from typing import Any
 from services.common.errors import ArgumentInvalid, FeatureUnsupported
 from services.common.strict_json import shown
 from services.gateway.http import native_fields, tool_calls
-from services.gateway.http.tool_calls import TOOLS_MAX, Tool
+from services.gateway.http.tool_calls import Tool
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 _ID = re.compile(r"[a-zA-Z0-9_-]{1,256}")
@@ -50,13 +50,7 @@ class Choice:
 
 def read_tools(name: str, value: Any) -> tuple[Tool, ...]:
     """Returns the tools that the caller defines; raises for those that the vendor would run itself."""
-    given = native_fields.read_array(name, value)
-    if len(given) > TOOLS_MAX:
-        raise ArgumentInvalid(f"{name}: at most {TOOLS_MAX} are allowed.")
-    tools = tuple(_tool(f"{name}[{at}]", tool) for at, tool in enumerate(given))
-    if len({tool.name for tool in tools}) != len(tools):
-        raise ArgumentInvalid(f"{name}: two have the same name.")
-    return tools
+    return tool_calls.read_tools(name, value, _tool)
 
 
 def read_choice(name: str, value: Any) -> Choice:

@@ -130,38 +130,32 @@ async def _chat_stream(
 
 
 class _ChatStream:
-    """The chunks of one conversation's completion.
-
-    What may be a call is told at the end, whole: a part of one is of no use to anybody.
-    """
+    """The chunks of one conversation's completion."""
 
     def __init__(self, head: Head, asked: OpenAiRequest, reception: Reception) -> None:
         self.head = head
         self._asked = asked
         self._reception = reception
-        self._held = ""
+        ids = head.id.replace("chatcmpl-", "call_")
+        self._text = tool_calls.HeldText(asked.tools, f"{ids}_", forced=asked.forced)
 
     def said(self, happened: Chunk | Finished) -> Iterator[bytes]:
         """The chunks that follow from an event."""
         if isinstance(happened, Finished):
             yield from self._end(happened)
             return
-        self._held += happened.text
-        if self._asked.forced or (self._asked.tools and tool_calls.may_begin_call(self._held)):
+        text = self._text.add(happened.text)
+        if text is None:
             return
         scores = None
         if self._asked.generation.logprobs is not None:
             scores = openai.chat_logprobs([happened], _decode(self._reception, self.head))
-        if self._held or scores:
-            yield openai.chat_text(self.head, self._held, scores, usage=self._asked.usage)
-        self._held = ""
+        if text or scores:
+            yield openai.chat_text(self.head, text, scores, usage=self._asked.usage)
 
     def _end(self, finished: Finished) -> Iterator[bytes]:
         asked, head = self._asked, self.head
-        text, calls = self._held, list[ToolCall]()
-        if text and asked.tools:
-            ids = head.id.replace("chatcmpl-", "call_")
-            text, calls = tool_calls.read_calls(text, asked.tools, f"{ids}_", forced=asked.forced)
+        text, calls = self._text.end()
         if text:
             yield openai.chat_text(head, text, None, usage=asked.usage)
         if calls:

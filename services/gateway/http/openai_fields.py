@@ -25,7 +25,7 @@ from services.gateway.core.params import (
 )
 from services.gateway.http import native_fields, tool_calls
 from services.gateway.http.native import check_json_type
-from services.gateway.http.tool_calls import TOOLS_MAX, Tool
+from services.gateway.http.tool_calls import Tool
 
 # What an absent `max_tokens` means in this API, where the context leaves as many.
 TOKENS_WHERE_ABSENT = 1_024
@@ -241,13 +241,7 @@ def _response_format(name: str, value: Any) -> OutputFormat | None:
 
 
 def _tools(name: str, value: Any) -> tuple[Tool, ...]:
-    given = native_fields.read_array(name, value)
-    if len(given) > TOOLS_MAX:
-        raise ArgumentInvalid(f"{name}: at most {TOOLS_MAX} are allowed.")
-    tools = tuple(_tool(f"{name}[{at}]", tool) for at, tool in enumerate(given))
-    if len({tool.name for tool in tools}) != len(tools):
-        raise ArgumentInvalid(f"{name}: two have the same name.")
-    return tools
+    return tool_calls.read_tools(name, value, _tool)
 
 
 def _tool(name: str, value: Any) -> Tool:

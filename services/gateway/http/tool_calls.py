@@ -11,7 +11,7 @@ A call that is forced needs no marks: the output is held to a schema, and is the
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from services.common.conversation import Message
 from services.common.errors import ArgumentInvalid
 from services.common.strict_json import shown
 from services.gateway.core.params import FormatKind, OutputFormat
+from services.gateway.http import native_fields
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 
@@ -51,6 +52,21 @@ class ToolCall:
     id: str
     name: str
     arguments: str
+
+
+def read_tools(name: str, value: Any, read_one: Callable[[str, Any], Tool]) -> tuple[Tool, ...]:
+    """The tools of a request, each read by `read_one` as its API writes them.
+
+    Raises:
+        ArgumentInvalid: They are no array, too many, or two of them have one name.
+    """
+    given = native_fields.read_array(name, value)
+    if len(given) > TOOLS_MAX:
+        raise ArgumentInvalid(f"{name}: at most {TOOLS_MAX} are allowed.")
+    tools = tuple(read_one(f"{name}[{at}]", tool) for at, tool in enumerate(given))
+    if len({tool.name for tool in tools}) != len(tools):
+        raise ArgumentInvalid(f"{name}: two have the same name.")
+    return tools
 
 
 def instructions(tools: Sequence[Tool]) -> str:
@@ -164,6 +180,38 @@ def _marked(text: str) -> list[str]:
         found.append(text[begin + len(BEGIN) : end])
         begin = text.find(BEGIN, end)
     return found
+
+
+class HeldText:
+    """The text of a stream, of which that is held back which may be a call.
+
+    What may be a call is told at the end, whole: a part of one is of no use to anybody.
+
+    Args:
+        names: The functions that exist; none: nothing is held.
+        id_of: What the ids of calls begin with.
+        forced: Whether all of it is one call, without marks.
+    """
+
+    def __init__(self, names: frozenset[str], id_of: str, *, forced: bool) -> None:
+        self._names = names
+        self._id_of = id_of
+        self._forced = forced
+        self._held = ""
+
+    def add(self, text: str) -> str | None:
+        """Takes in more text; returns what can be said now, None while it is held."""
+        self._held += text
+        if self._forced or (self._names and may_begin_call(self._held)):
+            return None
+        said, self._held = self._held, ""
+        return said
+
+    def end(self) -> tuple[str, list[ToolCall]]:
+        """The rest of the text, and the calls in it."""
+        if not self._names:
+            return self._held, []
+        return read_calls(self._held, self._names, self._id_of, forced=self._forced)
 
 
 def may_begin_call(text: str) -> bool:
