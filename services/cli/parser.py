@@ -80,6 +80,13 @@ def _up(commands: _Commands) -> None:
     parser.add_argument("--workers", type=_count, default=1, metavar="N", help="workers (%(default)s)")
     parser.add_argument("--gateways", type=_count, default=1, metavar="N", help="gateways (%(default)s)")
     parser.add_argument(
+        "--controllers",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="controllers; one leads, the others stand by (%(default)s)",
+    )
+    parser.add_argument(
         "--model",
         default="smollm2-135m-instruct",
         metavar="NAME|PATH",

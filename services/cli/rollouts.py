@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 from google.protobuf.json_format import MessageToDict
 from interlock.v1 import controller_service_pb2 as pb
 from interlock.v1 import rollout_pb2
@@ -36,6 +38,12 @@ _STRATEGIES = {
     "side-by-side": rollout_pb2.ROLLOUT_STRATEGY_SIDE_BY_SIDE,
     "swap": rollout_pb2.ROLLOUT_STRATEGY_SWAP,
 }
+
+# How a stream ends whose controller died, or does not lead any more.
+_LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED}
+# A standby leads within ten seconds of a death, a restarted controller sooner.
+_PATIENCE_S = 30.0
+_RETRY_S = 0.5
 
 _GOOD, _BAD = "COMPLETED", {"ABORTED", "ROLLED_BACK"}
 
@@ -148,10 +156,21 @@ async def _watch(rollout_id: str, *, as_json: bool) -> int:
 
 
 async def _changes(rollout_id: str) -> AsyncIterator[rollout_pb2.Rollout]:
+    """A rollout at each of its changes; a controller that dies is waited for, or the one that follows it."""
+    heard_s = time.monotonic()
     async with entrance(*running_mesh()) as (channel, metadata):
         request = pb.WatchRolloutRequest(rollout_id=rollout_id)
-        async for response in ControllerServiceStub(channel).WatchRollout(request, metadata=metadata):
-            yield response.rollout
+        while True:
+            try:
+                async for response in ControllerServiceStub(channel).WatchRollout(request, metadata=metadata):
+                    heard_s = time.monotonic()
+                    yield response.rollout
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in _LOST or time.monotonic() - heard_s > _PATIENCE_S:
+                    raise
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return
 
 
 def _drawn(found: rollout_pb2.Rollout) -> Group:

@@ -39,7 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(home: Home, arguments: argparse.Namespace) -> int:
-    wanted = ports.plan(arguments.port, gateways=arguments.gateways, workers=arguments.workers)
+    wanted = ports.plan(
+        arguments.port,
+        gateways=arguments.gateways,
+        workers=arguments.workers,
+        controllers=arguments.controllers,
+    )
     with home.locked():
         ports.check_free(wanted)
         began_s = time.monotonic()
@@ -50,6 +55,7 @@ def _run(home: Home, arguments: argparse.Namespace) -> int:
             model_name=name,
             workers=arguments.workers,
             gateways=arguments.gateways,
+            controllers=arguments.controllers,
             quantization=arguments.quantization,
             dtype=arguments.dtype,
             port=arguments.port,
@@ -122,5 +128,7 @@ def _await_ready(home: Home, process: subprocess.Popen[bytes], log: Path) -> int
 
 def _repeated(arguments: argparse.Namespace) -> tuple[str, ...]:
     """The arguments of the same command without `--detach`."""
-    options = ("workers", "gateways", "model", "quantization", "dtype", "port")
-    return tuple(f"--{name}={getattr(arguments, name)}" for name in options)
+    options = ["controllers", "workers", "gateways", "model", "quantization", "dtype", "port"]
+    if arguments.worker_memory_bytes:
+        options.append("worker_memory_bytes")
+    return tuple(f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in options)

@@ -274,6 +274,14 @@ class UploadConflict(InterlockError):
     reason = "UPLOAD_CONFLICT"
 
 
+class NotLeader(InterlockError):
+    """Another controller leads, or none does yet."""
+
+    code = Code.UNAVAILABLE
+    reason = "NOT_LEADER"
+    retryable = True
+
+
 class WorkerUnknown(InterlockError):
     """No such worker is attached."""
 

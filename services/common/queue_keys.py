@@ -5,6 +5,7 @@ All keys of a model `M` bear the hash tag `{il:M}`, so that a script's keys lie 
 | key | type | holds | written by |
 |---|---|---|---|
 | `route` | hash | `epoch`, `fence`, `w:<revision>` -> weight | controller |
+| `lead` | hash | `id incarnation fence end_ms`: the controller that leads | controller |
 | `workers` | set | ids of the workers that have a record | controller |
 | `worker:<w>` | hash | `address incarnation slots draining lease_end_ms r:<ready revision>` | controller |
 | `holders:<revision>` | set | workers that are ready for it | controller |

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import dataclass
 
 from interlock.http.v1 import http_service_pb2_grpc
 from interlock.v1 import controller_service_pb2_grpc
@@ -11,6 +12,7 @@ from interlock.v1 import controller_service_pb2_grpc
 from services.common import announce, config, logs, metrics, redis_client, server, trust
 from services.common.clock import Clock
 from services.common.errors import ArtifactInvalid
+from services.common.ids import new_incarnation
 from services.common.interceptors import MeshOnly
 from services.common.system_clock import SystemClock
 from services.common.tokens import SecretWeak
@@ -19,12 +21,13 @@ from services.controller import http_servicer, servicer
 from services.controller.adapters.file_rollouts import FileRolloutRecords
 from services.controller.adapters.local_revisions import LocalRevisionFiles, read_revision
 from services.controller.adapters.redis_breakers import RedisBreakerFleet
+from services.controller.adapters.redis_lead import RedisLead
 from services.controller.adapters.redis_route import RedisRouteStore
 from services.controller.adapters.uploads import Uploads
 from services.controller.config import ControllerConfig
-from services.controller.coordinator import Coordinator
-from services.controller.core.catalog import Catalog
-from services.controller.core.ports import BreakerFleet, RouteStore
+from services.controller.coordinator import Coordinator, Leadership, Tenure
+from services.controller.core.catalog import Catalog, Revision
+from services.controller.core.ports import BreakerFleet, Lead, RouteStore
 
 # Streams end at once and admin calls within milliseconds; nothing is worth a longer wait.
 STOP_GRACE_S = 2.0
@@ -34,6 +37,7 @@ async def run(
     settings: ControllerConfig,
     *,
     store: RouteStore | None = None,
+    lead: Lead | None = None,
     breakers: BreakerFleet | None = None,
     clock: Clock | None = None,
     wait: server.Wait = server.run_until_signal,
@@ -43,6 +47,7 @@ async def run(
     Args:
         settings: What the process was told.
         store: The route store; None: Redis, by the settings.
+        lead: The lease by which one controller leads; None: in Redis, by the settings.
         breakers: The gateways' breakers; None: in Redis, by the settings.
         clock: The time; None: the machine's.
         wait: Returns when the server shall end, after it has run its argument.
@@ -57,24 +62,33 @@ async def run(
     redis = redis_client.connect(settings.redis_url.get_secret_value())
     try:
         tokens = trust.build(settings, clock, redis if store is None else None)
-        catalog = await _register(settings, clock)
-        uploads = Uploads(catalog, settings.data_dir, clock, bytes_max=settings.uploads_bytes)
-        await uploads.load()
-        coordinator = Coordinator(
-            catalog,
+        first = await _first_revision(settings, clock)
+        world = _World(
             store or RedisRouteStore(redis),
-            FileRolloutRecords(settings.data_dir / "rollouts"),
+            lead
+            or RedisLead(
+                redis, settings.model_name, settings.id, new_incarnation(), ttl_s=settings.lead_ttl_s
+            ),
+            breakers or RedisBreakerFleet(redis),
             clock,
-            lease_ttl_s=settings.lease_ttl_s,
-            prepare_timeout_s=settings.prepare_timeout_s,
         )
-        shown = breakers or RedisBreakerFleet(redis)
-        await _serve(settings, coordinator, catalog, tokens, shown, uploads, clock, wait)
+        await _serve(settings, first, world, tokens, wait)
     finally:
         await redis.close()
 
 
-async def _register(settings: ControllerConfig, clock: Clock) -> Catalog:
+@dataclass(frozen=True, slots=True)
+class _World:
+    """What the controller stands on."""
+
+    store: RouteStore
+    lead: Lead
+    breakers: BreakerFleet
+    clock: Clock
+
+
+async def _first_revision(settings: ControllerConfig, clock: Clock) -> Revision:
+    """The revision that the mesh is started with; every byte of it is read, once."""
     revision = await asyncio.to_thread(
         read_revision,
         settings.model_path,
@@ -84,39 +98,50 @@ async def _register(settings: ControllerConfig, clock: Clock) -> Catalog:
         context_tokens=settings.context_tokens,
         now_s=clock.now(),
     )
-    catalog = Catalog()
-    catalog.register(revision)
     manifest = revision.manifest
     logs.get_logger().info(
         "revision.registered", model=manifest.model, revision=manifest.revision, files=len(manifest.files)
     )
-    return catalog
+    return revision
+
+
+async def _begin(
+    settings: ControllerConfig, first: Revision, world: _World, tenure: Tenure
+) -> servicer.ControllerTerm:
+    """What exists while we lead; what another controller took in meanwhile is on disk."""
+    catalog = Catalog()
+    catalog.register(first)
+    uploads = Uploads(catalog, settings.data_dir, world.clock, bytes_max=settings.uploads_bytes)
+    await uploads.load()
+    coordinator = Coordinator(
+        catalog,
+        world.store,
+        FileRolloutRecords(settings.data_dir / "rollouts"),
+        world.clock,
+        tenure,
+        lease_ttl_s=settings.lease_ttl_s,
+        prepare_timeout_s=settings.prepare_timeout_s,
+    )
+    return servicer.ControllerTerm(coordinator, catalog, LocalRevisionFiles(catalog), uploads)
 
 
 async def _serve(
-    settings: ControllerConfig,
-    coordinator: Coordinator,
-    catalog: Catalog,
-    tokens: Trust,
-    breakers: BreakerFleet,
-    uploads: Uploads,
-    clock: Clock,
-    wait: server.Wait,
+    settings: ControllerConfig, first: Revision, world: _World, tokens: Trust, wait: server.Wait
 ) -> None:
     await tokens.load()
     mesh_only = MeshOnly(settings.mesh_token.get_secret_value(), servicer.MESH_METHODS)
     serving = server.create(
-        (servicer.SERVICE, http_servicer.SERVICE), clock, interceptors=[mesh_only, *tokens.interceptors]
+        (servicer.SERVICE, http_servicer.SERVICE), world.clock, interceptors=[mesh_only, *tokens.interceptors]
+    )
+    leadership = Leadership(
+        world.lead,
+        lambda tenure: _begin(settings, first, world, tenure),
+        world.clock,
+        ttl_s=settings.lead_ttl_s,
+        on_change=serving.set_serving,
     )
     service = servicer.ControllerServicer(
-        coordinator,
-        catalog,
-        LocalRevisionFiles(catalog),
-        tokens.verifier,
-        clock,
-        tokens.revocations,
-        breakers,
-        uploads,
+        leadership, tokens.verifier, world.clock, tokens.revocations, world.breakers
     )
     controller_service_pb2_grpc.add_ControllerServiceServicer_to_server(service, serving.grpc_server)
     http_service_pb2_grpc.add_AdminHttpServiceServicer_to_server(
@@ -127,37 +152,29 @@ async def _serve(
     exposition = metrics.expose(settings.metrics_bind)
     announce.write(settings.announce_file, id=settings.id, address=address, metrics=exposition.address)
     logs.get_logger().info("process.started", address=address)
-    leading = asyncio.create_task(coordinator.run(), name="controller.coordinator")
-    telling = asyncio.create_task(_tell_health(serving, coordinator), name="controller.health")
+    leading = asyncio.create_task(leadership.run(), name="controller.leadership")
     trusting = asyncio.create_task(tokens.run(), name="controller.trust")
 
     async def drain() -> None:
-        telling.cancel()
-        await serving.set_serving(False)
-        coordinator.close("The controller is shutting down.")
+        leading.cancel()
+        await asyncio.gather(leading, return_exceptions=True)
+        await leadership.leave()
         await serving.grpc_server.stop(STOP_GRACE_S)
 
     waiting = asyncio.ensure_future(wait(drain))
-    tasks: tuple[asyncio.Future[None], ...] = (waiting, leading, telling, trusting)
+    tasks: tuple[asyncio.Future[None], ...] = (waiting, leading, trusting)
     try:
-        # A coordinator that ends by itself has a defect; the process ends with it and is started again.
-        ended, _ = await asyncio.wait({waiting, leading}, return_when=asyncio.FIRST_COMPLETED)
-        for one in ended:
-            one.result()
+        # A leadership that ends by itself has a defect; the process ends with it and is started again.
+        await asyncio.wait({waiting, leading}, return_when=asyncio.FIRST_COMPLETED)
+        if leading.done() and not leading.cancelled():
+            leading.result()
+        await waiting
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await serving.grpc_server.stop(None)
         exposition.close()
-
-
-async def _tell_health(serving: server.Server, coordinator: Coordinator) -> None:
-    """Lets health follow whether we lead."""
-    await coordinator.led.wait()
-    await serving.set_serving(True)
-    await coordinator.deposed.wait()
-    await serving.set_serving(False)
 
 
 def main() -> None:

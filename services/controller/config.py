@@ -44,6 +44,10 @@ class ControllerConfig(TokenSettings):
     ] = 0
     # Members report every second; five missed reports are a loss, not a hiccup.
     lease_ttl_s: Annotated[float, Field(gt=1)] = 5.0
+    # Renewed every second; a standby leads within this and two seconds more after a leader's death.
+    lead_ttl_s: Annotated[float, Field(ge=2, description="How long the lead holds that is not renewed.")] = (
+        4.0
+    )
     prepare_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     data_dir: Annotated[Path, Field(description="Where rollouts and uploads are kept.")] = Path(
         ".interlock/controller"

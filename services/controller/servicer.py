@@ -1,6 +1,7 @@
 """The ControllerService. Owns: what travels on a member's stream, and who may call what.
 
-Decides nothing: members are the coordinator's, revisions the catalog's.
+Decides nothing: members are the coordinator's, revisions the catalog's. While another controller leads, every
+call but those about tokens and breakers ends with NOT_LEADER.
 """
 
 # ruff: noqa: ARG002 - the contract fixes which parameters a method has.
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from google.protobuf.message import DecodeError
 from interlock.v1 import controller_service_pb2 as pb
@@ -27,7 +28,7 @@ from services.controller.adapters.breaker_messages import breaker_messages, read
 from services.controller.adapters.member_messages import command_message, read_hello, read_report
 from services.controller.adapters.member_outbox import MemberOutbox
 from services.controller.adapters.uploads import Uploads
-from services.controller.coordinator import Coordinator, MemberKey
+from services.controller.coordinator import Coordinator, Leadership, MemberKey
 from services.controller.core.catalog import Catalog
 from services.controller.core.member import Kind
 from services.controller.core.ports import BreakerFleet, RevisionFiles
@@ -53,36 +54,44 @@ WATCH_S = 0.25
 Requests = AsyncIterator[pb.AttachRequest]
 
 
+@dataclass(frozen=True, slots=True)
+class ControllerTerm:
+    """What exists while this controller leads.
+
+    Attributes:
+        coordinator: Leads the members.
+        catalog: The registered revisions.
+        files: Their content.
+        uploads: Takes revisions in.
+    """
+
+    coordinator: Coordinator
+    catalog: Catalog
+    files: RevisionFiles
+    uploads: Uploads
+
+
 class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
     """Serves members by the mesh credential, and operators by their tokens.
 
     Args:
-        coordinator: Leads the members.
-        catalog: The registered revisions.
-        files: Their content.
+        leadership: Whether we lead, and what exists while we do.
         verifier: Believes the operators' tokens.
         clock: The time.
         revocations: The tokens that were taken back.
         breakers: The breakers of all gateways.
-        uploads: Takes revisions in.
     """
 
     def __init__(
         self,
-        coordinator: Coordinator,
-        catalog: Catalog,
-        files: RevisionFiles,
+        leadership: Leadership[ControllerTerm],
         verifier: TokenVerifier,
         clock: Clock,
         revocations: RevocationList,
         breakers: BreakerFleet,
-        uploads: Uploads,
     ) -> None:
-        self._uploads = uploads
+        self._leadership = leadership
         self._breakers = breakers
-        self._coordinator = coordinator
-        self._catalog = catalog
-        self._files = files
         self._verifier = verifier
         self._clock = clock
         self._revocations = revocations
@@ -95,41 +104,25 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         except (TimeoutError, StopAsyncIteration):
             raise ArgumentInvalid("A member says hello first, and at once.") from None
         logs.annotate(**{f"{hello.kind}_id": hello.id})
-        outbox = MemberOutbox()
-        key = self._coordinator.attach(hello, outbox)
-        listening = asyncio.create_task(self._listen(key, request_iterator, outbox))
+        outbox, term = MemberOutbox(), self._leadership.term
+        key = term.coordinator.attach(hello, outbox)
+        listening = asyncio.create_task(_listen(term.coordinator, key, request_iterator, outbox))
         try:
             async for command in outbox:
-                yield command_message(command, self._catalog)
+                yield command_message(command, term.catalog)
         finally:
             listening.cancel()
             await asyncio.wait({listening})
-            self._coordinator.detach(key, outbox, farewell=False)
-
-    async def _listen(self, key: MemberKey, requests: Requests, outbox: MemberOutbox) -> None:
-        """Takes in what a member says; its half-close is a goodbye."""
-        try:
-            async for request in requests:
-                self._coordinator.hear(key, outbox, read_report(request))
-        except EventIllegal as error:
-            outbox.fail(ArgumentInvalid(str(error)))
-        except InterlockError as error:
-            outbox.fail(error)
-        except Exception as error:  # noqa: BLE001 - a defect here must end this stream, not leave it deaf
-            logs.get_logger().error("member.unheard", exc_info=error)
-            outbox.end("The controller could not take in a message.")
-        else:
-            # A broken call looks like a half-close for a moment, until its handler is cancelled.
-            await asyncio.sleep(GOODBYE_S)
-            self._coordinator.detach(key, outbox, farewell=True)
-            outbox.fail(None)
+            term.coordinator.detach(key, outbox, farewell=False)
 
     async def DownloadRevision(
         self, request: pb.DownloadRevisionRequest, context: Context
     ) -> AsyncIterator[pb.DownloadRevisionResponse]:
         """A file of a revision, from an offset on."""
         logs.annotate(model=request.model, revision=request.revision)
-        async for data in self._files.read(request.model, request.revision, request.path, request.offset):
+        async for data in self._leadership.term.files.read(
+            request.model, request.revision, request.path, request.offset
+        ):
             yield pb.DownloadRevisionResponse(data=data)
 
     async def ListModels(
@@ -137,21 +130,25 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
     ) -> pb.ControllerServiceListModelsResponse:
         """The models that are registered."""
         self._require(context, "admin", "models:read")
-        workers = self._coordinator.members(Kind.WORKER)
-        return admin_messages.models_message(self._catalog, workers, self._coordinator.plan)
+        workers = self._leadership.term.coordinator.members(Kind.WORKER)
+        return admin_messages.models_message(
+            self._leadership.term.catalog, workers, self._leadership.term.coordinator.plan
+        )
 
     async def ListWorkers(self, request: pb.ListWorkersRequest, context: Context) -> pb.ListWorkersResponse:
         """The workers of the mesh."""
         self._require(context, "admin")
-        workers = self._coordinator.members(Kind.WORKER)
-        return admin_messages.workers_message(workers, self._catalog.default_model(), self._clock)
+        workers = self._leadership.term.coordinator.members(Kind.WORKER)
+        return admin_messages.workers_message(
+            workers, self._leadership.term.catalog.default_model(), self._clock
+        )
 
     async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Context) -> pb.DrainWorkerResponse:
         """Takes a worker out of service until its process is replaced."""
         self._require(context, "admin")
         _check_named(worker_id=request.worker_id)
-        worker = self._coordinator.drain(request.worker_id, DRAIN_GRACE_S)
-        model = self._catalog.default_model()
+        worker = self._leadership.term.coordinator.drain(request.worker_id, DRAIN_GRACE_S)
+        model = self._leadership.term.catalog.default_model()
         return pb.DrainWorkerResponse(worker=admin_messages.worker_message(worker, model, self._clock))
 
     async def ListRevisions(
@@ -160,8 +157,11 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         """The revisions of a model."""
         self._require(context, "admin")
         _check_named(model=request.model)
-        workers, plan = self._coordinator.members(Kind.WORKER), self._coordinator.plan
-        found = self._catalog.revisions(request.model)
+        workers, plan = (
+            self._leadership.term.coordinator.members(Kind.WORKER),
+            self._leadership.term.coordinator.plan,
+        )
+        found = self._leadership.term.catalog.revisions(request.model)
         return pb.ListRevisionsResponse(
             revisions=[admin_messages.revision_message(revision, workers, plan) for revision in found]
         )
@@ -170,8 +170,11 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         """One revision."""
         self._require(context, "admin")
         _check_named(model=request.model, revision=request.revision)
-        workers, plan = self._coordinator.members(Kind.WORKER), self._coordinator.plan
-        found = self._catalog.revision(request.model, request.revision)
+        workers, plan = (
+            self._leadership.term.coordinator.members(Kind.WORKER),
+            self._leadership.term.coordinator.plan,
+        )
+        found = self._leadership.term.catalog.revision(request.model, request.revision)
         return pb.GetRevisionResponse(revision=admin_messages.revision_message(found, workers, plan))
 
     async def RevokeToken(self, request: pb.RevokeTokenRequest, context: Context) -> pb.RevokeTokenResponse:
@@ -185,7 +188,7 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
     async def PlanUpload(self, request: pb.PlanUploadRequest, context: Context) -> pb.PlanUploadResponse:
         """Which blobs of a manifest are missing, and from which byte on."""
         self._require(context, "admin")
-        missing = await self._uploads.plan(upload_messages.read_manifest(request.manifest))
+        missing = await self._leadership.term.uploads.plan(upload_messages.read_manifest(request.manifest))
         return pb.PlanUploadResponse(
             missing=[pb.MissingBlob(sha256=sha256, offset=offset) for sha256, offset in missing]
         )
@@ -202,8 +205,13 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         if first is None or first.WhichOneof("part") != "manifest":
             raise ArgumentInvalid("An upload begins with its manifest.")
         manifest = upload_messages.read_manifest(first.manifest)
-        revision = await self._uploads.receive(manifest, upload_messages.read_chunks(request_iterator))
-        workers, plan = self._coordinator.members(Kind.WORKER), self._coordinator.plan
+        revision = await self._leadership.term.uploads.receive(
+            manifest, upload_messages.read_chunks(request_iterator)
+        )
+        workers, plan = (
+            self._leadership.term.coordinator.members(Kind.WORKER),
+            self._leadership.term.coordinator.plan,
+        )
         return pb.UploadRevisionResponse(revision=admin_messages.revision_message(revision, workers, plan))
 
     async def DeleteRevision(
@@ -212,8 +220,8 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         """Forgets a revision that nothing uses."""
         self._require(context, "admin")
         _check_named(model=request.model, revision=request.revision)
-        self._coordinator.check_unused(request.model, request.revision)
-        await self._uploads.delete(request.model, request.revision)
+        self._leadership.term.coordinator.check_unused(request.model, request.revision)
+        await self._leadership.term.uploads.delete(request.model, request.revision)
         return pb.DeleteRevisionResponse()
 
     async def CreateRollout(
@@ -222,13 +230,13 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         """Begins to replace the revision that serves."""
         self._require(context, "admin")
         spec = rollout_messages.read_spec(request.spec)
-        made = await self._coordinator.start_rollout(ids.new_request_id(), spec)
+        made = await self._leadership.term.coordinator.start_rollout(ids.new_request_id(), spec)
         return pb.CreateRolloutResponse(rollout=self._rollout(made))
 
     async def GetRollout(self, request: pb.GetRolloutRequest, context: Context) -> pb.GetRolloutResponse:
         """One rollout."""
         self._require(context, "admin")
-        found = self._coordinator.rollouts.find(request.rollout_id)
+        found = self._leadership.term.coordinator.rollouts.find(request.rollout_id)
         return pb.GetRolloutResponse(rollout=self._rollout(found))
 
     async def ListRollouts(
@@ -236,7 +244,7 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
     ) -> pb.ListRolloutsResponse:
         """Rollouts, newest first."""
         self._require(context, "admin")
-        found = self._coordinator.rollouts.all
+        found = self._leadership.term.coordinator.rollouts.all
         wanted = [one for one in found if request.model in {"", one.spec.model}]
         return pb.ListRolloutsResponse(rollouts=[self._rollout(one) for one in wanted])
 
@@ -245,8 +253,10 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
     ) -> AsyncIterator[pb.WatchRolloutResponse]:
         """One rollout, again at every change of it or of its workers, until its end."""
         self._require(context, "admin")
-        rollouts, told = self._coordinator.rollouts, None
+        told = None
         while True:
+            # Another controller may lead by now, and then this one knows nothing any more.
+            rollouts = self._leadership.term.coordinator.rollouts
             found = rollouts.find(request.rollout_id)
             message = self._rollout(found)
             if message != told:
@@ -311,15 +321,17 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         return pb.ForceBreakerResponse(breakers=breaker_messages(changed))
 
     async def _shown_breakers(self) -> tuple[BreakerRecord, ...]:
-        gateways = [member.id for member in self._coordinator.members(Kind.GATEWAY)]
+        gateways = [member.id for member in self._leadership.term.coordinator.members(Kind.GATEWAY)]
         return await self._breakers.list_breakers(gateways)
 
     async def _tell(self, rollout_id: str, event: Event, context: Context) -> rollout_pb2.Rollout:
         self._require(context, "admin")
-        return self._rollout(await self._coordinator.tell_rollout(rollout_id, event))
+        return self._rollout(await self._leadership.term.coordinator.tell_rollout(rollout_id, event))
 
     def _rollout(self, rollout: Rollout) -> rollout_pb2.Rollout:
-        return rollout_messages.rollout_message(rollout, self._coordinator.members(Kind.WORKER))
+        return rollout_messages.rollout_message(
+            rollout, self._leadership.term.coordinator.members(Kind.WORKER)
+        )
 
     def _require(self, context: Context, *scopes: str) -> None:
         """Raises unless the call carries a token with one of `scopes`."""
@@ -332,3 +344,22 @@ def _check_named(**names: str) -> None:
     for field, name in names.items():
         if not name:
             raise ArgumentInvalid(f"{field}: missing.")
+
+
+async def _listen(coordinator: Coordinator, key: MemberKey, requests: Requests, outbox: MemberOutbox) -> None:
+    """Takes in what a member says; its half-close is a goodbye."""
+    try:
+        async for request in requests:
+            coordinator.hear(key, outbox, read_report(request))
+    except EventIllegal as error:
+        outbox.fail(ArgumentInvalid(str(error)))
+    except InterlockError as error:
+        outbox.fail(error)
+    except Exception as error:  # noqa: BLE001 - a defect here must end this stream, not leave it deaf
+        logs.get_logger().error("member.unheard", exc_info=error)
+        outbox.end("The controller could not take in a message.")
+    else:
+        # A broken call looks like a half-close for a moment, until its handler is cancelled.
+        await asyncio.sleep(GOODBYE_S)
+        coordinator.detach(key, outbox, farewell=True)
+        outbox.fail(None)

@@ -100,10 +100,10 @@ class LocalMesh:
         """
         self._started_s = self._clock.monotonic()
         redis = await self._start_redis()
-        controllers = await self._start_controller()
+        controllers = await self._start_controllers()
         workers, gateways = await self._start_members(json.dumps([part.address for part in controllers]))
-        envoy, admin = await self._start_envoy(gateways, controllers[0])
-        await self._all_serving(workers, gateways, envoy, controllers[0])
+        envoy, admin = await self._start_envoy(gateways, controllers)
+        await self._all_serving(workers, gateways, envoy, controllers)
         self._state = MeshState(
             http=f"http://{envoy.address}",
             gateways=gateways,
@@ -157,9 +157,16 @@ class LocalMesh:
         await self._supervisor.ready(child, answers, _START_TIMEOUT_S)
         return self._tell_ready(Part("redis", self._redis_url, child.pid or 0))
 
-    async def _start_controller(self) -> tuple[Part, ...]:
-        bind = f"{LOOPBACK}:{self._ports.controller}"
-        return (await self._start_service(parts.controller(self._home, self._plan, bind, self._shared())),)
+    async def _start_controllers(self) -> tuple[Part, ...]:
+        """Starts them one after the other, so that the first one leads."""
+        return tuple(
+            [
+                await self._start_service(
+                    parts.controller(self._home, number, f"{LOOPBACK}:{port}", self._plan, self._shared())
+                )
+                for number, port in enumerate(self._ports.controllers, 1)
+            ]
+        )
 
     async def _start_members(self, controllers: str) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
         shared = self._shared()
@@ -191,14 +198,16 @@ class LocalMesh:
         service.bind, service.metrics_bind = part.address, part.metrics
         return part
 
-    async def _start_envoy(self, gateways: tuple[Part, ...], controller: Part) -> tuple[Part, str]:
+    async def _start_envoy(
+        self, gateways: tuple[Part, ...], controllers: tuple[Part, ...]
+    ) -> tuple[Part, str]:
         proxy = EnvoyProxy(
             self._home.run,
             Parameters(
                 listen=Endpoint(LOOPBACK, self._ports.http),
                 admin=self._home.admin_socket_path(),
                 gateways=tuple(Endpoint.parse(part.address) for part in gateways),
-                controllers=(Endpoint.parse(controller.address),),
+                controllers=tuple(Endpoint.parse(part.address) for part in controllers),
             ),
         )
         child = await self._start_child("envoy", lambda: Launch(proxy.command(), parts.plain(os.environ)))
@@ -211,34 +220,53 @@ class LocalMesh:
         return self._children[id]
 
     async def _all_serving(
-        self, workers: tuple[Part, ...], gateways: tuple[Part, ...], envoy: Part, controller: Part
+        self,
+        workers: tuple[Part, ...],
+        gateways: tuple[Part, ...],
+        envoy: Part,
+        controllers: tuple[Part, ...],
     ) -> None:
         """Waits until every member says SERVING, and a request could pass through Envoy."""
         token = owner_token(self._home, _WORKER_TIMEOUT_S)
-        listed = [self._worker_failure(part, controller, token) for part in workers]
+        # Whichever leads lists the workers; the others refuse.
+        listed = [self._worker_failure(part, told, token) for part in workers for told in controllers]
         serving = _together(
-            self._serving(controller, _START_TIMEOUT_S),
-            *(self._member_serving(part, controller) for part in workers),
+            self._led(controllers),
+            *(self._member_serving(part, controllers) for part in workers),
             # A gateway serves when it has the tokenizer, which the first worker's revision decides.
-            *(self._member_serving(part, controller) for part in gateways),
+            *(self._member_serving(part, controllers) for part in gateways),
         )
         await _unless_failed(serving, listed)
         passes = probes.until(lambda: probes.http_ok(envoy.address, "/readyz"))
         await self._supervisor.ready(self._children["envoy"], passes, _START_TIMEOUT_S)
         self._tell_ready(envoy)
 
-    async def _serving(self, part: Part, timeout_s: float) -> None:
-        serving = probes.until(lambda: probes.serving(part.address))
-        await self._supervisor.ready(self._children[part.id], serving, timeout_s)
-        self._tell_ready(part)
+    async def _led(self, controllers: tuple[Part, ...]) -> None:
+        """Waits until one controller leads; the others say NOT_SERVING, and are ready for that."""
 
-    async def _member_serving(self, part: Part, controller: Part) -> None:
-        """As `_serving`; a member that lives but could not prepare the model is an error at once."""
-        told = self._children[controller.id]
+        async def leader() -> Part | None:
+            found = await asyncio.gather(
+                *(probes.serving(part.address) for part in controllers), return_exceptions=True
+            )
+            return next(
+                (part for part, serves in zip(controllers, found, strict=True) if serves is True), None
+            )
+
+        leading = await self._supervisor.ready(
+            self._children[controllers[0].id], probes.until(leader), _START_TIMEOUT_S
+        )
+        for part in (leading, *(part for part in controllers if part is not leading)):
+            self._tell_ready(part)
+
+    async def _member_serving(self, part: Part, controllers: tuple[Part, ...]) -> None:
+        """Waits until it serves; a member that lives but could not prepare the model is an error at once."""
+        told = [self._children[controller.id] for controller in controllers]
 
         async def serving_or_failed() -> str | None:
-            failure = revision_log.failure(told.log, told.log_start_bytes, part.id)
-            return failure or ("" if await probes.serving(part.address) else None)
+            for one in told:
+                if failure := revision_log.failure(one.log, one.log_start_bytes, part.id):
+                    return failure
+            return "" if await probes.serving(part.address) else None
 
         child = self._children[part.id]
         failure = await self._supervisor.ready(child, probes.until(serving_or_failed), _WORKER_TIMEOUT_S)

@@ -36,6 +36,7 @@ class MeshPlan:
         model_name: The name that requests give.
         workers: How many workers; at least 1.
         gateways: How many gateways; at least 1.
+        controllers: How many controllers; at least 1. One leads, the others stand by.
         quantization: `auto`, `none`, `int8`, `nf4` or `fp4`.
         dtype: `auto`, `fp32` or `bf16`.
         port: Envoy's port; 0 makes every port a free one.
@@ -46,6 +47,7 @@ class MeshPlan:
     model_name: str
     workers: int = 1
     gateways: int = 1
+    controllers: int = 1
     quantization: str = "auto"
     dtype: str = "auto"
     port: int = ports.HTTP_PORT
@@ -102,8 +104,8 @@ class ServicePart:
         return Launch((sys.executable, "-P", "-m", f"services.{self.service}"), environment)
 
 
-def controller(home: Home, plan: MeshPlan, bind: str, shared: Mapping[str, str]) -> ServicePart:
-    """The controller."""
+def controller(home: Home, number: int, bind: str, plan: MeshPlan, shared: Mapping[str, str]) -> ServicePart:
+    """A controller. All of them share one directory: what one took in the next one leads with."""
     settings = {
         "model_path": str(plan.model_path),
         "model_name": plan.model_name,
@@ -111,7 +113,7 @@ def controller(home: Home, plan: MeshPlan, bind: str, shared: Mapping[str, str])
         "compute_dtype": plan.dtype,
         "data_dir": str(home.path / "controller"),
     }
-    return _part("controller", 1, home, bind, settings, shared)
+    return _part("controller", number, home, bind, settings, shared)
 
 
 def gateway(home: Home, number: int, bind: str, controllers: str, shared: Mapping[str, str]) -> ServicePart:

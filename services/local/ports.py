@@ -24,14 +24,14 @@ class Ports:
     Attributes:
         http: Envoy, for clients.
         gateways: One a gateway.
-        controller: The controller.
+        controllers: One a controller.
         workers: One a worker.
-        metrics: One a service, for its `/metrics`: controller, gateways, workers; empty: free ones.
+        metrics: One a service, for its `/metrics`: controllers, gateways, workers; empty: free ones.
     """
 
     http: int
     gateways: tuple[int, ...]
-    controller: int
+    controllers: tuple[int, ...]
     workers: tuple[int, ...]
     metrics: tuple[int, ...] = ()
 
@@ -41,7 +41,8 @@ class Ports:
 
     def by_user(self) -> Mapping[str, int]:
         """Every port that is fixed, by who wants it."""
-        named = {"envoy": self.http, "controller-1": self.controller}
+        named = {"envoy": self.http}
+        named |= {f"controller-{number}": port for number, port in enumerate(self.controllers, 1)}
         named |= {f"gateway-{number}": port for number, port in enumerate(self.gateways, 1)}
         named |= {f"worker-{number}": port for number, port in enumerate(self.workers, 1)}
         named |= {
@@ -51,23 +52,24 @@ class Ports:
         return {user: port for user, port in named.items() if port}
 
     def _service_ids(self) -> tuple[str, ...]:
+        controllers = (f"controller-{number}" for number in range(1, len(self.controllers) + 1))
         gateways = (f"gateway-{number}" for number in range(1, len(self.gateways) + 1))
         workers = (f"worker-{number}" for number in range(1, len(self.workers) + 1))
-        return ("controller-1", *gateways, *workers)
+        return (*controllers, *gateways, *workers)
 
 
-def plan(http: int, *, gateways: int, workers: int) -> Ports:
+def plan(http: int, *, gateways: int, workers: int, controllers: int = 1) -> Ports:
     """The ports of a mesh that clients reach at `http`; 0 makes every one a free one."""
     if http == 0:
-        return Ports(0, (0,) * gateways, 0, (0,) * workers)
-    # The controller sits right after the first gateway; further gateways come after it.
-    beside = tuple(CONTROLLER_PORT + number for number in range(1, gateways))
+        return Ports(0, (0,) * gateways, (0,) * controllers, (0,) * workers)
+    # The controllers sit right after the first gateway; further gateways come after them.
+    beside = tuple(CONTROLLER_PORT + controllers + number for number in range(gateways - 1))
     return Ports(
         http=http,
         gateways=(GATEWAY_PORT, *beside),
-        controller=CONTROLLER_PORT,
+        controllers=tuple(CONTROLLER_PORT + number for number in range(controllers)),
         workers=tuple(WORKER_PORT + number for number in range(workers)),
-        metrics=tuple(METRICS_PORT + number for number in range(1 + gateways + workers)),
+        metrics=tuple(METRICS_PORT + number for number in range(controllers + gateways + workers)),
     )
 
 

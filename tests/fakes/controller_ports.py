@@ -12,15 +12,19 @@ from interlock.v1 import controller_service_pb2 as pb
 from interlock.v1 import controller_service_pb2_grpc, worker_pb2
 
 from services.common import channel
+from services.common.clock import Clock
 from services.common.credential import mesh_metadata
 from services.common.errors import StoreUnavailable
+from services.controller.coordinator import Tenure
 from services.controller.core.commands import Command
 from services.controller.core.ports import FenceStale
-from services.controller.core.records import Route, WorkerRecord
+from services.controller.core.records import Claimed, Route, Standing, WorkerRecord
 from services.controller.core.rollout_record import Rollout
 
 # Longer than anything takes, shorter than the patience of whoever waits for a test.
 TIMEOUT_S = 10.0
+# As a controller's own default.
+LEAD_TTL_S = 4.0
 
 
 class MemoryRouteStore:
@@ -34,6 +38,8 @@ class MemoryRouteStore:
         calls: How many calls came, failed ones included.
         writes: The epochs of all routes that were written, in order.
         workers_before: The workers that were known when the route was written last.
+        leader: Who leads; None: nobody, or it was forgotten.
+        led_with: The highest fencing number that was given.
     """
 
     def __init__(self) -> None:
@@ -44,6 +50,8 @@ class MemoryRouteStore:
         self.calls = 0
         self.writes: list[int] = []
         self.workers_before: frozenset[str] = frozenset()
+        self.leader: MemoryLead | None = None
+        self.led_with = 0
         self._changed = asyncio.Condition()
 
     async def read_route(self, model: str) -> Route | None:
@@ -91,7 +99,7 @@ class MemoryRouteStore:
 
     def clear(self) -> None:
         """Forgets everything, as a store does that was restarted empty."""
-        self.route = None
+        self.route, self.leader, self.led_with = None, None, 0
         self.workers.clear()
 
     async def wait_until(self, holds: Callable[[], bool]) -> None:
@@ -111,26 +119,80 @@ class MemoryRouteStore:
             self._changed.notify_all()
 
 
+class MemoryLead:
+    """`Lead` of one controller, over a store that several share.
+
+    Args:
+        store: Its `leader` is whoever leads.
+    """
+
+    def __init__(self, store: MemoryRouteStore, leader_id: str = "c") -> None:
+        self._store = store
+        self._id = leader_id
+
+    async def take(self, *, may_found: bool, may_replace: bool) -> Standing:
+        """See `Lead.take`; a lease ends only when it is left."""
+        self._store._check()
+        leader = self._store.leader
+        if leader not in {None, self} and not (may_replace and leader._id == self._id):
+            return Standing(0, leader._id)
+        return Standing(self.grant(), self._id) if leader is not None or may_found else Standing(0, "")
+
+    def grant(self) -> int:
+        """Gives it the lead, whoever had it; returns the fencing number."""
+        written = 0 if self._store.route is None else self._store.route.fence
+        self._store.leader, self._store.led_with = self, max(written, self._store.led_with) + 1
+        return self._store.led_with
+
+    async def keep(self, fence: int) -> None:
+        """See `Lead.keep`."""
+        self._store._check()
+        if self._store.leader not in {None, self}:
+            raise FenceStale
+        self._store.leader, self._store.led_with = self, fence
+
+    async def leave(self) -> None:
+        """See `Lead.leave`."""
+        self._store._check()
+        if self._store.leader is self:
+            self._store.leader = None
+
+
+def granted(store: MemoryRouteStore, clock: Clock) -> Tenure:
+    """The time of a controller that leads from now on."""
+    lead = MemoryLead(store)
+    return Tenure(lead, lead.grant(), clock, ttl_s=LEAD_TTL_S)
+
+
 class MemoryRolloutRecords:
     """`RolloutRecords` in memory.
 
     Attributes:
         records: By id, in the order in which they were made.
+        fence: That of the last claim.
         writable: False: every save raises StoreUnavailable.
+        taken_over: True: every save raises FenceStale.
     """
 
     def __init__(self) -> None:
         self.records: dict[str, Rollout] = {}
+        self.fence = 0
         self.writable = True
+        self.taken_over = False
 
-    async def load(self, model: str) -> tuple[Rollout, ...]:
-        """See `RolloutRecords.load`."""
-        return tuple(record for record in self.records.values() if record.spec.model == model)
+    async def claim(self, model: str, fence: int) -> Claimed:
+        """See `RolloutRecords.claim`."""
+        self.fence = max(fence, self.fence + 1)
+        return Claimed(
+            self.fence, tuple(record for record in self.records.values() if record.spec.model == model)
+        )
 
     async def save(self, rollout: Rollout) -> None:
         """See `RolloutRecords.save`."""
         if not self.writable:
             raise StoreUnavailable("The records are away.")
+        if self.taken_over:
+            raise FenceStale
         self.records[rollout.id] = rollout
 
 

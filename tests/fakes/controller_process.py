@@ -15,11 +15,14 @@ from interlock.v1 import controller_service_pb2_grpc
 from pydantic import SecretStr
 
 from services.common import channel
+from services.common.ids import new_incarnation
+from services.common.redis_client import RedisStore
 from services.common.tokens import mint
 from services.controller.__main__ import run
+from services.controller.adapters.redis_lead import RedisLead
 from services.controller.config import ControllerConfig
-from services.controller.core.ports import BreakerFleet, RouteStore
-from tests.fakes.controller_ports import TIMEOUT_S, FakeMember
+from services.controller.core.ports import BreakerFleet, Lead, RouteStore
+from tests.fakes.controller_ports import LEAD_TTL_S, TIMEOUT_S, FakeMember, MemoryLead, MemoryRouteStore
 
 MESH_TOKEN = "m" * 32
 JWT_SECRET = "j" * 32
@@ -69,6 +72,7 @@ async def started(
     *,
     context_tokens: int = 0,
     lease_ttl_s: float = LEASE_TTL_S,
+    lead: Lead | None = None,
     breakers: BreakerFleet | None = None,
 ) -> AsyncIterator[Controller]:
     """A controller process's `run`, in this process."""
@@ -86,6 +90,8 @@ async def started(
         lease_ttl_s=lease_ttl_s,
     )
     bound = asyncio.Event()
+    if isinstance(store, MemoryRouteStore):
+        lead = MemoryLead(store)
 
     async def wait(drain: Callable[[], Awaitable[None]]) -> None:
         bound.set()
@@ -93,7 +99,7 @@ async def started(
         await drain()
         drained.set()
 
-    running = asyncio.create_task(run(settings, store=store, breakers=breakers, wait=wait))
+    running = asyncio.create_task(run(settings, store=store, lead=lead, breakers=breakers, wait=wait))
     watching = asyncio.create_task(bound.wait())
     await asyncio.wait({running, watching}, return_when=asyncio.FIRST_COMPLETED, timeout=TIMEOUT_S)
     watching.cancel()
@@ -109,6 +115,11 @@ async def started(
             await asyncio.wait_for(running, TIMEOUT_S)
             assert drained.is_set()
     announced.unlink()
+
+
+def lead_in(store: RedisStore, controller_id: str = "c") -> RedisLead:
+    """The lead of the model `m` in Redis, for one process."""
+    return RedisLead(store, "m", controller_id, new_incarnation(), ttl_s=LEAD_TTL_S)
 
 
 def bearer(*scopes: str) -> tuple[tuple[str, str], ...]:

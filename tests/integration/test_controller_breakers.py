@@ -16,7 +16,7 @@ from services.common.queue_keys import BREAKER_HOLDS, breakers_of
 from services.common.redis_client import RedisStore
 from services.controller.adapters.redis_breakers import RedisBreakerFleet
 from services.controller.adapters.redis_route import RedisRouteStore
-from tests.fakes.controller_process import Controller, bearer, started
+from tests.fakes.controller_process import Controller, bearer, lead_in, started
 
 
 @pytest.fixture
@@ -30,7 +30,9 @@ async def controller(tmp_path: Path, redis_store: RedisStore) -> AsyncIterator[C
     await redis_store.fetch("PEXPIRE", key, "60000")
     breakers = RedisBreakerFleet(redis_store)
     async with (
-        started(tmp_path, RedisRouteStore(redis_store), breakers=breakers) as found,
+        started(
+            tmp_path, RedisRouteStore(redis_store), lead=lead_in(redis_store), breakers=breakers
+        ) as found,
         found.member() as member,
     ):
         await found.serving()

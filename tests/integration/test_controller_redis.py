@@ -14,7 +14,7 @@ from services.common.redis_client import RedisStore
 from services.controller.adapters.redis_route import RedisRouteStore
 from services.controller.core.ports import FenceStale
 from tests.fakes.controller_ports import TIMEOUT_S
-from tests.fakes.controller_process import started
+from tests.fakes.controller_process import lead_in, started
 
 KEYS = ModelKeys("m")
 
@@ -30,7 +30,10 @@ async def until(store: RedisStore, field: str, key: str) -> dict[str, Any]:
 @pytest.mark.usefixtures("redis_server")
 async def test_redis_is_kept(tmp_path: Path, redis_store: RedisStore) -> None:
     """Record and route are written, and written again with a higher epoch after Redis was emptied."""
-    async with started(tmp_path, RedisRouteStore(redis_store)) as controller, controller.member() as worker:
+    async with (
+        started(tmp_path, RedisRouteStore(redis_store), lead=lead_in(redis_store)) as controller,
+        controller.member() as worker,
+    ):
         await controller.serving()
         activate = await worker.become_active(pb.MEMBER_KIND_WORKER, "w", "1")
         weight, ready = f"w:{activate.revision}", f"r:{activate.revision}"

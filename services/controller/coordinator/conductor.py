@@ -35,9 +35,6 @@ from services.controller.core.rollout_events import (
 )
 from services.controller.core.rollout_record import Rollout, Spec, State, create
 
-# An operator wants to read what happened lately; older records only slow the start.
-HISTORY_MAX = 200
-
 
 class Conductor:
     """Leads the rollouts of one model.
@@ -87,14 +84,23 @@ class Conductor:
             )
         return found
 
-    async def load(self) -> None:
-        """Reads the records, once; a rollout that was under way goes on."""
+    async def load(self, fence: int) -> int:
+        """Takes the records over, once; a rollout that was under way goes on.
+
+        Returns:
+            The fencing number of the claim: `fence`, or one above every number before.
+
+        Raises:
+            FenceStale: Another controller took them over meanwhile.
+            StoreUnavailable: They cannot be read now.
+        """
         async with self._lock:
             if self._loaded:
-                return
-            found = await self._records.load(self._model)
-            self._rollouts = {one.id: one for one in found[-HISTORY_MAX:]}
+                return fence
+            claimed = await self._records.claim(self._model, fence)
+            self._rollouts = {one.id: one for one in claimed.rollouts}
             self._loaded = True
+            return claimed.fence
 
     def serving(self, asked: str) -> str:
         """The revision that shall serve when the mesh was started with `asked`.

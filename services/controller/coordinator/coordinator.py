@@ -11,14 +11,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 
 from services.common import logs
 from services.common.clock import Clock
-from services.common.errors import Draining, RevisionInUse, RolloutRefused, StoreUnavailable, WorkerUnknown
+from services.common.errors import (
+    Draining,
+    NotLeader,
+    RevisionInUse,
+    RolloutRefused,
+    StoreUnavailable,
+    WorkerUnknown,
+)
 from services.controller.coordinator.conductor import Conductor, as_weights
 from services.controller.coordinator.judge import Judge
 from services.controller.coordinator.roster import Roster
+from services.controller.coordinator.tenure import Tenure
 from services.controller.coordinator.worker_records import MemberKey, WorkerRecords
 from services.controller.core import membership, rollout_fleet, routing
 from services.controller.core.catalog import Catalog
@@ -55,11 +64,14 @@ class Coordinator:
         store: Where gateways read workers and route.
         records: Where rollouts outlive this process.
         clock: The time.
+        tenure: By which we lead.
         lease_ttl_s: How long a member may be silent.
         prepare_timeout_s: How long one preparation may take.
 
     Attributes:
         rollouts: The rollouts of the model.
+        changed: Set when the store may not be what it shall be.
+        store_lost: Whether it could not be reached when we last tried.
         led: Set once the store knows us as the controller.
         deposed: Set once another controller has taken over; nothing is written from then on.
     """
@@ -70,6 +82,7 @@ class Coordinator:
         store: RouteStore,
         records: RolloutRecords,
         clock: Clock,
+        tenure: Tenure,
         *,
         lease_ttl_s: float,
         prepare_timeout_s: float,
@@ -78,7 +91,8 @@ class Coordinator:
         self._catalog = catalog
         self._store = store
         self._clock = clock
-        self._rules = membership.Rules(lease_ttl_s, prepare_timeout_s, fence=0)
+        self._tenure = tenure
+        self._rules = membership.Rules(lease_ttl_s, prepare_timeout_s, tenure.fence)
         self._judge = Judge(clock)
         self.rollouts = Conductor(self._model, catalog, records, clock)
         self._plan: Plan | None = None
@@ -86,11 +100,11 @@ class Coordinator:
         self._stored_epoch = 0
         self._plan_stored = False
         self._records = WorkerRecords(self._model, store)
-        self._changed = asyncio.Event()
+        self.changed = asyncio.Event()
         self._roster = Roster(self._model, clock, self._mark)
         self.led = asyncio.Event()
         self.deposed = asyncio.Event()
-        self._store_lost = False
+        self.store_lost = False
 
     @property
     def leading(self) -> bool:
@@ -162,8 +176,9 @@ class Coordinator:
         """
         if not self.leading or self._plan is None:
             raise StoreUnavailable("The controller does not lead yet.", retry_after_s=TICK_S)
-        made = await self.rollouts.create(rollout_id, spec, self._plan.wanted)
-        self._changed.set()
+        with self._led_on():
+            made = await self.rollouts.create(rollout_id, spec, self._plan.wanted)
+        self.changed.set()
         return made
 
     def check_unused(self, model: str, revision: str) -> None:
@@ -188,7 +203,8 @@ class Coordinator:
             raise RolloutRefused(f"The rollout is over: it is {known.state}.")
         if self._plan is None:
             raise StoreUnavailable("The controller does not lead yet.", retry_after_s=TICK_S)
-        after = await self.rollouts.tell(rollout_id, event, self._fleet(known))
+        with self._led_on():
+            after = await self.rollouts.tell(rollout_id, event, self._fleet(known))
         self._obey(after)
         return after
 
@@ -196,17 +212,13 @@ class Coordinator:
         """Ends every stream; the members attach again, here or elsewhere."""
         self._roster.end_all(reason)
 
-    async def run(self) -> None:
-        """Watches leases and keeps the store, until it is cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._watch(), name="controller.watch")
-            tasks.create_task(self._keep(), name="controller.keep")
-
     def tick(self) -> None:
         """Judges leases and deadlines; once a second."""
         self._judge.look()
-        for key, event in self._roster.tick(self._rules.lease_ttl_s):
+        for key, event in self._roster.tick(self._rules.lease_ttl_s, judging=not self._tenure.doubtful):
             self._advance(key, event)
+        if self._tenure.lapsed and not self.deposed.is_set():
+            self._step_down("The controller has lost its store.")
 
     async def keep_store(self, *, renew: bool = True) -> None:
         """Brings the store to what the members are; with `renew` every lease is written too.
@@ -216,53 +228,25 @@ class Coordinator:
         if self.deposed.is_set():
             return
         try:
-            await self.rollouts.load()
+            await self._keep_lead(renew=renew)
             await self._keep_route()
             await self._records.keep(self._roster.members, self._rules.fence, renew=renew)
             await self._retire()
             await self._follow()
         except StoreUnavailable as error:
-            if not self._store_lost:
+            if not self.store_lost:
                 logs.get_logger().warning("store.lost", model=self._model, reason=error.message)
-            self._store_lost = True
+            self.store_lost = True
         except FenceStale:
-            self.deposed.set()
-            logs.get_logger().error("controller.deposed", model=self._model, fence=self._rules.fence)
-            self.close("Another controller leads.")
+            self._step_down("Another controller leads.")
         else:
-            if self._store_lost:
+            if self.store_lost:
                 logs.get_logger().info("store.recovered", model=self._model)
-            self._store_lost = False
-
-    async def _watch(self) -> None:
-        while True:
-            self.tick()
-            await asyncio.sleep(TICK_S)
-
-    async def _keep(self) -> None:
-        renew_s = self._clock.monotonic()
-        task = asyncio.current_task()
-        assert task is not None
-        # A store's library may swallow a cancellation that meets its answer; the task still knows of it.
-        while not task.cancelling():
-            now_s = self._clock.monotonic()
-            renew = now_s >= renew_s
-            if renew:
-                renew_s = now_s + TICK_S
-            self._changed.clear()
-            await self.keep_store(renew=renew)
-            if self._store_lost:
-                # Nothing is gained by trying again before the next tick, whatever changes.
-                await asyncio.sleep(TICK_S)
-                continue
-            # Not `wait_for`: before Python 3.12 it loses a cancellation that meets the event.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(renew_s - self._clock.monotonic()):
-                    await self._changed.wait()
+            self.store_lost = False
 
     def _check_welcome(self, key: MemberKey) -> None:
         if self.deposed.is_set():
-            raise Draining("Another controller leads; attach there.")
+            raise NotLeader("Another controller leads; attach there.", retry_after_s=TICK_S)
         if not self.led.is_set():
             raise StoreUnavailable("The controller has not reached its store yet.", retry_after_s=TICK_S)
         if not self._roster.has_room(key):
@@ -290,7 +274,7 @@ class Coordinator:
             self._plan = routing.switch(self._plan)
             self._plan_stored = False
         if not self._plan_stored or (effects and self.rollouts.current is not None):
-            self._changed.set()
+            self.changed.set()
 
     def _tell_goal(self) -> None:
         """Lets every member hear of a goal that has changed, now and not at the next tick."""
@@ -334,7 +318,7 @@ class Coordinator:
             self._plan_stored = False
         self._plan = plan
         self._tell_goal()
-        self._changed.set()
+        self.changed.set()
 
     async def _retire(self) -> None:
         """Takes from workers what nobody needs there any more; what runs on it ends first."""
@@ -345,12 +329,36 @@ class Coordinator:
             if await self._store.unready(self._model, key.id, revision, fence, routed=routed):
                 self._advance(key, RetireAsked(revision))
 
+    async def _keep_lead(self, *, renew: bool) -> None:
+        """Sees to it that we still lead, before anything is written, and that the number is backed by it."""
+        if renew or self._tenure.fence != self._rules.fence:
+            await self._tenure.keep(self._rules.fence)
+        if not self.rollouts.loaded:
+            fence = await self.rollouts.load(self._rules.fence)
+            self._rules = replace(self._rules, fence=fence)
+            await self._tenure.keep(fence)
+
+    @contextlib.contextmanager
+    def _led_on(self) -> Iterator[None]:
+        """Turns the discovery that another controller leads into an answer for the caller."""
+        try:
+            yield
+        except FenceStale:
+            self._step_down("Another controller leads.")
+            raise NotLeader("Another controller leads; ask again.", retry_after_s=TICK_S) from None
+
+    def _step_down(self, reason: str) -> None:
+        """Ends our time: nothing is written from now on, and members look elsewhere."""
+        self.deposed.set()
+        logs.get_logger().error(
+            "controller.deposed", model=self._model, fence=self._rules.fence, reason=reason
+        )
+        self.close(reason)
+
     async def _keep_route(self) -> None:
         """Reads the route, and writes it where it is not what it shall be."""
         stored = await self._store.read_route(self._model)
         if self._plan is None:
-            fence = 1 + (stored.fence if stored else 0)
-            self._rules = replace(self._rules, fence=fence)
             wanted = self.rollouts.serving(self._catalog.wanted(self._model))
             self._plan = routing.claim(wanted, stored, 0, self._now_ms())
             if self.rollouts.current is not None:
@@ -385,7 +393,7 @@ class Coordinator:
     def _mark(self, *worker_ids: str) -> None:
         """These workers' records have changed."""
         self._records.mark(*worker_ids)
-        self._changed.set()
+        self.changed.set()
 
     def _now_ms(self) -> int:
         return int(self._clock.now() * 1000)

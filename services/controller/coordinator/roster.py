@@ -96,10 +96,15 @@ class Roster:
             self._perform(key, effect)
         return taken.effects
 
-    def tick(self, lease_ttl_s: float) -> Iterator[tuple[MemberKey, Event]]:
-        """What each member's lease says now: the caller lets the member take it in, one after the other."""
+    def tick(self, lease_ttl_s: float, *, judging: bool = True) -> Iterator[tuple[MemberKey, Event]]:
+        """What each member's lease says now: the caller lets the member take it in, one after the other.
+
+        Args:
+            lease_ttl_s: How long a member may be silent.
+            judging: False: silence proves nothing now, and every lease begins anew.
+        """
         now_s = self._clock.monotonic()
-        slept = now_s - self._ticked_s > SLEPT_S
+        slept = now_s - self._ticked_s > SLEPT_S or not judging
         self._ticked_s = now_s
         for key, member in list(self._members.items()):
             if slept:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Protocol
 
 from services.controller.core.commands import Command
-from services.controller.core.records import BreakerRecord, Route, WorkerRecord
+from services.controller.core.records import BreakerRecord, Claimed, Route, Standing, WorkerRecord
 from services.controller.core.rollout_record import Rollout
 
 
@@ -57,21 +57,49 @@ class RouteStore(Protocol):
         ...
 
 
-class RolloutRecords(Protocol):
-    """Where rollouts outlive the controller that leads them."""
+class Lead(Protocol):
+    """The lease by which one controller of a model leads. Methods raise StoreUnavailable."""
 
-    async def load(self, model: str) -> tuple[Rollout, ...]:
-        """Every rollout of a model, oldest first.
+    async def take(self, *, may_found: bool, may_replace: bool) -> Standing:
+        """Asks for the lead; it is granted when the lease is free, or ours already.
+
+        Args:
+            may_found: Whether it is also granted where the store knows of no lease at all.
+            may_replace: Whether it is also taken from a controller of our own id: an earlier process.
+        """
+        ...
+
+    async def keep(self, fence: int) -> None:
+        """Renews the lease, and lets it bear `fence` from now on; founds it where the store lost it.
 
         Raises:
-            StoreUnavailable: They cannot be read now.
+            FenceStale: Another controller leads.
+        """
+        ...
+
+    async def leave(self) -> None:
+        """Gives the lead to whoever asks next; without effect where another controller has it."""
+        ...
+
+
+class RolloutRecords(Protocol):
+    """Where rollouts outlive the controller that leads them. Methods raise StoreUnavailable."""
+
+    async def claim(self, model: str, fence: int) -> Claimed:
+        """Takes a model's records over: what earlier claimants save from now on is not read by anybody.
+
+        The claim bears `fence`, or a number above every one that was claimed with.
+
+        Raises:
+            FenceStale: Another controller took them over meanwhile.
         """
         ...
 
     async def save(self, rollout: Rollout) -> None:
-        """Replaces the record; once it returns, a crash loses nothing of it.
+        """Replaces the record; once it returns, a crash loses nothing of it. `claim` comes first.
 
         Raises:
+            FenceStale: Another controller has taken the records over.
             StoreUnavailable: It cannot be written now; the record is as it was.
         """
         ...

@@ -1,9 +1,11 @@
-"""What the controller writes for the gateways: which workers exist, and which revisions serve. Data alone."""
+"""What controllers write for gateways and for each other: workers, routes, who leads. Data alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from services.controller.core.rollout_record import Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +65,29 @@ class BreakerRecord:
     calls: int
     failures: int
     changed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a controller stands that asked for the lead.
+
+    Attributes:
+        fence: Its fencing number, above that of every controller before it; 0: it does not lead.
+        leader_id: Who leads; empty: nobody.
+    """
+
+    fence: int
+    leader_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """The rollouts of a model, taken over from the controller that led before.
+
+    Attributes:
+        fence: The fencing number of the claim.
+        rollouts: Every rollout, oldest first.
+    """
+
+    fence: int
+    rollouts: tuple[Rollout, ...]

@@ -8,14 +8,29 @@ import contextlib
 import pytest
 from structlog.testing import capture_logs
 
-from services.common.errors import Draining, StoreUnavailable, WorkerUnknown
-from services.controller.coordinator import LOST_KEPT_S, RECORD_TTL_S, SLEPT_S, TICK_S, Coordinator, MemberKey
+from services.common.errors import NotLeader, StoreUnavailable, WorkerUnknown
+from services.controller.coordinator import (
+    LOST_KEPT_S,
+    RECORD_TTL_S,
+    SLEPT_S,
+    STEP_DOWN_S,
+    TICK_S,
+    Coordinator,
+    MemberKey,
+    rounds,
+)
 from services.controller.core.catalog import Catalog, Manifest, Revision
 from services.controller.core.commands import SendActivate, SendDrain, SendLease, SendPrepare
 from services.controller.core.member import Activated, Hello, Kind, Load, LoadReport, Presence, Ready
 from services.controller.core.records import Route
 from services.controller.core.residency import EventIllegal, Phase, Resident
-from tests.fakes.controller_ports import FakeClock, FakeStream, MemoryRolloutRecords, MemoryRouteStore
+from tests.fakes.controller_ports import (
+    FakeClock,
+    FakeStream,
+    MemoryRolloutRecords,
+    MemoryRouteStore,
+    granted,
+)
 
 LEASE_TTL_S = 5.0
 
@@ -36,6 +51,7 @@ class Mesh:
             self.store,
             self.records,
             self.clock,
+            granted(self.store, self.clock),
             lease_ttl_s=LEASE_TTL_S,
             prepare_timeout_s=600.0,
         )
@@ -63,7 +79,7 @@ class Mesh:
             for worker_id, stream in speaking:
                 self.coordinator.hear(MemberKey(Kind.WORKER, worker_id), stream, LoadReport(Load(slots=8)))
             self.coordinator.tick()
-        await self.coordinator.keep_store()
+            await self.coordinator.keep_store()
 
 
 @pytest.fixture
@@ -131,7 +147,7 @@ async def test_stale_controller_is_deposed(mesh: Mesh) -> None:
     assert mesh.store.route == led
     assert not mesh.coordinator.leading
     assert stream.ended == ["Another controller leads."]
-    with pytest.raises(Draining):
+    with pytest.raises(NotLeader):
         mesh.hello("w2")
 
 
@@ -275,13 +291,43 @@ async def test_outage_is_logged_once(mesh: Mesh) -> None:
 
 async def test_removal_survives_an_outage(mesh: Mesh) -> None:
     """A worker that was lost while the store was away is removed when it is back."""
-    await mesh.activate()
+    stream = await mesh.activate()
     mesh.store.reachable = False
+    mesh.coordinator.detach(MemberKey(Kind.WORKER, "w"), stream, farewell=True)
     await mesh.pass_time(LEASE_TTL_S)
     assert set(mesh.store.workers) == {"w"}
     mesh.store.reachable = True
     await mesh.coordinator.keep_store(renew=False)
     assert mesh.store.workers == {}
+
+
+async def test_silence_proves_nothing_while_the_lead_is_doubtful(mesh: Mesh) -> None:
+    """Members may speak to another controller by then; when the lead is sure, their leases begin anew."""
+    stream = await mesh.activate()
+    mesh.store.reachable = False
+    await mesh.pass_time(LEASE_TTL_S + 2)
+    assert not stream.ended
+    mesh.store.reachable = True
+    await mesh.coordinator.keep_store()
+    await mesh.pass_time(LEASE_TTL_S - 1)
+    assert not stream.ended
+    await mesh.pass_time(1)
+    assert stream.ended
+
+
+async def test_members_are_let_go_when_the_lead_cannot_be_renewed(mesh: Mesh) -> None:
+    """Somebody else may lead whom the store answers; the records of the workers outlive the search for it."""
+    stream = await mesh.activate()
+    mesh.store.reachable = False
+    await mesh.pass_time(STEP_DOWN_S)
+    assert not stream.ended
+    await mesh.pass_time(1)
+    assert stream.ended == ["The controller has lost its store."]
+    assert mesh.coordinator.deposed.is_set()
+    assert STEP_DOWN_S < RECORD_TTL_S / 2
+    calls = mesh.store.calls
+    await mesh.pass_time(3)
+    assert mesh.store.calls == calls
 
 
 async def test_own_sleep_is_not_their_silence(mesh: Mesh) -> None:
@@ -290,7 +336,7 @@ async def test_own_sleep_is_not_their_silence(mesh: Mesh) -> None:
     mesh.clock.seconds += max(LEASE_TTL_S, SLEPT_S) + 60
     mesh.coordinator.tick()
     assert not stream.ended
-    await mesh.pass_time(LEASE_TTL_S)
+    await mesh.pass_time(LEASE_TTL_S + 1)
     assert stream.ended
 
 
@@ -307,7 +353,7 @@ async def test_drain(mesh: Mesh) -> None:
 
 async def test_change_is_written_without_waiting(mesh: Mesh) -> None:
     """The running loops write a change when it happens."""
-    running = asyncio.create_task(mesh.coordinator.run())
+    running = asyncio.create_task(rounds.run(mesh.coordinator, mesh.clock))
     try:
         stream = mesh.hello(residents={mesh.revision: Resident(Phase.ACTIVE)})
         await mesh.store.wait_until(lambda: "w" in mesh.store.workers)
@@ -328,7 +374,7 @@ async def test_defect_ends_the_run(mesh: Mesh) -> None:
 
     mesh.store.read_route = broken  # type: ignore[method-assign]
     with pytest.raises(ExceptionGroup):
-        await asyncio.wait_for(mesh.coordinator.run(), 5.0)
+        await asyncio.wait_for(rounds.run(mesh.coordinator, mesh.clock), 5.0)
 
 
 async def test_swallowed_cancellation_ends_the_run(mesh: Mesh) -> None:
@@ -343,7 +389,7 @@ async def test_swallowed_cancellation_ends_the_run(mesh: Mesh) -> None:
         return None
 
     mesh.store.read_route = deaf  # type: ignore[method-assign]
-    running = asyncio.create_task(mesh.coordinator.run())
+    running = asyncio.create_task(rounds.run(mesh.coordinator, mesh.clock))
     await reading.wait()
     running.cancel()
     done, _ = await asyncio.wait({running}, timeout=5.0)

@@ -40,7 +40,7 @@ def _home(tmp_path: Path) -> Home:
 def test_every_service_understands_what_it_is_told(tmp_path: Path) -> None:
     """The variables of each part make a valid configuration: no unknown key, none missing."""
     home = _home(tmp_path)
-    controller = parts.controller(home, _plan(), "127.0.0.1:0", SHARED)
+    controller = parts.controller(home, 1, "127.0.0.1:0", _plan(), SHARED)
     gateway = parts.gateway(home, 2, "127.0.0.1:0", CONTROLLERS, SHARED)
     worker = parts.worker(home, 1, "127.0.0.1:0", CONTROLLERS, _plan(2), SHARED)
 

@@ -23,11 +23,11 @@ def _listener(host: str, *, reuse_port: bool = False) -> Iterator[int]:
 
 def test_the_defaults_are_the_documented_ports() -> None:
     """8080 for Envoy, gateways around the controller's 50052, workers from 50061, metrics from 9464."""
-    planned = ports.plan(8080, gateways=3, workers=2)
-    metrics = (9464, 9465, 9466, 9467, 9468, 9469)
-    assert planned == ports.Ports(8080, (50051, 50053, 50054), 50052, (50061, 50062), metrics)
-    assert planned.metrics_of("gateway-1") == 9465
-    assert planned.by_user()["worker-2 metrics"] == 9469
+    planned = ports.plan(8080, gateways=3, workers=2, controllers=2)
+    metrics = tuple(range(9464, 9471))
+    assert planned == ports.Ports(8080, (50051, 50054, 50055), (50052, 50053), (50061, 50062), metrics)
+    assert planned.metrics_of("gateway-1") == 9466
+    assert planned.by_user()["worker-2 metrics"] == 9470
     assert len(set(planned.by_user().values())) == len(planned.by_user())
 
 
@@ -43,7 +43,7 @@ def test_port_0_frees_every_port() -> None:
 def test_a_taken_port_is_named(host: str, reuse_port: bool) -> None:  # noqa: FBT001 - a parameter of the test
     """A listener is found on whatever address, also one that shares its port with whoever asks so."""
     with _listener(host, reuse_port=reuse_port) as port:
-        wanted = ports.Ports(port, (0,), 0, (0,))
+        wanted = ports.Ports(port, (0,), (0,), (0,))
         with pytest.raises(ports.PortsTaken, match=rf"{port} \(envoy\).*--port 0"):
             ports.check_free(wanted)
 
@@ -51,7 +51,7 @@ def test_a_taken_port_is_named(host: str, reuse_port: bool) -> None:  # noqa: FB
 def test_every_taken_port_is_named_at_once() -> None:
     """Whoever frees ports wants the whole list."""
     with _listener("127.0.0.1") as first, _listener("127.0.0.1") as second:
-        wanted = ports.Ports(0, (first,), 0, (second,))
+        wanted = ports.Ports(0, (first,), (0,), (second,))
         with pytest.raises(ports.PortsTaken) as caught:
             ports.check_free(wanted)
     assert f"{first} (gateway-1)" in str(caught.value)
@@ -84,4 +84,4 @@ def test_a_closed_connection_does_not_hold_its_port() -> None:
             # The side that closes first keeps the port in TIME_WAIT.
             accepted.close()
             client.recv(1)
-    ports.check_free(ports.Ports(port, (), 0, ()))
+    ports.check_free(ports.Ports(port, (), (), ()))

@@ -1,0 +1,66 @@
+"""The time in which one controller leads. Owns: the lease's renewal, and what follows where it fails.
+
+A lease that lapses is first only doubted: the store may be away for everybody. Then silence of members proves
+nothing, for they may speak to another controller by now. Later it is given up, so that they look for one.
+"""
+
+from __future__ import annotations
+
+from services.common.clock import Clock
+from services.common.errors import StoreUnavailable
+from services.controller.core.ports import Lead
+
+# Members of a controller that has lost its store must find the one that has it long before the records of
+# the workers end; the store's restart, on the other hand, shall not send everybody about.
+STEP_DOWN_S = 10.0
+
+
+class Tenure:
+    """Keeps the lead.
+
+    Args:
+        lead: The lease.
+        fence: The fencing number that came with it.
+        clock: The time.
+        ttl_s: How long the lease holds without renewal.
+    """
+
+    def __init__(self, lead: Lead, fence: int, clock: Clock, *, ttl_s: float) -> None:
+        self._lead = lead
+        self._fence = fence
+        self._clock = clock
+        self._ttl_s = ttl_s
+        self._kept_s = clock.monotonic()
+        # Of the first renewal that failed since; a process that slept has not tried yet.
+        self._failing_s: float | None = None
+
+    @property
+    def fence(self) -> int:
+        """The fencing number that the lease bears."""
+        return self._fence
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether another controller may lead by now."""
+        return self._clock.monotonic() - self._kept_s >= self._ttl_s
+
+    @property
+    def lapsed(self) -> bool:
+        """Whether renewals have failed for so long that it is time to let the members go."""
+        failing_s = self._failing_s
+        return failing_s is not None and self._clock.monotonic() - failing_s >= STEP_DOWN_S
+
+    async def keep(self, fence: int) -> None:
+        """Renews the lease; it bears `fence` from now on.
+
+        Raises:
+            FenceStale: Another controller leads.
+            StoreUnavailable: The store cannot be reached.
+        """
+        try:
+            await self._lead.keep(fence)
+        except StoreUnavailable:
+            if self._failing_s is None:
+                self._failing_s = self._clock.monotonic()
+            raise
+        self._fence, self._kept_s, self._failing_s = fence, self._clock.monotonic(), None
