@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from tests.fixtures.mesh import MODEL, ROOT, Mesh, started
+from tests.fixtures.rollout_load import asked_all_the_time, rollout
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(480)]
 
@@ -20,45 +18,6 @@ OTHER = "bf16-weights"
 FAULTS = ROOT / "tests" / "fakes" / "faults"
 BAKE_S = 90.0
 STREAMS = 4
-
-
-class Answered(NamedTuple):
-    """One request: when it was asked, and what came of it."""
-
-    asked_s: float
-    status: int
-    revision: str
-
-
-@contextmanager
-def asked_all_the_time(mesh: Mesh) -> Iterator[list[Answered]]:
-    """Clients that ask again and again, and what they hear."""
-    replies: list[Answered] = []
-    over = threading.Event()
-
-    def ask() -> None:
-        while not over.is_set():
-            asked_s = time.monotonic()
-            reply = mesh.post("/v1/generate", {"text": "What is the capital of France?", "max_tokens": 8})
-            replies.append(Answered(asked_s, reply.status, str(reply.json.get("revision", ""))))
-
-    clients = [threading.Thread(target=ask) for _ in range(STREAMS)]
-    for client in clients:
-        client.start()
-    try:
-        yield replies
-    finally:
-        over.set()
-        for client in clients:
-            client.join()
-
-
-def rollout(mesh: Mesh) -> dict[str, Any]:
-    """The newest rollout."""
-    listed = mesh.get("/v1/admin/rollouts")
-    assert listed.status == 200, listed.body
-    newest: dict[str, Any] = listed.json["rollouts"][0]
-    return newest
 
 
 def await_state(mesh: Mesh, state: str, timeout_s: float) -> dict[str, Any]:

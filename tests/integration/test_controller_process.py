@@ -38,6 +38,7 @@ async def process(tmp_path: Path, redis_url: str, **settings: str) -> AsyncItera
         "JWT_SECRET": JWT_SECRET,
         "MODEL_PATH": str(write_model(tmp_path / "model")),
         "MODEL_NAME": "m",
+        "DATA_DIR": str(tmp_path / "data"),
         **settings,
     }
     environment = {f"INTERLOCK_CONTROLLER_{name}": value for name, value in values.items()}

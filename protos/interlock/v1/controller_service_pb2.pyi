@@ -385,7 +385,7 @@ Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
 
 @_typing.final
 class Lease(_message.Message):
-    """The lease that the controller grants."""
+    """The lease that the controller grants: at hello, and again in answer to each `load`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -395,7 +395,9 @@ class Lease(_message.Message):
     """Fencing number of this controller."""
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
-        """Time after which a silent member counts as lost."""
+        """Time after which a silent member counts as lost; a member that hears nothing for as long looks for
+        another controller. Absent: a member waits for the end of the stream.
+        """
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ from services.controller.coordinator.tenure import Tenure
 from services.controller.coordinator.worker_records import MemberKey, WorkerRecords
 from services.controller.core import membership, rollout_fleet, routing
 from services.controller.core.catalog import Catalog
+from services.controller.core.commands import SendLease
 from services.controller.core.member import (
     DrainAsked,
     Event,
@@ -147,6 +148,9 @@ class Coordinator:
             incarnation = self._roster.members[key].incarnation
             self._judge.hear(key.id, incarnation, report.tallies.get(self._model, {}))
         self._advance(key, report)
+        if isinstance(report, LoadReport) and not self.deposed.is_set():
+            # The member's proof that we are alive: the connection to a stopped process stays open.
+            stream.send(SendLease(self._rules.lease_ttl_s, self._rules.fence))
 
     def detach(self, key: MemberKey, stream: MemberStream, *, farewell: bool) -> None:
         """A stream has ended, with the member's goodbye or without."""

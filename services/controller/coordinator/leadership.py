@@ -21,7 +21,7 @@ from services.controller.core.election import Election
 from services.controller.core.ports import Lead
 
 # How often one that does not lead looks whether it may.
-LOOK_S = 1.0
+LOOK_S = 0.5
 
 
 class Term(Protocol):

@@ -7,6 +7,7 @@ it is away, what was activated goes on serving, and the link walks the list of c
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,14 @@ REPORT_S = 1.0
 BACKOFF_FIRST_S = 0.1
 BACKOFF_LAST_S = 1.0
 # A controller answers a hello at once; one that does not is passed over.
-HELLO_TIMEOUT_S = 5.0
+HELLO_TIMEOUT_S = 3.0
 # Messages on their way to the controller: a report a second and a few answers.
 OUTGOING_MAX = 64
 # Revisions that are kept beside the active ones: rollouts prepare one, and a rollback needs the last.
 PREPARED_MAX = 8
+
+# Why an attachment ended of which nothing was heard.
+_SILENCE = "no answer"
 
 Request = controller_service_pb2.AttachRequest
 Command = controller_service_pb2.AttachResponse
@@ -100,8 +104,8 @@ class ControllerLink:
             cause = await self._attach(session)
             logs.get_logger().info("controller.detached", cause=cause)
             backoff_s = BACKOFF_FIRST_S if session.leased else min(2 * backoff_s, BACKOFF_LAST_S)
-            # Whoever led a moment ago probably leads again.
-            at = at if session.leased else at + 1
+            # Whoever led a moment ago probably leads again, unless it fell silent.
+            at = at if session.leased and cause != _SILENCE else at + 1
             await asyncio.sleep(backoff_s)
 
     async def _attach(self, session: _Attachment) -> str:
@@ -241,6 +245,7 @@ class _Attachment:
         self._link = link
         self._address = address
         self._outgoing: asyncio.Queue[Request] = asyncio.Queue(OUTGOING_MAX)
+        self._silence_s = HELLO_TIMEOUT_S
         self.leased = False
 
     async def run(self) -> str:
@@ -253,7 +258,7 @@ class _Attachment:
         except* grpc.RpcError as group:
             cause = _cause(group)
         except* (TimeoutError, asyncio.QueueFull, asyncio.InvalidStateError):
-            cause = "no answer"
+            cause = _SILENCE
         finally:
             await connection.close()
         return cause
@@ -263,11 +268,13 @@ class _Attachment:
             helpers = [
                 tasks.create_task(self._write(call)),
                 tasks.create_task(self._report()),
-                tasks.create_task(self._expect_lease()),
             ]
             try:
-                async for command in call:
-                    self._obey(command, connection, tasks)
+                # The connection to a process that was stopped stays open.
+                async with asyncio.timeout(HELLO_TIMEOUT_S) as patience:
+                    async for command in call:
+                        self._obey(command, connection, tasks)
+                        patience.reschedule(asyncio.get_running_loop().time() + self._silence_s)
             finally:
                 for helper in helpers:
                     helper.cancel()
@@ -283,15 +290,12 @@ class _Attachment:
             await asyncio.sleep(REPORT_S)
             self._say(self._link.report())
 
-    async def _expect_lease(self) -> None:
-        await asyncio.sleep(HELLO_TIMEOUT_S)
-        if not self.leased:
-            raise TimeoutError
-
     def _obey(self, command: Command, connection: grpc.aio.Channel, tasks: asyncio.TaskGroup) -> None:
         match command.WhichOneof("command"):
             case "lease":
                 self.leased = True
+                # A lease without a length is good until the stream ends.
+                self._silence_s = command.lease.ttl.ToTimedelta().total_seconds() or math.inf
                 self._link.leased(command.lease)
             case "prepare":
                 tasks.create_task(self._prepare(command.prepare.manifest, connection))

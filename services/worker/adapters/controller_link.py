@@ -36,7 +36,7 @@ RETRY_FIRST_S = 0.2
 RETRY_MAX_S = 2.0
 
 # A controller that accepts the stream and grants no lease in this time is not the one to wait for.
-LEASE_TIMEOUT_S = 5.0
+LEASE_TIMEOUT_S = 3.0
 
 # Reports that wait for the stream. Progress gives way to what matters, so this is never reached by it.
 REPORTS_MAX = 256
@@ -136,13 +136,13 @@ class ControllerLink:
             # Hello says all that was; what happens after it was made is reported, lease or not.
             self._reports.clear()
             self._attached = True
-            await call.write(self._hello())
             async with asyncio.timeout(LEASE_TIMEOUT_S):
+                await call.write(self._hello())
                 first = await call.read()
-            leased = self._accept(first)
-            if leased:
-                self.channel = channel
-                await self._serve(call, handshake)
+            lease = self._accept(first)
+            if lease is not None:
+                leased, self.channel = True, channel
+                await self._serve(call, handshake, _silence_s(lease))
         except (grpc.aio.AioRpcError, TimeoutError, asyncio.InvalidStateError) as error:
             code = error.code().name if isinstance(error, grpc.aio.AioRpcError) else type(error).__name__
             logs.get_logger().debug("controller.lost", code=code)
@@ -153,16 +153,16 @@ class ControllerLink:
             logs.get_logger().warning("controller.detached")
         return leased
 
-    def _accept(self, first: object) -> bool:
-        """Whether the first response grants a lease, and not on behalf of a leader of yesterday."""
+    def _accept(self, first: object) -> controller_service_pb2.Lease | None:
+        """The lease that the first response grants, unless on behalf of a leader of yesterday."""
         if not isinstance(first, controller_service_pb2.AttachResponse) or not first.HasField("lease"):
-            return False
+            return None
         if first.lease.fence < self._residency.fence:
             logs.get_logger().warning("controller.refused", fence=first.lease.fence)
-            return False
+            return None
         self._residency.fence = first.lease.fence
         logs.get_logger().info("controller.attached", fence=first.lease.fence)
-        return True
+        return first.lease
 
     async def _serve(
         self,
@@ -170,10 +170,17 @@ class ControllerLink:
             controller_service_pb2.AttachRequest, controller_service_pb2.AttachResponse
         ],
         handshake: RevisionHandshake,
+        silence_s: float | None,
     ) -> None:
+        """Obeys until the stream ends, or the controller is silent for as long as its lease holds."""
         writer = asyncio.create_task(self._write(call), name="controller-writer")
         try:
-            while isinstance(response := await call.read(), controller_service_pb2.AttachResponse):
+            while True:
+                # The connection to a process that was stopped stays open.
+                async with asyncio.timeout(silence_s):
+                    response = await call.read()
+                if not isinstance(response, controller_service_pb2.AttachResponse):
+                    break
                 self._obey(response, handshake)
         finally:
             writer.cancel()
@@ -234,3 +241,8 @@ class ControllerLink:
     def _load(self) -> worker_pb2.WorkerLoad:
         slots = 0 if self._residency.draining else self._membership.slots
         return worker_load(self._pulse(), slots)
+
+
+def _silence_s(lease: controller_service_pb2.Lease) -> float | None:
+    """How long the controller may be silent; None: it does not say."""
+    return lease.ttl.ToTimedelta().total_seconds() or None

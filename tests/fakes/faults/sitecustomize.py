@@ -1,13 +1,16 @@
-"""Faults for the workers of a real mesh: Python runs this at its start where it is on the search path.
+"""Faults for the processes of a real mesh: Python runs this at its start where it is on the search path.
 
 A worker whose `FAULT_FILE` holds the name of a revision cannot compute with it, from one step to the next, as
-a kernel fails that meets what it was never tried with. Other processes are left alone.
+a kernel fails that meets what it was never tried with. A controller whose `KILL_FILE` names a point of a
+rollout, as `before saved BAKING`, is killed there, once: the file is gone then. Others are left alone.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,5 +43,42 @@ def _install(file: Path) -> None:
     Stepper._host = host_faulty  # type: ignore[method-assign]
 
 
+def _kill_at(file: Path, point: str) -> None:
+    """Ends this process as SIGKILL does, if the file names the point."""
+    if file.exists() and file.read_text() == point:
+        file.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _around(file: Path, verb: Callable[..., Awaitable[Any]], name: Callable[..., str]) -> Callable[..., Any]:
+    """The verb with a point before and a point after it."""
+
+    async def watched(*arguments: Any, **named: Any) -> Any:
+        point = name(*arguments)
+        _kill_at(file, f"before {point}")
+        answer = await verb(*arguments, **named)
+        _kill_at(file, f"after {point}")
+        return answer
+
+    return watched
+
+
+def _install_kills(file: Path) -> None:
+    from services.controller.adapters.file_rollouts import FileRolloutRecords  # noqa: PLC0415
+    from services.controller.adapters.redis_route import RedisRouteStore  # noqa: PLC0415
+
+    FileRolloutRecords.save = _around(  # type: ignore[method-assign]
+        file, FileRolloutRecords.save, lambda _, rollout: f"saved {rollout.state.value}"
+    )
+    RedisRouteStore.write_route = _around(  # type: ignore[method-assign]
+        file, RedisRouteStore.write_route, lambda *_: "routed"
+    )
+    RedisRouteStore.unready = _around(  # type: ignore[method-assign]
+        file, RedisRouteStore.unready, lambda *_: "retired"
+    )
+
+
 if "services.worker" in sys.orig_argv and "FAULT_FILE" in os.environ:
     _install(Path(os.environ["FAULT_FILE"]))
+if "services.controller" in sys.orig_argv and "KILL_FILE" in os.environ:
+    _install_kills(Path(os.environ["KILL_FILE"]))
