@@ -20,6 +20,9 @@ _CONNECT_TIMEOUT_S = 0.5
 # What runs is told also while nobody can be asked for the breakers.
 _ASK_TIMEOUT_S = 2.0
 
+# Of several controllers one leads; the others stand by, and are well.
+_WELL = {"running", "leading", "standby"}
+
 _COLUMNS = {"kind": "KIND", "id": "ID", "state": "STATE", "address": "ADDRESS", "pid": "PID"}
 
 
@@ -37,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         _headline(home, mesh)
     table.show([*rows, *shown], _COLUMNS, as_json=arguments.json)
-    return 0 if all(row["state"] == "running" for row in rows) else 1
+    return 0 if all(row["state"] in _WELL for row in rows) else 1
 
 
 def _running(home: Home) -> MeshState:
@@ -55,7 +58,23 @@ def _running(home: Home) -> MeshState:
 
 
 def _rows(mesh: MeshState) -> list[dict[str, str | int]]:
-    return [_row(kind, part) for kind, part in mesh.parts()]
+    rows = [_row(kind, part) for kind, part in mesh.parts()]
+    if len(mesh.controllers) > 1:
+        _tell_leader([row for row in rows if row["kind"] == "controller" and row["state"] == "running"])
+    return rows
+
+
+def _tell_leader(rows: list[dict[str, str | int]]) -> None:
+    """Says of several controllers which one leads: it alone is SERVING."""
+    # Loaded late, as below.
+    probes = importlib.import_module("services.local.probes")
+
+    async def ask() -> list[object]:
+        asked = (asyncio.wait_for(probes.serving(row["address"]), _ASK_TIMEOUT_S) for row in rows)
+        return list(await asyncio.gather(*asked, return_exceptions=True))
+
+    for row, serves in zip(rows, asyncio.run(ask()), strict=True):
+        row["state"] = "leading" if serves is True else "standby" if serves is None else "unreachable"
 
 
 def _headline(home: Home, mesh: MeshState) -> None:

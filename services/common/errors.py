@@ -275,11 +275,12 @@ class UploadConflict(InterlockError):
 
 
 class NotLeader(InterlockError):
-    """Another controller leads, or none does yet."""
+    """Another controller leads, or none does yet; nothing was done."""
 
     code = Code.UNAVAILABLE
     reason = "NOT_LEADER"
     retryable = True
+    unstarted = True
 
 
 class WorkerUnknown(InterlockError):

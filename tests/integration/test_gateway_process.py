@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from interlock.v1 import controller_service_pb2, gateway_service_pb2_grpc
 from interlock.v1 import gateway_service_pb2 as pb
@@ -189,6 +190,17 @@ async def test_it_serves_on_while_the_controller_is_away_and_comes_back_with_wha
     hello = (await process.controller.wait_heard("hello", 2)).hello
     assert [(held.model, held.revision) for held in hello.revisions] == [(MODEL, REVISION)]
     assert (hello.epoch, hello.fence) == (1, 3)
+
+
+async def test_a_controller_that_falls_silent_is_left(process: Process) -> None:
+    """Its connection stays open, but its lease is not renewed: the list is walked until one leads."""
+    lease = controller_service_pb2.AttachResponse(
+        lease=controller_service_pb2.Lease(fence=3, ttl=Duration(seconds=1))
+    )
+    await process.controller.commands.put(lease)
+    again = (await process.controller.wait_heard("hello", 2)).hello
+    assert again.fence == 3
+    await process.controller.wait_heard("activated", 2)
 
 
 async def test_sigterm_ends_what_runs_and_then_the_process(process: Process) -> None:

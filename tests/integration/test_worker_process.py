@@ -50,18 +50,24 @@ class ScriptedController(controller_service_pb2_grpc.ControllerServiceServicer):
         self.heard: asyncio.Queue[controller_service_pb2.AttachRequest] = asyncio.Queue()
         self.commands: asyncio.Queue[controller_service_pb2.AttachResponse | None] = asyncio.Queue()
         self.fence = 3
+        self.ttl_s = 5
+        self.renews = True
         self.files: Path | None = None
 
     async def Attach(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:  # noqa: ARG002
         """One member; `None` among the commands ends the stream."""
         await self.heard.put(await anext(request_iterator))
-        ttl = duration_pb2.Duration(seconds=5)
-        lease = controller_service_pb2.Lease(ttl=ttl, fence=self.fence)
-        yield controller_service_pb2.AttachResponse(lease=lease)
+        ttl = duration_pb2.Duration(seconds=self.ttl_s)
+        lease = controller_service_pb2.AttachResponse(
+            lease=controller_service_pb2.Lease(ttl=ttl, fence=self.fence)
+        )
+        yield lease
 
         async def listen() -> None:
             async for request in request_iterator:
                 await self.heard.put(request)
+                if self.renews and request.HasField("load"):
+                    await self.commands.put(lease)
 
         listening = asyncio.create_task(listen())
         try:
@@ -267,6 +273,22 @@ async def test_a_reconnected_worker_tells_what_it_holds(
         ("r1", worker_pb2.REVISION_PHASE_ACTIVE)
     ]
     assert (hello.epoch, hello.fence) == (9, 3)
+    await worker.stop()
+
+
+async def test_a_controller_that_falls_silent_is_left(
+    controller: tuple[ScriptedController, str], tmp_path: Path
+) -> None:
+    """The connection to a process that was stopped stays open; the lease says for how long that counts."""
+    script, controller_address = controller
+    script.ttl_s = 1
+    worker = Worker(config_for(tmp_path, controller_address), lambda _: Compute((), FakeLoader()))
+    await script.hear("hello")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(3):
+            await script.hear("hello")
+    script.renews = False
+    assert (await script.hear("hello")).fence == 3
     await worker.stop()
 
 

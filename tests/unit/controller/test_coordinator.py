@@ -109,6 +109,14 @@ async def test_handshake_ends_in_the_route(mesh: Mesh) -> None:
     assert record.lease_ttl_s == RECORD_TTL_S
 
 
+async def test_a_report_is_answered_with_the_lease(mesh: Mesh) -> None:
+    """By this members tell a controller that stands still from one that has nothing to say."""
+    stream = await mesh.activate()
+    sent = len(stream.sent)
+    mesh.coordinator.hear(MemberKey(Kind.WORKER, "w"), stream, LoadReport(Load(slots=8)))
+    assert stream.sent[sent:] == [SendLease(LEASE_TTL_S, 1)]
+
+
 async def test_members_wait_for_leadership() -> None:
     """Before the store was reached nobody may attach: fence and epoch are not known yet."""
     mesh = Mesh()
