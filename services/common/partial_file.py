@@ -17,12 +17,15 @@ from services.common.errors import ArtifactInvalid
 # One step of reading: large enough for full speed, small enough to stay in cache.
 READ_BYTES = 1 << 20
 
+# File systems bear names of 255 bytes; while a file is on its way, its name is nine longer.
+NAME_BYTES_MAX = 255 - len("..partial")
+
 
 class PartialFile:
     """A file under a temporary name beside its final one, which it bears once its digest is right.
 
     Args:
-        path: The final path; its directory exists.
+        path: The final path; its directory exists, and its name has at most `NAME_BYTES_MAX` bytes.
         size_bytes: How long the content must be.
         sha256: What its digest must be, in lower-case hexadecimal.
     """
