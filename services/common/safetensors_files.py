@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from services.common.artifacts import CONFIG_BYTES_MAX, REFUSED_SUFFIXES
 from services.common.errors import ArtifactInvalid
@@ -175,7 +175,7 @@ def _place(entry: Any) -> tuple[int, int]:
     return begin, end
 
 
-def _are_naturals(values: Any) -> bool:
+def _are_naturals(values: object) -> TypeGuard[list[int]]:
     """Whether it is a list of whole numbers; `true` is none, although Python counts it as one."""
     return isinstance(values, list) and all(
         isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _NATURAL_MAX
