@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from services.common.errors import ArtifactInvalid, InternalError
-from services.common.partial_file import PartialFile, directory_descriptor
+from services.common.partial_file import NAME_BYTES_MAX, PartialFile, directory_descriptor
+from services.common.threads import in_thread
 
 # Data formats only: none of these can run code when it is read.
 ALLOWED_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
@@ -56,7 +57,7 @@ CONFIG_BYTES_MAX = 4 << 20
 LOCK_POLL_S = 0.1
 
 # A plain name: no separator, no leading dot, nothing that a shell or a URL would read otherwise.
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,254}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Download = Callable[[str, int], AsyncIterator[bytes]]
@@ -103,12 +104,13 @@ def describe(directory: Path) -> tuple[FileDigest, ...]:
 
 
 def check_files(files: Iterable[FileDigest]) -> None:
-    """Checks what can be known without content: names, kinds, sizes, digests, and that none is named twice.
+    """Checks what can be known without content: names, kinds, sizes, digests, and that no two contradict.
 
     Raises:
         ArtifactInvalid: A rule is broken; the message names the file.
     """
     seen: set[str] = set()
+    sizes: dict[str, int] = {}
     for file in files:
         _check_name(file.path)
         if file.path in seen:
@@ -118,6 +120,8 @@ def check_files(files: Iterable[FileDigest]) -> None:
             raise ArtifactInvalid(f"{file.path}: {file.size_bytes} bytes; at most {_bytes_max(file.path)}.")
         if _SHA256.fullmatch(file.sha256) is None:
             raise ArtifactInvalid(f"{file.path}: the digest is not 64 lower-case hexadecimal digits.")
+        if sizes.setdefault(file.sha256, file.size_bytes) != file.size_bytes:
+            raise ArtifactInvalid(f"{file.path}: has the digest of another file, and not its size.")
     if len(seen) > FILES_MAX:
         raise ArtifactInvalid(f"{len(seen)} files; a revision has at most {FILES_MAX}.")
 
@@ -196,12 +200,12 @@ async def _fetch_file(
         chunks = download(file.path, offset)
         try:
             async for chunk in chunks:
-                report(await asyncio.to_thread(partial.append, chunk))
+                report(await in_thread(partial.append, chunk))
         finally:
             # A download that is left half way ends its call now, not when it is collected.
             if isinstance(chunks, AsyncGenerator):
                 await chunks.aclose()
-        await asyncio.to_thread(partial.finish)
+        await in_thread(partial.finish)
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
@@ -263,6 +267,10 @@ def _describe_file(path: Path) -> FileDigest:
 
 
 def _check_name(path: str) -> None:
+    if (length := len(path.encode(errors="surrogatepass"))) > NAME_BYTES_MAX:
+        raise ArtifactInvalid(
+            f"{path[:64]!a}...: the name has {length} bytes; at most {NAME_BYTES_MAX}, rename the file."
+        )
     if _NAME.fullmatch(path) is None:
         raise ArtifactInvalid(f"{path[:255]!a}: not a plain file name.")
     if not path.endswith(ALLOWED_SUFFIXES):

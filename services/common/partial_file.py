@@ -17,12 +17,15 @@ from services.common.errors import ArtifactInvalid
 # One step of reading: large enough for full speed, small enough to stay in cache.
 READ_BYTES = 1 << 20
 
+# File systems bear names of 255 bytes; while a file is on its way, its name is nine longer.
+NAME_BYTES_MAX = 255 - len("..partial")
+
 
 class PartialFile:
     """A file under a temporary name beside its final one, which it bears once its digest is right.
 
     Args:
-        path: The final path; its directory exists.
+        path: The final path; its directory exists, and its name has at most `NAME_BYTES_MAX` bytes.
         size_bytes: How long the content must be.
         sha256: What its digest must be, in lower-case hexadecimal.
     """
@@ -76,9 +79,7 @@ class PartialFile:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._temporary.replace(self._path)
-        # The name is durable only when its directory is.
-        with directory_descriptor(self._path.parent) as descriptor:
-            os.fsync(descriptor)
+        sync_directory(self._path.parent)
 
     def discard(self) -> None:
         """Removes the temporary file."""
@@ -100,3 +101,18 @@ def directory_descriptor(directory: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes the names in `directory` durable: a file's own fsync does not."""
+    with directory_descriptor(directory) as descriptor:
+        os.fsync(descriptor)
+
+
+def make_directory(directory: Path) -> None:
+    """Makes a directory that is there after the power fails, and those above it where they are missing."""
+    if directory.is_dir():
+        return
+    make_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
+    sync_directory(directory.parent)

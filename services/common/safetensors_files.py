@@ -5,15 +5,23 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeGuard
 
 from services.common.artifacts import CONFIG_BYTES_MAX, REFUSED_SUFFIXES
 from services.common.errors import ArtifactInvalid
 
-# The format's own bound on a header.
-HEADER_BYTES_MAX = 100_000_000
+# A header is parsed in one go, which takes ten times its length in memory. An entry has about 120 bytes, so
+# that this is room for 130,000 tensors in one file; the largest public shards have a few thousand. The
+# format's own bound is 100 MB.
+HEADER_BYTES_MAX = 16 << 20
+# Before the header stands its length.
+LENGTH_BYTES = 8
+# Weights have at most five; no library of tensors needs more to read one.
+DIMENSIONS_MAX = 8
+# The format counts in 64 bits.
+_NATURAL_MAX = (1 << 64) - 1
 
 _ELEMENT_BYTES = {
     "F64": 8,
@@ -79,17 +87,19 @@ def check_header(path: Path) -> None:
     """Checks that the header of a weight file is well-formed and accounts for every byte.
 
     Raises:
-        ArtifactInvalid: It does not.
+        ArtifactInvalid: It does not; the message names the file and what is wrong.
     """
     try:
         text = read_header(path)
-        header = json.loads(text)
-        data_bytes = path.stat().st_size - 8 - len(text)
+        data_bytes = path.stat().st_size - LENGTH_BYTES - len(text)
+        header = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except _EntryBad as error:
+        raise ArtifactInvalid(f"{path.name}: the header {error}.") from None
     except (OSError, ValueError, RecursionError):
-        raise ArtifactInvalid(f"{path.name}: the header is not readable.") from None
+        raise ArtifactInvalid(f"{path.name}: the header is not readable as JSON.") from None
     if not isinstance(header, dict):
         raise ArtifactInvalid(f"{path.name}: the header is no object.")
-    header.pop("__metadata__", None)
+    _check_metadata(path.name, header.pop("__metadata__", {}))
     _check_tensors(path.name, header, data_bytes)
 
 
@@ -97,14 +107,35 @@ def read_header(path: Path) -> bytes:
     """The header of a weight file as it stands.
 
     Raises:
-        ArtifactInvalid: It is too long.
+        ArtifactInvalid: There is none, it is too long, or longer than the file.
         OSError: The file cannot be read.
     """
     with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        prefix = stream.read(LENGTH_BYTES)
+        if len(prefix) < LENGTH_BYTES:
+            raise ArtifactInvalid(f"{path.name}: the file is too short to have a header.")
+        length = int.from_bytes(prefix, "little")
         if length > HEADER_BYTES_MAX:
-            raise ArtifactInvalid(f"{path.name}: the header is too long.")
-        return stream.read(length)
+            raise ArtifactInvalid(
+                f"{path.name}: the header is too long: {length} bytes; at most {HEADER_BYTES_MAX}."
+            )
+        header = stream.read(length)
+    if len(header) < length:
+        raise ArtifactInvalid(f"{path.name}: the header is longer than the file.")
+    return header
+
+
+class _EntryBad(Exception):
+    """What is wrong with a part of a header; says it in words that follow the part's name."""
+
+
+def _check_metadata(name: str, metadata: Any) -> None:
+    """The format knows text by text and nothing else."""
+    if not isinstance(metadata, dict):
+        raise ArtifactInvalid(f"{name}: `__metadata__` is no object.")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise ArtifactInvalid(f"{name}: {key[:100]!a} in `__metadata__` is no text.")
 
 
 def _check_tensors(name: str, header: dict[str, Any], data_bytes: int) -> None:
@@ -112,14 +143,9 @@ def _check_tensors(name: str, header: dict[str, Any], data_bytes: int) -> None:
     places: list[tuple[int, int]] = []
     for tensor, entry in header.items():
         try:
-            begin, end = entry["data_offsets"]
-            elements = math.prod(_naturals(entry["shape"]))
-            size_bytes = elements * _ELEMENT_BYTES[entry["dtype"]]
-        except (KeyError, TypeError, ValueError):
-            raise ArtifactInvalid(f"{name}: the entry of {tensor[:100]!a} is malformed.") from None
-        if end - begin != size_bytes:
-            raise ArtifactInvalid(f"{name}: {tensor[:100]!a} has another size than its shape says.")
-        places.append((begin, end))
+            places.append(_place(entry))
+        except _EntryBad as error:
+            raise ArtifactInvalid(f"{name}: the entry of {tensor[:100]!a} {error}.") from None
     position = 0
     for begin, end in sorted(places):
         if begin != position:
@@ -129,8 +155,41 @@ def _check_tensors(name: str, header: dict[str, Any], data_bytes: int) -> None:
         raise ArtifactInvalid(f"{name}: the file is longer or shorter than its header says.")
 
 
-def _naturals(shape: Iterable[Any]) -> list[int]:
-    sizes = list(shape)
-    if not all(isinstance(size, int) and size >= 0 for size in sizes):
-        raise ValueError
-    return sizes
+def _place(entry: Any) -> tuple[int, int]:
+    """Where a tensor begins and ends, counted from the end of the header."""
+    if not isinstance(entry, dict):
+        raise _EntryBad("is no object")
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in _ELEMENT_BYTES:
+        raise _EntryBad("has a dtype that is not known")
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not _are_naturals(shape):
+        raise _EntryBad("has a shape that is no list of whole numbers")
+    if len(shape) > DIMENSIONS_MAX:
+        raise _EntryBad(f"has {len(shape)} dimensions; at most {DIMENSIONS_MAX}")
+    if not _are_naturals(offsets) or len(offsets) != 2:
+        raise _EntryBad("has data_offsets that are not two whole numbers")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * _ELEMENT_BYTES[dtype]:
+        raise _EntryBad("has another size than its shape says")
+    return begin, end
+
+
+def _are_naturals(values: object) -> TypeGuard[list[int]]:
+    """Whether it is a list of whole numbers; `true` is none, although Python counts it as one."""
+    return isinstance(values, list) and all(
+        isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _NATURAL_MAX
+        for value in values
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a key that is given twice, two readers could believe different ones."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _EntryBad("gives a key twice")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise _EntryBad(f"has {name}, which is not a JSON value")

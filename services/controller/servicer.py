@@ -19,7 +19,7 @@ from interlock.v1 import controller_service_pb2_grpc, rollout_pb2
 
 from services.common import ids, logs
 from services.common.clock import Clock
-from services.common.errors import ArgumentInvalid, InterlockError
+from services.common.errors import ArgumentInvalid, ClientStalled, InterlockError
 from services.common.grpc_types import Context
 from services.common.revocation import RevocationList
 from services.common.tokens import TokenVerifier, bearer_token
@@ -42,7 +42,7 @@ SERVICE = "interlock.v1.ControllerService"
 # These carry the mesh credential; everything else carries a token with the scope `admin`.
 MESH_METHODS = (f"/{SERVICE}/Attach", f"/{SERVICE}/DownloadRevision")
 
-# A member speaks at once; who connects and says nothing is none.
+# A member speaks at once, and so does who uploads; who connects and says nothing is none.
 HELLO_TIMEOUT_S = 10.0
 # As long as the gateways' own default; what runs for longer is lost to the drain.
 DRAIN_GRACE_S = 30.0
@@ -199,9 +199,14 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         """The manifest, then the missing bytes; the revision is registered at the end."""
         self._require(context, "admin")
         try:
-            first = await anext(request_iterator, None)
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                first = await anext(request_iterator, None)
         except DecodeError:
             raise ArgumentInvalid("The first message cannot be read.") from None
+        except TimeoutError:
+            raise ClientStalled(
+                f"No manifest came for {HELLO_TIMEOUT_S:.0f} s; an upload begins with it, and at once."
+            ) from None
         if first is None or first.WhichOneof("part") != "manifest":
             raise ArgumentInvalid("An upload begins with its manifest.")
         manifest = upload_messages.read_manifest(first.manifest)

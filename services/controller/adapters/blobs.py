@@ -3,36 +3,39 @@
     SHA256              a whole content; revisions' directories hold links to it
     .SHA256.partial     one on its way, which the next attempt goes on with
 
-Must not know: what contents belong together. Everything but `take` blocks; callers use a thread.
+What was promised to somebody is never removed: to the upload that is under way, and for a while to whoever
+was told what is here. Must not know: what contents belong together. Everything blocks where nothing else is
+said; callers use a thread.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Mapping
+import os
+import threading
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.clock import Clock
-from services.common.errors import ArgumentInvalid, ArtifactInvalid, ClientStalled, QuotaExceeded
-from services.common.partial_file import PartialFile
+from services.common.errors import ArtifactInvalid, QuotaExceeded
+from services.common.partial_file import PartialFile, make_directory
 
-# The contract's bound of a chunk.
-CHUNK_BYTES_MAX = 1 << 20
-# A client that sends nothing for so long is gone; what came is kept, and others get their turn.
-CHUNK_WAIT_S = 30.0
 # A content that nothing names may belong to an upload that goes on tomorrow; after a day it does not.
 ORPHAN_KEPT_S = 86_400.0
+# Whoever was told what is here begins to send at once, or after another upload of some minutes.
+PROMISE_KEPT_S = 600.0
+# One upload is under way, and few people plan another one within ten minutes; the oldest promise gives way.
+PROMISES_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """Some bytes of a blob: its digest, where they begin, and what they are."""
+class _Entry:
+    """One file of the directory."""
 
-    sha256: str
-    offset: int
-    data: bytes
+    path: Path
+    size_bytes: int
+    modified_s: float
 
 
 class Blobs:
@@ -48,140 +51,142 @@ class Blobs:
         self._directory = directory
         self._clock = clock
         self._bytes_max = bytes_max
+        # Between the look whether anybody counts on a content and its removal nobody is told that it is here.
+        self._guard = threading.Lock()
+        # Until when, and what. Replaced and never changed: threads read it.
+        self._promises: dict[str, tuple[float, frozenset[str]]] = {}
+
+    def path(self, sha256: str) -> Path:
+        """Where a content is when it is whole."""
+        return self._directory / sha256
 
     def whole(self, sha256: str, size_bytes: int) -> Path | None:
         """Where a content is; None where it is not, or not all of it."""
-        path = self._directory / sha256
+        path = self.path(sha256)
         with contextlib.suppress(OSError):
             if path.stat().st_size == size_bytes:
                 return path
         return None
 
-    def received_bytes(self, sha256: str, size_bytes: int) -> int:
+    def promise(self, name: str, digests: Iterable[str], for_s: float) -> None:
+        """Keeps these contents from removal for at least so long; `name` says for whom. Does not block.
+
+        What `missing` finds here after this is there for as long.
+        """
+        now = self._clock.monotonic()
+        until, _ = self._promises.get(name, (now, None))
+        kept = {one: promise for one, promise in self._promises.items() if promise[0] > now and one != name}
+        for oldest in sorted(kept, key=lambda one: kept[one][0])[: max(0, len(kept) + 1 - PROMISES_MAX)]:
+            del kept[oldest]
+        self._promises = {**kept, name: (max(until, now + for_s), frozenset(digests))}
+
+    def release(self, name: str) -> None:
+        """Ends a promise. Does not block."""
+        self._promises = {one: promise for one, promise in self._promises.items() if one != name}
+
+    def missing(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Those of `sizes` that are not whole, with the byte from which on each is missing."""
+        with self._guard:
+            return {
+                sha256: self._received_bytes(sha256, size_bytes)
+                for sha256, size_bytes in sizes.items()
+                if self.whole(sha256, size_bytes) is None
+            }
+
+    def settle(self, sizes: Mapping[str, int]) -> None:
+        """Gives their names to contents that were cut off after their last byte; throws away wrong ones.
+
+        Nobody else may write one of `sizes` meanwhile.
+        """
+        for sha256, size_bytes in sizes.items():
+            if size_bytes and _size_of(self._partial(sha256)) == size_bytes:
+                file = PartialFile(self.path(sha256), size_bytes, sha256)
+                try:
+                    file.open()
+                    file.finish()
+                except ArtifactInvalid:
+                    file.discard()
+                finally:
+                    file.close()
+
+    def discard(self, sha256: str) -> None:
+        """Removes what has come of a content that is on its way."""
+        self._partial(sha256).unlink(missing_ok=True)
+
+    def collect(self, named: Collection[str]) -> None:
+        """Removes what is neither named nor linked from anywhere, once it is old; whole or on its way."""
+        old = self._clock.now() - ORPHAN_KEPT_S
+        for entry in self._all():
+            if entry.modified_s <= old:
+                self._remove(entry.path, named)
+
+    def drop(self, digests: Iterable[str]) -> None:
+        """Removes whole contents, however young; what is linked or counted on stays."""
+        for sha256 in digests:
+            self._remove(self.path(sha256))
+
+    def make_room(self, sizes: Mapping[str, int], named: Collection[str]) -> None:
+        """Sees that the contents of `sizes` can be taken in; what nobody counts on gives way, oldest first.
+
+        Raises:
+            QuotaExceeded: There is no room for them, and what could go would not be enough.
+        """
+        make_directory(self._directory)
+        # What is on its way of `sizes` will be what `sizes` says.
+        others = [entry for entry in self._all() if _digest_of(entry.path) not in sizes]
+        excess = sum(entry.size_bytes for entry in others) + sum(sizes.values()) - self._bytes_max
+        if excess <= 0:
+            return
+        free = [entry for entry in others if self._is_free(entry.path, named)]
+        if sum(entry.size_bytes for entry in free) < excess:
+            raise QuotaExceeded("The controller keeps as many bytes as it may; delete a revision first.")
+        for entry in sorted(free, key=lambda entry: entry.modified_s):
+            if excess > 0 and self._remove(entry.path, named):
+                excess -= entry.size_bytes
+        if excess > 0:
+            raise QuotaExceeded("Another upload was planned meanwhile; try again when it has ended.")
+
+    def _remove(self, path: Path, named: Collection[str] = ()) -> bool:
+        """Removes one that nobody needs; whether it did."""
+        with self._guard:
+            if not self._is_free(path, named):
+                return False
+            with contextlib.suppress(OSError):
+                path.unlink()
+                return True
+        return False
+
+    def _is_free(self, path: Path, named: Collection[str]) -> bool:
+        """Whether no revision has it and nobody counts on it. A part of what is whole elsewhere is free."""
+        try:
+            links = path.stat().st_nlink
+        except OSError:
+            return False
+        now, sha256 = self._clock.monotonic(), _digest_of(path)
+        promised = any(until > now and sha256 in digests for until, digests in self._promises.values())
+        return links == 1 and path.name not in named and not promised
+
+    def _received_bytes(self, sha256: str, size_bytes: int) -> int:
         """How much of a content is here that is still on its way; more than there can be counts as none."""
         size = _size_of(self._partial(sha256))
         return size if size <= size_bytes else 0
 
-    async def take(self, sizes: Mapping[str, int], chunks: AsyncIterator[Chunk]) -> None:
-        """Writes the contents of `sizes`, one after the other, in the order in which they come.
-
-        Raises:
-            ArtifactInvalid: Bytes are not what their digest says, or some are missing.
-            ArgumentInvalid: A chunk is too long, or not one that is missed.
-            QuotaExceeded: There is no room for them.
-            ClientStalled: Nothing came for too long.
-        """
-        await asyncio.to_thread(self._make_room, sizes)
-        waiting = set(sizes)
-        for sha256 in [sha256 for sha256, size in sizes.items() if not size]:
-            # Nothing is sent of a file that is empty.
-            await _finish(await asyncio.to_thread(_Writer, self._directory / sha256, 0), waiting)
-        writer: _Writer | None = None
-        try:
-            while (chunk := await _next(chunks)) is not None:
-                if len(chunk.data) > CHUNK_BYTES_MAX:
-                    raise ArgumentInvalid(f"chunk.data: at most {CHUNK_BYTES_MAX} bytes.")
-                if writer is None or writer.sha256 != chunk.sha256:
-                    await _finish(writer, waiting)
-                    if chunk.sha256 not in waiting:
-                        raise ArgumentInvalid("chunk.sha256: no file of the manifest misses these bytes.")
-                    path = self._directory / chunk.sha256
-                    writer = await asyncio.to_thread(_Writer, path, sizes[chunk.sha256])
-                await asyncio.to_thread(writer.append, chunk)
-            await _finish(writer, waiting)
-        finally:
-            if writer is not None:
-                writer.close()
-        if waiting:
-            raise ArtifactInvalid(f"{len(waiting)} files are not whole yet; plan the upload again and go on.")
-
-    def collect(self, named: Iterable[str]) -> None:
-        """Removes what is neither named nor linked from anywhere, once it is old; whole or on its way."""
-        kept = set(named)
-        for blob in self._all():
-            with contextlib.suppress(OSError):
-                known = blob.stat()
-                old = known.st_mtime + ORPHAN_KEPT_S <= self._clock.now()
-                if old and blob.name not in kept and known.st_nlink == 1:
-                    blob.unlink()
-
-    def drop(self, digests: Iterable[str]) -> None:
-        """Removes whole contents, however young; what is linked from anywhere stays."""
-        for sha256 in digests:
-            with contextlib.suppress(OSError):
-                if (self._directory / sha256).stat().st_nlink == 1:
-                    (self._directory / sha256).unlink()
-
-    def _make_room(self, sizes: Mapping[str, int]) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        held = sum(map(_size_of, self._all()))
-        # What is on its way is among them, and will be what `sizes` says.
-        held -= sum(_size_of(self._partial(sha256)) for sha256 in sizes)
-        if held + sum(sizes.values()) > self._bytes_max:
-            raise QuotaExceeded("The controller keeps as many bytes as it may; delete a revision first.")
-
-    def _all(self) -> list[Path]:
-        return list(self._directory.iterdir()) if self._directory.is_dir() else []
+    def _all(self) -> list[_Entry]:
+        found = []
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._directory) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    facts = entry.stat()
+                    found.append(_Entry(Path(entry.path), facts.st_size, facts.st_mtime))
+        return found
 
     def _partial(self, sha256: str) -> Path:
         return self._directory / f".{sha256}.partial"
 
 
-class _Writer:
-    """One blob on its way."""
-
-    def __init__(self, path: Path, size_bytes: int) -> None:
-        self.sha256 = path.name
-        self._size_bytes = size_bytes
-        self._file = PartialFile(path, size_bytes, path.name)
-        self._at = self._file.open()
-
-    def append(self, chunk: Chunk) -> None:
-        if chunk.offset != self._at:
-            raise ArgumentInvalid(f"chunk.offset: {chunk.offset}; the controller has {self._at} bytes of it.")
-        try:
-            self._at = self._file.append(chunk.data)
-        except ArtifactInvalid:
-            self._file.discard()
-            raise
-
-    @property
-    def is_whole(self) -> bool:
-        return self._at == self._size_bytes
-
-    def finish(self) -> None:
-        try:
-            self._file.finish()
-        except ArtifactInvalid:
-            self._file.discard()
-            raise
-        finally:
-            self._file.close()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-async def _next(chunks: AsyncIterator[Chunk]) -> Chunk | None:
-    """The next chunk; None at the end."""
-    try:
-        async with asyncio.timeout(CHUNK_WAIT_S):
-            return await anext(chunks, None)
-    except TimeoutError:
-        raise ClientStalled(
-            f"Nothing came for {CHUNK_WAIT_S:.0f} s; what came before is kept: plan again and go on."
-        ) from None
-
-
-async def _finish(writer: _Writer | None, waiting: set[str]) -> None:
-    """Gives a blob its name, where all of it has come; else what came is kept for the next attempt."""
-    if writer is None:
-        return
-    if not writer.is_whole:
-        writer.close()
-        return
-    await asyncio.to_thread(writer.finish)
-    waiting.discard(writer.sha256)
+def _digest_of(path: Path) -> str:
+    """Which content a file is, or a part of."""
+    return path.name.removeprefix(".").removesuffix(".partial")
 
 
 def _size_of(path: Path) -> int:

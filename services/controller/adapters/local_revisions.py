@@ -56,16 +56,24 @@ def read_revision(
         files=tuple(ModelFile(file.path, file.size_bytes, file.sha256) for file in files),
         quantization=quantization,
         compute_dtype=compute_dtype,
-        context_tokens=_context_tokens(directory / "config.json", context_tokens),
+        context_tokens=context_tokens_of(
+            json.loads((directory / "config.json").read_bytes()), context_tokens
+        ),
         tokenizer_sha256=tokenizer_digest(files),
     )
     return Revision(manifest.named(), str(directory.resolve()), now_s)
 
 
-def _context_tokens(config_file: Path, asked: int) -> int:
-    config = json.loads(config_file.read_bytes())
+def context_tokens_of(config: object, asked: int) -> int:
+    """The context of a model with this `config.json`; `asked` 0: as long as it was made for.
+
+    Raises:
+        ArtifactInvalid: More is asked for, or nothing and the configuration says nothing either.
+    """
     found = [config.get(key) for key in _CONTEXT_KEYS] if isinstance(config, dict) else []
-    lengths = [value for value in found if isinstance(value, int) and value > 0]
+    lengths = [
+        value for value in found if isinstance(value, int) and not isinstance(value, bool) and value > 0
+    ]
     if not lengths:
         if asked == 0:
             raise ArtifactInvalid("config.json does not say how long a context may be; set context_tokens.")

@@ -10,7 +10,7 @@ from interlock.v1 import controller_service_pb2 as pb
 from interlock.v1 import model_pb2
 
 from services.common.errors import ArgumentInvalid
-from services.controller.adapters.blobs import Chunk
+from services.controller.adapters.blob_intake import Chunk
 from services.controller.adapters.member_messages import DTYPES, QUANTIZATIONS
 from services.controller.core.catalog import GoldenPrompt, Manifest, ModelFile
 

@@ -7,7 +7,9 @@ import errno
 import hashlib
 import json
 import os
+import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from services.common.artifacts import (
     tokenizer_files,
 )
 from services.common.errors import ArtifactInvalid, InternalError
+from services.common.partial_file import PartialFile
 
 WEIGHTS = os.urandom(50_000)
 # One bit off, of the same length.
@@ -194,6 +197,36 @@ def test_manifest_rules(file: FileDigest) -> None:
         check_files([file])
 
 
+@pytest.mark.parametrize(("length", "fits"), [(246, True), (247, False), (5_000, False)])
+async def test_a_name_has_room_for_its_way(length: int, fits: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    """The longest that is allowed can be fetched, and a longer one is refused in words."""
+    file = FileDigest("a" * (length - 5) + ".json", 2, hashlib.sha256(b"{}").hexdigest())
+    source = FakeSource()
+    source.contents = {file.path: b"{}"}
+    fetching = fetch(
+        [file], local_path="", download=source.download, directory=tmp_path, on_progress=lambda _, __: None
+    )
+    if fits:
+        assert names(await fetching) == [file.path]
+    else:
+        with pytest.raises(ArtifactInvalid, match=f"{length} bytes; at most 246"):
+            await fetching
+
+
+def test_a_name_is_measured_in_bytes() -> None:
+    """A file system counts those, not characters."""
+    with pytest.raises(ArtifactInvalid, match="255 bytes"):
+        check_files([digest("\u00e9" * 125 + ".json", b"{}")])
+
+
+def test_one_digest_has_one_size() -> None:
+    """Two files of one content are one thing that is kept; they cannot have two lengths."""
+    files = [digest("a.json", b"{}"), digest("b.json", b"{}")]
+    check_files(files)
+    with pytest.raises(ArtifactInvalid, match=r"b\.json: has the digest of another file"):
+        check_files([files[0], replace(files[1], size_bytes=3)])
+
+
 def test_manifest_counts() -> None:
     """A file is named once, and a revision has a bounded number of them."""
     with pytest.raises(ArtifactInvalid, match="twice"):
@@ -330,3 +363,29 @@ async def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(InternalError, match="disk is full"):
         await fetched(FakeSource(), tmp_path)
     assert names(tmp_path) == []
+
+
+async def test_a_fetch_that_is_cancelled_leaves_no_thread_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends when the write has ended, so that the next one finds a file that nobody else writes to."""
+    begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+    append = PartialFile.append
+
+    def slow(file: PartialFile, chunk: bytes) -> int:
+        begun.set()
+        may_end.wait()
+        size = append(file, chunk)
+        ended.set()
+        return size
+
+    monkeypatch.setattr(PartialFile, "append", slow)
+    fetching = asyncio.create_task(fetched(FakeSource(), tmp_path))
+    await asyncio.to_thread(begun.wait)
+    fetching.cancel()
+    await asyncio.sleep(0)
+    assert not fetching.done()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await fetching
+    assert ended.is_set()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from services.common.errors import ArtifactInvalid
-from services.common.safetensors_files import check_files, read_config
+from services.common.safetensors_files import HEADER_BYTES_MAX, check_files, read_config
 from services.worker.core.revision import RevisionFile, RevisionSpec
 
 GOOD = {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
@@ -49,6 +50,74 @@ def test_a_lying_header_is_refused(header: Any, data: bytes, tmp_path: Path) -> 
     spec = write(tmp_path / "model.safetensors", header, data)
     with pytest.raises(ArtifactInvalid, match=r"model\.safetensors"):
         check_files(tmp_path, [file.path for file in spec.files])
+
+
+def tensor(**fields: object) -> dict[str, object]:
+    """A header of one tensor of six numbers, but for `fields`."""
+    return {"w": {**GOOD["w"], **fields}}
+
+
+@pytest.mark.parametrize(
+    ("header", "named"),
+    [
+        (tensor(data_offsets=["0", "24"]), "data_offsets"),
+        (tensor(data_offsets=[None, 24]), "data_offsets"),
+        (tensor(data_offsets=None), "data_offsets"),
+        (tensor(data_offsets=[0.0, 24.0]), "data_offsets"),
+        (tensor(data_offsets=[False, 24]), "data_offsets"),
+        (tensor(data_offsets=[0, 12, 24]), "data_offsets"),
+        (tensor(data_offsets="ab"), "data_offsets"),
+        (tensor(data_offsets=[-24, 0]), "data_offsets"),
+        (tensor(data_offsets=[24, 0]), "another size"),
+        (tensor(shape=[True, 6]), "shape"),
+        (tensor(shape=[2.0, 3.0]), "shape"),
+        (tensor(shape=["2", "3"]), "shape"),
+        (tensor(shape=None), "shape"),
+        (tensor(shape={"2": 3}), "shape"),
+        (tensor(shape=[1 << 64, 0]), "shape"),
+        (tensor(shape=[2, 3, *[1] * 7]), "9 dimensions; at most 8"),
+        (tensor(dtype=["F32"]), "dtype"),
+        (tensor(dtype=None), "dtype"),
+        ({"w": [2, 3]}, "no object"),
+        ({"w": {}}, "dtype"),
+        ({"__metadata__": {"step": 5}, **GOOD}, "'step' in `__metadata__`"),
+        ({"__metadata__": {"a": {"b": "c"}}, **GOOD}, "'a' in `__metadata__`"),
+        ({"__metadata__": [], **GOOD}, "`__metadata__`"),
+        ({"__metadata__": None, **GOOD}, "`__metadata__`"),
+        (json.dumps(GOOD).replace("24", "NaN").encode(), "NaN"),
+        (json.dumps(GOOD)[:-1].encode() + b', "w": {}}', "twice"),
+    ],
+)
+def test_an_entry_of_another_form_is_refused(header: Any, named: str, tmp_path: Path) -> None:
+    """With the file and what is wrong in it: never a defect of ours, and never taken for a number."""
+    write(tmp_path / "model.safetensors", header, b"0" * 24)
+    with pytest.raises(ArtifactInvalid, match=r"model\.safetensors: .*" + re.escape(named)):
+        check_files(tmp_path, ["model.safetensors"])
+
+
+@pytest.mark.parametrize("shape", [[6], [2, 3], [1] * 6 + [2, 3]])
+def test_a_tensor_has_up_to_eight_dimensions(shape: list[int], tmp_path: Path) -> None:
+    """As many as anybody uses."""
+    write(tmp_path / "model.safetensors", tensor(shape=shape), b"0" * 24)
+    check_files(tmp_path, ["model.safetensors"])
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "too short"),
+        (b"\0" * 7, "too short"),
+        ((200).to_bytes(8, "little") + b"{}", "longer than the file"),
+        ((HEADER_BYTES_MAX + 1).to_bytes(8, "little") + b"{}", "too long"),
+        # Whoever believed the length would find an object that fits the bytes that are there.
+        ((90).to_bytes(8, "little") + json.dumps(tensor(shape=[0], data_offsets=[0, 0])).encode(), "longer"),
+    ],
+)
+def test_a_header_that_the_file_does_not_have_is_refused(content: bytes, named: str, tmp_path: Path) -> None:
+    """Nothing is read beyond the bound, and nothing is taken for whole that is not."""
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ArtifactInvalid, match=r"model\.safetensors: .*" + named):
+        check_files(tmp_path, ["model.safetensors"])
 
 
 def test_an_impossible_header_length_is_refused(tmp_path: Path) -> None:

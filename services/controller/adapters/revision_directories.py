@@ -1,0 +1,226 @@
+"""Directories of revisions that were uploaded. Owns: how one appears whole, is read again, and goes.
+
+    MODEL/REVISION/          the files by name, and manifest.json
+    MODEL/.REVISION.new      one on its way in
+    MODEL/.REVISION.N.gone   one on its way out
+
+A directory has its name only when every file is there and every header was read: whoever sees it can load it.
+Must not know: the catalog, or how bytes arrive. Everything blocks where nothing else is said.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import stat
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from services.common import artifacts, logs, safetensors_files
+from services.common.clock import Clock
+from services.common.errors import ArgumentInvalid, ArtifactInvalid
+from services.common.hf_tokenizer import HfTokenizer
+from services.common.partial_file import PartialFile, make_directory, sync_directory
+from services.controller.adapters.local_revisions import CHUNK_BYTES_MAX, context_tokens_of
+from services.controller.adapters.manifest_checks import RECORD_NAME, check_manifest
+from services.controller.core.catalog import Manifest, ModelFile, Revision
+
+# A thousand files with long names are 400 KB, and golden prompts of the longest kind half as much again.
+RECORD_BYTES_MAX = 1 << 20
+# The last second that the contract's timestamps can say.
+_TIME_MAX_S = 253_402_300_799.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What stands beside the files; `content` is the name that the manifest's content gives, or empty."""
+
+    manifest: Manifest
+    create_time_s: float
+    local_path: str = ""
+    content: str = ""
+
+
+_RECORDS = TypeAdapter(_Record)
+
+
+class RevisionDirectories:
+    """The revisions in one directory.
+
+    Args:
+        directory: Where they are; made when the first one comes.
+        clock: The time.
+    """
+
+    def __init__(self, directory: Path, clock: Clock) -> None:
+        self._directory = directory
+        self._clock = clock
+        # Two that remove one directory trip over one another.
+        self._clearing = threading.Lock()
+
+    def holds(self, revision: Revision) -> bool:
+        """Whether a revision's files are in a directory of ours. Does not block for long."""
+        manifest = revision.manifest
+        return Path(revision.local_path) == self._path(manifest.model, manifest.revision).resolve()
+
+    def compose(self, manifest: Manifest, blob_of: Callable[[ModelFile], Path]) -> Revision:
+        """Makes the revision's directory, and gives it its name when everything in it was read.
+
+        Raises:
+            ArtifactInvalid: A header, a configuration or a template breaks a rule.
+            OSError: It cannot be written.
+        """
+        final = self._path(manifest.model, manifest.revision)
+        fresh = final.with_name(f".{manifest.revision}.new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        make_directory(final.parent)
+        fresh.mkdir()
+        try:
+            for file in manifest.files:
+                _link(blob_of(file), fresh / file.path, file)
+            _check_content(fresh, manifest)
+            revision = Revision(manifest, str(final.resolve()), self._clock.now())
+            with (fresh / RECORD_NAME).open("wb") as stream:
+                stream.write(encode(manifest, revision.create_time_s))
+                stream.flush()
+                os.fsync(stream.fileno())
+            # What was answered for is there after the power fails: first what is inside, then its name.
+            sync_directory(fresh)
+            shutil.rmtree(final, ignore_errors=True)
+            fresh.replace(final)
+            sync_directory(final.parent)
+            sync_directory(self._directory)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        return revision
+
+    def read_all(self) -> list[Revision]:
+        """What was taken in before, oldest first; what is damaged is named in the log and passed over."""
+        for left in self._directory.glob("*/.*"):
+            # A crash left it on its way in or out.
+            _remove(left)
+        found = []
+        for directory in self._directory.glob("*/*"):
+            try:
+                found.append(_read(directory))
+            except (ArtifactInvalid, ArgumentInvalid) as error:
+                logs.get_logger().error(
+                    "revision.unreadable",
+                    model=directory.parent.name,
+                    revision=directory.name,
+                    error=error.message,
+                )
+        return sorted(found, key=lambda one: (one.create_time_s, one.manifest.revision))
+
+    def bury(self, revision: Revision) -> None:
+        """Takes a revision's name away, in one step that either happens or does not. Does not block for long.
+
+        Raises:
+            OSError: It does not; everything is as it was.
+        """
+        path = self._path(revision.manifest.model, revision.manifest.revision)
+        # A name that nothing has: what an earlier attempt could not remove is in nobody's way.
+        path.replace(path.with_name(f".{path.name}.{secrets.token_hex(4)}.gone"))
+
+    def clear(self) -> None:
+        """Removes what was buried, now and before; what cannot be removed is logged, for the next time."""
+        with self._clearing:
+            for gone in self._directory.glob("*/.*.gone"):
+                _remove(gone)
+
+    def _path(self, model: str, revision: str) -> Path:
+        return self._directory / model / revision
+
+
+def encode(manifest: Manifest, create_time_s: float) -> bytes:
+    """The record of a revision.
+
+    Raises:
+        ArtifactInvalid: It would be too long to be read again.
+    """
+    record = _Record(manifest, create_time_s, content=manifest.named().revision)
+    text = json.dumps(asdict(record), ensure_ascii=False).encode()
+    if len(text) > RECORD_BYTES_MAX:
+        raise ArtifactInvalid(
+            f"The manifest has {len(text)} bytes; at most {RECORD_BYTES_MAX}. Send fewer golden prompts."
+        )
+    return text
+
+
+def _read(directory: Path) -> Revision:
+    """A revision that was taken in before.
+
+    Raises:
+        ArtifactInvalid, ArgumentInvalid: It is damaged, or not what was taken in.
+    """
+    try:
+        facts = (directory / RECORD_NAME).lstat()
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > RECORD_BYTES_MAX:
+            raise ArtifactInvalid(f"{RECORD_NAME}: no file of at most {RECORD_BYTES_MAX} bytes.")
+        record = _RECORDS.validate_json((directory / RECORD_NAME).read_bytes())
+    except OSError:
+        raise ArtifactInvalid(f"{RECORD_NAME}: missing, or cannot be read.") from None
+    except ValidationError:
+        raise ArtifactInvalid(f"{RECORD_NAME}: is no record of a revision.") from None
+    manifest = record.manifest
+    if (manifest.model, manifest.revision) != (directory.parent.name, directory.name):
+        raise ArtifactInvalid(f"{RECORD_NAME}: is the record of another revision.")
+    if record.content not in {"", manifest.named().revision} or check_manifest(manifest) != manifest:
+        raise ArtifactInvalid(f"{RECORD_NAME}: is not what was taken in under this name.")
+    if not 0 <= record.create_time_s <= _TIME_MAX_S:
+        raise ArtifactInvalid(f"{RECORD_NAME}: has no time that can be told.")
+    for file in manifest.files:
+        _check_whole(directory / file.path, file)
+    return Revision(manifest, str(directory.resolve()), record.create_time_s)
+
+
+def _check_whole(path: Path, file: ModelFile) -> None:
+    try:
+        facts = path.lstat()
+    except OSError:
+        raise ArtifactInvalid(f"{file.path}: missing.") from None
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size != file.size_bytes:
+        raise ArtifactInvalid(f"{file.path}: no file of {file.size_bytes} bytes.")
+
+
+def _check_content(directory: Path, manifest: Manifest) -> None:
+    """Reads what is read before weights: a worker would refuse it, or run what it says."""
+    names = [file.path for file in manifest.files]
+    context_tokens_of(safetensors_files.read_config(directory), manifest.context_tokens)
+    safetensors_files.check_files(directory, names)
+    for name in names:
+        if name.endswith("config.json"):
+            artifacts.refuse_code(directory / name)
+    HfTokenizer.load(directory)
+
+
+def _link(source: Path, target: Path, file: ModelFile) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # A file system without links, or a content that a thousand revisions have.
+        copy = PartialFile(target, file.size_bytes, file.sha256)
+        try:
+            copy.open()
+            with source.open("rb") as stream:
+                while data := stream.read(CHUNK_BYTES_MAX):
+                    copy.append(data)
+            copy.finish()
+        finally:
+            copy.close()
+
+
+def _remove(directory: Path) -> None:
+    try:
+        # That it has no name any more is durable before it is half gone.
+        sync_directory(directory.parent)
+        shutil.rmtree(directory)
+    except OSError as error:
+        logs.get_logger().warning("revision.left_behind", directory=directory.name, error=str(error))

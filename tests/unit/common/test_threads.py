@@ -1,0 +1,55 @@
+"""Work in threads: whoever is cancelled goes on only when the thread has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from services.common.threads import in_thread, to_its_end
+
+
+async def test_a_result_and_an_error_come_back() -> None:
+    """As if there were no thread."""
+    assert await in_thread(lambda: threading.current_thread() is threading.main_thread()) is False
+    with pytest.raises(ZeroDivisionError):
+        await in_thread(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_cancelling_waits_for_the_thread(fails: bool) -> None:  # noqa: FBT001
+    """However often it is done, and whether the thread fails or not."""
+    begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        may_end.wait()
+        ended.set()
+        if fails:
+            raise ValueError
+
+    waiting = asyncio.create_task(in_thread(work))
+    await asyncio.to_thread(begun.wait)
+    for _ in range(3):
+        waiting.cancel()
+        await asyncio.sleep(0)
+        assert not waiting.done()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert ended.is_set()
+
+
+async def test_a_timeout_is_told_as_one() -> None:
+    """It cancels, and comes when the work has ended."""
+    done = asyncio.Event()
+
+    async def work() -> None:
+        await asyncio.sleep(0.05)
+        done.set()
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await to_its_end(work())
+    assert done.is_set()

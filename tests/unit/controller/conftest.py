@@ -1,0 +1,15 @@
+"""What several of the controller's tests begin with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.upload_world import Place
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    """A controller's directory without uploads."""
+    return Place(tmp_path)
