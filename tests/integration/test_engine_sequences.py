@@ -1,4 +1,4 @@
-"""Several sequences of one prompt with a real model: each is a function of seed and number, and of no neighbour."""
+"""Several sequences of one prompt with a real model: each is a function of seed and number alone."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def answer(
 async def test_sequences_are_those_of_their_seed(
     runner: tuple[TorchRunner, Path], sampling: Sampling, prefixes: float
 ) -> None:
-    """The first is the answer of a request for one; each is the same beside any number, and unlike the others."""
+    """The first is what a request for one gets; each is the same beside any number, and unlike the others."""
     async with engine_world(slots=8, prefixes=prefixes) as world:
         world.host("tiny", *runner)
         one = await answer(world, 1, sampling)
@@ -72,7 +72,7 @@ async def test_sequences_are_those_of_their_seed(
         other = await answer(world, 2, replace(sampling, seed=42))
     assert three[0] == one[0]
     assert four | three == four
-    assert again == [four, three]
+    assert again == (four, three)
     assert len(set(four.values())) == 4
     assert not set(other.values()) & set(four.values())
 

@@ -369,7 +369,8 @@ async def test_a_full_queue(world: World) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 5}, "n"),
+        ({"n": 0}, "n"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"colour": "red"}, "colour"),
         ({"messages": []}, "messages"),

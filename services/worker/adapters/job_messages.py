@@ -91,7 +91,7 @@ def _open_sequences(start: worker_service_pb2.StartJob) -> list[int]:
 
 
 def _is_muddled(start: worker_service_pb2.StartJob) -> bool:
-    """Whether what was emitted is not of the job's sequences, each told once, or leaves none to go on with."""
+    """Whether what was emitted is not of the job's sequences, or told twice, or leaves none to go on with."""
     told = [one.sequence for one in start.emitted]
     strange = any(sequence >= max(start.n, 1) for sequence in told)
     return strange or len(set(told)) < len(told) or not _open_sequences(start)

@@ -53,7 +53,7 @@ class World:
             revision=revision,
             epoch=1,
             prompt_ids=(1,),
-            emitted_ids=(7,) * emitted,
+            emitted=((7,) * emitted,),
             max_tokens=9,
             sampling=SamplingParams(),
             credit_tokens=8,

@@ -125,7 +125,7 @@ async def test_a_new_attempt_gets_no_more_credit_than_the_reader_left(world: Wor
     world.workers.attempts[0].sink.lost("test", Loss.PROCESS)
     world.queue.receive(grant("n2"))
     second = await world.workers.wait_started(2)
-    assert second.order.emitted_ids == ids("abcde")
+    assert second.order.emitted == (ids("abcde"),)
     assert (second.order.attempt, second.order.credit_tokens) == (2, 3)
 
 

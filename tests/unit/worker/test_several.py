@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from interlock.v1 import worker_service_pb2
@@ -213,13 +214,13 @@ async def test_each_sequence_has_its_own_constraint(bench: Bench) -> None:
     await bench.read("a", 3)
 
 
-def order(**fields: object) -> worker_service_pb2.StartJob:
+def order(**fields: Any) -> worker_service_pb2.StartJob:
     """An order of three sequences; the second has emitted two tokens, the third has ended."""
     emitted = [
         worker_service_pb2.EmittedTokens(sequence=1, token_ids=[7, 8]),
         worker_service_pb2.EmittedTokens(sequence=2, token_ids=[9], ended=True),
     ]
-    values = {"job": "a", "prompt_ids": PROMPT, "max_tokens": 4, "n": 3, "emitted": emitted}
+    values: dict[str, Any] = {"job": "a", "prompt_ids": PROMPT, "max_tokens": 4, "n": 3, "emitted": emitted}
     return worker_service_pb2.StartJob(**(values | fields))
 
 
@@ -241,6 +242,6 @@ def test_an_order_names_the_sequences_that_go_on() -> None:
     ],
     ids=["too many", "of no sequence", "told twice", "nothing left"],
 )
-def test_an_order_that_makes_no_sense_is_refused(fields: dict[str, object], named: str) -> None:
+def test_an_order_that_makes_no_sense_is_refused(fields: dict[str, Any], named: str) -> None:
     """The refusal names the field."""
     assert unserved(order(**fields)) == f"Not served by this worker: {named}."
