@@ -52,7 +52,7 @@ def test_the_model_answers_whole_streamed_and_to_a_schema(mesh: Mesh) -> None:
 
 
 def test_several_answers_of_one_seed(mesh: Mesh) -> None:
-    """Each is the same every time, whole and streamed, and unlike the others; the first is what one alone is."""
+    """Each is the same every time, by both ways, and unlike the others; the first is what one alone is."""
     asked = {**ASKED, "temperature": 1.0, "seed": 5, "max_tokens": 24}
     with openai.OpenAI(base_url=f"{mesh.url}/v1", api_key=mesh.token) as client:
         create: Any = client.chat.completions.create

@@ -92,6 +92,15 @@ def test_a_whole_answer(world: World) -> None:
     assert world.sink.heard == ["output 0", "output 1", "output 2"]
 
 
+def test_an_attempt_of_several_sequences_is_one(world: World) -> None:
+    """It has finished with the last of them, and once."""
+    world.start()
+    world.below().output(Output(0, (1,), FinishReason.STOP, others=1))
+    assert world.counts() == (0, 0, 1)
+    world.below().output(Output(0, (1,), FinishReason.STOP, sequence=1))
+    assert world.counts() == (1, 0, 1)
+
+
 async def test_what_is_nobodys_fault(world: World) -> None:
     """Refusals and cancellations count nothing; a text that met its stop string is whole."""
     for reason in RefusalReason:
