@@ -174,7 +174,7 @@ class OwnEngine:
         self._jobs += 1
         key = SequenceKey(1, str(self._jobs))
         start = SequenceStart(key, prompt, new_tokens, emitted, credit_tokens=credit)
-        for refusal in self._stepper.handle(Admit(JobStart(REVISION, REVISION, 1, start))):
+        for refusal in self._stepper.handle(Admit(JobStart(REVISION, REVISION, 1, (start,)))):
             raise RuntimeError(f"The KV cache has no room for all sequences: {refusal}.")
         return key
 

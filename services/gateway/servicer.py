@@ -200,9 +200,11 @@ def _response(cursor: int, event: Event) -> pb.GenerateResponse:
             return pb.GenerateResponse(cursor=cursor, queued=_queued(event))
         case Started():
             return pb.GenerateResponse(cursor=cursor, started=_started_message(event))
-        case Chunk(index, text, token_ids, logprobs):
+        case Chunk(index, text, token_ids, logprobs, sequence):
             scores = [_logprob(one) for one in logprobs]
-            chunk = generation_pb2.Chunk(index=index, text=text, token_ids=token_ids, logprobs=scores)
+            chunk = generation_pb2.Chunk(
+                sequence=sequence, index=index, text=text, token_ids=token_ids, logprobs=scores
+            )
             return pb.GenerateResponse(cursor=cursor, chunk=chunk)
         case Finished():
             return pb.GenerateResponse(cursor=cursor, finished=_finished(event))
@@ -238,6 +240,7 @@ def _started_message(event: Started) -> generation_pb2.Started:
 def _finished(event: Finished) -> generation_pb2.Finished:
     usage, timings = event.usage, event.timings
     return generation_pb2.Finished(
+        sequence=event.sequence,
         reason=_REASONS[event.reason],
         stop_text=event.stop_text,
         usage=generation_pb2.Usage(

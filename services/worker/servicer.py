@@ -119,9 +119,11 @@ def _dispatch(request: worker_service_pb2.SessionRequest, session: EngineSession
             else:
                 session.refuse(Refusal(key_of(request.start, session.number), Reason.INVALID, flaw))
         case "credit":
-            session.add_credit(request.credit.job, request.credit.tokens)
+            credit = request.credit
+            session.add_credit(credit.job, credit.sequence, credit.tokens)
         case "cancel":
-            session.cancel(request.cancel.job)
+            cancel = request.cancel
+            session.cancel(cancel.job, cancel.sequence if cancel.HasField("sequence") else None)
 
 
 def _messages(

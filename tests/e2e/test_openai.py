@@ -51,6 +51,26 @@ def test_the_model_answers_whole_streamed_and_to_a_schema(mesh: Mesh) -> None:
     assert listed == [MODEL]
 
 
+def test_several_answers_of_one_seed(mesh: Mesh) -> None:
+    """Each is the same every time, by both ways, and unlike the others; the first is what one alone is."""
+    asked = {**ASKED, "temperature": 1.0, "seed": 5, "max_tokens": 24}
+    with openai.OpenAI(base_url=f"{mesh.url}/v1", api_key=mesh.token) as client:
+        create: Any = client.chat.completions.create
+        alone = create(**asked).choices[0].message.content
+        whole = create(**asked, n=3)
+        streamed = ["", "", ""]
+        for chunk in create(**asked, n=3, stream=True):
+            for choice in chunk.choices:
+                streamed[choice.index] += choice.delta.content or ""
+        greedy = create(**ASKED, n=2)
+    said = [choice.message.content for choice in whole.choices]
+    assert said == streamed
+    assert said[0] == alone
+    assert len(set(said)) == 3
+    assert whole.usage.completion_tokens > 24
+    assert {choice.message.content for choice in greedy.choices} == {mesh.ask(QUESTION, max_tokens=32)}
+
+
 def test_code_that_names_another_model_is_answered(mesh: Mesh) -> None:
     """`gpt-*` means the model that the mesh serves; what nobody knows stays unknown."""
     with openai.OpenAI(base_url=f"{mesh.url}/v1", api_key=mesh.token, max_retries=0) as client:

@@ -120,7 +120,7 @@ def test_each_bad_body_gets_a_typed_error_and_the_next_request_works(
         (pb.GenerateRequest(text="Hi", model="no-such-model"), grpc.StatusCode.NOT_FOUND),
         (pb.GenerateRequest(), grpc.StatusCode.INVALID_ARGUMENT),
         (pb.GenerateRequest(text="Hi", request_id="a b"), grpc.StatusCode.INVALID_ARGUMENT),
-        (pb.GenerateRequest(text="Hi", n=3), grpc.StatusCode.UNIMPLEMENTED),
+        (pb.GenerateRequest(text="Hi", n=5), grpc.StatusCode.INVALID_ARGUMENT),
     ],
     ids=range(7),
 )

@@ -21,6 +21,7 @@ from tests.fixtures.mesh import Mesh, started
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
+# Each seeded one asks for two continuations: together they take as many slots as a worker has.
 GREEDY, SEEDED = 16, 4
 TOKENS = 64
 # What the design promises. A stopped worker is noticed by its silence alone.
@@ -32,12 +33,12 @@ class Stream:
     """What one client saw.
 
     Attributes:
-        text: All that came.
+        text: All that came, of each continuation.
         workers: Who answered, in order.
         gap_s: The longest wait between two chunks after the fault.
     """
 
-    text: str = ""
+    text: list[str] = field(default_factory=lambda: ["", ""])
     workers: list[str] = field(default_factory=list)
     gap_s: float = 0.0
 
@@ -67,10 +68,13 @@ class Load:
         if number >= GREEDY:
             sampling = generation_pb2.SamplingParams(temperature=0.9, seed=number)
         request = pb.GenerateRequest(
-            text=f"Tell me a long story about the number {number}.", max_tokens=TOKENS, sampling=sampling
+            text=f"Tell me a long story about the number {number}.",
+            max_tokens=TOKENS,
+            sampling=sampling,
+            n=1 if number < GREEDY else 2,
         )
         metadata = (("authorization", f"Bearer {self.mesh.token}"),)
-        stream, position, came_s = Stream(), 0, time.monotonic()
+        stream, positions, came_s = Stream(), [0, 0], time.monotonic()
         for event in stub.Generate(request, metadata=metadata):
             if event.HasField("started"):
                 stream.workers.append(event.started.worker_id)
@@ -80,11 +84,12 @@ class Load:
             if now_s > self.fault_s:
                 stream.gap_s = max(stream.gap_s, now_s - max(came_s, self.fault_s))
             came_s = now_s
+            sequence, position = event.chunk.sequence, positions[event.chunk.sequence]
             assert event.chunk.index == position
-            if position < 8 <= position + len(event.chunk.token_ids):
+            if sequence == 0 and position < 8 <= position + len(event.chunk.token_ids):
                 self.midway.release()
-            position += len(event.chunk.token_ids)
-            stream.text += event.chunk.text
+            positions[sequence] += len(event.chunk.token_ids)
+            stream.text[sequence] += event.chunk.text
         return stream
 
 

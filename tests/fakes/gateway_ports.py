@@ -45,18 +45,36 @@ class FakeTokenizer:
 
 @dataclass
 class FakeAttempt:
-    """An attempt that a test plays the worker of."""
+    """An attempt that a test plays the worker of.
+
+    Attributes:
+        order: What was asked.
+        sink: Who hears of it.
+        worker_id: The worker.
+        credit_tokens: The credit that it was given so far, of all sequences.
+        credits: What was added to it: sequence and tokens.
+        ended: The sequences that were ended alone.
+        cancelled: Whether it was cancelled.
+        verdict: What was learned of the worker by then.
+    """
 
     order: WorkOrder
     sink: AttemptSink
     worker_id: str
     credit_tokens: int = 0
+    credits: list[tuple[int, int]] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
     cancelled: bool = False
     verdict: Verdict | None = None
 
-    def add_credit(self, tokens: int) -> None:
+    def add_credit(self, sequence: int, tokens: int) -> None:
         """See `Attempt.add_credit`."""
         self.credit_tokens += tokens
+        self.credits.append((sequence, tokens))
+
+    def end(self, sequence: int) -> None:
+        """See `Attempt.end`."""
+        self.ended.append(sequence)
 
     def cancel(self, verdict: Verdict = Verdict.NEUTRAL) -> asyncio.Future[None]:
         """See `Attempt.cancel`; the worker ends it at once."""

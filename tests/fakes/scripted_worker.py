@@ -1,7 +1,7 @@
 """A worker with a script: a real gRPC server that speaks `Session`, and does on cue what goes wrong in life.
 
 It needs no model: its answer is a text, one token a character, so that a test knows what every continuation
-must be.
+must be. The sequences of a job take turns, a message each, and may have answers of their own.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Script:
 
     Attributes:
         answer: The text that it generates; it ends with STOP after it.
+        others: The texts of the second and further sequences; where there is none, it is `answer`.
         interval_s: Pause between two tokens.
         refusals: Reasons for which the next starts are refused, in order.
         die_at: Index before which the session is closed; None: never. It happens once.
@@ -56,14 +57,20 @@ class Script:
     cached_prompt_tokens: int = 0
     stall_at: int | None = None
     failing: bool = False
+    others: tuple[str, ...] = ()
+
+    def text_of(self, sequence: int) -> str:
+        """What a sequence says."""
+        return ((self.answer, *self.others)[sequence:] or (self.answer,))[0]
 
 
 @dataclass
 class Running:
-    """A job that generates."""
+    """A job that generates: its credit, and the index of the next token, of each sequence that goes on."""
 
     start: pb.StartJob
-    credit: int
+    credit: dict[int, int]
+    index: dict[int, int]
     task: asyncio.Task[None] | None = None
     more: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -86,7 +93,8 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         address: Where it listens.
         starts: The orders that it got.
         cancelled: Jobs that it was told to end.
-        sent: Tokens sent for each job, by all attempts.
+        shortened: Sequences of jobs that it was told to end alone.
+        sent: Tokens sent for each job, by all attempts, of the longest sequence.
         running: Jobs that generate now.
         gateways: Who opened sessions.
     """
@@ -97,6 +105,7 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         self.address = ""
         self.starts: list[pb.StartJob] = []
         self.cancelled: list[str] = []
+        self.shortened: list[tuple[str, int]] = []
         self.sent: dict[str, int] = {}
         self.running: dict[str, Running] = {}
         self.gateways: list[str] = []
@@ -160,8 +169,11 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
                 case "credit":
                     if request.credit.job in self.running:
                         running = self.running[request.credit.job]
-                        running.credit += request.credit.tokens
+                        if request.credit.sequence in running.credit:
+                            running.credit[request.credit.sequence] += request.credit.tokens
                         running.more.set()
+                case "cancel" if request.cancel.HasField("sequence"):
+                    self._shorten(request.cancel.job, request.cancel.sequence, outgoing)
                 case "cancel":
                     self._cancel(request.cancel.job, outgoing)
             await self._notify()
@@ -171,7 +183,7 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         while True:
             step += 0 if self._stalled else 1
             if not self._silent:
-                paused = sum(job.credit < 1 for job in self.running.values())
+                paused = sum(credit < 1 for job in self.running.values() for credit in job.credit.values())
                 alive = pb.Alive(step=step, free_slots=1, paused_jobs=paused)
                 outgoing.put_nowait(pb.SessionResponse(alive=alive))
             await asyncio.sleep(ALIVE_S)
@@ -185,9 +197,15 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
             )
             outgoing.put_nowait(pb.SessionResponse(refused=refused))
             return
-        running = Running(start, start.credit_tokens)
+        emitted = {one.sequence: one for one in start.emitted}
+        going = [at for at in range(max(start.n, 1)) if at not in emitted or not emitted[at].ended]
+        running = Running(
+            start,
+            dict.fromkeys(going, start.credit_tokens),
+            {at: len(emitted[at].token_ids) if at in emitted else 0 for at in going},
+        )
         if self.script.failing:
-            self._send(running, outgoing, 0, [], generation_pb2.FINISH_REASON_ERROR)
+            self._send(running, outgoing, going[0], 0, [], generation_pb2.FINISH_REASON_ERROR)
             return
         self.running[start.job] = running
         running.task = asyncio.create_task(self._generate(running, outgoing))
@@ -200,47 +218,87 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         del self.running[job]
         assert running.task is not None
         running.task.cancel()
-        index = self.sent.get(job, 0)
-        for late in range(self.script.late_tokens):
-            self._send(running, outgoing, index + late, [ord("!")])
-        self._send(running, outgoing, index, [], generation_pb2.FINISH_REASON_CANCELLED)
+        for sequence, index in running.index.items():
+            for late in range(self.script.late_tokens):
+                self._send(running, outgoing, sequence, index + late, [ord("!")])
+            self._send(running, outgoing, sequence, index, [], generation_pb2.FINISH_REASON_CANCELLED)
+
+    def _shorten(self, job: str, sequence: int, outgoing: asyncio.Queue[Any]) -> None:
+        self.shortened.append((job, sequence))
+        running = self.running.get(job)
+        if running is None or sequence not in running.index or self.script.deaf:
+            return
+        index = running.index.pop(sequence)
+        del running.credit[sequence]
+        running.more.set()
+        self._send(running, outgoing, sequence, index, [], generation_pb2.FINISH_REASON_CANCELLED)
 
     async def _generate(self, running: Running, outgoing: asyncio.Queue[Any]) -> None:
-        start = running.start
-        index = sum(len(emitted.token_ids) for emitted in start.emitted)
-        end = min(len(self.script.answer), start.max_tokens)
-        while index < end:
-            if self.script.die_at is not None and index >= self.script.die_at:
-                self.script.die_at = None
-                outgoing.put_nowait(None)
-                return
-            if self.script.stall_at is not None and index >= self.script.stall_at:
-                self._stalled = True
-                await asyncio.Event().wait()
-            if self.script.hang_at is not None and index >= self.script.hang_at:
-                self._silent = True
-                await asyncio.Event().wait()
-            while running.credit < 1:
+        while running.index:
+            for sequence in tuple(running.index):
+                if not await self._trouble(max(running.index.values(), default=0), outgoing):
+                    return
+                await self._turn(running, sequence, outgoing)
+            while running.index and not self._can_go_on(running):
                 running.more.clear()
                 await running.more.wait()
-            size = min(self.script.batch, end - index, running.credit)
-            running.credit -= size
-            self._send(
-                running, outgoing, index, [ord(text) for text in self.script.answer[index : index + size]]
-            )
-            index += size
+        self.running.pop(running.start.job, None)
+        await self._notify()
+
+    async def _trouble(self, index: int, outgoing: asyncio.Queue[Any]) -> bool:
+        """Does what goes wrong before a token; returns whether anything follows."""
+        script = self.script
+        if script.die_at is not None and index >= script.die_at:
+            script.die_at = None
+            outgoing.put_nowait(None)
+            return False
+        if script.stall_at is not None and index >= script.stall_at:
+            self._stalled = True
+            await asyncio.Event().wait()
+        if script.hang_at is not None and index >= script.hang_at:
+            self._silent = True
+            await asyncio.Event().wait()
+        return True
+
+    def _can_go_on(self, running: Running) -> bool:
+        """Whether a sequence has credit, or is at its end."""
+        return any(
+            running.credit[sequence] > 0 or index >= self._end_of(running, sequence)
+            for sequence, index in running.index.items()
+        )
+
+    def _end_of(self, running: Running, sequence: int) -> int:
+        return min(len(self.script.text_of(sequence)), running.start.max_tokens)
+
+    async def _turn(self, running: Running, sequence: int, outgoing: asyncio.Queue[Any]) -> None:
+        """Sends some tokens of a sequence, or its end."""
+        if sequence not in running.index:
+            return
+        text, index = self.script.text_of(sequence), running.index[sequence]
+        end = self._end_of(running, sequence)
+        size = max(0, min(self.script.batch, end - index, running.credit[sequence]))
+        if size > 0:
+            running.credit[sequence] -= size
+            running.index[sequence] += size
+            token_ids = [ord(character) for character in text[index : index + size]]
+            self._send(running, outgoing, sequence, index, token_ids)
             await self._notify()
             await asyncio.sleep(self.script.interval_s)
-        stopped = end == len(self.script.answer)
+        if index + size < end or running.index.pop(sequence, None) is None:
+            return
+        del running.credit[sequence]
+        if not running.index:
+            self.running.pop(running.start.job, None)
+        stopped = end == len(text)
         reason = generation_pb2.FINISH_REASON_STOP if stopped else generation_pb2.FINISH_REASON_LENGTH
-        self.running.pop(start.job, None)
-        self._send(running, outgoing, index, [], reason)
+        self._send(running, outgoing, sequence, index + size, [], reason)
         await self._notify()
 
     def _send(
         self,
         running: Running,
         outgoing: asyncio.Queue[Any],
+        sequence: int,
         index: int,
         token_ids: list[int],
         finish: generation_pb2.FinishReason.ValueType = generation_pb2.FINISH_REASON_UNSPECIFIED,
@@ -251,11 +309,12 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         output = pb.StepOutput(
             job=start.job,
             attempt=start.attempt,
+            sequence=sequence,
             index=index,
             token_ids=token_ids,
             finish=finish,
             logprobs=[logprob_of(token, start.logprobs) for token in token_ids] if scored else [],
-            cached_prompt_tokens=0 if index else self.script.cached_prompt_tokens,
+            cached_prompt_tokens=0 if index or sequence else self.script.cached_prompt_tokens,
         )
         outgoing.put_nowait(pb.SessionResponse(step=pb.Step(outputs=[output])))
 

@@ -245,7 +245,7 @@ async def test_an_api_key_header_is_a_token(gateway: GatewayWorld) -> None:
         ({"text": "hi", "priority": "urgent"}, 400, "priority"),
         ({"text": "hi", "request_id": "a/b"}, 400, "request_id"),
         ({"text": "hi", "model": "other"}, 404, "other"),
-        ({"text": "hi", "n": 2}, 501, "n:"),
+        ({"text": "hi", "n": 5}, 400, "n:"),
         ({"text": "hi", "logprobs": 21}, 400, "logprobs"),
         ({"text": "hi", "logprobs": 1.0}, 400, "logprobs"),
         ({"text": "hi", "repetition_penalty": 0}, 400, "repetition_penalty"),

@@ -231,3 +231,66 @@ async def test_a_draining_gateway_hands_its_resumable_requests_over(world: Resum
     await asyncio.sleep(0.2)
     await g1.dispatcher.drain(0)
     assert joined(await client) == TEXT
+
+
+OTHERS = ("Short.", "Another text, which is told by another sequence of the same request. " * 2)
+
+
+def texts(events: list[Any]) -> dict[int, str]:
+    """The text of each sequence; indices are contiguous, cursors come once, and nothing follows an end."""
+    found: dict[int, str] = {}
+    positions: dict[int, int] = {}
+    ended: set[int] = set()
+    cursors = [event.cursor for event in events if not event.HasField("queued")]
+    assert cursors == list(range(1, len(cursors) + 1))
+    for event in events:
+        if event.HasField("chunk"):
+            chunk = event.chunk
+            assert chunk.sequence not in ended
+            assert chunk.index == positions.get(chunk.sequence, 0)
+            positions[chunk.sequence] = chunk.index + len(chunk.token_ids)
+            found[chunk.sequence] = found.get(chunk.sequence, "") + chunk.text
+        if event.HasField("finished"):
+            assert event.finished.sequence not in ended
+            ended.add(event.finished.sequence)
+    assert ended == found.keys()
+    return found
+
+
+async def test_several_sequences_are_followed_behind_a_cursor(world: ResumptionWorld) -> None:
+    """A client that left after the end of one hears the rest of the others, at either gateway."""
+    await world.add_worker("w2", Script(answer=TEXT, others=OTHERS, interval_s=0.003))
+    await world.add_worker("w1", Script(), draining=True)
+    call = begin(world.peers["g1"], asked(n=3))
+    events: list[Any] = []
+    while not any(event.HasField("finished") for event in events):
+        events.append(await call.read())
+    call.cancel()
+    events = [event for event in events if not event.HasField("queued")]
+    said = dict(enumerate((TEXT, *OTHERS)))
+    for peer in ("g1", "g2"):
+        rest = await follow(world.peers[peer], events[-1].cursor, timeout=20)
+        assert texts(events + rest) == said
+        assert texts(await follow(world.peers[peer], 0, timeout=20)) == said
+
+
+async def test_the_sequences_of_a_dead_gateway_go_on_at_the_other(world: ResumptionWorld) -> None:
+    """One had ended: it is not begun again. The others go on where the log ends, and all is charged once."""
+    await world.add_worker("w2", Script(answer=TEXT, others=OTHERS, interval_s=0.003))
+    await world.add_worker("w1", Script(), draining=True)
+    g1, g2 = world.peers["g1"], world.peers["g2"]
+    call = begin(g1, asked(n=3))
+    events: list[Any] = []
+    while not any(event.HasField("finished") for event in events):
+        events.append(await call.read())
+    # Another worker goes on: the scripted one cannot tell two sessions' jobs of one name apart.
+    await world.add_worker("w3", Script(answer=TEXT, others=OTHERS, interval_s=0.003))
+    await world.add_worker("w2", Script(), draining=True)
+    await g1.die()
+    events = [event for event in events if not event.HasField("queued")]
+    events += await follow(g2, events[-1].cursor, timeout=20)
+    assert texts(events) == dict(enumerate((TEXT, *OTHERS)))
+    (order,) = world.workers["w3"].starts
+    assert (order.n, [part.sequence for part in order.emitted if part.ended]) == (3, [1])
+    prompts = [event.finished.usage.prompt_tokens for event in events if event.HasField("finished")]
+    assert sorted(prompts) == [0, 0, len(order.prompt_ids)]

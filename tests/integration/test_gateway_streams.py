@@ -268,7 +268,7 @@ async def test_counting_tokens_uses_the_template(gateway: GatewayWorld) -> None:
         (pb.GenerateRequest(text="x" * 600), "INVALID_ARGUMENT", "context"),
         (pb.GenerateRequest(text="hi", request_id="a b"), "INVALID_ARGUMENT", "request_id"),
         (pb.GenerateRequest(text="hi", model="no-such"), "NOT_FOUND", "no-such"),
-        (pb.GenerateRequest(text="hi", n=2), "UNIMPLEMENTED", "n:"),
+        (pb.GenerateRequest(text="hi", n=5), "INVALID_ARGUMENT", "n:"),
         (pb.GenerateRequest(text="hi", stop=[""]), "INVALID_ARGUMENT", "stop"),
         (pb.GenerateRequest(text="hi", logprobs=21), "INVALID_ARGUMENT", "logprobs"),
         (pb.GenerateRequest(text="hi", format=generation_pb2.OutputFormat()), "INVALID_ARGUMENT", "format"),

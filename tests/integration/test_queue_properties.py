@@ -147,6 +147,8 @@ async def take(twins: Twins, step: tuple[str, str, str, Band, bool, int]) -> Non
                 timeout_s=20.0 if flag else 3_600.0,
                 cost=50 + 25 * JOB_IDS.index(job_id),
                 limits=TENANTS[number],
+                # Some more than any worker has.
+                slots=(1, 1, 2, 1, 4)[JOB_IDS.index(job_id) % 5],
             )
             await twins.same(lambda queue, _: queue.enqueue(job))
         case "settle":

@@ -15,7 +15,7 @@ from services.gateway.core.tenancy import TenantLimits
 from tests.fixtures.queue_audit import audit, left_over
 from tests.fixtures.queue_world import MODEL, QueueWorld, make_job
 
-WORKERS = {"w1": 1, "w2": 2}
+WORKERS = {"w1": 2, "w2": 3}
 TENANTS = (TenantLimits(), TenantLimits(concurrency=1, weight=3), TenantLimits(tokens_per_minute=2_000))
 # Seeds and the steps of each; `make soak` adds one history of 10,000.
 HISTORIES = [(seed, 120) for seed in range(20)]
@@ -146,7 +146,8 @@ class Simulation:
         """A client comes."""
         self.born += 1
         number, band = self.chance.randrange(len(TENANTS)), self.chance.choice(list(Band))
-        job = make_job(f"j{self.born}", tenant=f"t{number}", band=band, limits=TENANTS[number])
+        slots = self.chance.choice((1, 1, 2))
+        job = make_job(f"j{self.born}", tenant=f"t{number}", band=band, limits=TENANTS[number], slots=slots)
         await self.awake().enqueue(job)
 
     def awake(self) -> Gateway:

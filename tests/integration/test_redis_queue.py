@@ -297,3 +297,65 @@ async def test_models_do_not_touch_each_other(world: QueueWorld) -> None:
     assert await world.gateway().length("other") == 0
     keys = [key for key in world.client.scan_iter() if not key.startswith((KEYS.prefix, "{il:other}:"))]
     assert keys == []
+
+
+async def test_a_job_of_several_slots_waits_until_one_worker_has_them(world: QueueWorld) -> None:
+    """Slots of two workers do not add up; what is free meanwhile is kept for it, and goes on behind it."""
+    await world.add_worker("w1", slots=2)
+    await world.add_worker("w2", slots=2)
+    first, second = await world.grant("a"), await world.grant("b")
+    assert {first.worker_id, second.worker_id} == {"w1", "w2"}
+    await world.wait("pair", slots=2)
+    await world.wait("small")
+    await world.finish(first)
+    assert [(one.job_id, one.worker_id) for one in world.received["g1"]] == [
+        ("pair", first.worker_id),
+        ("small", second.worker_id),
+    ]
+    assert world.running(first.worker_id) == {"pair", "pair#2"}
+    await world.finish(world.received["g1"][0])
+    assert world.running(first.worker_id) == set()
+
+
+async def test_a_pinned_job_of_several_slots_keeps_those_of_its_revision(empty_world: QueueWorld) -> None:
+    """What comes later goes to other revisions' workers, or waits, rather than take the slots one by one."""
+    world = empty_world
+    await world.set_route(r1=1, r2=1)
+    await world.add_worker("w1", slots=3, ready=("r1",))
+    await world.add_worker("w2", slots=1, ready=("r2",))
+    pair = await world.grant("pair", slots=2)
+    beside = await world.grant("beside")
+    while beside.worker_id != "w1":
+        await world.finish(beside)
+        beside = await world.grant("beside" + beside.job_id)
+    assert pair.worker_id == "w1", "the other one has too few slots for it"
+    await world.gateway().requeue(MODEL, "pair", pair.nonce, emitted=True)
+    await world.add_worker("w1", slots=2, ready=("r1",))
+    world.advance(1.0)
+    assert (await world.grant("elsewhere")).worker_id == "w2"
+    await world.wait("later")
+    await world.finish(beside)
+    assert [one.job_id for one in world.received["g1"]] == ["pair"]
+
+
+async def test_a_job_larger_than_every_worker_is_given_a_whole_one(world: QueueWorld) -> None:
+    """Waiting would not help it: the worker says so. It is not given one that others use."""
+    await world.add_worker("w1", slots=2)
+    small = await world.grant("small")
+    await world.wait("huge", slots=4)
+    await world.finish(small)
+    (grant,) = world.received["g1"]
+    assert grant.job_id == "huge"
+    assert len(world.running("w1")) == 4
+
+
+async def test_the_time_of_several_slots_is_counted_for_each(world: QueueWorld) -> None:
+    """Four slots for ten seconds are forty seconds of slots: later estimates do not take them for ten."""
+    await world.add_worker("w1", slots=4)
+    grant = await world.grant("quad", slots=4, cost=400)
+    for _ in range(10):
+        world.advance(1.0)
+    await world.finish(grant)
+    await world.grant("quad-2", slots=4, cost=400)
+    place = await world.wait("next", cost=100)
+    assert place.estimated_wait_s == pytest.approx(10.0, rel=0.1)

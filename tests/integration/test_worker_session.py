@@ -161,7 +161,7 @@ async def test_signs_of_life_come_without_work(service: Service) -> None:
         ({"revision": "r2"}, "REVISION_NOT_READY", ""),
         ({"model": "other"}, "REVISION_NOT_READY", ""),
         ({"epoch": 4}, "EPOCH_STALE", ""),
-        ({"n": 2}, "INVALID", "n"),
+        ({"n": 5}, "INVALID", "n"),
         ({"logprobs": 21}, "INVALID", "logprobs"),
         ({"format": generation_pb2.OutputFormat()}, "INVALID", "format"),
         ({"format": generation_pb2.OutputFormat(regex="a+")}, "INVALID", "format"),

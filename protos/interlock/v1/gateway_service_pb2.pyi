@@ -54,7 +54,9 @@ class GenerateRequest(_message.Message):
     logprobs: _builtins.int
     """Alternatives to report for each token, 0..20. Absent: no logprobs."""
     n: _builtins.int
-    """Continuations of the same prompt, 1..4. Absent: 1."""
+    """Continuations of the same prompt, 1..4; each has up to `max_tokens`. With a seed the first is what a
+    request for one would get, and all are the same each time. Absent: 1.
+    """
     priority: _generation_pb2.Priority.ValueType
     """How urgent it is. Absent: INTERACTIVE."""
     resumable: _builtins.bool

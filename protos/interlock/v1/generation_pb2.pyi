@@ -204,7 +204,9 @@ class SamplingParams(_message.Message):
     frequency_penalty: _builtins.float
     """Subtracted per occurrence in the output; -2..2. Absent: 0."""
     seed: _builtins.int
-    """Names the noise: equal seeds give equal answers. Absent: drawn by the gateway."""
+    """Names the noise, with the number of the continuation and the token's index: equal seeds give equal
+    answers. Absent: drawn by the gateway.
+    """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
         """Added to the logits by token id, -100..100; at most 1024 entries."""

@@ -30,7 +30,7 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     REFUSAL_REASON_UNSPECIFIED: _RefusalReason.ValueType  # 0
     """Never sent."""
     REFUSAL_REASON_BUSY: _RefusalReason.ValueType  # 1
-    """Every slot is taken."""
+    """Fewer slots are free than the job has continuations."""
     REFUSAL_REASON_REVISION_NOT_READY: _RefusalReason.ValueType  # 2
     """The revision is not active here."""
     REFUSAL_REASON_EPOCH_STALE: _RefusalReason.ValueType  # 3
@@ -46,7 +46,7 @@ class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper):
 REFUSAL_REASON_UNSPECIFIED: RefusalReason.ValueType  # 0
 """Never sent."""
 REFUSAL_REASON_BUSY: RefusalReason.ValueType  # 1
-"""Every slot is taken."""
+"""Fewer slots are free than the job has continuations."""
 REFUSAL_REASON_REVISION_NOT_READY: RefusalReason.ValueType  # 2
 """The revision is not active here."""
 REFUSAL_REASON_EPOCH_STALE: RefusalReason.ValueType  # 3
@@ -90,7 +90,9 @@ class StartJob(_message.Message):
     max_tokens: _builtins.int
     """Most tokens of each continuation, those emitted earlier included."""
     n: _builtins.int
-    """Continuations, 1..4."""
+    """Continuations, 1..4; 0 is 1. Each takes a slot, and the noise of each is its own: a function of the
+    seed, its number and the token's index.
+    """
     logprobs: _builtins.int
     """Alternatives to report for each token. Absent: no logprobs."""
     credit_tokens: _builtins.int
@@ -103,7 +105,7 @@ class StartJob(_message.Message):
 
     @_builtins.property
     def emitted(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmittedTokens]:
-        """Tokens that each continuation has emitted on earlier workers."""
+        """What the continuations have emitted on earlier workers; those of which nothing is to be told are left out."""
 
     @_builtins.property
     def sampling(self) -> _generation_pb2.SamplingParams:
@@ -149,8 +151,11 @@ class EmittedTokens(_message.Message):
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Which continuation, from 0."""
+    ended: _builtins.bool
+    """True when it has ended: nothing more is generated for it, and nothing is said of it."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Its tokens from index 0."""
@@ -160,10 +165,11 @@ class EmittedTokens(_message.Message):
         *,
         sequence: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        ended: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "sequence", b"sequence", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -171,25 +177,29 @@ Global___EmittedTokens: _TypeAlias = EmittedTokens  # noqa: Y015
 
 @_typing.final
 class AddCredit(_message.Message):
-    """Lets a job run on."""
+    """Lets one continuation of a job run on."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """The job."""
     tokens: _builtins.int
-    """Tokens that each continuation may send in addition."""
+    """Tokens that the continuation may send in addition."""
+    sequence: _builtins.int
+    """Which continuation, from 0."""
     def __init__(
         self,
         *,
         job: _builtins.str = ...,
         tokens: _builtins.int = ...,
+        sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "sequence", b"sequence", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -197,23 +207,29 @@ Global___AddCredit: _TypeAlias = AddCredit  # noqa: Y015
 
 @_typing.final
 class CancelJob(_message.Message):
-    """Ends a job; takes effect within two steps. Unknown jobs are ignored."""
+    """Ends a job, or one continuation of it; takes effect within two steps. Unknown ones are ignored."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """The job."""
+    sequence: _builtins.int
+    """Which continuation, from 0; the others go on. Absent: all."""
     def __init__(
         self,
         *,
         job: _builtins.str = ...,
+        sequence: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "sequence", b"sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "job", b"job", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__sequence: _TypeAlias = _typing.Literal["sequence"]  # noqa: Y015
+    _WhichOneofArgType__sequence: _TypeAlias = _typing.Literal["_sequence", b"_sequence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sequence) -> _WhichOneofReturnType__sequence | None: ...
 
 Global___CancelJob: _TypeAlias = CancelJob  # noqa: Y015
 
@@ -347,7 +363,7 @@ class Alive(_message.Message):
     free_slots: _builtins.int
     """Sequences that could start now."""
     paused_jobs: _builtins.int
-    """Jobs of this session that wait for credit."""
+    """Continuations of this session's jobs that wait for credit."""
     def __init__(
         self,
         *,

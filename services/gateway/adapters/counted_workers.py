@@ -38,7 +38,7 @@ class CountedWorkerPool:
         began_s = self._clock.monotonic()
         counted = _Counted(self, worker_id, order.model, order.revision, sink, began_s)
         # A text that goes on elsewhere has its first token already.
-        counted.awaits_first = not order.emitted_ids
+        counted.awaits_first = not any(order.emitted)
         self._running.setdefault(worker_id, []).append(counted)
         counted.attempt = self._pool.start(worker_id, address, order, counted)
         return counted
@@ -86,7 +86,7 @@ class _Counted:
         if self.awaits_first and output.token_ids:
             self.awaits_first = False
             self.pool.note_first_token(self)
-        if output.finish is not None:
+        if output.ends_attempt:
             self.pool.end(self, Verdict.SUCCESS)
         self.sink.output(output)
 
@@ -100,9 +100,13 @@ class _Counted:
         self.pool.end(self, Verdict.FAILURE, worker_lost=loss is not Loss.JOB)
         self.sink.lost(cause, loss)
 
-    def add_credit(self, tokens: int) -> None:
+    def add_credit(self, sequence: int, tokens: int) -> None:
         """See `Attempt.add_credit`."""
-        self.attempt.add_credit(tokens)
+        self.attempt.add_credit(sequence, tokens)
+
+    def end(self, sequence: int) -> None:
+        """See `Attempt.end`."""
+        self.attempt.end(sequence)
 
     def cancel(self, verdict: Verdict = Verdict.NEUTRAL) -> Awaitable[None]:
         """See `Attempt.cancel`."""

@@ -113,6 +113,22 @@ class GrpcWorkerPool:
 
 
 @dataclass(slots=True)
+class _Carried:
+    """An attempt under way: who hears of it, and its sequences that have not ended."""
+
+    sink: AttemptSink
+    open: set[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """A cancelled attempt: what is done when the worker has ended it, and its sequences that it has not."""
+
+    ended: asyncio.Future[None]
+    open: set[int]
+
+
+@dataclass(slots=True)
 class _Session:
     """One stream to one worker, with everything that runs on it."""
 
@@ -122,9 +138,9 @@ class _Session:
     clock: Clock
     signs: VitalSigns
     on_end: Callable[[_Session, str], None]
-    _sinks: dict[Key, AttemptSink] = field(default_factory=dict)
+    _carried: dict[Key, _Carried] = field(default_factory=dict)
     # Attempts that were cancelled and not yet confirmed; bounded by the time that each may stay.
-    _ending: dict[Key, asyncio.Future[None]] = field(default_factory=dict)
+    _ending: dict[Key, _Ending] = field(default_factory=dict)
     _outgoing: deque[worker_service_pb2.SessionRequest] = field(default_factory=deque)
     _has_outgoing: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
@@ -139,9 +155,9 @@ class _Session:
     def start(self, order: WorkOrder, sink: AttemptSink) -> Attempt:
         """Sends an order, opening the stream with the first."""
         key = (order.job_id, order.attempt)
-        if not self._sinks:
+        if not self._carried:
             self.signs.reset(self.clock.monotonic())
-        self._sinks[key] = sink
+        self._carried[key] = _Carried(sink, set(order.open))
         self.send(worker_service_pb2.SessionRequest(start=start_job(order)))
         if self._task is None:
             # The session outlives the request that opens it, so it must not bear that request's log fields.
@@ -151,24 +167,33 @@ class _Session:
 
     def send(self, request: worker_service_pb2.SessionRequest) -> None:
         """Puts a message behind those that wait for the wire."""
-        # Bounded by the requests under way: each has one order, one cancellation and its credit.
+        # Bounded by the requests under way: each has one order, its cancellations and its credit.
         self._outgoing.append(request)
         self._has_outgoing.set()
 
-    def add_credit(self, key: Key, tokens: int) -> None:
-        """Sends credit for an attempt that is under way."""
-        if key in self._sinks:
-            credit = worker_service_pb2.AddCredit(job=key[0], tokens=tokens)
+    def add_credit(self, key: Key, sequence: int, tokens: int) -> None:
+        """Sends credit for a sequence of an attempt that is under way."""
+        if key in self._carried:
+            credit = worker_service_pb2.AddCredit(job=key[0], sequence=sequence, tokens=tokens)
             self.send(worker_service_pb2.SessionRequest(credit=credit))
+
+    def end(self, key: Key, sequence: int) -> None:
+        """Sends that a sequence is long enough; what the worker still says of it goes no further."""
+        carried = self._carried.get(key)
+        if carried is not None and sequence in carried.open:
+            carried.open.discard(sequence)
+            cancel = worker_service_pb2.CancelJob(job=key[0], sequence=sequence)
+            self.send(worker_service_pb2.SessionRequest(cancel=cancel))
 
     def cancel(self, key: Key) -> asyncio.Future[None]:
         """Sends a cancellation; the future is done when the worker has ended the attempt."""
         loop = asyncio.get_running_loop()
         ended: asyncio.Future[None] = loop.create_future()
-        if self._sinks.pop(key, None) is None or self._over:
+        carried = self._carried.pop(key, None)
+        if carried is None or self._over:
             ended.set_result(None)
             return ended
-        self._ending[key] = ended
+        self._ending[key] = _Ending(ended, carried.open)
         loop.call_later(CANCEL_WAIT_S, self._ended, key)
         self.send(worker_service_pb2.SessionRequest(cancel=worker_service_pb2.CancelJob(job=key[0])))
         return ended
@@ -176,8 +201,8 @@ class _Session:
     def lose(self, cause: str) -> None:
         """Tells every attempt that the worker is gone, or that it was never reached."""
         self._over = True
-        sinks = tuple(self._sinks.values())
-        self._sinks.clear()
+        sinks = tuple(carried.sink for carried in self._carried.values())
+        self._carried.clear()
         for key in tuple(self._ending):
             self._ended(key)
         for sink in sinks:
@@ -251,7 +276,7 @@ class _Session:
                     self._refuse(response.refused)
                 case "alive":
                     alive = response.alive
-                    can_step = len(self._sinks) > alive.paused_jobs
+                    can_step = self._open_sequences() > alive.paused_jobs
                     self.signs.hear_alive(alive.step, can_step=can_step, now_s=self.clock.monotonic())
 
     async def _watch(self) -> str:
@@ -263,37 +288,61 @@ class _Session:
             if now_s - looked_s > OWN_PAUSE_S:
                 self.signs.reset(now_s)
             looked_s = now_s
-            if self._sinks and (ailment := self.signs.ailment(now_s)) is not None:
+            if self._carried and (ailment := self.signs.ailment(now_s)) is not None:
                 return ailment
 
     def _deliver(self, output: worker_service_pb2.StepOutput) -> None:
         key = (output.job, output.attempt)
-        sink = self._sinks.get(key)
+        carried = self._carried.get(key)
         ends = output.finish != generation_pb2.FINISH_REASON_UNSPECIFIED
-        if sink is None:
+        if carried is None:
             if ends:
-                self._ended(key)
+                self._wind_down(key, output.sequence)
             return
-        if ends:
-            del self._sinks[key]
+        if output.sequence not in carried.open:
+            return
+        if not ends:
+            carried.sink.output(read_output(output, None))
+            return
         reason = _FINISHES.get(output.finish)
-        if not ends or reason is not None:
-            sink.output(read_output(output, reason))
+        if reason is None:
+            self._give_up(key, carried, output)
             return
+        carried.open.discard(output.sequence)
+        if not carried.open:
+            del self._carried[key]
+        carried.sink.output(read_output(output, reason, others=len(carried.open)))
+
+    def _give_up(self, key: Key, carried: _Carried, output: worker_service_pb2.StepOutput) -> None:
+        """The worker cannot go on with a sequence, and so not with the attempt: its others end with it."""
         if output.token_ids:
-            sink.output(read_output(output, None))
-        sink.lost("it ended the sequence without finishing it", Loss.JOB)
+            carried.sink.output(read_output(output, None))
+        if self._carried.pop(key, None) is None:
+            return
+        if len(carried.open) > 1:
+            self.send(worker_service_pb2.SessionRequest(cancel=worker_service_pb2.CancelJob(job=key[0])))
+        carried.sink.lost("it ended the sequence without finishing it", Loss.JOB)
+
+    def _open_sequences(self) -> int:
+        return sum(len(carried.open) for carried in self._carried.values())
 
     def _refuse(self, refused: worker_service_pb2.Refused) -> None:
-        sink = self._sinks.pop((refused.job, refused.attempt), None)
+        carried = self._carried.pop((refused.job, refused.attempt), None)
         self._ended((refused.job, refused.attempt))
-        if sink is not None:
-            sink.refused(_REFUSALS.get(refused.reason, RefusalReason.BUSY), refused.message)
+        if carried is not None:
+            carried.sink.refused(_REFUSALS.get(refused.reason, RefusalReason.BUSY), refused.message)
+
+    def _wind_down(self, key: Key, sequence: int) -> None:
+        ending = self._ending.get(key)
+        if ending is not None:
+            ending.open.discard(sequence)
+            if not ending.open:
+                self._ended(key)
 
     def _ended(self, key: Key) -> None:
-        ended = self._ending.pop(key, None)
-        if ended is not None and not ended.done():
-            ended.set_result(None)
+        ending = self._ending.pop(key, None)
+        if ending is not None and not ending.ended.done():
+            ending.ended.set_result(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,9 +352,13 @@ class _SessionAttempt:
     session: _Session
     key: Key
 
-    def add_credit(self, tokens: int) -> None:
+    def add_credit(self, sequence: int, tokens: int) -> None:
         """See `Attempt.add_credit`."""
-        self.session.add_credit(self.key, tokens)
+        self.session.add_credit(self.key, sequence, tokens)
+
+    def end(self, sequence: int) -> None:
+        """See `Attempt.end`."""
+        self.session.end(self.key, sequence)
 
     def cancel(self, verdict: Verdict = Verdict.NEUTRAL) -> asyncio.Future[None]:  # noqa: ARG002 - nobody is judged here
         """See `Attempt.cancel`."""

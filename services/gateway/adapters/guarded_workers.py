@@ -68,8 +68,11 @@ class _Declined:
             sink.refused, RefusalReason.BREAKER_OPEN, "its breaker is open"
         )
 
-    def add_credit(self, tokens: int) -> None:
+    def add_credit(self, sequence: int, tokens: int) -> None:
         """See `Attempt.add_credit`."""
+
+    def end(self, sequence: int) -> None:
+        """See `Attempt.end`."""
 
     def cancel(self, verdict: Verdict = Verdict.NEUTRAL) -> Awaitable[None]:  # noqa: ARG002 - nobody was asked
         """See `Attempt.cancel`."""
@@ -92,7 +95,7 @@ class _Guarded:
 
     def output(self, output: Output) -> None:
         """See `AttemptSink.output`."""
-        if output.finish is not None:
+        if output.ends_attempt:
             self._settle(Verdict.SUCCESS)
         self.sink.output(output)
 
@@ -109,9 +112,13 @@ class _Guarded:
         else:
             self.sink.refused(RefusalReason.BUDGET_SPENT, cause)
 
-    def add_credit(self, tokens: int) -> None:
+    def add_credit(self, sequence: int, tokens: int) -> None:
         """See `Attempt.add_credit`."""
-        self.attempt.add_credit(tokens)
+        self.attempt.add_credit(sequence, tokens)
+
+    def end(self, sequence: int) -> None:
+        """See `Attempt.end`."""
+        self.attempt.end(sequence)
 
     def cancel(self, verdict: Verdict = Verdict.NEUTRAL) -> Awaitable[None]:
         """See `Attempt.cancel`."""

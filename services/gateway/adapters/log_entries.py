@@ -39,8 +39,10 @@ def _event_fields(event: Started | Chunk | Finished | Failed) -> dict[str, Any]:
     match event:
         case Started():
             return {"started": asdict(event)}
-        case Chunk(index, text, token_ids, logprobs):
+        case Chunk(index, text, token_ids, logprobs, sequence):
             fields: dict[str, Any] = {"index": index, "text": text, "ids": token_ids}
+            if sequence:
+                fields["sequence"] = sequence
             if logprobs:
                 fields["logprobs"] = [[score.logprob, score.alternatives] for score in logprobs]
             return {"chunk": fields}
@@ -71,7 +73,8 @@ def _read_chunk(fields: dict[str, Any]) -> Chunk:
         TokenLogprob(logprob, tuple((int(token), float(score)) for token, score in alternatives))
         for logprob, alternatives in fields.get("logprobs", ())
     )
-    return Chunk(fields["index"], fields["text"], tuple(fields["ids"]), logprobs)
+    sequence = fields.get("sequence", 0)
+    return Chunk(fields["index"], fields["text"], tuple(fields["ids"]), logprobs, sequence)
 
 
 def _read_finished(fields: dict[str, Any]) -> Finished:
@@ -80,6 +83,9 @@ def _read_finished(fields: dict[str, Any]) -> Finished:
         fields["stop_text"],
         Usage(**fields["usage"]),
         Timings(**fields["timings"]),
+        # An earlier version's log tells of one sequence.
+        fields.get("sequence", 0),
+        fields.get("is_last", True),
     )
 
 

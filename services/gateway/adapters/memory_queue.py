@@ -286,7 +286,8 @@ class MemoryJobQueue:
         left_s = entry.deadline - self._now()
         if entry.job.waited_s > 0 or place.estimated_wait_s is None:
             return
-        if place.estimated_wait_s + line.runs_s(entry.job.cost_tokens) > left_s:
+        runs_s = line.runs_s(entry.job.cost_tokens) / entry.job.slots
+        if place.estimated_wait_s + runs_s > left_s:
             line.remove(entry, 0, self._now())
             raise hopeless(place.position, place.estimated_wait_s, left_s)
 

@@ -129,6 +129,7 @@ class RedisJobQueue:
                 ms(limits.aging_s),
                 *self._kept(job),
                 int(self._expects_route(job.model)),
+                job.slots,
             )
         grants = reply[3] if len(reply) > 3 else []
         own = self._deliver(grants, besides=job.job_id)
@@ -212,6 +213,7 @@ class RedisJobQueue:
                 bound(job.limits.concurrency),
                 ms(self._limits.aging_s),
                 *self._kept(job),
+                job.slots,
             )
         return bool(current)
 

@@ -11,7 +11,13 @@ from services.gateway.core.params import FormatKind, OutputFormat, SamplingParam
 
 def start_job(order: WorkOrder) -> worker_service_pb2.StartJob:
     """An order as a worker reads it."""
-    emitted = [worker_service_pb2.EmittedTokens(sequence=0, token_ids=order.emitted_ids)]
+    emitted = [
+        worker_service_pb2.EmittedTokens(
+            sequence=sequence, token_ids=token_ids, ended=sequence in order.ended
+        )
+        for sequence, token_ids in enumerate(order.emitted)
+        if token_ids or sequence in order.ended
+    ]
     return worker_service_pb2.StartJob(
         job=order.job_id,
         attempt=order.attempt,
@@ -19,10 +25,10 @@ def start_job(order: WorkOrder) -> worker_service_pb2.StartJob:
         revision=order.revision,
         epoch=order.epoch,
         prompt_ids=order.prompt_ids,
-        emitted=emitted if order.emitted_ids else [],
+        emitted=emitted,
         max_tokens=order.max_tokens,
         sampling=sampling_message(order.sampling),
-        n=1,
+        n=len(order.emitted),
         logprobs=order.logprobs,
         format=None if order.form is None else format_message(order.form),
         credit_tokens=order.credit_tokens,
@@ -60,14 +66,24 @@ def format_message(form: OutputFormat) -> generation_pb2.OutputFormat:
             return generation_pb2.OutputFormat()
 
 
-def read_output(output: worker_service_pb2.StepOutput, finish: FinishReason | None) -> Output:
-    """What a worker produced; `finish` is its reason where it ended as it should."""
+def read_output(
+    output: worker_service_pb2.StepOutput, finish: FinishReason | None, *, others: int = 0
+) -> Output:
+    """What a worker produced.
+
+    Args:
+        output: The message.
+        finish: Its reason, where the sequence ended as it should.
+        others: How many other sequences of the attempt have not ended.
+    """
     return Output(
         output.index,
         tuple(output.token_ids),
         finish,
         output.cached_prompt_tokens,
         tuple(_read_logprob(one) for one in output.logprobs),
+        output.sequence,
+        others,
     )
 
 

@@ -1,6 +1,7 @@
-"""The answer to one request. Owns: its tokens and text so far, and the numbers that are told at its end.
+"""One sequence of an answer. Owns: its tokens and text so far, and the numbers that are told at its end.
 
-Must not know: clocks. The moments of a request arrive as seconds on one monotonic clock.
+Must not know: clocks, or the other sequences. The moments of a request arrive as seconds on one monotonic
+clock.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from dataclasses import dataclass, replace
 
 from services.gateway.core.attempts import Output
 from services.gateway.core.detokenizer import Piece, Transcript
-from services.gateway.core.events import Chunk, Finished, FinishReason, Started, Timings, Usage
-from services.gateway.core.log import Entry
+from services.gateway.core.events import Finished, FinishReason, Timings, Usage
 from services.gateway.core.params import Decode
 
 
@@ -27,12 +27,13 @@ class Answer:
     """One sequence from acceptance to its end.
 
     Args:
-        prompt_tokens: Length of the prompt.
+        prompt_tokens: Length of the prompt, where it is counted in this sequence; else 0.
         max_tokens: Most tokens that it may get.
         decode: The tokenizer's way back to text.
         stops: Strings before which the text ends.
         accepted_s: When the request was accepted.
         scored: Whether each token must come with its logprob.
+        sequence: Which of the request's, from 0.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class Answer:
         *,
         accepted_s: float,
         scored: bool = False,
+        sequence: int = 0,
     ) -> None:
+        self._sequence = sequence
         self._prompt_tokens = prompt_tokens
         self._max_tokens = max_tokens
         self._scored = scored
@@ -91,23 +94,6 @@ class Answer:
         """Whether there is nothing left to generate."""
         return self._stopped or self.index >= self._max_tokens
 
-    def restore(self, entries: Sequence[Entry]) -> bool:
-        """Goes through a log that another gateway wrote; returns whether its text is what comes out here."""
-        said, logged = "", ""
-        for entry in entries:
-            at_s = self._moments.accepted_s + entry.at_s
-            if isinstance(entry.event, Started):
-                self.grant(at_s)
-            elif isinstance(entry.event, Chunk):
-                chunk = entry.event
-                if chunk.index != self.index:
-                    return False
-                cached = entry.cached_prompt_tokens
-                output = Output(chunk.index, chunk.token_ids, None, cached, chunk.logprobs)
-                said += self.push(output, at_s).text
-                logged += chunk.text
-        return said == logged
-
     def continues(self, output: Output) -> bool:
         """Whether `output` begins where the answer ends, and is what was asked for."""
         tokens = len(output.token_ids)
@@ -119,7 +105,7 @@ class Answer:
         self._moments.last_token_s = now_s
         if self._moments.first_token_s is None:
             self._moments.first_token_s = now_s
-            self._cached_prompt_tokens = output.cached_prompt_tokens
+            self._cached_prompt_tokens = min(output.cached_prompt_tokens, self._prompt_tokens)
         piece = self._transcript.push(output.token_ids)
         self._stop_text = piece.stop or ""
         self._stopped = piece.stop is not None
@@ -135,10 +121,15 @@ class Answer:
         self._reason = FinishReason.STOP if piece.stop else reason
         return piece
 
-    def finished(self, now_s: float) -> Finished:
-        """The last event of the request."""
-        usage = Usage(self._prompt_tokens, self._cached_prompt_tokens, len(self._transcript.token_ids))
-        return Finished(self._reason, self._stop_text, usage, self._timings(now_s))
+    @property
+    def usage(self) -> Usage:
+        """Tokens used so far."""
+        return Usage(self._prompt_tokens, self._cached_prompt_tokens, len(self._transcript.token_ids))
+
+    def finished(self, now_s: float, *, is_last: bool) -> Finished:
+        """The last event of the sequence; `is_last`: of the request, too."""
+        timings = self._timings(now_s)
+        return Finished(self._reason, self._stop_text, self.usage, timings, self._sequence, is_last)
 
     def _timings(self, now_s: float) -> Timings:
         moments = self._moments

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from services.gateway.core.events import FinishReason, TokenLogprob
-from services.gateway.core.jobs import Grant
-from services.gateway.core.params import GenerationJob, OutputFormat, SamplingParams
+from services.gateway.core.params import OutputFormat, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,10 +21,11 @@ class WorkOrder:
         revision: The granted revision.
         epoch: The route's epoch at the grant.
         prompt_ids: The prompt.
-        emitted_ids: What earlier workers generated.
-        max_tokens: Most tokens, the emitted ones included.
+        emitted: What earlier workers generated, for each sequence.
+        max_tokens: Most tokens of a sequence, the emitted ones included.
         sampling: How tokens are chosen.
-        credit_tokens: How many tokens may be sent before more credit comes.
+        credit_tokens: How many tokens of each sequence may be sent before more credit comes.
+        ended: The sequences of which nothing more is wanted; never all of them.
         logprobs: Alternatives to report for each token; None: no scores at all.
         form: The shape of the output; None: any.
     """
@@ -37,38 +37,23 @@ class WorkOrder:
     revision: str
     epoch: int
     prompt_ids: tuple[int, ...]
-    emitted_ids: tuple[int, ...]
+    emitted: tuple[tuple[int, ...], ...]
     max_tokens: int
     sampling: SamplingParams
     credit_tokens: int
+    ended: frozenset[int] = frozenset()
     logprobs: int | None = None
     form: OutputFormat | None = None
 
-
-def work_order(
-    job: GenerationJob, grant: Grant, number: int, *, emitted_ids: tuple[int, ...], credit_tokens: int
-) -> WorkOrder:
-    """What the granted worker is told: start number `number` of the job, after `emitted_ids`."""
-    return WorkOrder(
-        job_id=job.job_id,
-        attempt=number,
-        request_id=job.request_id,
-        model=job.model,
-        revision=grant.revision,
-        epoch=grant.epoch,
-        prompt_ids=job.prompt_ids,
-        emitted_ids=emitted_ids,
-        max_tokens=job.params.max_tokens,
-        sampling=job.params.sampling,
-        credit_tokens=credit_tokens,
-        logprobs=job.params.logprobs,
-        form=job.params.form,
-    )
+    @property
+    def open(self) -> frozenset[int]:
+        """The sequences that go on."""
+        return frozenset(range(len(self.emitted))) - self.ended
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a worker produced for one attempt.
+    """What a worker produced for one sequence of an attempt.
 
     Attributes:
         index: Position of the first of `token_ids`.
@@ -76,6 +61,8 @@ class Output:
         finish: Set when the sequence ended as it should.
         cached_prompt_tokens: Prompt tokens found in a cache; told with the first output.
         logprobs: One for each token where they were asked for, else none.
+        sequence: Which of the request's sequences, from 0.
+        others: How many other sequences of the attempt have not ended.
     """
 
     index: int
@@ -83,6 +70,13 @@ class Output:
     finish: FinishReason | None = None
     cached_prompt_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+    sequence: int = 0
+    others: int = 0
+
+    @property
+    def ends_attempt(self) -> bool:
+        """Whether nothing of the attempt comes after it."""
+        return self.finish is not None and self.others == 0
 
 
 class AttemptEnd(StrEnum):

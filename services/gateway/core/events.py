@@ -69,23 +69,33 @@ class Chunk:
     Attributes:
         index: Position of the first of `token_ids`.
         text: The text that became certain; may be empty.
-        token_ids: The tokens since the last chunk.
+        token_ids: The tokens since the sequence's last chunk.
         logprobs: One for each token where they were asked for, else none.
+        sequence: Which of the request's sequences, from 0.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
+    sequence: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of the request: of the prompt, of it those found in a cache, and generated ones."""
+    """Tokens: of the prompt, of it those found in a cache, and generated ones."""
 
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     completion_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        """What both used."""
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.cached_prompt_tokens + other.cached_prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +110,23 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end.
+    """The end of a sequence.
 
     Attributes:
         reason: Why.
         stop_text: The stop string that was reached; empty: none.
-        usage: Tokens used.
+        usage: Tokens used by it; the prompt is counted in sequence 0 alone.
         timings: Where the time went.
+        sequence: Which of the request's sequences, from 0.
+        is_last: Whether the request has ended with it.
     """
 
     reason: FinishReason
     stop_text: str = ""
     usage: Usage = field(default_factory=Usage)
     timings: Timings = field(default_factory=Timings)
+    sequence: int = 0
+    is_last: bool = True
 
 
 Event = Queued | Started | Chunk | Finished

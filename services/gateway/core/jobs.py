@@ -41,7 +41,7 @@ class QueuedJob:
         model: The model's name; it selects the queue.
         tenant: The subject that is charged.
         band: How urgent it is.
-        cost_tokens: Prompt plus `max_tokens`: the estimate that is charged until it is settled.
+        cost_tokens: Prompt, and `max_tokens` of each sequence: what is charged until it is settled.
         timeout_s: Time until its deadline.
         submission: Nonce of this submission; a repeated call with it is recognised.
         waited_s: Time since it arrived. Above 0 where an accepted job comes back after the store lost
@@ -49,6 +49,7 @@ class QueuedJob:
         limits: What its tenant may take.
         digest: Digest of what was asked: the same id with another one is a conflict.
         payload: What another gateway needs to carry it on, of a resumable job; empty: it is not resumable.
+        slots: Slots of one worker that it takes: one for each sequence.
     """
 
     job_id: str
@@ -62,11 +63,12 @@ class QueuedJob:
     limits: TenantLimits = field(default_factory=TenantLimits)
     digest: str = ""
     payload: str = ""
+    slots: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A worker's slot, lent to a job until `settle`, `requeue` or `refused`.
+    """A worker's slots, lent to a job until `settle`, `requeue` or `refused`.
 
     Attributes:
         job_id: The job.

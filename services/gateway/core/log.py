@@ -13,7 +13,8 @@ from services.common.errors import InterlockError
 from services.gateway.core.events import Chunk, Finished, Started
 from services.gateway.core.jobs import Grant, Outcome
 
-# Every chunk has a token but the last; besides them there is one `started` an attempt and one end.
+# Every chunk has a token but the last of a sequence; besides them there is one `started` an attempt and one
+# end for each sequence, of which there are four at most.
 EVENTS_BESIDES_TOKENS = 64
 # An event's own fields, and a token's id with its text as JSON: most need a tenth of it.
 BYTES_BESIDES_TOKENS = 16_384
@@ -46,7 +47,8 @@ class Entry:
     @property
     def is_last(self) -> bool:
         """Whether nothing comes after it."""
-        return isinstance(self.event, Finished | Failed)
+        event = self.event
+        return event.is_last if isinstance(event, Finished) else isinstance(event, Failed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class LogBounds:
 
 
 def log_bounds(max_tokens: int, alternatives: int | None) -> LogBounds:
-    """The bounds of a request with so many tokens, and so many alternatives reported for each."""
+    """The bounds of a request with so many tokens, of all sequences, and so many alternatives to each."""
     bytes_per_token = BYTES_PER_TOKEN + BYTES_PER_ALTERNATIVE * (1 + (alternatives or 0))
     return LogBounds(max_tokens + EVENTS_BESIDES_TOKENS, BYTES_BESIDES_TOKENS + max_tokens * bytes_per_token)
 

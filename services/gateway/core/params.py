@@ -121,11 +121,12 @@ class GenerationParams:
     """What is asked of the worker, validated.
 
     Attributes:
-        max_tokens: Most tokens to generate, at least 1.
+        max_tokens: Most tokens of each sequence, at least 1.
         sampling: How they are chosen; the seed is set.
         stop: Strings before which the text ends.
         logprobs: Alternatives to report for each token; None: no scores at all.
         form: The shape of the output; None: any.
+        n: Sequences, each of its own noise.
     """
 
     max_tokens: int
@@ -133,6 +134,7 @@ class GenerationParams:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     form: OutputFormat | None = None
+    n: int = 1
 
 
 Decode = Callable[[Sequence[int]], str]

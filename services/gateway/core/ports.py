@@ -251,8 +251,12 @@ class AttemptSink(Protocol):
 class Attempt(Protocol):
     """One attempt under way at a worker."""
 
-    def add_credit(self, tokens: int) -> None:
-        """Lets the worker send so many tokens more."""
+    def add_credit(self, sequence: int, tokens: int) -> None:
+        """Lets the worker send so many tokens more of a sequence."""
+        ...
+
+    def end(self, sequence: int) -> None:
+        """Tells the worker that one sequence is long enough, and says nothing more of it; others go on."""
         ...
 
     def cancel(self, verdict: Verdict = Verdict.NEUTRAL) -> Awaitable[None]:

@@ -169,11 +169,14 @@ class QueueLine:
     # --- the next grant -------------------------------------------------------------------------------------
 
     def grant_next(self, nonce: str, now: float) -> Grant | None:
-        """Lends a free slot to the job that is next; None where no slot is free for anyone."""
-        grants = [entry.grant for entry in self.jobs.values() if entry.grant is not None]
-        self.places.running = Counter(grant.worker_id for grant in grants)
+        """Lends free slots to the job that is next; None where none are free for anyone."""
+        self.places.running = Counter()
+        for entry in self.jobs.values():
+            if entry.grant is not None:
+                self.places.running[entry.grant.worker_id] += entry.job.slots
+        self.places.kept_free = set()
         for entry in self._turns():
-            place = self.places.place(entry.job.job_id, entry.pin, entry.avoid, now)
+            place = self.places.place(entry.job, entry.pin, entry.avoid, now)
             if place is not None:
                 return self._grant(entry, place, nonce, now)
         return None
@@ -280,12 +283,12 @@ class QueueLine:
         return (self.runs_s(tokens) + self.service_s) / slots
 
     def runs_s(self, tokens: float) -> float:
-        """How long a job of so many estimated tokens runs, by those that finished; 0 while none has."""
+        """How long so many estimated tokens take a slot, by the jobs that finished; 0 while none has."""
         return 0.0 if self.service_s is None else tokens * self.service_s / self.service_tokens
 
     def note_service(self, entry: LiveJob, now: float) -> None:
-        """Takes a finished job's service time, and what it was expected to cost, into the means."""
-        took, tokens = now - entry.granted_at, float(entry.job.cost_tokens)
+        """Takes a finished job's time in its slots, and what it was expected to cost, into the means."""
+        took, tokens = (now - entry.granted_at) * entry.job.slots, float(entry.job.cost_tokens)
         if self.service_s is None:
             self.service_s, self.service_tokens = took, tokens
         self.service_s += SERVICE_SHARE * (took - self.service_s)

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from services.gateway.core.jobs import QueuedJob
+
 
 @dataclass(frozen=True, slots=True)
 class QueueWorker:
@@ -41,13 +43,23 @@ class OpenPair:
 
 @dataclass(slots=True)
 class Places:
-    """The workers and the route of one model. `running` counts the jobs on each worker; the line keeps it."""
+    """The workers and the route of one model.
+
+    Attributes:
+        weights: The route.
+        workers: The workers by their names.
+        suspect_until: Until when workers get no job.
+        opened: Workers whose breaker is open.
+        running: The slots that are taken of each worker; the line keeps it.
+        kept_free: Workers whose free slots are kept, until the next grant, for a job that needs more of them.
+    """
 
     weights: dict[str, int] = field(default_factory=dict)
     workers: dict[str, QueueWorker] = field(default_factory=dict)
     suspect_until: dict[str, float] = field(default_factory=dict)
     opened: dict[str, OpenPair] = field(default_factory=dict)
     running: Counter[str] = field(default_factory=Counter)
+    kept_free: set[str] = field(default_factory=set)
 
     @property
     def slots(self) -> int:
@@ -74,11 +86,21 @@ class Places:
             for worker in self.workers.values()
         )
 
-    def place(self, job_id: str, pin: str, avoid: str, now: float) -> Place | None:
-        """Where a job may go: its pin alone, or the revision of its hash and then the others."""
-        for revision in [pin] if pin else self._revisions(job_id):
-            if (place := self._pick(revision, avoid, now)) is not None:
+    def place(self, job: QueuedJob, pin: str, avoid: str, now: float) -> Place | None:
+        """Where a job may go: its pin alone, or the revision of its hash and then the others.
+
+        While no worker has enough free slots for it, those that are free are kept for it.
+        """
+        revisions = [pin] if pin else list(self._revisions(job.job_id))
+        for revision in revisions:
+            if (place := self._pick(revision, avoid, job.slots, now)) is not None:
                 return place
+        short = {
+            worker.worker_id
+            for worker in self.workers.values()
+            if any(self._may_take(worker, revision, now) for revision in revisions)
+        }
+        self.kept_free |= short
         return None
 
     def note_trial(self, worker_id: str, now: float) -> None:
@@ -92,23 +114,31 @@ class Places:
             yield wanted
             yield from (revision for revision in routed if revision != wanted)
 
-    def _pick(self, revision: str, avoid: str, now: float) -> Place | None:
-        """The least loaded worker with a free slot; the one to avoid only if there is no other."""
+    def _pick(self, revision: str, avoid: str, slots: int, now: float) -> Place | None:
+        """The least loaded worker with enough free slots; the one to avoid only if there is no other."""
+        free = [worker for worker in self.workers.values() if self._may_take(worker, revision, now)]
         found = [
             (worker.worker_id == avoid, self.running[worker.worker_id] / worker.slots, worker.worker_id)
-            for worker in self.workers.values()
-            if revision in worker.ready and self._has_room(worker, now)
+            for worker in free
+            if worker.slots - self.running[worker.worker_id] >= min(slots, self._largest)
         ]
         if not found:
             return None
         worker_id = min(found)[2]
         return Place(self.workers[worker_id], revision, trial=worker_id in self.opened)
 
-    def _has_room(self, worker: QueueWorker, now: float) -> bool:
+    @property
+    def _largest(self) -> int:
+        """Slots of the largest worker: what needs more is given a whole one, which refuses it in words."""
+        return max((worker.slots for worker in self.workers.values() if not worker.draining), default=1)
+
+    def _may_take(self, worker: QueueWorker, revision: str, now: float) -> bool:
+        """Whether a worker has a free slot for a revision that is not kept for another job."""
         pair = self.opened.get(worker.worker_id)
         is_closed = pair is None or (pair.sleep_s is not None and pair.until <= now)
         is_open = not worker.draining and is_closed and not self._is_suspect(worker.worker_id, now)
-        return is_open and self.running[worker.worker_id] < worker.slots
+        has_slot = self.running[worker.worker_id] < worker.slots and worker.worker_id not in self.kept_free
+        return revision in worker.ready and is_open and has_slot
 
     def _is_suspect(self, worker_id: str, now: float) -> bool:
         return self.suspect_until.get(worker_id, now) > now

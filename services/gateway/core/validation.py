@@ -1,7 +1,6 @@
 """What may be asked. Owns: the documented bound of every field, and how a breach is told.
 
-Pure checks on what a caller sent; the same for gRPC and HTTP. What the contract knows and this version does
-not serve is refused by name, never ignored.
+Pure checks on what a caller sent; the same for gRPC and HTTP.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import json
 import math
 
 from services.common.conversation import Message
-from services.common.errors import ArgumentInvalid, ContextExceeded, FeatureUnsupported, ScopeMissing
+from services.common.errors import ArgumentInvalid, ContextExceeded, ScopeMissing
 from services.common.ids import is_valid_id
 from services.gateway.core.jobs import Band, Principal
 from services.gateway.core.params import (
@@ -36,6 +35,7 @@ PROMPT_BYTES_MAX = 1 << 20
 BIASES_MAX = 1_024
 BIAS_MAX = 100.0
 LOGPROBS_MAX = 20
+SEQUENCES_MAX = 4
 CHOICES_MAX = 256
 # Bytes of each text of a format: what a worker compiles within its bound on time.
 _FORMAT_BYTES_MAX = {
@@ -63,7 +63,6 @@ def check_request(request: GenerationRequest) -> Prompt:
 
     Raises:
         ArgumentInvalid: A field is missing or out of its bounds; the message begins with its name.
-        FeatureUnsupported: The field is part of the contract and not served by this version.
     """
     if request.request_id is not None:
         check_request_id(request.request_id)
@@ -71,7 +70,7 @@ def check_request(request: GenerationRequest) -> Prompt:
     check_sampling(request.sampling)
     check_stop(request.stop)
     check_format(request.form)
-    _check_unsupported(request)
+    _check_numbers(request)
     return check_prompt(request.prompt)
 
 
@@ -234,13 +233,11 @@ def _check_schema(name: str, text: str) -> None:
         raise ArgumentInvalid(f"{name}: must be a JSON object, or true or false.")
 
 
-def _check_unsupported(request: GenerationRequest) -> None:
-    if request.n is not None and not 1 <= request.n <= 4:
-        raise ArgumentInvalid("n: 1 to 4 are allowed.")
+def _check_numbers(request: GenerationRequest) -> None:
+    if request.n is not None and not 1 <= request.n <= SEQUENCES_MAX:
+        raise ArgumentInvalid(f"n: 1 to {SEQUENCES_MAX} are allowed.")
     if request.logprobs is not None and not 0 <= request.logprobs <= LOGPROBS_MAX:
         raise ArgumentInvalid(f"logprobs: 0 to {LOGPROBS_MAX} are allowed.")
-    if request.n not in {None, 1}:
-        raise FeatureUnsupported("n: is not served by this version yet.")
 
 
 def messages_of(prompt: TextPrompt | ChatPrompt) -> tuple[Message, ...]:

@@ -37,8 +37,8 @@ class Author(Protocol):
         """Prompt tokens found in a cache."""
         ...
 
-    def add_credit(self, tokens: int) -> None:
-        """Lets the worker send so many tokens more."""
+    def add_credit(self, sequence: int, tokens: int) -> None:
+        """Lets the worker send so many tokens more of a sequence."""
         ...
 
     async def dispute(self, grant: Grant) -> None:
@@ -71,7 +71,7 @@ class Chronicle:
         self._author = author
         self._clock = clock
         self._accepted_s = clock.monotonic() - job.waited_s
-        self._bounds = log_bounds(job.params.max_tokens, job.params.logprobs)
+        self._bounds = log_bounds(job.params.n * job.params.max_tokens, job.params.logprobs)
         self._said: list[Entry] = []
         self._written = 0
         self._grant: Grant | None = None
@@ -181,8 +181,8 @@ class Chronicle:
     def _note_written(self, end: int) -> None:
         self._written = max(self._written, end)
         self.journal.extend(self._said[len(self.journal.entries) : self._written])
-        if credit := self._outbox.acknowledge():
-            self._author.add_credit(credit)
+        for sequence, credit in self._outbox.acknowledge():
+            self._author.add_credit(sequence, credit)
 
     def _collect(self) -> None:
         """Takes what the outbox has."""
@@ -196,7 +196,8 @@ class Chronicle:
         if isinstance(event, Queued):
             self.journal.place(event)
             return
-        cached = self._author.cached_prompt_tokens if isinstance(event, Chunk) and event.index == 0 else 0
+        is_first = isinstance(event, Chunk) and event.index == event.sequence == 0
+        cached = self._author.cached_prompt_tokens if is_first else 0
         self._said.append(Entry(event, self._at_s(), cached))
 
     def _at_s(self) -> float:

@@ -99,8 +99,8 @@ class DirectStream:
 
     def _return(self) -> None:
         self._reader.returned()
-        if credit := self._outbox.acknowledge():
-            self._generation.add_credit(credit)
+        for sequence, credit in self._outbox.acknowledge():
+            self._generation.add_credit(sequence, credit)
 
     def _stalled(self) -> None:
         stalled = ClientStalled(f"The client read nothing for {self._stall_s:g} s; its slot was freed.")

@@ -65,10 +65,15 @@ class Engagement:
         sink = Hearing(self, order.attempt)
         self._attempt = self._workers.start(grant.worker_id, grant.worker_address, order, sink)
 
-    def add_credit(self, tokens: int) -> None:
-        """Lets the worker send so many tokens more."""
+    def add_credit(self, sequence: int, tokens: int) -> None:
+        """Lets the worker send so many tokens more of a sequence."""
         if self._attempt is not None:
-            self._attempt.add_credit(tokens)
+            self._attempt.add_credit(sequence, tokens)
+
+    def end(self, sequence: int) -> None:
+        """Tells the worker that one sequence is long enough; others go on."""
+        if self._attempt is not None:
+            self._attempt.end(sequence)
 
     def complete(self) -> None:
         """The worker has ended the attempt as it should."""

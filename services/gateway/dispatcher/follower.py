@@ -13,10 +13,11 @@ from typing import Self
 
 from services.common.allowance import Allowance
 from services.common.clock import Clock
-from services.common.errors import InterlockError, RequestUnknown, StoreUnavailable, WorkerLost
+from services.common.errors import InterlockError, RequestUnknown, StoreUnavailable
 from services.gateway.core.events import Chunk, Event, Queued, Started
 from services.gateway.core.jobs import Outcome
 from services.gateway.core.log import Entry, Failed, LogPage
+from services.gateway.core.log_errors import lost_log
 from services.gateway.core.ports import GenerationLog
 from services.gateway.core.queue_errors import ended_error, exists_with_other_body
 from services.gateway.dispatcher.journal import Journal
@@ -26,7 +27,6 @@ LOOK_AGAIN_S = 1.0
 # How long a follower waits for a store that is away, or for a log that was lost and may be written again.
 PATIENCE_S = 30.0
 LOST_LOG_WAIT_S = 5.0
-RETRY_AFTER_LOSS_S = 2.0
 
 
 class Follower:
@@ -177,7 +177,7 @@ class Follower:
         if isinstance(event, Started):
             if self._revision not in {"", event.revision}:
                 # The log was lost and begun anew: two texts would be mixed.
-                lost = _lost_log()
+                lost = lost_log()
                 self._fail(lost)
                 raise lost
             self._started = event
@@ -215,7 +215,7 @@ class Follower:
             return
         if page is None or page.end < self._read:
             # Whoever runs it may have its events still, and write them again.
-            await self._bear(_lost_log(), LOST_LOG_WAIT_S if page and page.outcome is None else 0.0)
+            await self._bear(lost_log(), LOST_LOG_WAIT_S if page and page.outcome is None else 0.0)
             return
         self._trouble_s = None
         if not self._take_page(page):
@@ -232,7 +232,7 @@ class Follower:
     def _end_without_word(self, page: LogPage, outcome: Outcome) -> None:
         """The job has ended, and nothing of the log is left to tell."""
         if page.end < self._read or (outcome is Outcome.FINISHED and page.end == 0):
-            self._fail(_lost_log())
+            self._fail(lost_log())
         elif outcome is Outcome.FINISHED:
             self._ended = True
         else:
@@ -254,10 +254,3 @@ class Follower:
                 await self._noticed.wait()
         except TimeoutError:
             return
-
-
-def _lost_log() -> WorkerLost:
-    return WorkerLost(
-        "The log of the request was lost, and its text cannot be continued. Ask again.",
-        retry_after_s=RETRY_AFTER_LOSS_S,
-    )

@@ -13,21 +13,15 @@ from collections.abc import Callable
 
 from services.common.allowance import Allowance
 from services.common.clock import Clock
-from services.common.errors import (
-    InterlockError,
-    InternalError,
-    RequestCancelled,
-    RequestExists,
-    StoreUnavailable,
-    WorkerLost,
-)
+from services.common.errors import InterlockError, InternalError, RequestCancelled, RequestExists
 from services.gateway.core import request as life
 from services.gateway.core import request_events
-from services.gateway.core.attempts import Output, RefusalReason, work_order
+from services.gateway.core.attempts import Output, RefusalReason
 from services.gateway.core.breaker import Verdict
 from services.gateway.core.events import FinishReason, Started
 from services.gateway.core.jobs import Grant, QueuedJob, Waiting
 from services.gateway.core.log import LogTail, TakenUp
+from services.gateway.core.log_errors import store_away, unlike_log
 from services.gateway.core.params import GenerationJob
 from services.gateway.core.ports import GenerationLog, JobQueue, Meter, WorkerPool
 from services.gateway.core.retry import backoff_s
@@ -81,7 +75,7 @@ class Generation:
         self._meter = meter
         self._on_end = on_end
         self._request = life.Request(attempts_max=limits.attempts_max, resumable=job.resumable)
-        self.outbox = Outbox(limits.credit_tokens)
+        self.outbox = Outbox(limits.credit_tokens, job.params.n)
         self._narration = Narration(job, self.outbox, clock, meter)
         self._engagement = Engagement(workers, self, job.request_id, meter)
         self._ticket = Ticket(job, queue, clock, self, self._look_for_end)
@@ -157,11 +151,11 @@ class Generation:
             # Other numbers than those that a worker may have heard from the process before.
             starts=taken.adoptions << ADOPTION_BITS,
             failures=0 if started is None else started.attempt,
-            emitted=self._narration.answer.index,
+            emitted=self._narration.answers.progress,
             revision="" if started is None else started.revision,
         )
         if not is_exact:
-            self.withdraw(_unlike_log())
+            self.withdraw(unlike_log())
         elif taken.grant is not None:
             self.granted(taken.grant)
 
@@ -222,16 +216,16 @@ class Generation:
         self.allowance = self.allowance or allowance
         self.outbox.wake()
 
-    def add_credit(self, tokens: int) -> None:
-        """Lets the worker send so many tokens more."""
-        self._engagement.add_credit(tokens)
+    def add_credit(self, sequence: int, tokens: int) -> None:
+        """Lets the worker send so many tokens more of a sequence."""
+        self._engagement.add_credit(sequence, tokens)
 
     # --- what the log says ----------------------------------------------------------------------------------
 
     @property
     def cached_prompt_tokens(self) -> int:
         """Prompt tokens found in a cache."""
-        return self._narration.answer.cached_prompt_tokens
+        return self._narration.answers.cached_prompt_tokens
 
     async def dispute(self, grant: Grant) -> None:
         """The log was refused to `grant`: unless the queue confirms it, another gateway has the request."""
@@ -260,21 +254,24 @@ class Generation:
     # --- what the worker says -------------------------------------------------------------------------------
 
     def heard(self, output: Output) -> None:
-        """Tokens of the attempt under way, and with the last of them its end."""
-        narration, index = self._narration, self._narration.answer.index
-        if not narration.answer.continues(output):
+        """Tokens of the attempt under way, and with the last of a sequence its end."""
+        narration, sequence = self._narration, output.sequence
+        if not narration.answers.continues(output):
             self._break("its tokens do not continue the text")
             return
         if output.token_ids:
+            index = narration.answers[sequence].index
             piece = narration.take(output)
             self._apply(request_events.Progressed(len(piece.token_ids)))
-            narration.tell(piece, index)
+            narration.tell(piece, sequence, index)
             if piece.stop is not None:
-                self._cancel_attempt(Verdict.SUCCESS)
-                self._apply(request_events.StopReached())
+                self._stop(sequence)
                 return
         if output.finish is not None:
-            self._complete(output.finish)
+            if not narration.answers.is_last(sequence):
+                # An end that is told binds the others to the revision, as a token does.
+                self._apply(request_events.Progressed(1))
+            self._complete(sequence, output.finish)
 
     def refused(self, reason: RefusalReason, message: str) -> None:
         """The worker did not take the attempt."""
@@ -289,10 +286,23 @@ class Generation:
         self._engagement.note_broken(cause)
         self._apply(request_events.AttemptLost(crashed=False))
 
-    def _complete(self, reason: FinishReason) -> None:
-        self._engagement.complete()
-        self._narration.flush(reason)
-        self._apply(request_events.Completed())
+    def _stop(self, sequence: int) -> None:
+        """The text of a sequence has met a stop string, which the worker cannot know."""
+        if self._narration.answers.is_last(sequence):
+            self._cancel_attempt(Verdict.SUCCESS)
+            self._apply(request_events.StopReached())
+        else:
+            self._engagement.end(sequence)
+            self._narration.end(sequence)
+
+    def _complete(self, sequence: int, reason: FinishReason) -> None:
+        """Nothing is left to generate of a sequence."""
+        self._narration.flush(sequence, reason)
+        if self._narration.answers.is_last(sequence):
+            self._engagement.complete()
+            self._apply(request_events.Completed())
+        else:
+            self._narration.end(sequence)
 
     # --- table and effects ----------------------------------------------------------------------------------
 
@@ -322,7 +332,7 @@ class Generation:
                 self._pause_log()
                 self._ticket.decline(grant, hold_s)
             case request_events.Settle(grant, outcome):
-                self._ticket.settle(grant, outcome, self._narration.answer.used_tokens)
+                self._ticket.settle(grant, outcome, self._narration.answers.used_tokens)
             case request_events.AwaitWorker():
                 self._await_worker()
             case request_events.Close(error):
@@ -333,16 +343,16 @@ class Generation:
             self.chronicle.pause()
 
     def _start(self, grant: Grant, number: int) -> None:
-        answer = self._narration.answer
+        answers = self._narration.answers
         self._narration.granted()
         if self.chronicle is not None:
             self.chronicle.grant(grant)
-        if answer.is_complete:
-            self._complete(FinishReason.LENGTH)
+        for sequence in answers.complete:
+            self._complete(sequence, FinishReason.LENGTH)
+        if self.ended:
             return
         self._narration.start(grant, self._request.failures + 1)
-        credit_tokens = self.outbox.first_credit_tokens()
-        order = work_order(self.job, grant, number, emitted_ids=answer.token_ids, credit_tokens=credit_tokens)
+        order = answers.work_order(grant, number, self.outbox.first_credit_tokens())
         self._engagement.start(grant, order)
 
     def _cancel_attempt(self, verdict: Verdict = Verdict.NEUTRAL) -> None:
@@ -384,16 +394,5 @@ class Generation:
         if not self.idle:
             return
         if self.chronicle is not None:
-            self.chronicle.finish(self._error or _store_away())
+            self.chronicle.finish(self._error or store_away())
         self._on_end(self)
-
-
-def _unlike_log() -> WorkerLost:
-    return WorkerLost(
-        "The request's gateway is gone, and its text cannot be continued exactly. Ask again.",
-        retry_after_s=life.RETRY_AFTER_LOSS_S,
-    )
-
-
-def _store_away() -> StoreUnavailable:
-    return StoreUnavailable("The end of the request could not be written.", retry_after_s=1.0)

@@ -6,9 +6,10 @@ Must not know: the queue, the workers or the life of the request.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from services.common.clock import Clock
-from services.gateway.core.answer import Answer
+from services.gateway.core.answers import Answers
 from services.gateway.core.attempts import Output
 from services.gateway.core.detokenizer import Piece
 from services.gateway.core.events import Finished, FinishReason, Queued, Started
@@ -23,7 +24,7 @@ class Narration:
     """Tells of places, grants, text and the end.
 
     Attributes:
-        answer: The answer so far.
+        answers: The answer so far, sequence by sequence.
         started: The latest grant, as the client is told of it; None before the first.
 
     Args:
@@ -39,14 +40,7 @@ class Narration:
         self._clock = clock
         self._meter = meter
         self._accepted_s = clock.monotonic() - job.waited_s
-        self.answer = Answer(
-            len(job.prompt_ids),
-            job.params.max_tokens,
-            job.decode,
-            job.params.stop,
-            accepted_s=self._accepted_s,
-            scored=job.params.logprobs is not None,
-        )
+        self.answers = Answers(job, self._accepted_s)
         self.started: Started | None = None
         self._unsaid = False
         self._position: int | None = None
@@ -54,7 +48,7 @@ class Narration:
     def restore(self, entries: Sequence[Entry], started: Started | None) -> bool:
         """Goes on behind a log; returns whether its text is what comes out here."""
         self.started = started
-        return self.answer.restore(entries)
+        return self.answers.restore(entries)
 
     def place(self, place: Waiting) -> None:
         """Tells a new place in the queue."""
@@ -65,7 +59,7 @@ class Narration:
     def granted(self) -> None:
         """The request has a slot: the first one ends its time in the queue."""
         self._position = None
-        self.answer.grant(self._clock.monotonic())
+        self.answers.grant(self._clock.monotonic())
 
     def start(self, grant: Grant, attempt: int) -> None:
         """Tells that a worker is asked."""
@@ -77,7 +71,7 @@ class Narration:
             revision=grant.revision,
             worker_id=grant.worker_id,
             attempt=attempt,
-            queue_s=self.answer.queue_s,
+            queue_s=self.answers.queue_s,
             degraded=grant.degraded,
         )
         if not self._unsaid:
@@ -86,26 +80,31 @@ class Narration:
     def take(self, output: Output) -> Piece:
         """Takes tokens in; what they add to the text is told with `tell`."""
         now_s = self._clock.monotonic()
-        if self.answer.index == 0:
+        answer = self.answers[output.sequence]
+        if answer.index == 0 and self.answers.progress == 0:
             self._meter.first_token(self._job.model, now_s - self._accepted_s)
-        return self.answer.push(output, now_s)
+        return answer.push(output, now_s)
 
-    def tell(self, piece: Piece, index: int) -> None:
-        """Tells text and tokens from `index` on, and before them of their worker."""
+    def tell(self, piece: Piece, sequence: int, index: int) -> None:
+        """Tells text and tokens of a sequence from `index` on, and before them of their worker."""
         self._say_started()
-        self._outbox.put_piece(piece, index)
+        self._outbox.put_piece(piece, index, sequence)
 
-    def flush(self, reason: FinishReason) -> None:
-        """Tells what was held back: the worker has ended the text."""
+    def flush(self, sequence: int, reason: FinishReason) -> None:
+        """Tells what was held back: the worker has ended the text of a sequence."""
         self._say_started()
-        piece = self.answer.flush(reason)
-        self._outbox.put_piece(piece, self.answer.index)
+        answer = self.answers[sequence]
+        self._outbox.put_piece(answer.flush(reason), answer.index, sequence)
+
+    def end(self, sequence: int) -> None:
+        """Tells the end of a sequence that is not the last."""
+        self._outbox.put(self.answers.end(sequence, self._clock.monotonic()))
 
     def finish(self) -> Finished:
-        """Tells the end."""
-        finished = self.answer.finished(self._clock.monotonic())
+        """Tells the end of the last sequence; returns it with what the whole request has used."""
+        finished = self.answers.finish(self._clock.monotonic())
         self._outbox.put(finished)
-        return finished
+        return replace(finished, usage=self.answers.usage)
 
     def _say_started(self) -> None:
         if self._unsaid and self.started is not None:

@@ -168,6 +168,7 @@ class Reception:
                 request.stop,
                 request.logprobs,
                 request.form,
+                request.n or 1,
             ),
             band=band,
             timeout_s=timeout_s,

@@ -96,7 +96,7 @@ class Ticket:
             model=job.model,
             tenant=job.tenant,
             band=job.band,
-            cost_tokens=len(job.prompt_ids) + job.params.max_tokens,
+            cost_tokens=len(job.prompt_ids) + job.params.n * job.params.max_tokens,
             # The deadline's own timer ends a job that has no time left.
             timeout_s=max(job.timeout_s - waited_s, 0.001),
             waited_s=waited_s,
@@ -104,6 +104,7 @@ class Ticket:
             limits=job.limits,
             digest=job.digest,
             payload=self._payload,
+            slots=job.params.n,
         )
 
     def do(self, errand: Errand) -> None:

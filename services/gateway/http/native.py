@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from services.gateway.core.params import (
     TokenPrompt,
 )
 from services.gateway.http.native_fields import FIELDS, SAMPLING_FIELDS
+from services.gateway.http.whole import Answer, Said
 
 JSON_TYPE = "application/json"
 
@@ -91,16 +92,23 @@ def read_cursor(last_event_id: str | None) -> int:
     return int(last_event_id)
 
 
-def result_body(chunks: Sequence[Chunk], started: Started, finished: Finished) -> bytes:
-    """The one reply to a request that does not stream."""
+def result_body(answer: Answer) -> bytes:
+    """The one reply to a request that does not stream.
+
+    What it says at its top is of the first sequence, but for the usage, which is of all; of several, each
+    follows by itself.
+    """
+    started = answer.started
+    several = len(answer.sequences) > 1
     return _dump(
         {
-            "result": "".join(chunk.text for chunk in chunks),
-            **_scores([score for chunk in chunks for score in _score_fields(chunk)]),
+            **_said_fields(answer.sequences[0]),
             "request_id": started.request_id,
             "model": started.model,
             "revision": started.revision,
-            **_finished_fields(finished),
+            **_finished_fields(answer.finished),
+            "usage": _usage_fields(answer.usage),
+            **({"sequences": list(map(_sequence_fields, answer.sequences))} if several else {}),
         }
     )
 
@@ -178,14 +186,23 @@ def _event_fields(event: Event) -> tuple[str, dict[str, Any]]:
                 "degraded": event.degraded,
             }
         case Chunk(index, text, token_ids):
-            fields = {"sequence": 0, "index": index, "text": text, "token_ids": token_ids}
+            fields = {"sequence": event.sequence, "index": index, "text": text, "token_ids": token_ids}
             return "chunk", fields | _scores(_score_fields(event))
         case Finished():
-            return "finished", {
-                "sequence": 0,
-                "stop_text": event.stop_text,
-                **_finished_fields(event),
-            }
+            return "finished", _end_fields(event)
+
+
+def _said_fields(said: Said) -> dict[str, Any]:
+    scores = [score for chunk in said.chunks for score in _score_fields(chunk)]
+    return {"result": said.text, **_scores(scores)}
+
+
+def _sequence_fields(said: Said) -> dict[str, Any]:
+    return {**_said_fields(said), **_end_fields(said.finished)}
+
+
+def _end_fields(event: Finished) -> dict[str, Any]:
+    return {"sequence": event.sequence, "stop_text": event.stop_text, **_finished_fields(event)}
 
 
 def _scores(scores: list[dict[str, Any]]) -> dict[str, Any]:

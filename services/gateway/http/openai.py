@@ -1,8 +1,8 @@
 """The OpenAI API. Owns: its bodies, its chunks and its errors. Pure; knows no dispatcher.
 
-A stream is `data:` lines: a chunk with the role, chunks of text, one with the finish reason, on request one
-with the usage, then `[DONE]`. One that fails ends with an `error` instead, and never with `[DONE]`: the
-vendor's clients raise it.
+A stream is `data:` lines: for each choice a chunk with the role, chunks of text, and one with the finish
+reason; after the last of them, on request, one with the usage, then `[DONE]`. One that fails ends with an
+`error` instead, and never with `[DONE]`: the vendor's clients raise it.
 """
 
 from __future__ import annotations
@@ -58,52 +58,52 @@ class Head:
 # --- chat ---------------------------------------------------------------------------------------------------
 
 
-def chat_body(
-    head: Head,
-    text: str,
-    calls: Sequence[ToolCall],
-    finished: Finished,
-    logprobs: dict[str, Any] | None,
-) -> bytes:
+def chat_body(head: Head, choices: Sequence[Mapping[str, Any]], usage: Usage) -> bytes:
     """A whole completion of a conversation."""
+    return _dump({**_head(head, "chat.completion"), "choices": choices, "usage": usage_fields(usage)})
+
+
+def chat_choice(
+    text: str, calls: Sequence[ToolCall], finished: Finished, logprobs: dict[str, Any] | None
+) -> dict[str, Any]:
+    """One of the answers of a whole completion."""
     message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None, "annotations": []}
     if calls:
         message["content"] = text or None
         message["tool_calls"] = [_call(call) for call in calls]
-    choice = {
-        "index": 0,
+    return {
+        "index": finished.sequence,
         "message": message,
         "logprobs": logprobs,
         "finish_reason": _finish_reason(finished, calls=bool(calls)),
     }
-    return _dump(
-        {**_head(head, "chat.completion"), "choices": [choice], "usage": usage_fields(finished.usage)}
-    )
 
 
-def chat_opening(head: Head, *, usage: bool) -> bytes:
-    """The chunk that a stream begins with: who speaks."""
-    return _chat_chunk(head, {"role": "assistant", "content": "", "refusal": None}, usage=usage)
+def chat_opening(head: Head, index: int, *, usage: bool) -> bytes:
+    """The chunk that a choice begins with: who speaks."""
+    return _chat_chunk(head, index, {"role": "assistant", "content": "", "refusal": None}, usage=usage)
 
 
-def chat_text(head: Head, text: str, logprobs: dict[str, Any] | None, *, usage: bool) -> bytes:
+def chat_text(head: Head, index: int, text: str, logprobs: dict[str, Any] | None, *, usage: bool) -> bytes:
     """A chunk of text."""
-    return _chat_chunk(head, {"content": text}, logprobs=logprobs, usage=usage)
+    return _chat_chunk(head, index, {"content": text}, logprobs=logprobs, usage=usage)
 
 
-def chat_calls(head: Head, calls: Sequence[ToolCall], *, usage: bool) -> bytes:
+def chat_calls(head: Head, index: int, calls: Sequence[ToolCall], *, usage: bool) -> bytes:
     """A chunk with tool calls."""
     deltas = [{"index": at, **_call(call)} for at, call in enumerate(calls)]
-    return _chat_chunk(head, {"tool_calls": deltas}, usage=usage)
+    return _chat_chunk(head, index, {"tool_calls": deltas}, usage=usage)
 
 
-def chat_closing(head: Head, finished: Finished, *, calls: bool, usage: bool) -> bytes:
-    """What a stream ends with."""
-    last = _chat_chunk(head, {}, finish_reason=_finish_reason(finished, calls=calls), usage=usage)
-    if not usage:
-        return last + DONE
-    told = {**_head(head, "chat.completion.chunk"), "choices": [], "usage": usage_fields(finished.usage)}
-    return last + _data(told) + DONE
+def chat_end(head: Head, finished: Finished, *, calls: bool, usage: bool) -> bytes:
+    """What a choice ends with."""
+    reason = _finish_reason(finished, calls=calls)
+    return _chat_chunk(head, finished.sequence, {}, finish_reason=reason, usage=usage)
+
+
+def chat_closing(head: Head, usage: Usage | None) -> bytes:
+    """What a stream ends with, after its last choice; with the usage, where it was asked for."""
+    return _closing(head, "chat.completion.chunk", usage)
 
 
 def chat_logprobs(chunks: Iterable[Chunk], decode: Decode) -> dict[str, Any]:
@@ -124,31 +124,37 @@ def chat_logprobs(chunks: Iterable[Chunk], decode: Decode) -> dict[str, Any]:
 # --- completions --------------------------------------------------------------------------------------------
 
 
-def completion_body(head: Head, text: str, finished: Finished, logprobs: dict[str, Any] | None) -> bytes:
+def completion_body(head: Head, choices: Sequence[Mapping[str, Any]], usage: Usage) -> bytes:
     """A whole completion of a text."""
-    choice = {
-        "index": 0,
+    return _dump({**_head(head, "text_completion"), "choices": choices, "usage": usage_fields(usage)})
+
+
+def completion_choice(text: str, finished: Finished, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    """One of the continuations of a whole completion."""
+    return {
+        "index": finished.sequence,
         "text": text,
         "logprobs": logprobs,
         "finish_reason": _FINISH_REASONS[finished.reason],
     }
-    return _dump(
-        {**_head(head, "text_completion"), "choices": [choice], "usage": usage_fields(finished.usage)}
-    )
 
 
-def completion_text(head: Head, text: str, logprobs: dict[str, Any] | None, *, usage: bool) -> bytes:
+def completion_text(
+    head: Head, index: int, text: str, logprobs: dict[str, Any] | None, *, usage: bool
+) -> bytes:
     """A chunk of text."""
-    return _completion_chunk(head, text, logprobs, None, usage=usage)
+    return _completion_chunk(head, index, text, logprobs, None, usage=usage)
 
 
-def completion_closing(head: Head, finished: Finished, *, usage: bool) -> bytes:
-    """What a stream ends with."""
-    last = _completion_chunk(head, "", None, _FINISH_REASONS[finished.reason], usage=usage)
-    if not usage:
-        return last + DONE
-    told = {**_head(head, "text_completion"), "choices": [], "usage": usage_fields(finished.usage)}
-    return last + _data(told) + DONE
+def completion_end(head: Head, finished: Finished, *, usage: bool) -> bytes:
+    """What a choice ends with."""
+    reason = _FINISH_REASONS[finished.reason]
+    return _completion_chunk(head, finished.sequence, "", None, reason, usage=usage)
+
+
+def completion_closing(head: Head, usage: Usage | None) -> bytes:
+    """What a stream ends with, after its last choice; with the usage, where it was asked for."""
+    return _closing(head, "text_completion", usage)
 
 
 def completion_logprobs(chunks: Iterable[Chunk], decode: Decode, offset: int) -> dict[str, Any]:
@@ -260,24 +266,37 @@ def _head(head: Head, kind: str) -> dict[str, Any]:
     }
 
 
+def _closing(head: Head, kind: str, usage: Usage | None) -> bytes:
+    if usage is None:
+        return DONE
+    return _data({**_head(head, kind), "choices": [], "usage": usage_fields(usage)}) + DONE
+
+
 def _chat_chunk(
     head: Head,
+    index: int,
     delta: Mapping[str, Any],
     *,
     usage: bool,
     logprobs: dict[str, Any] | None = None,
     finish_reason: str | None = None,
 ) -> bytes:
-    choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+    choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
     # Where the usage comes at the end, every chunk before says that it does not know it yet.
     told = {"usage": None} if usage else {}
     return _data({**_head(head, "chat.completion.chunk"), "choices": [choice], **told})
 
 
 def _completion_chunk(
-    head: Head, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None, *, usage: bool
+    head: Head,
+    index: int,
+    text: str,
+    logprobs: dict[str, Any] | None,
+    finish_reason: str | None,
+    *,
+    usage: bool,
 ) -> bytes:
-    choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+    choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
     told = {"usage": None} if usage else {}
     return _data({**_head(head, "text_completion"), "choices": [choice], **told})
 

@@ -12,15 +12,16 @@ from google.api.httpbody_pb2 import HttpBody
 from services.common import logs
 from services.common.errors import InternalError
 from services.common.grpc_types import Context
-from services.gateway.core.events import Chunk, Event, Finished, Started
+from services.gateway.core.events import Chunk, Event, Finished, Started, Usage
 from services.gateway.core.params import Decode
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, MODELS_SCOPE, Reception
 from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http import openai, openai_fields, tool_calls
 from services.gateway.http.openai import Head
 from services.gateway.http.openai_fields import OpenAiRequest
-from services.gateway.http.reply import JSON_TYPE, Answer, Reply, event, timely_events, whole_answer
+from services.gateway.http.reply import JSON_TYPE, Reply, event, timely_events, whole_answer
 from services.gateway.http.tool_calls import ToolCall
+from services.gateway.http.whole import Answer, Said
 
 Bodies = AsyncGenerator[HttpBody, None]
 Read = Callable[[bytes, str], OpenAiRequest]
@@ -53,10 +54,7 @@ async def create_completion(reception: Reception, request: HttpBody, context: Co
             if not asked.stream:
                 answer = await whole_answer(generation)
                 await reply.begin(generation)
-                head = _head(reply, "cmpl-", answer.started)
-                scores = _completion_scores(reception, asked, head, answer.chunks, len(asked.echo))
-                text = asked.echo + answer.text
-                yield _json(openai.completion_body(head, text, answer.finished, scores))
+                yield _json(_completion_body(reception, reply, asked, answer))
                 return
             async with aclosing(timely_events(generation, reply)) as events:
                 async for body in _completion_stream(reception, reply, asked, events):
@@ -101,43 +99,55 @@ async def _open(
 
 def _chat_body(reception: Reception, reply: Reply, asked: OpenAiRequest, answer: Answer) -> bytes:
     head = _head(reply, "chatcmpl-", answer.started)
-    text, calls = answer.text, list[ToolCall]()
+    choices = [_chat_choice(reception, head, asked, said) for said in answer.sequences]
+    return openai.chat_body(head, choices, answer.usage)
+
+
+def _chat_choice(reception: Reception, head: Head, asked: OpenAiRequest, said: Said) -> dict[str, Any]:
+    text, calls = said.text, list[ToolCall]()
     if asked.tools:
-        call_id = f"call_{reply.request_id}_"
-        text, calls = tool_calls.read_calls(text, asked.tools, call_id, forced=asked.forced)
+        ids = _call_ids(head, said.finished.sequence)
+        text, calls = tool_calls.read_calls(text, asked.tools, ids, forced=asked.forced)
     scores = None
     if asked.generation.logprobs is not None:
-        scores = openai.chat_logprobs(answer.chunks, _decode(reception, head))
-    return openai.chat_body(head, text, calls, answer.finished, scores)
+        scores = openai.chat_logprobs(said.chunks, _decode(reception, head))
+    return openai.chat_choice(text, calls, said.finished, scores)
 
 
 async def _chat_stream(
     reception: Reception, reply: Reply, asked: OpenAiRequest, events: AsyncGenerator[Event | None, None]
 ) -> Bodies:
-    stream: _ChatStream | None = None
+    choices: list[_ChatChoice] = []
+    used = Usage()
     async for happened in events:
         match happened:
             case None:
                 yield event(openai.heartbeat_body())
-            case Started() if stream is None:
+            case Started() if not choices:
                 # Said again after a failover, which the vendor's clients know nothing of.
-                stream = _ChatStream(_head(reply, "chatcmpl-", happened), asked, reception)
-                yield event(openai.chat_opening(stream.head, usage=asked.usage))
+                head = _head(reply, "chatcmpl-", happened)
+                choices = [_ChatChoice(head, index, asked, reception) for index in range(asked.choices)]
+                opening = [openai.chat_opening(head, one.index, usage=asked.usage) for one in choices]
+                yield event(b"".join(opening))
             case Chunk() | Finished():
-                assert stream is not None
-                for data in stream.said(happened):
+                data = b"".join(choices[happened.sequence].said(happened))
+                if isinstance(happened, Finished):
+                    used += happened.usage
+                    if happened.is_last:
+                        data += openai.chat_closing(choices[0].head, used if asked.usage else None)
+                if data:
                     yield event(data)
 
 
-class _ChatStream:
-    """The chunks of one conversation's completion."""
+class _ChatChoice:
+    """The chunks of one choice of a conversation's completion."""
 
-    def __init__(self, head: Head, asked: OpenAiRequest, reception: Reception) -> None:
+    def __init__(self, head: Head, index: int, asked: OpenAiRequest, reception: Reception) -> None:
         self.head = head
+        self.index = index
         self._asked = asked
         self._reception = reception
-        ids = head.id.replace("chatcmpl-", "call_")
-        self._text = tool_calls.HeldText(asked.tools, f"{ids}_", forced=asked.forced)
+        self._text = tool_calls.HeldText(asked.tools, _call_ids(head, index), forced=asked.forced)
 
     def said(self, happened: Chunk | Finished) -> Iterator[bytes]:
         """The chunks that follow from an event."""
@@ -151,41 +161,58 @@ class _ChatStream:
         if self._asked.generation.logprobs is not None:
             scores = openai.chat_logprobs([happened], _decode(self._reception, self.head))
         if text or scores:
-            yield openai.chat_text(self.head, text, scores, usage=self._asked.usage)
+            yield openai.chat_text(self.head, self.index, text, scores, usage=self._asked.usage)
 
     def _end(self, finished: Finished) -> Iterator[bytes]:
         asked, head = self._asked, self.head
         text, calls = self._text.end()
         if text:
-            yield openai.chat_text(head, text, None, usage=asked.usage)
+            yield openai.chat_text(head, self.index, text, None, usage=asked.usage)
         if calls:
-            yield openai.chat_calls(head, calls, usage=asked.usage)
-        yield openai.chat_closing(head, finished, calls=bool(calls), usage=asked.usage)
+            yield openai.chat_calls(head, self.index, calls, usage=asked.usage)
+        yield openai.chat_end(head, finished, calls=bool(calls), usage=asked.usage)
+
+
+def _completion_body(reception: Reception, reply: Reply, asked: OpenAiRequest, answer: Answer) -> bytes:
+    head, offset = _head(reply, "cmpl-", answer.started), len(asked.echo)
+    choices = [
+        openai.completion_choice(
+            asked.echo + said.text,
+            said.finished,
+            _completion_scores(reception, asked, head, said.chunks, offset),
+        )
+        for said in answer.sequences
+    ]
+    return openai.completion_body(head, choices, answer.usage)
 
 
 async def _completion_stream(
     reception: Reception, reply: Reply, asked: OpenAiRequest, events: AsyncGenerator[Event | None, None]
 ) -> Bodies:
     head: Head | None = None
-    said = 0
+    offsets = [len(asked.echo)] * asked.choices
+    used = Usage()
     async for happened in events:
         match happened:
             case None:
                 yield event(openai.heartbeat_body())
             case Started() if head is None:
                 head = _head(reply, "cmpl-", happened)
-                if asked.echo:
-                    said = len(asked.echo)
-                    yield event(openai.completion_text(head, asked.echo, None, usage=asked.usage))
-            case Chunk():
+                for index in range(asked.choices if asked.echo else 0):
+                    yield event(openai.completion_text(head, index, asked.echo, None, usage=asked.usage))
+            case Chunk(text=text, sequence=index):
                 assert head is not None
-                scores = _completion_scores(reception, asked, head, (happened,), said)
-                said += len(happened.text)
-                if happened.text or scores:
-                    yield event(openai.completion_text(head, happened.text, scores, usage=asked.usage))
+                scores = _completion_scores(reception, asked, head, (happened,), offsets[index])
+                offsets[index] += len(text)
+                if text or scores:
+                    yield event(openai.completion_text(head, index, text, scores, usage=asked.usage))
             case Finished():
                 assert head is not None
-                yield event(openai.completion_closing(head, happened, usage=asked.usage))
+                used += happened.usage
+                data = openai.completion_end(head, happened, usage=asked.usage)
+                if happened.is_last:
+                    data += openai.completion_closing(head, used if asked.usage else None)
+                yield event(data)
 
 
 def _completion_scores(
@@ -201,6 +228,12 @@ def _decode(reception: Reception, head: Head) -> Decode:
     if decode is None:
         raise InternalError("The model was replaced while it answered.")
     return decode
+
+
+def _call_ids(head: Head, index: int) -> str:
+    """What the ids of a choice's calls begin with."""
+    ids = head.id.replace("chatcmpl-", "call_")
+    return f"{ids}_{index}_" if index else f"{ids}_"
 
 
 def _head(reply: Reply, prefix: str, started: Started) -> Head:

@@ -53,6 +53,11 @@ class OpenAiRequest:
     forced: bool = False
     echo: str = ""
 
+    @property
+    def choices(self) -> int:
+        """How many answers are wanted."""
+        return self.generation.n or 1
+
 
 def read_chat(body: bytes, content_type: str) -> OpenAiRequest:
     """Returns what a body of `/v1/chat/completions` asks for.
@@ -88,6 +93,8 @@ def read_completion(body: bytes, content_type: str) -> OpenAiRequest:
     prompt: Prompt = read["prompt"]
     # This API generates 16 tokens where nothing is said.
     generation = _generation(read, prompt, read.get("max_tokens", 16), read.get("logprobs"), None)
+    if read.get("best_of", read.get("n", 1)) != read.get("n", 1):
+        raise FeatureUnsupported("best_of: is served where it equals n.")
     if read.get("echo") and not isinstance(prompt, RawPrompt):
         raise FeatureUnsupported("echo: is served for a prompt that is text.")
     echo = prompt.text if read.get("echo") and isinstance(prompt, RawPrompt) else ""
@@ -105,8 +112,6 @@ def _generation(
 ) -> GenerationRequest:
     # The vendor samples at 1 where nothing is said.
     sampling = {"temperature": 1.0} | {name: read[name] for name in _SAMPLING if name in read}
-    if read.get("n", 1) != 1:
-        raise FeatureUnsupported("n: only 1 is served by this version.")
     return GenerationRequest(
         model=read["model"],
         prompt=prompt,
@@ -114,6 +119,7 @@ def _generation(
         sampling=SamplingParams(**sampling),
         stop=read.get("stop", ()),
         logprobs=logprobs,
+        n=read.get("n"),
         form=form,
         tokens_where_absent=TOKENS_WHERE_ABSENT,
     )
@@ -334,5 +340,6 @@ _TEXT_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "prompt": _prompt,
     "logprobs": native_fields.read_int32,
     "echo": native_fields.read_boolean,
+    "best_of": native_fields.read_int32,
 }
-_TEXT_REFUSED = frozenset({"suffix", "best_of"})
+_TEXT_REFUSED = frozenset({"suffix"})

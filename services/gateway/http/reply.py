@@ -8,7 +8,6 @@ an error. Must not know: the shape of any API; a `Shape` does.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from google.api.httpbody_pb2 import HttpBody
@@ -16,8 +15,9 @@ from google.api.httpbody_pb2 import HttpBody
 from services.common import http_errors, ids, logs, status
 from services.common.errors import InterlockError, InternalError
 from services.common.grpc_types import Context
-from services.gateway.core.events import Chunk, Event, Finished, Started
+from services.gateway.core.events import Chunk, Event, Finished
 from services.gateway.dispatcher.streams import AnswerStream
+from services.gateway.http.whole import Answer, Said
 from services.gateway.servicer import REQUEST_ID_KEY, note_worker, response_metadata
 
 JSON_TYPE = "application/json"
@@ -91,43 +91,24 @@ class Reply:
         return HttpBody(content_type=JSON_TYPE, data=self._shape.error_body(told, self.request_id))
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The whole of an answer.
-
-    Attributes:
-        started: Who answered, at last.
-        chunks: What was said, in its order.
-        finished: How it ended.
-    """
-
-    started: Started
-    chunks: tuple[Chunk, ...]
-    finished: Finished
-
-    @property
-    def text(self) -> str:
-        """What was said."""
-        return "".join(chunk.text for chunk in self.chunks)
-
-
 async def whole_answer(generation: AnswerStream) -> Answer:
     """Waits for the end, so that an error still has its status.
 
     Raises:
         InterlockError: What the request ended with.
     """
-    chunks: list[Chunk] = []
-    finished: Finished | None = None
+    chunks: dict[int, list[Chunk]] = {}
+    ends: dict[int, Finished] = {}
     async for happened in generation:
         note_worker(happened)
         if isinstance(happened, Chunk):
-            chunks.append(happened)
+            chunks.setdefault(happened.sequence, []).append(happened)
         elif isinstance(happened, Finished):
-            finished = happened
-    if generation.started is None or finished is None:
+            ends[happened.sequence] = happened
+    if generation.started is None or not ends:
         raise InternalError("The request ended without a result.")
-    return Answer(generation.started, tuple(chunks), finished)
+    said = (Said(tuple(chunks.get(sequence, ())), ends[sequence]) for sequence in sorted(ends))
+    return Answer(generation.started, tuple(said))
 
 
 async def timely_events(generation: AnswerStream, reply: Reply) -> AsyncGenerator[Event | None, None]:

@@ -169,8 +169,7 @@ async def _whole(generation: AnswerStream, reply: Reply) -> AsyncGenerator[HttpB
     """Waits for the end; the headers wait with it."""
     answer = await whole_answer(generation)
     await reply.begin(generation)
-    body = native.result_body(answer.chunks, answer.started, answer.finished)
-    yield HttpBody(content_type=native.JSON_TYPE, data=body)
+    yield HttpBody(content_type=native.JSON_TYPE, data=native.result_body(answer))
 
 
 async def _stream(generation: AnswerStream, reply: Reply) -> AsyncGenerator[HttpBody, None]:

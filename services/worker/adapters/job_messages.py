@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from interlock.v1 import generation_pb2, worker_service_pb2
 
 from services.worker.core.admission import JobStart, Refusal
 from services.worker.core.format import Format, FormatKind
 from services.worker.core.sequence import Output, Sampling, SequenceKey, SequenceStart, TokenScore
+
+# The contract's bound.
+SEQUENCES_MAX = 4
 
 # Job ids are digests of 64 digits; this only keeps nonsense out of logs and tables.
 JOB_CHARS_MAX = 128
@@ -17,8 +22,8 @@ def unserved(start: worker_service_pb2.StartJob) -> str | None:
     sampling = start.sampling
     asked = {
         "job": not 0 < len(start.job) <= JOB_CHARS_MAX,
-        "n": start.n > 1,
-        "emitted": len(start.emitted) > 1 or any(one.sequence for one in start.emitted),
+        "n": start.n > SEQUENCES_MAX,
+        "emitted": _is_muddled(start),
         "format": start.HasField("format") and start.format.WhichOneof("format") is None,
         "sampling.top_k": sampling.HasField("top_k") and sampling.top_k < 1,
         "sampling.seed": sampling.temperature != 0 and not sampling.HasField("seed"),
@@ -34,17 +39,21 @@ def key_of(start: worker_service_pb2.StartJob, session: int) -> SequenceKey:
 
 def read_job(start: worker_service_pb2.StartJob, session: int) -> JobStart:
     """The job as the core knows it."""
-    sequence = SequenceStart(
+    first = SequenceStart(
         key=key_of(start, session),
         prompt_ids=tuple(start.prompt_ids),
         max_tokens=start.max_tokens,
-        emitted_ids=tuple(start.emitted[0].token_ids) if start.emitted else (),
         credit_tokens=start.credit_tokens,
         sampling=_sampling(start.sampling),
         logprobs=start.logprobs if start.HasField("logprobs") else None,
     )
+    emitted = {one.sequence: tuple(one.token_ids) for one in start.emitted}
+    starts = tuple(
+        replace(first, key=replace(first.key, sequence=sequence), emitted_ids=emitted.get(sequence, ()))
+        for sequence in _open_sequences(start)
+    )
     form = _format(start.format) if start.HasField("format") else None
-    return JobStart(start.model, start.revision, start.epoch, sequence, start.request_id, form)
+    return JobStart(start.model, start.revision, start.epoch, starts, start.request_id, form)
 
 
 def step_output(output: Output) -> worker_service_pb2.StepOutput:
@@ -74,6 +83,18 @@ def refused(refusal: Refusal, free_slots: int, epoch: int) -> worker_service_pb2
         epoch=epoch,
         message=refusal.message,
     )
+
+
+def _open_sequences(start: worker_service_pb2.StartJob) -> list[int]:
+    ended = {one.sequence for one in start.emitted if one.ended}
+    return [sequence for sequence in range(max(start.n, 1)) if sequence not in ended]
+
+
+def _is_muddled(start: worker_service_pb2.StartJob) -> bool:
+    """Whether what was emitted is not of the job's sequences, or told twice, or leaves none to go on with."""
+    told = [one.sequence for one in start.emitted]
+    strange = any(sequence >= max(start.n, 1) for sequence in told)
+    return strange or len(set(told)) < len(told) or not _open_sequences(start)
 
 
 def _sampling(params: generation_pb2.SamplingParams) -> Sampling:

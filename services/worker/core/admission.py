@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from services.worker.core.format import Format, format_flaw
+from services.worker.core.kv_budget import KvBudget
 from services.worker.core.revision import ModelFacts, Phase, Residency
 from services.worker.core.sequence import Sampling, SequenceKey, SequenceStart
 
@@ -52,7 +53,8 @@ class JobStart:
         model: The model that the grant named.
         revision: The revision that was granted.
         epoch: The route's epoch at the grant.
-        start: Its sequence.
+        starts: Its sequences, at least one; those that ended on earlier workers are left out. They share the
+            prompt, and the first to be prefilled is what the others copy it from.
         request_id: The client's id, for the log.
         form: A shape to hold the output to; None: none.
     """
@@ -60,14 +62,26 @@ class JobStart:
     model: str
     revision: str
     epoch: int
-    start: SequenceStart
+    starts: tuple[SequenceStart, ...]
     request_id: str = ""
     form: Format | None = None
 
+    @property
+    def key(self) -> SequenceKey:
+        """Names the job, by its first sequence."""
+        return self.starts[0].key
 
-def judge(job: JobStart, residency: Residency, facts: ModelFacts | None) -> Refusal | None:
-    """Why the job cannot be taken, or None; `facts` are those of its revision, None when not loaded."""
-    key = job.start.key
+
+def judge(job: JobStart, residency: Residency, facts: ModelFacts | None, slots: int) -> Refusal | None:
+    """Why the job cannot be taken, or None.
+
+    Args:
+        job: The job.
+        residency: What is resident.
+        facts: Those of the job's revision; None when it is not loaded.
+        slots: Sequences that the worker runs at once.
+    """
+    key = job.key
     if residency.draining:
         return Refusal(key, Reason.DRAINING)
     resident = residency.find(job.revision)
@@ -75,7 +89,7 @@ def judge(job: JobStart, residency: Residency, facts: ModelFacts | None) -> Refu
         return Refusal(key, Reason.REVISION_NOT_READY)
     if job.epoch < residency.epoch:
         return Refusal(key, Reason.EPOCH_STALE)
-    flaw = find_flaw(job.start, facts) or (format_flaw(job.form) if job.form else None)
+    flaw = _job_flaw(job, facts, slots)
     return None if flaw is None else Refusal(key, Reason.INVALID, flaw)
 
 
@@ -92,6 +106,17 @@ def find_flaw(start: SequenceStart, facts: ModelFacts) -> str | None:
     if start.credit_tokens > CREDIT_TOKENS_MAX:
         return f"credit_tokens must be at most {CREDIT_TOKENS_MAX}."
     return _sampling_flaw(start.sampling) or _adjustment_flaw(start.sampling, facts) or _score_flaw(start)
+
+
+def _job_flaw(job: JobStart, facts: ModelFacts, slots: int) -> str | None:
+    flaws = (find_flaw(start, facts) for start in job.starts)
+    if (flaw := next((flaw for flaw in flaws if flaw), None)) is not None:
+        return flaw
+    if len(job.starts) > slots:
+        return f"n: {len(job.starts)} sequences at once are more than the {slots} slots of this worker."
+    if not KvBudget(facts.kv_tokens).admits(job.starts, ()):
+        return "n: so many sequences of this prompt exceed what this worker can hold."
+    return format_flaw(job.form) if job.form else None
 
 
 def _sampling_flaw(sampling: Sampling) -> str | None:

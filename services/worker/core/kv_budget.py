@@ -44,11 +44,10 @@ class KvBudget:
         """Whether sequences of these lengths fit together."""
         return len(lengths) * bucketed(max(lengths, default=0)) <= self.tokens
 
-    def admits(self, start: SequenceStart, running: Iterable[LiveSequence]) -> bool:
-        """Whether a sequence fits in at its end, and beside others now with headroom."""
-        now = len(start.prompt_ids) + len(start.emitted_ids)
-        lengths = [min(start.reserved_tokens, now + HEADROOM_TOKENS), *map(_soon, running)]
-        return self.holds([start.reserved_tokens]) and self.holds(lengths)
+    def admits(self, starts: Collection[SequenceStart], running: Iterable[LiveSequence]) -> bool:
+        """Whether each sequence fits in at its end, and all of them beside others now with headroom."""
+        lengths = [*map(_first, starts), *map(_soon, running)]
+        return self.holds([max(start.reserved_tokens for start in starts)]) and self.holds(lengths)
 
     def takes_back(self, live: LiveSequence, running: Collection[LiveSequence]) -> bool:
         """Whether a sequence without a row may have one."""
@@ -66,6 +65,12 @@ class KvBudget:
         reserved = [live.start.reserved_tokens for live in running]
         lengths = reserved if self.holds(reserved) else [len(live.history) for live in running]
         return bucketed(max(lengths, default=0))
+
+
+def _first(start: SequenceStart) -> int:
+    """The length of a sequence some steps after its start."""
+    now = len(start.prompt_ids) + len(start.emitted_ids)
+    return min(start.reserved_tokens, now + HEADROOM_TOKENS)
 
 
 def _soon(live: LiveSequence) -> int:

@@ -94,13 +94,13 @@ class Scheduler:
         """How many sequences of each session wait for credit."""
         return Counter(live.start.key.session for live in self._live.values() if live.credit == 0)
 
-    def fits(self, start: SequenceStart) -> bool:
-        """Whether a slot is free, and room in the KV cache that no older sequence waits for."""
-        if len(self._live) >= self._slots:
+    def fits(self, *starts: SequenceStart) -> bool:
+        """Whether a slot is free for each, and room in the KV cache that no older sequence waits for."""
+        if len(self._live) + len(starts) > self._slots:
             return False
         if any(live.row == NO_ROW and live.preemptions and live.credit for live in self._live.values()):
             return False
-        return self._budget.admits(start, self._live.values())
+        return self._budget.admits(starts, self._live.values())
 
     def admit(self, start: SequenceStart) -> tuple[Output, ...]:
         """Gives a sequence a slot; call it only when it `fits`. One that is complete ends at once."""

@@ -35,7 +35,7 @@ class Unload:
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """Begin a job."""
+    """Begin a job: all of its sequences, or none."""
 
     job: JobStart
 
@@ -214,10 +214,10 @@ class Stepper:
     def _admit(self, job: JobStart) -> tuple[Event, ...]:
         one = self._loaded.get(job.revision)
         if one is None or one.leaving:
-            return (Refusal(job.start.key, Reason.REVISION_NOT_READY),)
-        if self._running >= self._slots or not one.scheduler.fits(job.start):
-            return (Refusal(job.start.key, Reason.BUSY),)
-        return one.scheduler.admit(job.start)
+            return (Refusal(job.key, Reason.REVISION_NOT_READY),)
+        if self._running + len(job.starts) > self._slots or not one.scheduler.fits(*job.starts):
+            return (Refusal(job.key, Reason.BUSY),)
+        return tuple(output for start in job.starts for output in one.scheduler.admit(start))
 
     def _close(self, session: int) -> None:
         for scheduler in self._schedulers():

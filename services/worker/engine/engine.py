@@ -141,7 +141,7 @@ class Engine:
 
     def judge(self, job: JobStart) -> Refusal | None:
         """Why a job cannot be taken, as far as is known before its turn."""
-        return judge(job, self._residency, self._facts.get(job.revision))
+        return judge(job, self._residency, self._facts.get(job.revision), self._settings.slots)
 
     def post(self, command: Command) -> None:
         """Hands a command to the step thread.
@@ -153,7 +153,7 @@ class Engine:
             raise EngineOverloaded("The worker does not keep up with its commands.")
 
     async def constrained(self, job: JobStart) -> JobStart:
-        """The job with the constraint that its format asks for.
+        """The job with the constraint that its format asks for, one for each sequence.
 
         Raises:
             ArgumentInvalid: There can be none.
@@ -162,8 +162,11 @@ class Engine:
         compiler = self._formats.get(job.revision)
         if compiler is None or job.form is None:
             raise ArgumentInvalid("format: is not served for this revision.")
-        constraint = await compiler.constrain(job.form, job.start.emitted_ids)
-        return replace(job, start=replace(job.start, constraint=constraint))
+        starts = [
+            replace(start, constraint=await compiler.constrain(job.form, start.emitted_ids))
+            for start in job.starts
+        ]
+        return replace(job, starts=tuple(starts))
 
     def host(self, revision: str, runner: ModelRunner, formats: FormatCompiler | None = None) -> None:
         """Takes in a loaded revision; it serves once it is active in the residency."""

@@ -6,7 +6,8 @@ Lives on the event loop. Knows neither the step thread nor the stream that carri
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from services.common import logs
@@ -14,7 +15,7 @@ from services.common.errors import InterlockError
 from services.worker.core.admission import CREDIT_TOKENS_MAX, JobStart, Reason, Refusal
 from services.worker.core.format import FormatBusy
 from services.worker.core.outbox import Letter, Outbox, OutboxFull
-from services.worker.core.sequence import Finish, Output, SequenceKey
+from services.worker.core.sequence import Finish, Output, SequenceKey, SequenceStart
 from services.worker.core.stepper import AddCredit, Admit, Cancel, Command, Pulse
 
 
@@ -55,19 +56,19 @@ class _Job:
         key: Its name.
         request_id: The client's id, for the log.
         revision: Who answers.
-        index: Where its output begins.
-        tokens: Its tokens so far.
+        open: Its sequences that have not ended, by their numbers.
+        tokens: Its tokens so far, of all sequences.
         compiling: Compiles its format; None once the step thread has the job.
-        credit: What was added meanwhile.
+        credit: What was added meanwhile, by sequence.
     """
 
     key: SequenceKey
     request_id: str
     revision: str
-    index: int
+    open: dict[int, SequenceStart]
     tokens: int = 0
     compiling: asyncio.Task[None] | None = None
-    credit: int = 0
+    credit: Counter[int] = field(default_factory=Counter)
 
 
 class EngineSession:
@@ -93,12 +94,12 @@ class EngineSession:
 
     @property
     def paused_jobs(self) -> int:
-        """Jobs that wait for credit."""
+        """Sequences that wait for credit."""
         return self._engine.pulse.paused.get(self._number, 0)
 
     def start(self, job: JobStart) -> None:
         """Begins a job, or lets the outbox say why not. A later attempt replaces an earlier one."""
-        key = job.start.key
+        key = job.key
         refusal = self._engine.judge(job)
         earlier = self._jobs.get(key.job)
         if refusal is None and earlier is not None and earlier.key.attempt >= key.attempt:
@@ -108,26 +109,32 @@ class EngineSession:
             return
         if earlier is not None:
             self._end(earlier)
-        self._jobs[key.job] = known = _Job(key, job.request_id, job.revision, len(job.start.emitted_ids))
+        sequences = {start.key.sequence: start for start in job.starts}
+        self._jobs[key.job] = known = _Job(key, job.request_id, job.revision, sequences)
         if job.form is None:
             self._engine.post(Admit(job))
         else:
             known.compiling = asyncio.create_task(self._compile(job, known), name=f"format-{key.job}")
 
-    def add_credit(self, job: str, tokens: int) -> None:
-        """Lets a job run on; unknown ones are ignored."""
+    def add_credit(self, job: str, sequence: int, tokens: int) -> None:
+        """Lets one sequence of a job run on; unknown ones are ignored."""
+        known = self._jobs.get(job)
+        if known is None or sequence not in known.open:
+            return
+        if known.compiling is not None:
+            known.credit[sequence] = min(known.credit[sequence] + tokens, CREDIT_TOKENS_MAX)
+        else:
+            self._engine.post(AddCredit(known.open[sequence].key, min(tokens, CREDIT_TOKENS_MAX)))
+
+    def cancel(self, job: str, sequence: int | None = None) -> None:
+        """Ends a job, or one sequence of it; unknown ones are ignored."""
         known = self._jobs.get(job)
         if known is None:
             return
-        if known.compiling is not None:
-            known.credit = min(known.credit + tokens, CREDIT_TOKENS_MAX)
-        else:
-            self._engine.post(AddCredit(known.key, min(tokens, CREDIT_TOKENS_MAX)))
-
-    def cancel(self, job: str) -> None:
-        """Ends a job; unknown ones are ignored."""
-        if (known := self._jobs.get(job)) is not None:
+        if sequence is None or known.open.keys() == {sequence}:
             self._end(known)
+        elif sequence in known.open:
+            self._end_sequence(known, known.open[sequence])
 
     async def receive(self) -> Letter | None:
         """Waits for something to write; None when the session was closed."""
@@ -150,19 +157,23 @@ class EngineSession:
 
     def put(self, event: Output | Refusal) -> None:
         """Takes in what the step thread has to say; `wake` lets the writer know."""
-        job = self._jobs.get(event.key.job)
-        current = job if job is not None and job.key == event.key else None
+        key = event.key
+        job = self._jobs.get(key.job)
+        current = job if job is not None and job.key.attempt == key.attempt else None
         if isinstance(event, Refusal):
             self.refuse(event)
             if current is not None:
-                del self._jobs[event.key.job]
+                del self._jobs[key.job]
             return
         self._outbox.put_output(event)
         if current is not None:
             current.tokens += len(event.token_ids)
-            if event.finish is not None:
+            if event.finish is None:
+                return
+            current.open.pop(key.sequence, None)
+            if not current.open:
                 self._log(current, event.finish.value)
-                del self._jobs[event.key.job]
+                del self._jobs[key.job]
 
     def wake(self) -> None:
         """Lets the writer look into the outbox."""
@@ -200,20 +211,27 @@ class EngineSession:
 
     def _admit(self, job: JobStart, known: _Job) -> None:
         known.compiling = None
+        # Some may have been cancelled meanwhile.
+        starts = tuple(start for start in job.starts if start.key.sequence in known.open)
         try:
-            self._engine.post(Admit(job))
-            if known.credit:
-                self._engine.post(AddCredit(known.key, known.credit))
+            self._engine.post(Admit(replace(job, starts=starts)))
+            for sequence, tokens in known.credit.items():
+                self.add_credit(known.key.job, sequence, tokens)
         except InterlockError:
             # Nobody awaits this: a thread that takes no commands ends the session, as it does elsewhere.
             self.close()
 
     def _end(self, known: _Job) -> None:
+        if known.compiling is not None:
+            known.compiling.cancel()
+        for start in tuple(known.open.values()):
+            self._end_sequence(known, start)
+
+    def _end_sequence(self, known: _Job, start: SequenceStart) -> None:
         if known.compiling is None:
-            self._engine.post(Cancel(known.key))
+            self._engine.post(Cancel(start.key))
             return
-        known.compiling.cancel()
-        self.put(Output(known.key, known.index, finish=Finish.CANCELLED))
+        self.put(Output(start.key, len(start.emitted_ids), finish=Finish.CANCELLED))
         self.wake()
 
     def _log(self, job: _Job, outcome: str) -> None:

@@ -53,7 +53,7 @@ class World:
             revision=revision,
             epoch=1,
             prompt_ids=(1,),
-            emitted_ids=(7,) * emitted,
+            emitted=((7,) * emitted,),
             max_tokens=9,
             sampling=SamplingParams(),
             credit_tokens=8,
@@ -90,6 +90,15 @@ def test_a_whole_answer(world: World) -> None:
     expected[bucket_of(0.3)] = 1
     assert list(world.tallies) == [RevisionTally("m", "r1", 1, 0, expected)]
     assert world.sink.heard == ["output 0", "output 1", "output 2"]
+
+
+def test_an_attempt_of_several_sequences_is_one(world: World) -> None:
+    """It has finished with the last of them, and once."""
+    world.start()
+    world.below().output(Output(0, (1,), FinishReason.STOP, others=1))
+    assert world.counts() == (0, 0, 1)
+    world.below().output(Output(0, (1,), FinishReason.STOP, sequence=1))
+    assert world.counts() == (1, 0, 1)
 
 
 async def test_what_is_nobodys_fault(world: World) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 
@@ -18,77 +16,19 @@ from services.common.errors import (
     StoreUnavailable,
     WorkerLost,
 )
-from services.common.system_clock import SystemClock
 from services.gateway.core.attempts import AttemptEnd, Loss, Output, RefusalReason
-from services.gateway.core.events import Chunk, Event, Finished, FinishReason, Started, TokenLogprob
-from services.gateway.core.jobs import Band, Outcome, Renewal, Waiting
-from services.gateway.core.params import GenerationJob, GenerationParams, SamplingParams
-from services.gateway.dispatcher.dispatch import Dispatcher, DispatcherLimits
-from services.gateway.dispatcher.limits import GenerationLimits
-from services.gateway.dispatcher.resumption import Resumption, ResumptionLimits
-from services.gateway.dispatcher.streams import AnswerStream
-from tests.fakes.gateway_logs import FakeLogs
-from tests.fakes.gateway_ports import FakeMeter, FakeQueue, FakeTokenizer, FakeWorkerPool, grant
-
-
-def job(job_id: str = "j", **fields: Any) -> GenerationJob:
-    """A job with plain values."""
-    given = {
-        "prompt_ids": (1, 2, 3),
-        "params": GenerationParams(100, SamplingParams(seed=1)),
-        "timeout_s": 30.0,
-        **fields,
-    }
-    return GenerationJob(
-        job_id=job_id,
-        request_id=f"request-{job_id}",
-        tenant="alice",
-        model="m",
-        band=Band.INTERACTIVE,
-        submission=f"s-{job_id}",
-        decode=FakeTokenizer().decode,
-        **given,
-    )
-
-
-def ids(text: str) -> tuple[int, ...]:
-    """The fake tokenizer's ids of a text."""
-    return tuple(map(ord, text))
-
-
-@dataclass
-class World:
-    """A dispatcher and its ports."""
-
-    queue: FakeQueue
-    workers: FakeWorkerPool
-    dispatcher: Dispatcher
-    meter: FakeMeter
+from services.gateway.core.events import Chunk, Finished, FinishReason, Started, TokenLogprob
+from services.gateway.core.jobs import Outcome, Renewal, Waiting
+from services.gateway.core.params import GenerationParams, SamplingParams
+from tests.fakes.gateway_ports import grant
+from tests.fixtures.dispatcher_world import World, dispatcher_world, ids, job, rest
 
 
 @pytest.fixture
 async def world() -> AsyncIterator[World]:
     """A dispatcher that never renews by itself."""
-    queue, workers, logs, meter = FakeQueue(), FakeWorkerPool(), FakeLogs(), FakeMeter()
-    dispatcher = Dispatcher(
-        queue,
-        workers,
-        SystemClock(),
-        Resumption(logs, logs, SystemClock(), lambda _: FakeTokenizer().decode, ResumptionLimits()),
-        meter=meter,
-        models=lambda: ("m",),
-        jitter=lambda: 0.5,
-        limits=DispatcherLimits(requests_max=2, worker_wait_s=0.05),
-        generation_limits=GenerationLimits(credit_tokens=8, client_stall_s=0.2, failover_wait_s=0.2),
-    )
-    yield World(queue, workers, dispatcher, meter)
-    queue.down = False
-    await dispatcher.drain(0)
-
-
-async def rest(generation: AnswerStream) -> list[Event]:
-    """All events that are left."""
-    return [event async for event in generation]
+    async with dispatcher_world() as made:
+        yield made
 
 
 async def test_tokens_that_nobody_took_come_as_one_chunk(world: World) -> None:
@@ -125,7 +65,7 @@ async def test_a_new_attempt_gets_no_more_credit_than_the_reader_left(world: Wor
     world.workers.attempts[0].sink.lost("test", Loss.PROCESS)
     world.queue.receive(grant("n2"))
     second = await world.workers.wait_started(2)
-    assert second.order.emitted_ids == ids("abcde")
+    assert second.order.emitted == (ids("abcde"),)
     assert (second.order.attempt, second.order.credit_tokens) == (2, 3)
 
 

@@ -13,7 +13,6 @@ from services.common.conversation import Message
 from services.common.errors import (
     ArgumentInvalid,
     ContextExceeded,
-    FeatureUnsupported,
     ModelUnknown,
     NoWorker,
     ScopeMissing,
@@ -84,20 +83,6 @@ def test_a_breach_names_its_field(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ArgumentInvalid) as caught:
         validation.check_request(GenerationRequest(**{"prompt": TEXT, **fields}))
     assert caught.value.message.startswith(named)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"n": 2},
-    ],
-    ids=["n"],
-)
-def test_what_is_not_served_is_refused_by_name(fields: dict[str, Any]) -> None:
-    """Never silently ignored; what asks for no more than the usual is fine."""
-    with pytest.raises(FeatureUnsupported):
-        validation.check_request(GenerationRequest(prompt=TEXT, **fields))
-    assert validation.check_request(GenerationRequest(prompt=TEXT, n=1, resumable=False)) is TEXT
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def job(
     """A job with the usual prompt."""
     key = SequenceKey(session.number, name, attempt)
     start = SequenceStart(key, PROMPT, max_tokens, (), credit)
-    return JobStart("m", revision, epoch, start, f"req-{name}", form)
+    return JobStart("m", revision, epoch, (start,), f"req-{name}", form)
 
 
 async def read_until_finish(session: EngineSession, names: set[str]) -> list[Output]:
@@ -220,7 +220,7 @@ async def test_credit_pauses_and_resumes(bench: Bench) -> None:
         assert letter is not None
         found += letter.outputs
     assert session.paused_jobs == 1
-    session.add_credit("a", 10)
+    session.add_credit("a", 0, 10)
     found += await read_until_finish(session, {"a"})
     assert tokens_of(found, "a") == continuation(PROMPT, 6)
 
@@ -240,7 +240,7 @@ async def test_a_format_is_compiled_beside_the_steps(bench: Bench, compiler: Fak
     session.start(job(session, "shaped", 4, credit=1, revision="r2", form=SHAPE))
     session.start(job(session, "plain", 5))
     assert tokens_of(await read_until_finish(session, {"plain"}), "plain") == continuation(PROMPT, 5)
-    session.add_credit("shaped", 9)
+    session.add_credit("shaped", 0, 9)
     compiler.gate.set()
     assert tokens_of(await read_until_finish(session, {"shaped"}), "shaped") == continuation(PROMPT, 4)
     assert compiler.asked == [(SHAPE, ())]

@@ -1,7 +1,7 @@
 -- enqueue(job_id, submission, tenant, band, cost_tokens, timeout_ms, waited_ms, weight, concurrency | '',
 --         tokens_per_minute | '', waiting_jobs_max, tenant_waiting_jobs_max, aging_ms, digest, payload, keep_ms,
---         expects_route)
--- Accepts a job, and grants it a slot at once where one is free and it is its turn.
+--         expects_route, slots)
+-- Accepts a job, and grants it its slots of a worker at once where they are free and it is its turn.
 -- Returns {'granted' | 'waiting', position, wait_ms, grants, account}, {'exists'}, {'ended', outcome},
 -- {'emptied'} where the caller knows of a route that is not here, or a refusal: {'full' | 'tenant_full',
 -- waiting, wait_ms, grants, account}, {'quota', taken tokens, ms until the window ends, grants, account} or
@@ -14,6 +14,7 @@ local cost, timeout_ms, waited_ms = ARGV[10], tonumber(ARGV[11]), tonumber(ARGV[
 local weight, cap, limit = ARGV[13], ARGV[14], tonumber(ARGV[15])
 local jobs_max, tenant_jobs_max, aging_ms = tonumber(ARGV[16]), tonumber(ARGV[17]), tonumber(ARGV[18])
 local digest, payload, keep_ms, expects_route = ARGV[19], ARGV[20], ARGV[21], ARGV[22] == '1'
+local slots = ARGV[23]
 
 if expects_route and not has_route() then return { 'emptied' } end
 
@@ -78,6 +79,8 @@ local job = {
   id = id, state = 'waiting', submission = submission, owner = CALLER, tenant = tenant, band = band, aged = '0',
   cost = cost, weight = weight, cap = cap, deadline = NOW + timeout_ms, ages_at = NOW - waited_ms + aging_ms,
   attempt = 0, nonce = '', ended_nonce = '', pin = '', avoid = '', charged = '', arrival = arrival_of(waited_ms),
+  -- Most jobs take one, and their records do not say so.
+  slots = slots ~= '1' and slots or nil,
 }
 note_resumable(job, digest, payload, keep_ms)
 store_job(job)
@@ -85,7 +88,7 @@ admit_job(job)
 put_waiting(job)
 local answer = answer_of(job)
 -- Nobody shall wait for nothing: what starts so late that it cannot end in time would take a slot in vain.
-if is_new and answer[1] == 'waiting' and answer[3] >= 0 and answer[3] + service_of(cost) > timeout_ms then
+if is_new and answer[1] == 'waiting' and answer[3] >= 0 and answer[3] + service_of(cost) / tonumber(slots) > timeout_ms then
   finish_job(load_job(id), 'expired')
   redis.call('DEL', PREFIX .. 'job:' .. id)
   answer[1], answer[5] = 'late', account()

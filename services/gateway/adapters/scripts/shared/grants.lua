@@ -1,4 +1,4 @@
--- Grants: which job goes next, and how a slot is lent to it.
+-- Grants: which job goes next, and how slots are lent to it.
 
 -- A call looks at this many jobs at most, so that it stays below a few milliseconds whatever has piled up.
 local LOOKS_MAX = 64
@@ -50,16 +50,14 @@ end
 
 -- Returns the oldest pinned job whose revision has a free worker, and its place, or nil.
 local function next_pinned(view)
-  local oldest, oldest_place
+  local line, arrivals = {}, {}
   for _, revision in ipairs(redis.call('SMEMBERS', PREFIX .. 'pins')) do
-    local ids = redis.call('ZRANGE', PREFIX .. 'pinned:' .. revision, 0, depth(view))
-    view.looks_left = #ids
-    local job, place = first_placed(view, ids)
-    if job and (not oldest or tonumber(job.arrival) < tonumber(oldest.arrival)) then
-      oldest, oldest_place = job, place
-    end
+    local flat = redis.call('ZRANGE', PREFIX .. 'pinned:' .. revision, 0, depth(view), 'WITHSCORES')
+    for i = 1, #flat, 2 do line[#line + 1], arrivals[flat[i]] = flat[i], tonumber(flat[i + 1]) end
   end
-  return oldest, oldest_place
+  table.sort(line, function(a, b) return arrivals[a] < arrivals[b] end)
+  view.looks_left = #line
+  return first_placed(view, line)
 end
 
 -- Returns the job whose turn it is and its place, or nil: by band, by tenant, the oldest.
@@ -103,6 +101,7 @@ local function grant_free()
   for _ = 1, LOOKS_MAX do
     if count_waiting() == 0 then break end
     view = view or look_at_workers()
+    view.kept_free = {}
     local job, place = next_pinned(view)
     if not job then job, place = next_in_line(view) end
     if not job then break end
@@ -112,13 +111,13 @@ local function grant_free()
   return view
 end
 
--- Returns mean milliseconds and mean estimated tokens of the jobs that finished, or nil while none has.
+-- Returns mean milliseconds of slots and mean estimated tokens of the jobs that finished, or nil while none has.
 local function read_means()
   local means = redis.call('HMGET', PREFIX .. 'stats', 'service_ms', 'service_tokens')
   if means[1] then return tonumber(means[1]), tonumber(means[2]) end
 end
 
--- Returns milliseconds that a job of so many estimated tokens runs, by the means of those that finished.
+-- Returns milliseconds that a slot is taken by so many estimated tokens, by the means of the jobs that finished.
 local function service_of(tokens)
   local service_ms, service_tokens = read_means()
   return service_ms and tonumber(tokens) * service_ms / service_tokens or 0
@@ -173,10 +172,10 @@ local function place_of(job)
   return ahead + before, wait_ms
 end
 
--- Takes a finished job's service time, and what it was expected to cost, into the means, a tenth of their
--- weight at a time.
+-- Takes a finished job's service time, in all of its slots, and what it was expected to cost, into the means, a
+-- tenth of their weight at a time.
 local function note_service(job)
-  local took, tokens = NOW - tonumber(job.granted_at), tonumber(job.cost)
+  local took, tokens = (NOW - tonumber(job.granted_at)) * slots_of(job), tonumber(job.cost)
   local service_ms, service_tokens = read_means()
   service_ms, service_tokens = service_ms or took, service_tokens or tokens
   redis.call('HSET', PREFIX .. 'stats',

@@ -84,9 +84,23 @@ local function take_waiting(job)
   redis.call('ZREM', PREFIX .. 'deadline:' .. job.band, job.id)
 end
 
--- Occupies a slot of job.worker under job.nonce.
+local function slots_of(job)
+  return tonumber(job.slots or 1)
+end
+
+-- Returns the fields of running:<worker> that the job has: one for each of its slots, so that their number is
+-- the worker's load.
+local function slot_fields(job)
+  local names = { job.id }
+  for i = 2, slots_of(job) do names[i] = job.id .. '#' .. i end
+  return names
+end
+
+-- Occupies the job's slots of job.worker under job.nonce.
 local function put_running(job)
-  redis.call('HSET', PREFIX .. 'running:' .. job.worker, job.id, job.nonce)
+  for _, name in ipairs(slot_fields(job)) do
+    redis.call('HSET', PREFIX .. 'running:' .. job.worker, name, job.nonce)
+  end
   index_worker(job.worker)
   count_running(job.tenant, 1)
   redis.call('ZADD', PREFIX .. 'lease', NOW + LEASE_MS, job.id)
@@ -94,7 +108,7 @@ local function put_running(job)
 end
 
 local function take_running(job)
-  redis.call('HDEL', PREFIX .. 'running:' .. job.worker, job.id)
+  redis.call('HDEL', PREFIX .. 'running:' .. job.worker, unpack(slot_fields(job)))
   index_worker(job.worker)
   count_running(job.tenant, -1)
 end

@@ -4,7 +4,8 @@
 local HELD_TTL_MS = 60000
 -- A call brings at most this many workers back from a hold or a lapse, so that it stays short.
 local RETURNS_MAX = 64
--- A job looks at this many workers of a revision at most; those before them must all be barred to it.
+-- A job looks at this many workers of a revision at most; those before them must all be barred to it, or have
+-- fewer free slots than it needs. The largest worker is looked for among as many.
 local WORKERS_LOOKED_AT_MAX = 64
 
 -- Keeps a worker from new jobs for a while.
@@ -51,7 +52,7 @@ end
 -- Returns the route, and what holds for all workers. Leases are judged as long as any worker has one; when all
 -- have lapsed it is the controller that is away, and those that were left out return.
 local function look_at_workers()
-  local view = { epoch = '0', routed = {}, total_weight = 0 }
+  local view = { epoch = '0', routed = {}, total_weight = 0, kept_free = {} }
   load_route(view)
   release_held()
   view.judges_leases = redis.call('ZCOUNT', PREFIX .. 'expiry', '(' .. NOW, '+inf') > 0
@@ -103,17 +104,42 @@ local function note_trial(gateway, worker_id)
   redis.call('HSET', key, gateway, string.format('%.0f %s', NOW + tonumber(sleep_ms), sleep_ms))
 end
 
--- Returns the least loaded worker with a free slot that is ready for the revision and not barred to the job's
--- gateway, or nil; and whether it is a trial. The worker to avoid, where the job failed last, is taken only if
--- there is no other.
-local function pick_worker(view, revision, job)
+-- Returns the slots of the largest worker that is not draining.
+local function largest_worker(view)
+  if view.largest then return view.largest end
+  view.largest = 1
+  for _, id in ipairs(redis.call('ZREVRANGE', PREFIX .. 'expiry', 0, WORKERS_LOOKED_AT_MAX - 1)) do
+    local fields = redis.call('HMGET', PREFIX .. 'worker:' .. id, 'slots', 'draining')
+    if fields[2] == '0' then view.largest = math.max(view.largest, tonumber(fields[1])) end
+  end
+  return view.largest
+end
+
+-- Whether a worker, which has a free slot, has as many as the job needs. One that needs more than any worker has
+-- is given a whole one, which refuses it and says why.
+local function has_room(view, worker_id, job)
+  if slots_of(job) == 1 then return true end
+  local slots = tonumber(redis.call('HGET', PREFIX .. 'worker:' .. worker_id, 'slots'))
+  local free = slots - redis.call('HLEN', PREFIX .. 'running:' .. worker_id)
+  return free >= math.min(slots_of(job), largest_worker(view))
+end
+
+-- Returns the least loaded worker with room that is ready for the revision and not barred to the job's gateway,
+-- or nil; and whether it is a trial. The worker to avoid, where the job failed last, is taken only if there is no
+-- other. Adds those that have a free slot and no room to `short`.
+local function pick_worker(view, revision, job, short)
   local fallback, fallback_trial
   local ids = redis.call('ZRANGE', PREFIX .. 'free:' .. revision, 0, WORKERS_LOOKED_AT_MAX - 1)
   for _, id in ipairs(ids) do
     local breaker = breaker_of(view, job.owner, id)
-    if breaker ~= 'open' and not has_lapsed(view, revision, id) then
-      if id ~= job.avoid then return id, breaker == 'trial' end
-      fallback, fallback_trial = id, breaker == 'trial'
+    if breaker ~= 'open' and not view.kept_free[id] and not has_lapsed(view, revision, id) then
+      if not has_room(view, id, job) then
+        short[#short + 1] = id
+      elseif id ~= job.avoid then
+        return id, breaker == 'trial'
+      else
+        fallback, fallback_trial = id, breaker == 'trial'
+      end
     end
   end
   return fallback, fallback_trial
@@ -129,20 +155,24 @@ local function weighted_revision(view, job_id)
   end
 end
 
--- Returns worker, revision and whether it is a trial, or nil while no worker can take the job.
-local function place_job(view, job)
-  if job.pin ~= '' then
-    local worker_id, is_trial = pick_worker(view, job.pin, job)
-    return worker_id, job.pin, is_trial
-  end
-  if view.total_weight == 0 then return nil end
-  local wanted = weighted_revision(view, job.id)
-  local worker_id, is_trial = pick_worker(view, wanted, job)
-  if worker_id then return worker_id, wanted, is_trial end
+-- Returns the revisions that may take the job, in the order in which they are tried.
+local function revisions_of(view, job)
+  if job.pin ~= '' then return { job.pin } end
+  if view.total_weight == 0 then return {} end
+  local names = { weighted_revision(view, job.id) }
   for _, revision in ipairs(view.routed) do
-    if revision.name ~= wanted then
-      worker_id, is_trial = pick_worker(view, revision.name, job)
-      if worker_id then return worker_id, revision.name, is_trial end
-    end
+    if revision.name ~= names[1] then names[#names + 1] = revision.name end
   end
+  return names
+end
+
+-- Returns worker, revision and whether it is a trial, or nil while no worker can take the job. Then the slots
+-- that are free, and too few for it, are kept for it: whoever comes behind it looks elsewhere.
+local function place_job(view, job)
+  local short = {}
+  for _, revision in ipairs(revisions_of(view, job)) do
+    local worker_id, is_trial = pick_worker(view, revision, job, short)
+    if worker_id then return worker_id, revision, is_trial end
+  end
+  for _, id in ipairs(short) do view.kept_free[id] = true end
 end
