@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -149,10 +150,12 @@ def test_a_standby_takes_over_from_a_controller_that_stands_still(pair: Mesh) ->
     before = serving(pair)
     other = next(name for name in revisions(pair) if name != before)
     leader = leading(pair)
-    with asked_all_the_time(pair) as replies:
+    with asked_all_the_time(pair) as replies, ThreadPoolExecutor(1) as pool:
         begun = pair.run("rollouts", "start", MODEL, other, "--bake", "3s", "--json")
         assert begun.returncode == 0, begun.stderr
         until(lambda: states(pair)[-1:] == ["BAKING"], PATIENCE_S)
+        watching = pool.submit(pair.run, "rollouts", "watch", "--json")
+        assert roles(pair) == {"leading", "standby"}
         os.kill(leader["pid"], signal.SIGSTOP)
         try:
             stopped_s = time.time()
@@ -165,6 +168,9 @@ def test_a_standby_takes_over_from_a_controller_that_stands_still(pair: Mesh) ->
         # It wakes, is told, and stands by.
         until(lambda: "controller.standing_by" in lines_since(pair, leader["id"], "controller.deposed"), 15)
         assert whole(pair)
+        # Whoever watches is not told of it.
+        watched = watching.result(PATIENCE_S)
+        assert (watched.returncode, "COMPLETED" in watched.stdout) == (0, True), watched.stderr
     print(f"taken over after {took_s:.1f} s")  # noqa: T201 - a figure for who reads the test's output
     assert took_s < 2 * TAKEOVER_S
     assert rollout(pair)["history"][-1]["state"] == "ROLLOUT_STATE_COMPLETED"
@@ -182,6 +188,12 @@ def leading(mesh: Mesh) -> dict[str, Any]:
 
     parts: list[dict[str, Any]] = mesh.refresh()["controllers"]
     return max(parts, key=fence)
+
+
+def roles(mesh: Mesh) -> set[str]:
+    """What `interlock status` says of the controllers."""
+    rows = json.loads(mesh.run("status", "--json").stdout)
+    return {row["state"] for row in rows if row["kind"] == "controller"}
 
 
 def attached(mesh: Mesh, controller: dict[str, Any]) -> list[float]:
