@@ -22,7 +22,6 @@ from services.common.errors import (
     RevisionInUse,
     RolloutRefused,
     StoreUnavailable,
-    WorkerUnknown,
 )
 from services.controller.coordinator.conductor import Conductor, as_weights
 from services.controller.coordinator.judge import Judge
@@ -41,7 +40,6 @@ from services.controller.core.member import (
     Kind,
     LoadReport,
     Member,
-    Presence,
     Report,
     RetireAsked,
     StreamBroken,
@@ -164,10 +162,7 @@ class Coordinator:
         Raises:
             WorkerUnknown: No such worker is here.
         """
-        key = MemberKey(Kind.WORKER, worker_id)
-        member = self._roster.members.get(key)
-        if member is None or member.presence is Presence.LOST:
-            raise WorkerUnknown(f"No worker {worker_id!a} is attached.")
+        key = self._roster.worker_key(worker_id)
         self._advance(key, DrainAsked(grace_s))
         return self._roster.members[key]
 

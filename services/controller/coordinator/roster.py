@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from services.common import logs
 from services.common.clock import Clock
+from services.common.errors import WorkerUnknown
 from services.controller.coordinator.worker_records import MemberKey
 from services.controller.core import membership
 from services.controller.core.commands import Effect, EndStream, Note, RemoveWorker, WriteWorker
@@ -59,6 +60,18 @@ class Roster:
     def of(self, kind: Kind) -> tuple[Member, ...]:
         """The members of a kind, by id."""
         return tuple(self._members[key] for key in sorted(self._members) if key.kind is kind)
+
+    def worker_key(self, worker_id: str) -> MemberKey:
+        """How a worker is known that is here, or was a moment ago.
+
+        Raises:
+            WorkerUnknown: No such worker is here.
+        """
+        key = MemberKey(Kind.WORKER, worker_id)
+        member = self._members.get(key)
+        if member is None or member.presence is Presence.LOST:
+            raise WorkerUnknown(f"No worker {worker_id!a} is attached.")
+        return key
 
     def has_room(self, key: MemberKey) -> bool:
         """Whether a member may come in."""
