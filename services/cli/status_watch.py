@@ -59,7 +59,14 @@ async def _show(home: Home, read: Callable[[], MeshState], processes: Processes,
         while True:
             print(json.dumps(await look(home, read(), processes)), flush=True)
             await asyncio.sleep(RENEW_S)
-    with Live(console=Console(), auto_refresh=False) as live:
+    console = Console()
+    if not console.is_terminal:
+        # In a pipe nothing can be drawn over: one picture follows the other.
+        while True:
+            mesh = read()
+            console.print(_picture(mesh, await look(home, mesh, processes)))
+            await asyncio.sleep(RENEW_S)
+    with Live(console=console, auto_refresh=False) as live:
         while True:
             mesh = read()
             live.update(_picture(mesh, await look(home, mesh, processes)), refresh=True)

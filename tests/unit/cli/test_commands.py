@@ -172,11 +172,13 @@ def test_status_shows_every_process(mesh: FakeMesh, capsys: Capture) -> None:
     assert mesh.requests == []
 
 
-def watched(*, as_json: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`status --watch`, ended by Ctrl-C at its second look."""
+def watched(*, as_json: bool, monkeypatch: pytest.MonkeyPatch, looks: int = 1) -> None:
+    """`status --watch`, ended by Ctrl-C after so many looks."""
+    left = iter(range(looks - 1))
 
     async def interrupted(_: float) -> None:
-        raise KeyboardInterrupt
+        if next(left, None) is None:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(asyncio, "sleep", interrupted)
     assert main(["status", "--watch", *(["--json"] if as_json else [])]) == 0
@@ -185,10 +187,17 @@ def watched(*, as_json: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_status_can_be_watched(mesh: FakeMesh, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes, the queue, routes, workers and breakers; what cannot be asked is told as not known."""
     assert mesh.requests == []
-    watched(as_json=False, monkeypatch=monkeypatch)
+    with monkeypatch.context() as terminal:
+        terminal.setenv("TTY_COMPATIBLE", "1")
+        watched(as_json=False, monkeypatch=monkeypatch)
+        drawn = capsys.readouterr().out
+    # In a pipe each look is a picture of its own, printed when it was taken.
+    watched(as_json=False, monkeypatch=monkeypatch, looks=2)
     shown = capsys.readouterr().out
+    assert shown.count("tiny@r1 active") == 2
     for words in ("gateway-1", "tiny@r1 active", "int8", "open", "? requests"):
         assert words in shown, shown
+        assert words in drawn, drawn
     watched(as_json=True, monkeypatch=monkeypatch)
     (line,) = capsys.readouterr().out.splitlines()
     seen = json.loads(line)
