@@ -20,6 +20,7 @@ from services.common.trust import Trust
 from services.controller import http_servicer, servicer
 from services.controller.adapters.file_rollouts import FileRolloutRecords
 from services.controller.adapters.local_revisions import LocalRevisionFiles, read_revision
+from services.controller.adapters.prometheus_controller import ControllerCollector
 from services.controller.adapters.redis_breakers import RedisBreakerFleet
 from services.controller.adapters.redis_lead import RedisLead
 from services.controller.adapters.redis_route import RedisRouteStore
@@ -149,7 +150,8 @@ async def _serve(
     )
     address = serving.bind(settings.bind)
     await serving.start()
-    exposition = metrics.expose(settings.metrics_bind)
+    numbers = ControllerCollector(lambda: leadership.term.coordinator, world.clock)
+    exposition = metrics.expose(settings.metrics_bind, numbers)
     announce.write(settings.announce_file, id=settings.id, address=address, metrics=exposition.address)
     logs.get_logger().info("process.started", address=address)
     leading = asyncio.create_task(leadership.run(), name="controller.leadership")

@@ -115,6 +115,11 @@ class Coordinator:
         """What the route shall be; None until the store was read."""
         return self._plan
 
+    @property
+    def everyone(self) -> tuple[Member, ...]:
+        """The members, in no order; also for other threads."""
+        return tuple(self._roster.members.values())
+
     def members(self, kind: Kind) -> tuple[Member, ...]:
         """The members of a kind, by id; those that were lost lately included."""
         return self._roster.of(kind)
@@ -124,12 +129,14 @@ class Coordinator:
 
         Raises:
             StoreUnavailable: We do not lead yet: the store was not reached.
-            Draining: Another controller leads, or there are too many members.
+            NotLeader: Another controller leads.
+            Draining: There are too many members.
         """
         key = MemberKey(hello.kind, hello.id)
-        self._check_welcome(key)
-        assert self._plan is not None
-        self._learn(self._plan, hello)
+        plan = self._led_plan()
+        if not self._roster.has_room(key):
+            raise Draining("The controller has as many members as it can lead.")
+        self._learn(plan, hello)
         self._roster.take_in(hello, stream)
         self._advance(key, hello)
         return key
@@ -173,18 +180,15 @@ class Coordinator:
             StoreUnavailable: We do not lead, or it cannot be recorded now.
             ArgumentInvalid, ModelUnknown, RevisionInUse, RevisionUnknown, RolloutConflict: See `Conductor`.
         """
-        if not self.leading or self._plan is None:
-            raise StoreUnavailable("The controller does not lead yet.", retry_after_s=TICK_S)
+        plan = self._led_plan()
         with self._led_on():
-            made = await self.rollouts.create(rollout_id, spec, self._plan.wanted)
+            made = await self.rollouts.create(rollout_id, spec, plan.wanted)
         self.changed.set()
         return made
 
     def check_unused(self, model: str, revision: str) -> None:
         """Raises RevisionInUse for a revision that serves, is in a rollout, or is inside a worker."""
-        current, plan = self.rollouts.current, self._plan
-        if plan is None:
-            raise StoreUnavailable("The controller does not lead yet.", retry_after_s=TICK_S)
+        current, plan = self.rollouts.current, self._led_plan()
         rolled = () if current is None else (current.previous, current.spec.revision)
         held = {name for member in self.members(Kind.WORKER) for name in member.residents}
         if model == self._model and revision in {*rolled, *plan.weights, plan.wanted, *held}:
@@ -200,8 +204,7 @@ class Coordinator:
         known = self.rollouts.find(rollout_id)
         if known.ended:
             raise RolloutRefused(f"The rollout is over: it is {known.state}.")
-        if self._plan is None:
-            raise StoreUnavailable("The controller does not lead yet.", retry_after_s=TICK_S)
+        self._led_plan()
         with self._led_on():
             after = await self.rollouts.tell(rollout_id, event, self._fleet(known))
         self._obey(after)
@@ -243,13 +246,12 @@ class Coordinator:
                 logs.get_logger().info("store.recovered", model=self._model)
             self.store_lost = False
 
-    def _check_welcome(self, key: MemberKey) -> None:
+    def _led_plan(self) -> Plan:
         if self.deposed.is_set():
-            raise NotLeader("Another controller leads; attach there.", retry_after_s=TICK_S)
-        if not self.led.is_set():
+            raise NotLeader("Another controller leads.", retry_after_s=TICK_S)
+        if self._plan is None or not self.led.is_set():
             raise StoreUnavailable("The controller has not reached its store yet.", retry_after_s=TICK_S)
-        if not self._roster.has_room(key):
-            raise Draining("The controller has as many members as it can lead.")
+        return self._plan
 
     def _learn(self, plan: Plan, hello: Hello) -> None:
         """Rises above every epoch and fence that a member has seen, whatever the store forgot."""
