@@ -85,7 +85,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_UPLOAD_CONFLICT: _ErrorReason.ValueType  # 68
     """ABORTED: another upload is under way; try again when it has ended."""
     ERROR_REASON_NOT_LEADER: _ErrorReason.ValueType  # 66
-    """FAILED_PRECONDITION: this controller does not hold the lease; ask the next one in the list."""
+    """UNAVAILABLE: this controller does not hold the lease, and did nothing; ask the next one in the list."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 90
     """INTERNAL: a defect of the server; the log has the details under the same request id."""
 
@@ -164,7 +164,7 @@ ERROR_REASON_ROLLOUT_REFUSED: ErrorReason.ValueType  # 67
 ERROR_REASON_UPLOAD_CONFLICT: ErrorReason.ValueType  # 68
 """ABORTED: another upload is under way; try again when it has ended."""
 ERROR_REASON_NOT_LEADER: ErrorReason.ValueType  # 66
-"""FAILED_PRECONDITION: this controller does not hold the lease; ask the next one in the list."""
+"""UNAVAILABLE: this controller does not hold the lease, and did nothing; ask the next one in the list."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 90
 """INTERNAL: a defect of the server; the log has the details under the same request id."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
