@@ -157,16 +157,17 @@ async def _watch(rollout_id: str, *, as_json: bool) -> int:
 
 async def _changes(rollout_id: str) -> AsyncIterator[rollout_pb2.Rollout]:
     """A rollout at each of its changes; a controller that dies is waited for, or the one that follows it."""
-    heard_s = time.monotonic()
+    lost_s: float | None = None
     async with entrance(*running_mesh()) as (channel, metadata):
         request = pb.WatchRolloutRequest(rollout_id=rollout_id)
         while True:
             try:
                 async for response in ControllerServiceStub(channel).WatchRollout(request, metadata=metadata):
-                    heard_s = time.monotonic()
+                    lost_s = None
                     yield response.rollout
             except grpc.aio.AioRpcError as error:
-                if error.code() not in _LOST or time.monotonic() - heard_s > _PATIENCE_S:
+                lost_s = time.monotonic() if lost_s is None else lost_s
+                if error.code() not in _LOST or time.monotonic() - lost_s > _PATIENCE_S:
                     raise
                 await asyncio.sleep(_RETRY_S)
             else:

@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         _headline(home, mesh)
     table.show([*rows, *shown], _COLUMNS, as_json=arguments.json)
-    return 0 if all(row["state"] in _WELL for row in rows) else 1
+    return 0 if _is_well(rows) else 1
 
 
 def _running(home: Home) -> MeshState:
@@ -62,6 +62,12 @@ def _rows(mesh: MeshState) -> list[dict[str, str | int]]:
     if len(mesh.controllers) > 1:
         _tell_leader([row for row in rows if row["kind"] == "controller" and row["state"] == "running"])
     return rows
+
+
+def _is_well(rows: list[dict[str, str | int]]) -> bool:
+    """Whether everything runs, and of several controllers one leads."""
+    states = {row["state"] for row in rows}
+    return states <= _WELL and ("standby" not in states or "leading" in states)
 
 
 def _tell_leader(rows: list[dict[str, str | int]]) -> None:

@@ -275,12 +275,18 @@ class UploadConflict(InterlockError):
 
 
 class NotLeader(InterlockError):
-    """Another controller leads, or none does yet; nothing was done."""
+    """Another controller leads, or none does yet."""
 
     code = Code.UNAVAILABLE
     reason = "NOT_LEADER"
     retryable = True
-    unstarted = True
+
+    @classmethod
+    def at_the_door(cls, message: str, *, retry_after_s: float) -> NotLeader:
+        """The refusal of a call before anything was done for it."""
+        error = cls(message, retry_after_s=retry_after_s)
+        error.unstarted = True
+        return error
 
 
 class WorkerUnknown(InterlockError):

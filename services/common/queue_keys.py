@@ -87,6 +87,11 @@ class ModelKeys:
         """The ids of the workers."""
         return self.prefix + "workers"
 
+    @property
+    def gateways(self) -> str:
+        """The gateways, by the time they were last seen."""
+        return self.prefix + "gateways"
+
     def worker(self, worker_id: str) -> str:
         """One worker's record."""
         return f"{self.prefix}worker:{worker_id}"

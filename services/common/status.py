@@ -7,6 +7,7 @@ plain trailing metadata (`interlock-reason`, `retry-after-ms`) for those with gr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from typing import Any, NoReturn
 
@@ -56,8 +57,9 @@ async def abort(context: Context, error: InterlockError) -> NoReturn:
     """Ends the call with the error's status."""
     code = getattr(grpc.StatusCode, error.code.value)
     if error.unstarted:
-        # In the headers, for a proxy decides by them; what has begun has sent its own and is never unstarted.
-        await context.send_initial_metadata(UNSTARTED)
+        # In the headers, for a proxy decides by them; a stream that has begun has sent its own.
+        with contextlib.suppress(grpc.aio.UsageError):
+            await context.send_initial_metadata(UNSTARTED)
     await context.abort(code, error.message, trailing_metadata(error))
     raise AssertionError("abort returns never")
 

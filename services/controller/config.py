@@ -18,9 +18,13 @@ REDIS_URL_DEFAULT = SecretStr("redis://127.0.0.1:6379/0")
 class ControllerConfig(TokenSettings):
     """What one controller process is told at its start."""
 
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Name in the mesh.")] = (
-        "controller-1"
-    )
+    id: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9._-]{1,64}$",
+            description="Name in the mesh; two of one name take the lead from each other.",
+        ),
+    ] = "controller-1"
     bind: Annotated[str, Field(description="host:port to listen on; port 0 takes a free one.")] = (
         "127.0.0.1:50052"
     )

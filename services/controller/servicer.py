@@ -1,7 +1,7 @@
 """The ControllerService. Owns: what travels on a member's stream, and who may call what.
 
 Decides nothing: members are the coordinator's, revisions the catalog's. While another controller leads, every
-call but those about tokens and breakers ends with NOT_LEADER.
+call but RevokeToken ends with NOT_LEADER.
 """
 
 # ruff: noqa: ARG002 - the contract fixes which parameters a method has.
@@ -69,6 +69,9 @@ class ControllerTerm:
     catalog: Catalog
     files: RevisionFiles
     uploads: Uploads
+
+    def close(self) -> None:
+        """See `Term.close`."""
 
 
 class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
@@ -210,13 +213,9 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         if first is None or first.WhichOneof("part") != "manifest":
             raise ArgumentInvalid("An upload begins with its manifest.")
         manifest = upload_messages.read_manifest(first.manifest)
-        revision = await self._leadership.term.uploads.receive(
-            manifest, upload_messages.read_chunks(request_iterator)
-        )
-        workers, plan = (
-            self._leadership.term.coordinator.members(Kind.WORKER),
-            self._leadership.term.coordinator.plan,
-        )
+        term = self._leadership.term
+        revision = await term.uploads.receive(manifest, upload_messages.read_chunks(request_iterator))
+        workers, plan = term.coordinator.members(Kind.WORKER), term.coordinator.plan
         return pb.UploadRevisionResponse(revision=admin_messages.revision_message(revision, workers, plan))
 
     async def DeleteRevision(
@@ -319,6 +318,8 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         """Holds a breaker, or lets it go; gateways obey within a second, and are shown as if they had."""
         self._require(context, "admin")
         target, state = read_hold(request)
+        # Whoever stands by says so before anything is held.
+        _ = self._leadership.term
         await self._breakers.hold(target, state)
         logs.get_logger().warning("breaker.held", target=target, state=state)
         found = [one for one in await self._shown_breakers() if one.target == target]

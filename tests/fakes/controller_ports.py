@@ -18,7 +18,7 @@ from services.common.errors import StoreUnavailable
 from services.controller.coordinator import Tenure
 from services.controller.core.commands import Command
 from services.controller.core.ports import FenceStale
-from services.controller.core.records import Claimed, Route, Standing, WorkerRecord
+from services.controller.core.records import Claimed, KnownMembers, Route, Standing, WorkerRecord
 from services.controller.core.rollout_record import Rollout
 
 # Longer than anything takes, shorter than the patience of whoever waits for a test.
@@ -38,7 +38,9 @@ class MemoryRouteStore:
         calls: How many calls came, failed ones included.
         writes: The epochs of all routes that were written, in order.
         workers_before: The workers that were known when the route was written last.
+        gateways: Those that were seen lately.
         leader: Who leads; None: nobody, or it was forgotten.
+        left: Whether the last one who led left.
         led_with: The highest fencing number that was given.
     """
 
@@ -50,7 +52,9 @@ class MemoryRouteStore:
         self.calls = 0
         self.writes: list[int] = []
         self.workers_before: frozenset[str] = frozenset()
+        self.gateways: set[str] = set()
         self.leader: MemoryLead | None = None
+        self.left = False
         self.led_with = 0
         self._changed = asyncio.Condition()
 
@@ -59,6 +63,12 @@ class MemoryRouteStore:
         del model
         self._check()
         return self.route
+
+    async def read_members(self, model: str) -> KnownMembers:
+        """See `RouteStore.read_members`."""
+        del model
+        self._check()
+        return KnownMembers(frozenset(self.workers), frozenset(self.gateways))
 
     async def write_route(self, model: str, epoch: int, fence: int, weights: Mapping[str, int]) -> None:
         """See `RouteStore.write_route`."""
@@ -99,7 +109,7 @@ class MemoryRouteStore:
 
     def clear(self) -> None:
         """Forgets everything, as a store does that was restarted empty."""
-        self.route, self.leader, self.led_with = None, None, 0
+        self.route, self.leader, self.left, self.led_with = None, None, False, 0
         self.workers.clear()
 
     async def wait_until(self, holds: Callable[[], bool]) -> None:
@@ -136,7 +146,8 @@ class MemoryLead:
         leader = self._store.leader
         if leader not in {None, self} and not (may_replace and leader._id == self._id):
             return Standing(0, leader._id)
-        return Standing(self.grant(), self._id) if leader is not None or may_found else Standing(0, "")
+        free = leader is not None or self._store.left or may_found
+        return Standing(self.grant(), self._id) if free else Standing(0, "")
 
     def grant(self) -> int:
         """Gives it the lead, whoever had it; returns the fencing number."""
@@ -155,7 +166,7 @@ class MemoryLead:
         """See `Lead.leave`."""
         self._store._check()
         if self._store.leader is self:
-            self._store.leader = None
+            self._store.leader, self._store.left = None, True
 
 
 def granted(store: MemoryRouteStore, clock: Clock) -> Tenure:

@@ -29,6 +29,7 @@ READABLE = {"ListModels"}
 async def controller(tmp_path: Path) -> AsyncIterator[Controller]:
     """A controller with one model and no member."""
     async with started(tmp_path, MemoryRouteStore()) as running:
+        await running.serving()
         yield running
 
 

@@ -13,13 +13,14 @@ Knows nothing of what a rollout does.
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
@@ -28,13 +29,17 @@ from pydantic import TypeAdapter, ValidationError
 
 from services.common import logs
 from services.common.errors import StoreUnavailable
+from services.common.threads import in_thread
 from services.controller.core.ports import FenceStale
 from services.controller.core.records import Claimed
-from services.controller.core.rollout_record import Rollout
+from services.controller.core.rollout_record import Rollout, State
 
 # A record is some hundred bytes and a line for each state; more is no record.
 RECORD_BYTES_MAX = 1 << 20
 _MARK = "claimed"
+_FRESH = ".claim-"
+# A claim takes milliseconds; one that is this old was cut.
+_CUT_S = 3_600.0
 # An operator wants to read what happened lately; older records only slow the start.
 HISTORY_MAX = 200
 
@@ -54,7 +59,7 @@ class FileRolloutRecords:
         self._claims: dict[str, int] = {}
 
     async def claim(self, model: str, fence: int) -> Claimed:
-        """See `RolloutRecords.claim`. A file that is no record is named in the log and passed over."""
+        """See `RolloutRecords.claim`. A file that is no record is named in the log, passed over and kept."""
         return await _told(lambda: self._claim(model, fence))
 
     async def save(self, rollout: Rollout) -> None:
@@ -64,16 +69,18 @@ class FileRolloutRecords:
     def _claim(self, model: str, fence: int) -> Claimed:
         place = self._directory / model
         place.mkdir(parents=True, exist_ok=True)
-        known, rollouts = _read_newest(place)
+        _sweep(place)
+        known = _numbers(place)
         number = max(fence, known[-1] + 1 if known else 0)
         # Under a name that is no number: half a copy is never taken for the records.
-        fresh = Path(tempfile.mkdtemp(prefix=".claim-", dir=place))
+        fresh = Path(tempfile.mkdtemp(prefix=_FRESH, dir=place))
         try:
             (fresh / _MARK).touch()
-            for rollout in rollouts:
-                _write(fresh / f"{rollout.id}.json", rollout)
+            rollouts = _take_over(place / str(known[-1]), fresh) if known else ()
             _sync(fresh)
-            _give_name(fresh, place / str(number))
+            _give_name(fresh, place, number, known)
+        except FileNotFoundError:
+            raise FenceStale("Another controller took the records over meanwhile.") from None
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
         _sync(place)
@@ -86,11 +93,18 @@ class FileRolloutRecords:
         place = self._directory / rollout.spec.model
         number = self._claims[rollout.spec.model]
         directory = place / str(number)
-        fresh = directory / f"{rollout.id}.new"
+        final, fresh = directory / f"{rollout.id}.json", directory / f"{rollout.id}.new"
         try:
+            is_new = not final.exists()
             _write(fresh, rollout)
-            fresh.replace(fresh.with_suffix(".json"))
-            _sync(directory)
+            fresh.replace(final)
+            try:
+                _sync(directory)
+            except OSError:
+                # What the caller is told of as not made must not be found later.
+                if is_new:
+                    final.unlink(missing_ok=True)
+                raise
         except FileNotFoundError:
             raise FenceStale(f"The records of {number} are gone: another controller took over.") from None
         if (highest := _numbers(place)[-1]) > number:
@@ -100,7 +114,7 @@ class FileRolloutRecords:
 async def _told(work: Callable[[], T]) -> T:
     """Runs `work` in a thread, to its end; what the disk refuses becomes our error."""
     try:
-        return await asyncio.to_thread(work)
+        return await in_thread(work)
     except OSError as error:
         raise StoreUnavailable(f"The rollouts cannot be recorded: {error.strerror}.") from error
 
@@ -110,20 +124,47 @@ def _numbers(place: Path) -> list[int]:
     return sorted(int(entry.name) for entry in place.iterdir() if entry.name.isdecimal())
 
 
-def _read_newest(place: Path) -> tuple[list[int], tuple[Rollout, ...]]:
-    """The numbers, and what the highest one holds: all of it, also where others claim meanwhile."""
-    while True:
-        known = _numbers(place)
-        rollouts = _read_all(place / str(known[-1])) if known else ()
-        # Whoever claims removes what is below; until then nothing was missing.
-        if _numbers(place) == known:
-            return known, rollouts
+def _sweep(place: Path) -> None:
+    """Removes what claims left that were cut long ago."""
+    for entry in place.glob(f"{_FRESH}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - entry.stat().st_mtime > _CUT_S:
+                shutil.rmtree(entry, ignore_errors=True)
 
 
-def _read_all(directory: Path) -> tuple[Rollout, ...]:
-    found = [record for file in directory.glob("*.json") if (record := _read(file)) is not None]
+def _take_over(old: Path, fresh: Path) -> tuple[Rollout, ...]:
+    """Takes the records of `old` into `fresh`, those that cannot be read as well: a later version may.
+
+    Returns:
+        Those that can be read, oldest first; what nobody asks for any more is left behind.
+    """
+    for file in old.iterdir():
+        if file.suffix == ".json":
+            _link(file, fresh / file.name)
+    found = [record for file in fresh.glob("*.json") if (record := _read(file)) is not None]
     found.sort(key=lambda record: (record.history[0].time_ms, record.id))
-    return tuple(found[-HISTORY_MAX:])
+    kept = _worth_keeping(found)
+    for record in found:
+        if record.id not in kept:
+            (fresh / f"{record.id}.json").unlink(missing_ok=True)
+    return tuple(record for record in found if record.id in kept)
+
+
+def _worth_keeping(found: Sequence[Rollout]) -> set[str]:
+    """The latest, those under way, and the last that was completed from each revision of a start."""
+    serving = {record.origin: record.id for record in found if record.state is State.COMPLETED}
+    live = {record.id for record in found if not record.ended}
+    return {record.id for record in found[-HISTORY_MAX:]} | live | set(serving.values())
+
+
+def _link(old: Path, new: Path) -> None:
+    try:
+        # A record is replaced, never changed, so both names may mean the same file.
+        os.link(old, new)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(old, new)
 
 
 def _write(file: Path, rollout: Rollout) -> None:
@@ -141,21 +182,31 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _give_name(fresh: Path, final: Path) -> None:
+def _give_name(fresh: Path, place: Path, number: int, known: Sequence[int]) -> None:
+    """Makes a copy the records, unless somebody else claimed since it was made."""
+    final = place / str(number)
+    stale = FenceStale("Another controller took the records over meanwhile.")
+    if _numbers(place) != list(known):
+        raise stale
     try:
         fresh.rename(final)
     except OSError as error:
         if error.errno in {errno.EEXIST, errno.ENOTEMPTY}:
-            raise FenceStale(f"The number {final.name} was claimed by another controller.") from None
+            raise stale from None
         raise
+    if not set(_numbers(place)) <= {*known, number}:
+        # In the moment before; what is there by now is not in the copy.
+        shutil.rmtree(final, ignore_errors=True)
+        raise stale
 
 
 def _read(file: Path) -> Rollout | None:
+    with file.open("rb") as stream:
+        # A longer one is cut, and so no JSON.
+        text = stream.read(RECORD_BYTES_MAX)
     try:
-        with file.open("rb") as stream:
-            # A longer one is cut, and so no JSON.
-            record = _RECORD.validate_json(stream.read(RECORD_BYTES_MAX))
-    except (OSError, ValidationError):
+        record = _RECORD.validate_json(text)
+    except ValidationError:
         logs.get_logger().error("rollout.unreadable", file=file.name)
         return None
     return record if record.history else None

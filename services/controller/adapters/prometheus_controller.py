@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from services.common.clock import Clock
 from services.common.errors import InterlockError
-from services.controller.core.member import Member
+from services.controller.core.member import Kind, Member
 from services.controller.core.rollout_record import Rollout
 
 
@@ -30,9 +30,8 @@ class Kept(Protocol):
 class Led(Protocol):
     """What is read of a controller that leads."""
 
-    @property
-    def everyone(self) -> tuple[Member, ...]:
-        """Its members, in no order."""
+    def members(self, kind: Kind) -> tuple[Member, ...]:
+        """Its members of a kind."""
         ...
 
     @property
@@ -66,8 +65,9 @@ class ControllerCollector(Collector):
             "Members, those that were lost lately included.",
             labels=("kind", "presence"),
         )
-        for (kind, presence), count in Counter((one.kind, one.presence) for one in led.everyone).items():
-            members.add_metric((kind.value, presence.value.lower()), count)
+        for kind in Kind:
+            for presence, count in Counter(one.presence for one in led.members(kind)).items():
+                members.add_metric((kind.value, presence.value.lower()), count)
         yield members
         rollouts = GaugeMetricFamily(
             "interlock_controller_rollouts", "Rollouts on record, by state.", labels=("state",)

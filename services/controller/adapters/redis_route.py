@@ -7,17 +7,21 @@ rollout and no member.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from services.common.queue_keys import ROUTE_EPOCH, ROUTE_FENCE, ROUTE_WEIGHT_PREFIX, ModelKeys
 from services.common.redis_client import RedisStore, Script, read_script
 from services.controller.core.ports import FenceStale
-from services.controller.core.records import Route, WorkerRecord
+from services.controller.core.records import KnownMembers, Route, WorkerRecord
 
 _COMMON = Path(__file__).parents[2] / "common" / "scripts"
 _SCRIPTS = Path(__file__).parent / "scripts"
 _SHARED = (_COMMON / "clock.lua", _SCRIPTS / "shared" / "fence.lua", _COMMON / "index.lua")
+# A gateway that was not seen for longer has gone.
+SEEN_MS = 3_000
+
 _OPERATIONS = ("set_route", "set_worker", "remove_worker", "unready")
 
 
@@ -41,6 +45,16 @@ class RedisRouteStore:
             if name.startswith(ROUTE_WEIGHT_PREFIX)
         }
         return Route(int(reply[ROUTE_EPOCH]), int(reply[ROUTE_FENCE]), weights)
+
+    async def read_members(self, model: str) -> KnownMembers:
+        """See `RouteStore.read_members`. The gateway that was seen last says what time it is."""
+        keys = ModelKeys(model)
+        workers = await self._store.fetch("SMEMBERS", keys.workers)
+        reply = await self._store.fetch("ZRANGE", keys.gateways, "0", "-1", "WITHSCORES")
+        seen = read_scores(reply)
+        latest_ms = max(seen.values(), default=0.0)
+        lately = (name for name, seen_ms in seen.items() if latest_ms - seen_ms < SEEN_MS)
+        return KnownMembers(frozenset(workers), frozenset(lately))
 
     async def write_route(self, model: str, epoch: int, fence: int, weights: Mapping[str, int]) -> None:
         """See `RouteStore.write_route`."""
@@ -77,3 +91,10 @@ class RedisRouteStore:
         if not written:
             raise FenceStale(f"A controller with a fence above {fence} has written.")
         return int(written)
+
+
+def read_scores(reply: Sequence[Any]) -> dict[str, float]:
+    """Members and scores, which come in pairs or one after the other, as the protocol's version has it."""
+    flat = not all(isinstance(one, list | tuple) for one in reply)
+    pairs = zip(reply[::2], reply[1::2], strict=True) if flat else reply
+    return {str(name): float(score) for name, score in pairs}

@@ -20,6 +20,7 @@ from services.common.errors import (
     RolloutRefused,
     RolloutUnknown,
 )
+from services.common.threads import to_its_end
 from services.controller.core import rollout as table
 from services.controller.core.catalog import Catalog
 from services.controller.core.judgement import Finding, Verdict
@@ -55,6 +56,14 @@ class Conductor:
         self._lock = asyncio.Lock()
         self._loaded = False
         self._changed = asyncio.Event()
+        # What a rollout names whose record is on its way.
+        self._making: tuple[str, ...] = ()
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The revisions of the rollout that is under way, or about to be."""
+        current = self.current
+        return self._making if current is None else (current.previous, current.spec.revision)
 
     @property
     def current(self) -> Rollout | None:
@@ -99,6 +108,11 @@ class Conductor:
                 return fence
             claimed = await self._records.claim(self._model, fence)
             self._rollouts = {one.id: one for one in claimed.rollouts}
+            for one in claimed.rollouts:
+                missing = [name for name in (one.spec.revision, one.previous) if not self._has(name)]
+                if missing and not one.ended:
+                    cause = f"The revision {missing[0]} is not registered any more."
+                    await to_its_end(self._keep(table.forsake(one, cause, self._now_ms())))
             self._loaded = True
             return claimed.fence
 
@@ -107,7 +121,11 @@ class Conductor:
 
         What a rollout put in its place stays, over restarts, until the mesh is started with another one.
         """
-        completed = (one for one in self.all if one.state is State.COMPLETED and one.origin == asked)
+        completed = (
+            one
+            for one in self.all
+            if one.state is State.COMPLETED and one.origin == asked and self._has(one.spec.revision)
+        )
         newest = next(completed, None)
         return asked if newest is None else newest.spec.revision
 
@@ -137,7 +155,11 @@ class Conductor:
                     "running requests could not go on with it. Register it as a model of its own."
                 )
             made = create(rollout_id, spec, serving, self._now_ms(), self._catalog.wanted(spec.model))
-            await self._keep(made)
+            self._making = (serving, spec.revision)
+            try:
+                await to_its_end(self._keep(made))
+            finally:
+                self._making = ()
             return made
 
     async def tell(self, rollout_id: str, event: Event, fleet: Fleet) -> Rollout:
@@ -154,7 +176,7 @@ class Conductor:
             except table.RolloutEventIllegal as error:
                 raise RolloutRefused(str(error)) from None
             if after != before:
-                await self._keep(after)
+                await to_its_end(self._keep(after))
             return after
 
     async def observe(self, fleet: Fleet, written: Weights | None, verdict: Verdict | None = None) -> bool:
@@ -175,15 +197,18 @@ class Conductor:
                 after = table.step(after, event, fleet, self._now_ms(), findings).rollout
             if after == before:
                 return False
-            await self._keep(after)
+            await to_its_end(self._keep(after))
             return True
 
     async def changed(self) -> None:
         """Returns after the next change of any rollout."""
         await self._changed.wait()
 
+    def _has(self, revision: str) -> bool:
+        return self._catalog.knows(self._model, revision)
+
     async def _keep(self, rollout: Rollout) -> None:
-        """Saves a record, then lets everybody see it."""
+        """Saves a record, then lets everybody see it. To be awaited to its end, so that both are the same."""
         await self._records.save(rollout)
         before = self._rollouts.get(rollout.id)
         self._rollouts[rollout.id] = rollout

@@ -25,6 +25,7 @@ from services.common.errors import (
 )
 from services.controller.coordinator.conductor import Conductor, as_weights
 from services.controller.coordinator.judge import Judge
+from services.controller.coordinator.reunion import Reunion
 from services.controller.coordinator.roster import Roster
 from services.controller.coordinator.tenure import Tenure
 from services.controller.coordinator.worker_records import MemberKey, WorkerRecords
@@ -101,6 +102,7 @@ class Coordinator:
         self._records = WorkerRecords(self._model, store)
         self.changed = asyncio.Event()
         self._roster = Roster(self._model, clock, self._mark)
+        self._reunion = Reunion(self._model, store, clock, lease_ttl_s)
         self.led = asyncio.Event()
         self.deposed = asyncio.Event()
         self.store_lost = False
@@ -114,11 +116,6 @@ class Coordinator:
     def plan(self) -> Plan | None:
         """What the route shall be; None until the store was read."""
         return self._plan
-
-    @property
-    def everyone(self) -> tuple[Member, ...]:
-        """The members, in no order; also for other threads."""
-        return tuple(self._roster.members.values())
 
     def members(self, kind: Kind) -> tuple[Member, ...]:
         """The members of a kind, by id; those that were lost lately included."""
@@ -188,10 +185,9 @@ class Coordinator:
 
     def check_unused(self, model: str, revision: str) -> None:
         """Raises RevisionInUse for a revision that serves, is in a rollout, or is inside a worker."""
-        current, plan = self.rollouts.current, self._led_plan()
-        rolled = () if current is None else (current.previous, current.spec.revision)
+        plan = self._led_plan()
         held = {name for member in self.members(Kind.WORKER) for name in member.residents}
-        if model == self._model and revision in {*rolled, *plan.weights, plan.wanted, *held}:
+        if model == self._model and revision in {*self.rollouts.named, *plan.weights, plan.wanted, *held}:
             raise RevisionInUse(f"The revision {revision} serves, or is in a rollout.")
 
     async def tell_rollout(self, rollout_id: str, event: RolloutEvent) -> Rollout:
@@ -219,22 +215,22 @@ class Coordinator:
         self._judge.look()
         for key, event in self._roster.tick(self._rules.lease_ttl_s, judging=not self._tenure.doubtful):
             self._advance(key, event)
-        if self._tenure.lapsed and not self.deposed.is_set():
+        if self._tenure.lost.is_set():
+            self._step_down("Another controller leads.")
+        elif self._tenure.lapsed:
             self._step_down("The controller has lost its store.")
 
     async def keep_store(self, *, renew: bool = True) -> None:
-        """Brings the store to what the members are; with `renew` every lease is written too.
-
-        An unreachable store is logged once, and tried again by the next call.
-        """
+        """Brings the store to what the members are; with `renew` every lease is written too."""
         if self.deposed.is_set():
             return
         try:
-            await self._keep_lead(renew=renew)
+            await self._keep_lead()
             await self._keep_route()
-            await self._records.keep(self._roster.members, self._rules.fence, renew=renew)
+            await self._records.keep(self._roster.members, self._tenure.fence, renew=renew)
             await self._retire()
-            await self._follow()
+            if self._reunion.is_over(self._roster.members.values()):
+                await self._follow()
         except StoreUnavailable as error:
             if not self.store_lost:
                 logs.get_logger().warning("store.lost", model=self._model, reason=error.message)
@@ -288,14 +284,14 @@ class Coordinator:
             return None
         if rollout is not None and rollout.state is not State.PENDING:
             return rollout_fleet.goal(rollout, member, plan.weights.items(), self._stored_epoch)
-        # What the route still names is kept beside what shall serve, for as long as it is named.
+        # What the route still names is kept beside what shall serve, for as long as it is named and known.
         named = plan.epoch if member.kind is Kind.WORKER else 0
-        return Goal(self._model, {**dict.fromkeys(plan.weights, named), plan.wanted: plan.serving_epoch})
+        holds = {name: named for name in plan.weights if self._catalog.knows(self._model, name)}
+        return Goal(self._model, {**holds, plan.wanted: plan.serving_epoch})
 
     def _fleet(self, rollout: Rollout) -> Fleet:
-        files = self._catalog.revision(self._model, rollout.spec.revision).manifest.files
-        weights_bytes = sum(file.size_bytes for file in files if file.path.endswith(".safetensors"))
-        return rollout_fleet.fleet(rollout, self._roster.members.values(), weights_bytes)
+        manifest = self._catalog.revision(self._model, rollout.spec.revision).manifest
+        return rollout_fleet.fleet(rollout, self._roster.members.values(), manifest.weights_bytes)
 
     async def _follow(self) -> None:
         """Lets the rollout that is under way see what is, and obeys it."""
@@ -312,8 +308,7 @@ class Coordinator:
         plan = self._plan
         assert plan is not None
         wanted = rollout.spec.revision if rollout.state is State.COMPLETED else plan.wanted
-        if wanted != plan.wanted:
-            plan = replace(plan, wanted=wanted)
+        plan = replace(plan, wanted=wanted)
         if as_weights(plan.weights) != rollout.route:
             plan = routing.raised(replace(plan, weights=dict(rollout.route)), None, 0, self._now_ms())
             self._plan_stored = False
@@ -326,18 +321,21 @@ class Coordinator:
         rollout = self.rollouts.current
         routed = rollout is not None and rollout.strategy is Strategy.SWAP
         for key, revision in tuple(self._roster.unneeded(self._goal)):
-            fence = self._rules.fence
-            if await self._store.unready(self._model, key.id, revision, fence, routed=routed):
+            fence = self._tenure.fence
+            spared = await self._store.unready(self._model, key.id, revision, fence, routed=routed)
+            # Its stream may have broken meanwhile; then it is asked when it is back.
+            if spared and key in self._roster.attached:
                 self._advance(key, RetireAsked(revision))
 
-    async def _keep_lead(self, *, renew: bool) -> None:
-        """Sees to it that we still lead, before anything is written, and that the number is backed by it."""
-        if renew or self._tenure.fence != self._rules.fence:
-            await self._tenure.keep(self._rules.fence)
+    async def _keep_lead(self) -> None:
+        """Sees to it, before anything is written, that the lease bears our number and what we learned."""
         if not self.rollouts.loaded:
-            fence = await self.rollouts.load(self._rules.fence)
+            await self._tenure.keep()
+            fence = await self.rollouts.load(self._tenure.fence)
             self._rules = replace(self._rules, fence=fence)
-            await self._tenure.keep(fence)
+            await self._reunion.begin()
+        if self._tenure.fence < self._rules.fence:
+            await self._tenure.keep(self._rules.fence)
 
     @contextlib.contextmanager
     def _led_on(self) -> Iterator[None]:
@@ -350,10 +348,10 @@ class Coordinator:
 
     def _step_down(self, reason: str) -> None:
         """Ends our time: nothing is written from now on, and members look elsewhere."""
+        if self.deposed.is_set():
+            return
         self.deposed.set()
-        logs.get_logger().error(
-            "controller.deposed", model=self._model, fence=self._rules.fence, reason=reason
-        )
+        logs.get_logger().error("controller.deposed", model=self._model, reason=reason)
         self.close(reason)
 
     async def _keep_route(self) -> None:
@@ -364,7 +362,7 @@ class Coordinator:
             self._plan = routing.claim(wanted, stored, 0, self._now_ms())
             if self.rollouts.current is not None:
                 self._obey(self.rollouts.current)
-        plan, fence = self._plan, self._rules.fence
+        plan, fence = self._plan, self._tenure.fence
         if routing.agrees(plan, fence, stored):
             # A write whose answer was lost counts as well.
             self._plan_stored, self._stored_epoch = True, plan.epoch
@@ -380,7 +378,7 @@ class Coordinator:
             self._tell_goal()
         if stored is None:
             # By the route gateways see that the store may be asked, so the workers stand there before it.
-            await self._records.keep(self._roster.members, self._rules.fence, renew=True)
+            await self._records.keep(self._roster.members, fence, renew=True)
         await self._store.write_route(self._model, plan.epoch, fence, plan.weights)
         self.led.set()
         # Members may have moved the plan on while we wrote; then it is written again.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
 from services.common import logs
@@ -19,9 +19,12 @@ from services.controller.coordinator.coordinator import TICK_S, Coordinator
 from services.controller.coordinator.tenure import Tenure
 from services.controller.core.election import Election
 from services.controller.core.ports import Lead
+from services.controller.core.records import Standing
 
 # How often one that does not lead looks whether it may.
 LOOK_S = 0.5
+# Whoever has the lead and cannot use it for so long, for want of its disk perhaps, lets another one try.
+BEGIN_S = 15.0
 
 
 class Term(Protocol):
@@ -30,6 +33,10 @@ class Term(Protocol):
     @property
     def coordinator(self) -> Coordinator:
         """Leads the members."""
+        ...
+
+    def close(self) -> None:
+        """Ends what runs for operators."""
         ...
 
 
@@ -82,17 +89,15 @@ class Leadership(Generic[T]):
     async def run(self) -> None:
         """Asks for the lead and leads, again and again, until it is cancelled."""
         while True:
-            fence = await self._elected()
+            tenure = Tenure(self._lead, await self._elected(), self._clock, ttl_s=self._ttl_s)
             self._refuse("The controller begins to lead; ask again.")
-            tenure = Tenure(self._lead, fence, self._clock, ttl_s=self._ttl_s)
-            term = await self._begin(tenure)
-            try:
-                self._term = term
-                await self._serve(term.coordinator)
-            finally:
-                self._term = None
-                self._refuse("The controller does not lead any more; another one does.")
-                term.coordinator.close("The controller is shutting down.")
+            async with _renewed(tenure):
+                used = await self._lead_once(tenure)
+            if not used and not tenure.lost.is_set():
+                logs.get_logger().error("lead.unused", fence=tenure.fence)
+                await self.leave()
+                # Another one may have a disk that answers.
+                await asyncio.sleep(2 * self._ttl_s)
 
     async def leave(self) -> None:
         """Lets the lead go, so that the next controller need not wait for the lease to end.
@@ -105,17 +110,12 @@ class Leadership(Generic[T]):
     async def _elected(self) -> int:
         """Waits until we may lead; returns the fencing number."""
         told: str | None = None
-        while True:
-            now_s, election = self._clock.monotonic(), self._election
-            try:
-                standing = await self._lead.take(
-                    may_found=election.may_found(now_s), may_replace=election.may_replace()
-                )
-            except StoreUnavailable as error:
-                self._refusal = error if not election.answered else self._refusal
-                standing = None
+        task = asyncio.current_task()
+        assert task is not None
+        # A store's library may swallow a cancellation that meets its answer; the task still knows of it.
+        while not task.cancelling():
+            standing = await self._asked()
             if standing is not None:
-                self._election = election.after(standing, now_s)
                 if standing.fence:
                     logs.get_logger().info("controller.elected", fence=standing.fence)
                     return standing.fence
@@ -124,29 +124,73 @@ class Leadership(Generic[T]):
                     told = standing.leader_id
                     logs.get_logger().info("controller.standing_by", leader=told or "nobody")
             await asyncio.sleep(LOOK_S)
+        raise asyncio.CancelledError
 
-    async def _serve(self, coordinator: Coordinator) -> None:
-        """Leads until we are deposed."""
+    async def _asked(self) -> Standing | None:
+        """How we stand; None: the store cannot be reached."""
+        now_s, election = self._clock.monotonic(), self._election
+        try:
+            standing = await self._lead.take(
+                may_found=election.may_found(now_s), may_replace=election.may_replace()
+            )
+        except StoreUnavailable as error:
+            if not election.answered:
+                self._refusal = error
+            return None
+        self._election = election.after(standing, now_s)
+        return standing
+
+    async def _lead_once(self, tenure: Tenure) -> bool:
+        """Leads until we are deposed; returns whether it came so far that anybody was led."""
+        try:
+            term = await self._begin(tenure)
+        except OSError as error:
+            logs.get_logger().error("lead.unusable", reason=error.strerror, exc_info=error)
+            return False
+        try:
+            return await self._serve(term)
+        finally:
+            self._term = None
+            self._refuse("This controller does not lead any more; ask another one.")
+            term.coordinator.close("The controller does not lead any more.")
+            term.close()
+
+    async def _serve(self, term: T) -> bool:
+        coordinator = term.coordinator
         leading = asyncio.create_task(rounds.run(coordinator, self._clock), name="controller.coordinator")
-        telling = asyncio.create_task(self._welcome(coordinator), name="controller.welcome")
+        beginning = asyncio.create_task(coordinator.led.wait(), name="controller.beginning")
         deposed = asyncio.create_task(coordinator.deposed.wait(), name="controller.deposed")
         try:
-            ended, _ = await asyncio.wait({leading, deposed}, return_when=asyncio.FIRST_COMPLETED)
-            if leading in ended:
+            both = {leading, deposed}
+            await asyncio.wait({*both, beginning}, timeout=BEGIN_S, return_when=asyncio.FIRST_COMPLETED)
+            if beginning.done():
+                # Before that it knows no rollout, and whoever asks would be told so.
+                self._term = term
+                await self._on_change(True)
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if leading.done():
                 # It ends by itself only by a defect.
                 leading.result()
+            return beginning.done()
         finally:
-            for task in (leading, telling, deposed):
+            for task in (leading, beginning, deposed):
                 task.cancel()
-            await asyncio.gather(leading, telling, deposed, return_exceptions=True)
+            await asyncio.gather(leading, beginning, deposed, return_exceptions=True)
             await self._on_change(False)
 
-    async def _welcome(self, coordinator: Coordinator) -> None:
-        await coordinator.led.wait()
-        await self._on_change(True)
-
     def _refuse(self, why: str) -> None:
-        self._refusal = NotLeader(why, retry_after_s=TICK_S)
+        self._refusal = NotLeader.at_the_door(why, retry_after_s=TICK_S)
+
+
+@contextlib.asynccontextmanager
+async def _renewed(tenure: Tenure) -> AsyncIterator[None]:
+    """Keeps the lease while the block runs."""
+    renewing = asyncio.create_task(tenure.run(), name="controller.tenure")
+    try:
+        yield
+    finally:
+        renewing.cancel()
+        await asyncio.gather(renewing, return_exceptions=True)
 
 
 def _leader_of(leader_id: str) -> str:

@@ -58,8 +58,9 @@ class Roster:
         return tuple(self._streams)
 
     def of(self, kind: Kind) -> tuple[Member, ...]:
-        """The members of a kind, by id."""
-        return tuple(self._members[key] for key in sorted(self._members) if key.kind is kind)
+        """The members of a kind, by id; also for other threads."""
+        members = self._members.copy()
+        return tuple(members[key] for key in sorted(members) if key.kind is kind)
 
     def worker_key(self, worker_id: str) -> MemberKey:
         """How a worker is known that is here, or was a moment ago.

@@ -58,6 +58,11 @@ class Manifest:
     tokenizer_sha256: str
     golden_prompts: tuple[GoldenPrompt, ...] = ()
 
+    @property
+    def weights_bytes(self) -> int:
+        """What its weights take on disk."""
+        return sum(file.size_bytes for file in self.files if file.path.endswith(".safetensors"))
+
     def named(self) -> Manifest:
         """The same manifest under the name that its content gives it."""
         fields = asdict(replace(self, revision=""))
@@ -131,6 +136,10 @@ class Catalog:
             if revision.manifest.revision == name:
                 return revision
         raise RevisionUnknown(f"The model {model!a} has no revision {name!a}.")
+
+    def knows(self, model: str, name: str) -> bool:
+        """Whether `model` has such a revision."""
+        return name in self._revisions.get(model, {})
 
     def wanted(self, model: str) -> str:
         """The revision of `model` that shall serve.

@@ -6,7 +6,14 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Protocol
 
 from services.controller.core.commands import Command
-from services.controller.core.records import BreakerRecord, Claimed, Route, Standing, WorkerRecord
+from services.controller.core.records import (
+    BreakerRecord,
+    Claimed,
+    KnownMembers,
+    Route,
+    Standing,
+    WorkerRecord,
+)
 from services.controller.core.rollout_record import Rollout
 
 
@@ -24,6 +31,10 @@ class RouteStore(Protocol):
 
     async def read_route(self, model: str) -> Route | None:
         """The route with its epoch and fence; None where nothing was written."""
+        ...
+
+    async def read_members(self, model: str) -> KnownMembers:
+        """Who is there, as far as the store knows."""
         ...
 
     async def write_route(self, model: str, epoch: int, fence: int, weights: Mapping[str, int]) -> None:

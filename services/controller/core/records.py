@@ -68,6 +68,19 @@ class BreakerRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownMembers:
+    """The members of a model that the store knows.
+
+    Attributes:
+        workers: Those that have a record.
+        gateways: Those that were seen a moment ago.
+    """
+
+    workers: frozenset[str]
+    gateways: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Standing:
     """How a controller stands that asked for the lead.
 

@@ -83,6 +83,32 @@ def step(rollout: Rollout, event: Event, fleet: Fleet, now_ms: int, findings: st
     return Step(after, _effects(rollout, after))
 
 
+def forsake(rollout: Rollout, cause: str, now_ms: int) -> Rollout:
+    """The end of a rollout that nothing can be done for: a revision that it names is gone.
+
+    Args:
+        rollout: One that has not ended.
+        cause: Why, for people.
+        now_ms: The time since the epoch.
+    """
+    now = _Now(Fleet((), 0), now_ms)
+    while not rollout.ended:
+        # By the last way out of each state, the one that leads back.
+        rollout = _enter(rollout, _WAYS_BACK[rollout.state], cause, now)
+    return rollout
+
+
+_WAYS_BACK = {
+    State.PENDING: State.ABORTED,
+    State.PREPARING: State.ABORTING,
+    State.READY: State.ABORTING,
+    State.ABORTING: State.ABORTED,
+    State.SWITCHING: State.ROLLING_BACK,
+    State.BAKING: State.ROLLING_BACK,
+    State.ROLLING_BACK: State.ROLLED_BACK,
+}
+
+
 def _effects(before: Rollout, after: Rollout) -> tuple[Effect, ...]:
     entered = after.history[len(before.history) :]
     effects: list[Effect] = [Enter(one.state.value, one.cause) for one in entered]

@@ -22,6 +22,7 @@ from services.controller.coordinator import (
 from services.controller.core.catalog import Catalog, Manifest, Revision
 from services.controller.core.commands import SendActivate, SendDrain, SendLease, SendPrepare
 from services.controller.core.member import Activated, Hello, Kind, Load, LoadReport, Presence, Ready
+from services.controller.core.ports import FenceStale
 from services.controller.core.records import Route
 from services.controller.core.residency import EventIllegal, Phase, Resident
 from tests.fakes.controller_ports import (
@@ -46,12 +47,13 @@ class Mesh:
         self.store = store or MemoryRouteStore()
         self.records = MemoryRolloutRecords()
         self.clock = FakeClock()
+        self.tenure = granted(self.store, self.clock)
         self.coordinator = Coordinator(
             self.catalog,
             self.store,
             self.records,
             self.clock,
-            granted(self.store, self.clock),
+            self.tenure,
             lease_ttl_s=LEASE_TTL_S,
             prepare_timeout_s=600.0,
         )
@@ -78,6 +80,8 @@ class Mesh:
             self.clock.seconds += TICK_S
             for worker_id, stream in speaking:
                 self.coordinator.hear(MemberKey(Kind.WORKER, worker_id), stream, LoadReport(Load(slots=8)))
+            with contextlib.suppress(StoreUnavailable, FenceStale):
+                await self.tenure.keep()
             self.coordinator.tick()
             await self.coordinator.keep_store()
 
@@ -316,7 +320,7 @@ async def test_silence_proves_nothing_while_the_lead_is_doubtful(mesh: Mesh) -> 
     await mesh.pass_time(LEASE_TTL_S + 2)
     assert not stream.ended
     mesh.store.reachable = True
-    await mesh.coordinator.keep_store()
+    await mesh.tenure.keep()
     await mesh.pass_time(LEASE_TTL_S - 1)
     assert not stream.ended
     await mesh.pass_time(1)
@@ -334,7 +338,7 @@ async def test_members_are_let_go_when_the_lead_cannot_be_renewed(mesh: Mesh) ->
     assert mesh.coordinator.deposed.is_set()
     assert STEP_DOWN_S < RECORD_TTL_S / 2
     calls = mesh.store.calls
-    await mesh.pass_time(3)
+    await mesh.coordinator.keep_store()
     assert mesh.store.calls == calls
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -15,7 +16,7 @@ from services.common.errors import StoreUnavailable
 from services.controller.adapters import file_rollouts
 from services.controller.adapters.file_rollouts import FileRolloutRecords
 from services.controller.core.ports import FenceStale
-from services.controller.core.rollout_record import Rollout, Spec, create
+from services.controller.core.rollout_record import Rollout, Spec, State, create
 
 
 def rollout(id_: str, made_ms: int = 0, model: str = "m") -> Rollout:
@@ -73,7 +74,7 @@ async def test_a_save_in_the_moment_of_a_claim_is_refused(
 async def test_one_number_is_claimed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two that saw the same directory one fails."""
     (tmp_path / "m").mkdir()
-    monkeypatch.setattr(file_rollouts, "_read_newest", lambda _: ([], ()))
+    monkeypatch.setattr(file_rollouts, "_numbers", lambda _: [])
     await FileRolloutRecords(tmp_path).claim("m", 5)
     with pytest.raises(FenceStale):
         await FileRolloutRecords(tmp_path).claim("m", 5)
@@ -112,6 +113,58 @@ async def test_damaged_records_are_passed_over(tmp_path: Path) -> None:
         claimed = await FileRolloutRecords(tmp_path).claim("m", 2)
     assert [one.id for one in claimed.rollouts] == ["good"]
     assert sorted(line["file"] for line in lines) == ["half.json", "long.json"]
+
+
+async def test_what_cannot_be_read_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record of a later version, or one that the disk refuses for a moment, is still there afterwards."""
+    first = FileRolloutRecords(tmp_path)
+    await first.claim("m", 1)
+    await first.save(rollout("a"))
+    later = json.loads((tmp_path / "m/1/a.json").read_text()) | {"id": "later", "state": "VALIDATING"}
+    (tmp_path / "m/1/later.json").write_text(json.dumps(later))
+    assert [one.id for one in (await FileRolloutRecords(tmp_path).claim("m", 2)).rollouts] == ["a"]
+    assert json.loads((tmp_path / "m/2/later.json").read_text()) == later
+    opened = Path.open
+
+    def refused(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.name == "a.json" and arguments[:1] == ("rb",):
+            raise OSError(24, "Too many open files")
+        return opened(path, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refused)
+        with pytest.raises(StoreUnavailable, match="Too many open files"):
+            await FileRolloutRecords(tmp_path).claim("m", 3)
+    assert [one.id for one in (await FileRolloutRecords(tmp_path).claim("m", 3)).rollouts] == ["a"]
+
+
+async def test_what_serves_is_kept_longer_than_what_failed(tmp_path: Path) -> None:
+    """The last that was completed says what serves, however many were aborted since."""
+    first = FileRolloutRecords(tmp_path)
+    await first.claim("m", 1)
+    await first.save(replace(rollout("done"), state=State.COMPLETED))
+    for number in range(file_rollouts.HISTORY_MAX + 5):
+        await first.save(replace(rollout(f"r{number:03}", 1 + number), state=State.ABORTED))
+    found = (await FileRolloutRecords(tmp_path).claim("m", 2)).rollouts
+    assert [found[0].id, found[1].id, len(found)] == ["done", "r005", file_rollouts.HISTORY_MAX + 1]
+
+
+async def test_a_late_claim_takes_nothing_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one claimed and saved between its copy and its name: its copy is old, whatever its number."""
+    await FileRolloutRecords(tmp_path).claim("m", 50)
+    late, other = FileRolloutRecords(tmp_path), FileRolloutRecords(tmp_path)
+    rename = Path.rename
+
+    def after_the_other(path: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        other._claim("m", 1)
+        other._save(rollout("new"))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", after_the_other)
+    with pytest.raises(FenceStale):
+        await late.claim("m", 60)
+    assert [one.id for one in (await FileRolloutRecords(tmp_path).claim("m", 61)).rollouts] == ["new"]
 
 
 async def test_a_claim_that_was_cut_leaves_the_records(

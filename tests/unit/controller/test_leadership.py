@@ -11,9 +11,10 @@ import pytest
 
 from services.common.errors import NotLeader, RolloutRefused, StoreUnavailable
 from services.controller.coordinator import Coordinator, Leadership, Tenure, leadership
+from services.controller.coordinator import tenure as tenure_module
 from services.controller.core.catalog import Catalog, Manifest, Revision
 from services.controller.core.election import Election
-from services.controller.core.records import Standing
+from services.controller.core.records import Claimed, Standing
 from services.controller.core.rollout_events import Cancelled
 from services.controller.core.rollout_record import Spec, State
 from tests.fakes.controller_ports import (
@@ -55,6 +56,11 @@ class OneTerm:
     """What exists while a controller leads."""
 
     coordinator: Coordinator
+    closed: bool = False
+
+    def close(self) -> None:
+        """Remembers it."""
+        self.closed = True
 
 
 class Controller:
@@ -65,6 +71,7 @@ class Controller:
         self.lead = MemoryLead(store, name)
         self.terms: list[OneTerm] = []
         self.told: list[bool] = []
+        self.records = MemoryRolloutRecords()
         self._store = store
         self.leadership = Leadership(
             self.lead, self._begin, self.clock, ttl_s=LEAD_TTL_S, on_change=self._on_change
@@ -76,7 +83,7 @@ class Controller:
         coordinator = Coordinator(
             catalog,
             self._store,
-            MemoryRolloutRecords(),
+            self.records,
             self.clock,
             tenure,
             lease_ttl_s=5.0,
@@ -112,6 +119,7 @@ async def until(holds: Callable[[], bool]) -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks follow each other at once."""
     monkeypatch.setattr(leadership, "LOOK_S", 0.01)
+    monkeypatch.setattr(tenure_module, "RENEW_S", 0.05)
 
 
 async def test_one_leads_and_the_other_says_so() -> None:
@@ -160,6 +168,7 @@ async def test_a_later_time_of_leading_begins_afresh() -> None:
         await until(lambda: first.told == [True, False, True])
         old, new = first.terms
         assert old.coordinator.deposed.is_set()
+        assert (old.closed, new.closed) == (True, False)
         assert new.coordinator.leading
         assert first.leadership.term is new
 
@@ -199,6 +208,46 @@ async def test_a_defect_ends_the_process() -> None:
     first.leadership._begin = broken
     with pytest.raises(RuntimeError):
         await asyncio.wait_for(first.leadership.run(), TIMEOUT_S)
+
+
+async def test_a_leader_that_cannot_begin_lets_another_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its disk does not answer, or refuses: it gives the lead back, and sits out for a while."""
+    monkeypatch.setattr(leadership, "BEGIN_S", 0.2)
+    store = MemoryRouteStore()
+    first, second = Controller("a", store), Controller("b", store)
+
+    class NoRecords(MemoryRolloutRecords):
+        async def claim(self, model: str, fence: int) -> Claimed:
+            raise StoreUnavailable(f"The rollouts of {model} cannot be recorded with {fence}.")
+
+    first.records = NoRecords()
+    async with running(first):
+        await until(lambda: len(first.terms) == 1)
+        async with running(second):
+            await until(lambda: second.told == [True])
+            assert True not in first.told
+            assert first.terms[0].closed
+
+
+async def test_a_slow_beginning_does_not_cost_the_lead() -> None:
+    """The lease is renewed while what exists in a time of leading is made."""
+    first = Controller("a", MemoryRouteStore())
+    kept: list[int] = []
+    keep, begin = first.lead.keep, first.leadership._begin
+
+    async def counted(fence: int) -> None:
+        kept.append(fence)
+        await keep(fence)
+
+    async def slow(tenure: Tenure) -> OneTerm:
+        await until(lambda: len(kept) >= 3)
+        return await begin(tenure)
+
+    first.lead.keep = counted  # type: ignore[method-assign]
+    first.leadership._begin = slow
+    async with running(first):
+        await until(lambda: first.told == [True])
+    assert kept[:3] == [1, 1, 1]
 
 
 def refusal(controller: Controller) -> str:

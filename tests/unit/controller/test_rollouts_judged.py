@@ -181,6 +181,7 @@ async def test_the_next_controller_judges_by_what_it_hears(world: World) -> None
     await later.settle()
     for name in "ab":
         later.attach(name)
+    await later.settle()
     heir = Gateway(later)
     heir.count(later.new, finished=10)
     await later.settle(2)

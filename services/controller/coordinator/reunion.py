@@ -1,0 +1,57 @@
+"""The members' return to a new leader. Owns: until when a rollout is not judged by who is there.
+
+The first worker that comes back is not the fleet: a rollout that waits for all of them would take it for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from services.common.clock import Clock
+from services.controller.core.member import Kind, Member, Presence
+from services.controller.core.ports import RouteStore
+
+# How many leases of a member those who were there before are waited for.
+PATIENCE_LEASES = 2
+
+
+class Reunion:
+    """Waits for those whom the store knows.
+
+    Args:
+        model: The model.
+        store: Where the members of the controller before stand.
+        clock: The time.
+        lease_ttl_s: How long a member may be silent.
+    """
+
+    def __init__(self, model: str, store: RouteStore, clock: Clock, lease_ttl_s: float) -> None:
+        self._model = model
+        self._store = store
+        self._clock = clock
+        self._patience_s = PATIENCE_LEASES * lease_ttl_s
+        self._expected: set[tuple[Kind, str]] = set()
+        self._until_s: float | None = None
+        self._over = False
+
+    async def begin(self) -> None:
+        """Reads, once, who was there.
+
+        Raises:
+            StoreUnavailable: The store cannot be reached.
+        """
+        if self._until_s is not None:
+            return
+        known = await self._store.read_members(self._model)
+        self._expected = {(Kind.WORKER, name) for name in known.workers}
+        self._expected |= {(Kind.GATEWAY, name) for name in known.gateways}
+        self._until_s = self._clock.monotonic() + self._patience_s
+
+    def is_over(self, members: Iterable[Member]) -> bool:
+        """Whether all have come, and a worker is among them, or they were waited for long enough."""
+        if self._over or self._until_s is None:
+            return self._over
+        here = {(one.kind, one.id) for one in members if one.presence is Presence.ATTACHED}
+        complete = self._expected <= here and any(kind is Kind.WORKER for kind, _ in here)
+        self._over = complete or self._clock.monotonic() >= self._until_s
+        return self._over

@@ -1,0 +1,268 @@
+"""What a new leader finds, and what the old one still does: rollouts over the end of a time of leading."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from services.common.errors import RevisionInUse
+from services.controller.adapters.file_rollouts import FileRolloutRecords
+from services.controller.core.member import Hello, Kind
+from services.controller.core.ports import FenceStale
+from services.controller.core.records import Route
+from services.controller.core.residency import Phase, Resident
+from services.controller.core.rollout_events import Paused
+from services.controller.core.rollout_record import Rollout, Spec, State, Strategy
+from tests.fakes.controller_ports import FakeStream, MemoryLead, MemoryRouteStore
+from tests.fixtures.rollout_world import World
+
+
+async def pair(store: MemoryRouteStore | None = None, weights_bytes: int = 0, memory_bytes: int = 0) -> World:
+    """A world with two workers that serve the old revision."""
+    world = World(store, weights_bytes=weights_bytes)
+    await world.settle()
+    for name in "ab":
+        world.attach(name, memory_bytes)
+    await world.settle()
+    return world
+
+
+def heir_of(world: World, *, without: str = "", weights_bytes: int = 0) -> World:
+    """The next controller over the same store and records, before any member has come to it."""
+    heir = World(world.store, world.records, weights_bytes=weights_bytes)
+    heir.clock.seconds = world.clock.seconds
+    if without:
+        heir.catalog.forget("m", without)
+    return heir
+
+
+def come(world: World, name: str, *, ready: bool) -> None:
+    """A worker attaches again, with the old revision and perhaps the new one."""
+    stream = FakeStream()
+    world.workers[name], world.heard[name] = stream, 0
+    world.held[name] = {world.old, world.new} if ready else {world.old}
+    residents = {revision: Resident(Phase.ACTIVE) for revision in world.held[name]}
+    world.coordinator.attach(Hello(Kind.WORKER, name, "i0", "h:1", 8, (), residents), stream)
+
+
+async def test_the_first_worker_that_comes_back_is_not_the_fleet() -> None:
+    """All were to be ready: one that is, while the other is not back yet, does not switch the route."""
+    world = await pair()
+    world.lazy = {"b"}
+    await world.start(bake_s=600.0)
+    await world.settle(3)
+    heir = heir_of(world)
+    await heir.settle()
+    come(heir, "a", ready=True)
+    await heir.settle(2)
+    assert (heir.rollout.state, heir.route) == (State.PREPARING, {world.old: 100})
+    come(heir, "b", ready=False)
+    heir.lazy = {"b"}
+    await heir.settle(2)
+    assert heir.rollout.state is State.PREPARING
+    heir.lazy = set()
+    come(heir, "b", ready=True)
+    await heir.settle(2)
+    assert (heir.rollout.state, heir.route) == (State.BAKING, {world.new: 100})
+
+
+async def test_gateways_are_waited_for_as_well() -> None:
+    """One that has not fetched the tokenizer yet may only be on its way back."""
+    world = await pair()
+    world.lazy = {"b"}
+    await world.start(bake_s=600.0)
+    await world.settle(3)
+    world.store.gateways = {"g"}
+    heir = heir_of(world)
+    await heir.settle()
+    come(heir, "a", ready=True)
+    come(heir, "b", ready=True)
+    await heir.settle(2)
+    assert heir.states[-1] is State.PREPARING
+    heir.attach_gateway("g", "x")
+    await heir.settle(2)
+    assert heir.rollout.state is State.BAKING
+
+
+async def test_nobody_is_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was there and does not come back in two of its leases is gone."""
+    world = await pair()
+    await world.start(bake_s=600.0)
+    heir = heir_of(world)
+    monkeypatch.setattr(heir.coordinator._reunion, "_patience_s", 10.0)
+    await heir.settle()
+    come(heir, "a", ready=True)
+    await heir.settle(9)
+    assert heir.states[-1] is State.PENDING
+    await heir.settle(2)
+    assert heir.rollout.state is State.BAKING
+
+
+async def test_auto_is_not_decided_before_anybody_is_there() -> None:
+    """Two copies do not fit; an empty fleet would not object to them."""
+    world = await pair(weights_bytes=60, memory_bytes=100)
+    await world.start(strategy=Strategy.AUTO)
+    heir = heir_of(world, weights_bytes=60)
+    await heir.settle()
+    for name in "ab":
+        heir.attach(name, 100)
+    await heir.settle()
+    assert heir.rollout.strategy is Strategy.SWAP
+
+
+async def test_a_rollout_to_a_revision_that_is_gone_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was damaged on disk, perhaps: nobody can lead it on, and the mesh serves what it served."""
+    world = await pair()
+    await world.start(bake_s=600.0)
+    await world.settle(2)
+    assert world.rollout.state is State.BAKING
+    heir = heir_of(world, without=world.new)
+    await heir.settle()
+    assert heir.states[-2:] == [State.ROLLING_BACK, State.ROLLED_BACK]
+    assert "is not registered any more" in heir.rollout.history[-1].cause
+    for name in "ab":
+        heir.attach(name)
+    await heir.settle(2)
+    assert heir.route == {world.old: 100}
+    monkeypatch.undo()
+
+
+async def test_what_serves_is_registered() -> None:
+    """A rollout that completed names what serves, unless that is gone."""
+    world = await pair()
+    await world.start(bake_s=0.0)
+    await world.settle(3)
+    assert world.rollout.state is State.COMPLETED
+    heir = heir_of(world, without=world.new)
+    await heir.settle()
+    assert heir.coordinator.plan is not None
+    assert heir.coordinator.plan.wanted == world.old
+    heir.attach("c")
+    await heir.settle()
+    assert heir.held["c"] == {world.old}
+
+
+async def test_a_revision_is_used_while_its_rollout_is_made() -> None:
+    """The record takes its time; a delete in between would leave a rollout to nothing."""
+    world = await pair()
+    gate, save = asyncio.Event(), world.records.save
+
+    async def slow(rollout: Rollout) -> None:
+        await gate.wait()
+        await save(rollout)
+
+    world.records.save = slow  # type: ignore[method-assign]
+    making = asyncio.create_task(world.start())
+    await asyncio.sleep(0)
+    with pytest.raises(RevisionInUse):
+        world.coordinator.check_unused("m", world.new)
+    gate.set()
+    await making
+    with pytest.raises(RevisionInUse):
+        world.coordinator.check_unused("m", world.new)
+
+
+async def on_a_slow_disk(world: World, directory: Path, patch: pytest.MonkeyPatch) -> FileRolloutRecords:
+    """Gives a world records in files, on a disk that takes its time."""
+    records, sync = FileRolloutRecords(directory), os.fsync
+    await records.claim("m", 1)
+    world.coordinator.rollouts._records = records
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.15)
+        sync(descriptor)
+
+    patch.setattr(os, "fsync", slow)
+    return records
+
+
+async def test_a_caller_that_goes_away_leaves_no_ghost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is on disk and what is known are the same, whenever the call was cancelled."""
+    world = await pair()
+    await on_a_slow_disk(world, tmp_path, monkeypatch)
+    made = asyncio.create_task(world.coordinator.start_rollout("r", Spec(model="m", revision=world.new)))
+    await asyncio.sleep(0.05)
+    made.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await made
+    claimed = await FileRolloutRecords(tmp_path).claim("m", 9)
+    assert world.coordinator.rollouts.all == claimed.rollouts
+    assert len(claimed.rollouts) == 1
+
+
+async def test_a_caller_that_goes_away_deposes_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its write ends before the next one begins."""
+    world = await pair()
+    await on_a_slow_disk(world, tmp_path, monkeypatch)
+    await world.coordinator.start_rollout("r", Spec(model="m", revision=world.new))
+    world.lazy = {"a", "b"}
+    await world.coordinator.keep_store()
+    told = asyncio.create_task(world.coordinator.tell_rollout("r", Paused()))
+    await asyncio.sleep(0.05)
+    told.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await told
+    await world.coordinator.tell_rollout("r", Paused())
+    assert not world.coordinator.deposed.is_set()
+    assert world.rollout.paused
+
+
+async def test_a_worker_that_breaks_off_while_it_is_relieved_is_asked_later() -> None:
+    """Its stream ends between the store's consent and the word to it."""
+    world = await pair()
+    await world.start(bake_s=0.0)
+    unready, broken = world.store.unready, set()
+
+    async def breaking(
+        model: str, worker_id: str, revision: str, fence: int, *, routed: bool = False
+    ) -> bool:
+        consent = await unready(model, worker_id, revision, fence, routed=routed)
+        if consent and worker_id not in broken:
+            broken.add(worker_id)
+            world.coordinator.detach(world.key(worker_id), world.workers.pop(worker_id), farewell=False)
+        return consent
+
+    world.store.unready = breaking  # type: ignore[method-assign]
+    await world.settle(3)
+    assert broken == {"a", "b"}
+    for name in sorted(broken):
+        come(world, name, ready=True)
+    await world.settle(3)
+    assert world.held == {"a": {world.new}, "b": {world.new}}
+
+
+async def test_a_number_that_a_member_told_is_backed_before_it_is_used() -> None:
+    """A stale leader that hears of its successor's number must not write with one above it."""
+
+    class Fenced(MemoryRouteStore):
+        def _check(self, fence: int | None = None) -> None:
+            super()._check()
+            known = max(self.led_with, self.route.fence if self.route else 0)
+            if fence is not None and fence < known:
+                raise FenceStale
+
+    store = Fenced()
+    stale = await pair(store)
+    successor = MemoryLead(store, "successor").grant()
+    assert store.route is not None
+    switched = store.route = Route(store.route.epoch + 1, successor, {stale.new: 100})
+    read = store.read_route
+
+    async def met(model: str) -> Route | None:
+        stored = await read(model)
+        hello = Hello(Kind.WORKER, "c", "y", "h:2", 8, (), {}, 0, successor)
+        stale.coordinator.attach(hello, FakeStream())
+        return stored
+
+    store.read_route = met  # type: ignore[method-assign]
+    await stale.coordinator.keep_store(renew=False)
+    assert store.route == switched
+    assert stale.coordinator.deposed.is_set()
