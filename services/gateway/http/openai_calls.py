@@ -108,6 +108,7 @@ def _chat_choice(reception: Reception, head: Head, asked: OpenAiRequest, said: S
     if asked.tools:
         ids = _call_ids(head, said.finished.sequence)
         text, calls = tool_calls.read_calls(text, asked.tools, ids, forced=asked.forced)
+        calls = _wanted(asked, calls)
     scores = None
     if asked.generation.logprobs is not None:
         scores = openai.chat_logprobs(said.chunks, _decode(reception, head))
@@ -166,6 +167,7 @@ class _ChatChoice:
     def _end(self, finished: Finished) -> Iterator[bytes]:
         asked, head = self._asked, self.head
         text, calls = self._text.end()
+        calls = _wanted(asked, calls)
         if text:
             yield openai.chat_text(head, self.index, text, None, usage=asked.usage)
         if calls:
@@ -228,6 +230,10 @@ def _decode(reception: Reception, head: Head) -> Decode:
     if decode is None:
         raise InternalError("The model was replaced while it answered.")
     return decode
+
+
+def _wanted(asked: OpenAiRequest, calls: list[ToolCall]) -> list[ToolCall]:
+    return calls[:1] if asked.single else calls
 
 
 def _call_ids(head: Head, index: int) -> str:

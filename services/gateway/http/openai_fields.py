@@ -43,6 +43,7 @@ class OpenAiRequest:
         usage: Whether a stream tells the usage at its end.
         tools: The names of the functions that the model may call.
         forced: Whether it must call one.
+        single: Whether it may call no more than one.
         echo: What is said again before the completion of a text.
     """
 
@@ -51,6 +52,7 @@ class OpenAiRequest:
     usage: bool = False
     tools: frozenset[str] = frozenset()
     forced: bool = False
+    single: bool = False
     echo: str = ""
 
     @property
@@ -84,6 +86,7 @@ def read_chat(body: bytes, content_type: str) -> OpenAiRequest:
         usage=read.get("stream_options", False),
         tools=frozenset(tool.name for tool in tools),
         forced=forced,
+        single=not read.get("parallel_tool_calls", True),
     )
 
 
@@ -322,7 +325,7 @@ _CHAT_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "response_format": _response_format,
     "tools": _tools,
     "tool_choice": _tool_choice,
-    "parallel_tool_calls": _ignored,
+    "parallel_tool_calls": native_fields.read_boolean,
     "metadata": _ignored,
     "store": _ignored,
     "service_tier": _ignored,
