@@ -154,6 +154,11 @@ def read_schema(name: str, value: Any) -> str:
     return json.dumps(read_map(name, value), ensure_ascii=False, separators=(",", ":"))
 
 
+def ignore(name: str, value: Any) -> None:
+    """Anything: a field that changes nothing which could be promised."""
+    del name, value
+
+
 FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "request_id": read_text,
     "model": read_text,

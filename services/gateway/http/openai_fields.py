@@ -69,7 +69,7 @@ def read_chat(body: bytes, content_type: str) -> OpenAiRequest:
         ArgumentInvalid: It is not JSON, or a field is unknown, missing or of the wrong type.
         FeatureUnsupported: A field is known and not served.
     """
-    read = _read(body, content_type, _CHAT_FIELDS, _CHAT_REFUSED, ("model", "messages"))
+    read = _read(body, content_type, CHAT_FIELDS, _CHAT_REFUSED, ("model", "messages"))
     tools, forced = tool_calls.chosen(read.get("tools", ()), read.get("tool_choice", "auto"))
     turns: list[Message] = list(read["messages"])
     if tools and not forced:
@@ -92,7 +92,7 @@ def read_chat(body: bytes, content_type: str) -> OpenAiRequest:
 
 def read_completion(body: bytes, content_type: str) -> OpenAiRequest:
     """Returns what a body of `/v1/completions` asks for; raises as `read_chat`."""
-    read = _read(body, content_type, _TEXT_FIELDS, _TEXT_REFUSED, ("model", "prompt"))
+    read = _read(body, content_type, TEXT_FIELDS, _TEXT_REFUSED, ("model", "prompt"))
     prompt: Prompt = read["prompt"]
     # This API generates 16 tokens where nothing is said.
     generation = _generation(read, prompt, read.get("max_tokens", 16), read.get("logprobs"), None)
@@ -294,10 +294,6 @@ def _zero_seed(name: str, value: Any) -> int:
     return number % 2**64 if -(2**63) <= number < 2**63 else number
 
 
-def _ignored(name: str, value: Any) -> None:
-    del name, value
-
-
 _SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "logit_bias")
 
 _SHARED_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
@@ -313,10 +309,10 @@ _SHARED_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "n": native_fields.read_int32,
     "stream": native_fields.read_boolean,
     "stream_options": _stream_options,
-    "user": _ignored,
+    "user": native_fields.ignore,
 }
 
-_CHAT_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
+CHAT_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     **_SHARED_FIELDS,
     "messages": _messages,
     "max_completion_tokens": native_fields.read_int32,
@@ -326,19 +322,19 @@ _CHAT_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "tools": _tools,
     "tool_choice": _tool_choice,
     "parallel_tool_calls": native_fields.read_boolean,
-    "metadata": _ignored,
-    "store": _ignored,
-    "service_tier": _ignored,
-    "safety_identifier": _ignored,
-    "prompt_cache_key": _ignored,
-    "prompt_cache_retention": _ignored,
-    "reasoning_effort": _ignored,
+    "metadata": native_fields.ignore,
+    "store": native_fields.ignore,
+    "service_tier": native_fields.ignore,
+    "safety_identifier": native_fields.ignore,
+    "prompt_cache_key": native_fields.ignore,
+    "prompt_cache_retention": native_fields.ignore,
+    "reasoning_effort": native_fields.ignore,
 }
 _CHAT_REFUSED = frozenset(
     {"audio", "modalities", "functions", "function_call", "prediction", "web_search_options", "verbosity"}
 )
 
-_TEXT_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
+TEXT_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     **_SHARED_FIELDS,
     "prompt": _prompt,
     "logprobs": native_fields.read_int32,

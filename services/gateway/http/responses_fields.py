@@ -121,9 +121,9 @@ def _value(name: str, value: Any) -> Any:
         return None
     if name in _REFUSED or name in _EMPTY_OR_REFUSED:
         raise FeatureUnsupported(f"{name}: is not served here.")
-    if name not in _FIELDS:
+    if name not in FIELDS:
         raise ArgumentInvalid(f"{shown(name)}: is not a field of this request.")
-    return _FIELDS[name](name, value)
+    return FIELDS[name](name, value)
 
 
 def _input(name: str, value: Any) -> tuple[Message, ...]:
@@ -202,11 +202,7 @@ def _text(name: str, value: Any) -> OutputFormat | None:
     )
 
 
-def _ignored(name: str, value: Any) -> None:
-    del name, value
-
-
-_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
+FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "model": native_fields.read_text,
     "input": _input,
     "instructions": native_fields.read_text,
@@ -231,6 +227,6 @@ _FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
             "stream_options",
             "truncation",
         ),
-        _ignored,
+        native_fields.ignore,
     ),
 }
