@@ -169,10 +169,10 @@ def _message(name: str, value: Any) -> Message:
             raise FeatureUnsupported(f"{name}.{key}: is not served here.")
         if key not in _MESSAGE_FIELDS:
             raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of a message.")
-    calls = _said_calls(f"{name}.tool_calls", fields.get("tool_calls") or [])
+    calls = _said_calls(f"{name}.tool_calls", native_fields.given(fields, "tool_calls", []))
     if fields.get("content") is None and not calls:
         raise ArgumentInvalid(f"{name}.content: is missing.")
-    content = _content(f"{name}.content", fields.get("content") or "")
+    content = _content(f"{name}.content", native_fields.given(fields, "content", ""))
     if role in {"tool", "function"}:
         return Message("user", tool_calls.said_result(content))
     words = "\n".join(part for part in (content, calls) if part)
@@ -243,7 +243,7 @@ def _response_format(name: str, value: Any) -> OutputFormat | None:
         raise ArgumentInvalid(f"{name}.type: must be text, json_object or json_schema.")
     form = native_fields.read_map(f"{name}.json_schema", fields.get("json_schema"))
     native_fields.read_text(f"{name}.json_schema.name", form.get("name"))
-    schema = form.get("schema") or {"type": "object"}
+    schema = native_fields.given(form, "schema", {"type": "object"})
     return OutputFormat(
         FormatKind.JSON_SCHEMA, (native_fields.read_schema(f"{name}.json_schema.schema", schema),)
     )
@@ -259,11 +259,12 @@ def _tool(name: str, value: Any) -> Tool:
     if kind != "function":
         raise FeatureUnsupported(f"{name}.type: tools of type {shown(kind)} are not served here.")
     function = native_fields.read_map(f"{name}.function", fields.get("function"))
-    parameters = function.get("parameters")
+    description = native_fields.given(function, "description", "")
+    parameters = native_fields.given(function, "parameters", {})
     return Tool(
         native_fields.read_text(f"{name}.function.name", function.get("name")),
-        native_fields.read_text(f"{name}.function.description", function.get("description") or ""),
-        {} if parameters is None else native_fields.read_map(f"{name}.function.parameters", parameters),
+        native_fields.read_text(f"{name}.function.description", description),
+        native_fields.read_map(f"{name}.function.parameters", parameters),
     )
 
 

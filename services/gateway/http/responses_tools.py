@@ -78,11 +78,10 @@ def _tool(name: str, value: Any) -> Tool:
             native_fields.read_boolean(f"{name}.{flag}", fields[flag])
     if fields.get("defer_loading"):
         raise FeatureUnsupported(f"{name}.defer_loading: is not served here; leave it out.")
-    description, parameters = fields.get("description"), fields.get("parameters")
     return Tool(
         native_fields.read_text(f"{name}.name", fields.get("name")),
-        "" if description is None else native_fields.read_text(f"{name}.description", description),
-        {} if parameters is None else native_fields.read_map(f"{name}.parameters", parameters),
+        native_fields.read_text(f"{name}.description", native_fields.given(fields, "description", "")),
+        native_fields.read_map(f"{name}.parameters", native_fields.given(fields, "parameters", {})),
     )
 
 
