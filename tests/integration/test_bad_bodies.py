@@ -9,117 +9,21 @@ import asyncio
 import gzip
 import json
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from deploy.envoy.routes import BODY_BYTES_MAX
-from services.gateway.http import anthropic_fields, native_fields, openai_fields, responses_fields
-from tests.fakes.scripted_worker import MESH_TOKEN, Script
-from tests.fixtures.edge import Reply, ask
+from services.gateway.http import native_fields
+from tests.fakes.scripted_worker import Script
+from tests.fixtures.bad_bodies import ANSWER, APIS, PRIVATE, Api, World, check_next, message_of
+from tests.fixtures.edge import ask
 from tests.fixtures.gateway_edge import envoy_before
-from tests.fixtures.gateway_world import MODEL, SECRET, GatewayWorld, make_token, open_gateway
+from tests.fixtures.gateway_world import SECRET, make_token, open_gateway
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-# Stands in what is sent and must stand in nothing that is told.
-PRIVATE = "a-prompts-own-words"
-ANSWER = "fine"
-
-
-@dataclass(frozen=True, slots=True)
-class Api:
-    """One path that takes a body.
-
-    Attributes:
-        path: Where.
-        shape: Whose errors it has.
-        good: A body that is answered.
-        fields: What it reads, by name.
-    """
-
-    path: str
-    shape: str
-    good: Mapping[str, Any]
-    fields: Mapping[str, Any]
-
-    def with_text(self, text: str) -> bytes:
-        """The good body with another prompt."""
-        return json.dumps(self.good).replace(PRIVATE, text).encode()
-
-
-_TURNS = [{"role": "user", "content": PRIVATE}]
-APIS = (
-    Api("/v1/generate", "native", {"text": PRIVATE}, native_fields.FIELDS),
-    Api("/v1/chat/completions", "openai", {"model": MODEL, "messages": _TURNS}, openai_fields.CHAT_FIELDS),
-    Api("/v1/completions", "openai", {"model": MODEL, "prompt": PRIVATE}, openai_fields.TEXT_FIELDS),
-    Api("/v1/responses", "openai", {"model": MODEL, "input": PRIVATE}, responses_fields.FIELDS),
-    Api(
-        "/v1/messages",
-        "anthropic",
-        {"model": MODEL, "messages": _TURNS, "max_tokens": 9},
-        anthropic_fields.FIELDS,
-    ),
-    Api(
-        "/v1/messages/count_tokens",
-        "anthropic",
-        {"model": MODEL, "messages": _TURNS},
-        {name: anthropic_fields.FIELDS[name] for name in anthropic_fields.COUNTED},
-    ),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """A gateway behind Envoy, and somebody whom nobody should visit."""
-
-    gateway: GatewayWorld
-    address: str
-    stranger: socket.socket
-
-    async def post(self, path: str, body: bytes, **headers: str) -> Reply:
-        """One request; with a good token and JSON's content type unless said otherwise."""
-        sent = {"authorization": f"Bearer {make_token()}", "content-type": "application/json"}
-        sent |= {name.replace("_", "-"): value for name, value in headers.items()}
-        return await asyncio.to_thread(ask, self.address, "POST", path, body, sent)
-
-    def check_error(self, shape: str, status: int, reply: Reply, *, told: str = "") -> None:
-        """Fails unless a reply is an error of that shape and status, which says `told`, nothing internal."""
-        found, headers, body = reply
-        assert found == status, body
-        assert headers["content-type"] == "application/json"
-        assert headers["x-request-id"]
-        assert not any(name.startswith(("x-envoy", "x-interlock-status")) for name in headers)
-        message = message_of(shape, json.loads(body))
-        assert told in message
-        for internal in (*self.internal, PRIVATE):
-            assert internal not in body.decode(), internal
-
-    @property
-    def internal(self) -> tuple[str, ...]:
-        """What no caller is told."""
-        places = ("Traceback", ".py", "127.0.0.1", "GatewayHttpService", "upstream", "grpc", str(Path.cwd()))
-        return (*places, SECRET, MESH_TOKEN, make_token().rpartition(".")[0], "w1")
-
-
-def message_of(shape: str, body: Any) -> str:
-    """The message of an error, which has exactly the fields that the API's errors have."""
-    error = body["error"]
-    match shape:
-        case "openai":
-            assert (set(body), set(error)) == ({"error"}, {"message", "type", "param", "code"})
-        case "anthropic":
-            assert (set(body), set(error)) == ({"type", "error", "request_id"}, {"type", "message"})
-            assert body["type"] == "error"
-        case _:
-            assert set(body) == {"error"}
-            assert set(error) - {"retry_after_ms"} == {"code", "reason", "message", "request_id"}
-    assert isinstance(error["message"], str)
-    return str(error["message"])
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -149,13 +53,6 @@ def _nothing_private_in_the_log(capfd: pytest.CaptureFixture[str]) -> Iterator[N
     told = "".join(capfd.readouterr())
     for secret in (PRIVATE, make_token().rpartition(".")[0], SECRET):
         assert secret not in told
-
-
-async def check_next(world: World, api: Api) -> None:
-    """The next request is answered."""
-    status, _, body = await world.post(api.path, json.dumps(api.good).encode())
-    assert status == 200, body
-    assert (b"input_tokens" if api.path.endswith("count_tokens") else ANSWER.encode()) in body
 
 
 def with_more(api: Api, more: str) -> bytes:
@@ -242,6 +139,57 @@ async def test_what_is_false_is_not_absent(world: World, name: str) -> None:
     await check_next(world, api)
 
 
+_HUGE = {"title": "x" * 70_000}
+BOUNDS: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]] = {
+    "/v1/generate": [("max_tokens", {"max_tokens": 0}), ("n", {"n": 9}), ("stop", {"stop": [""]})],
+    "/v1/chat/completions": [
+        ("max_tokens", {"max_tokens": 0}),
+        ("max_completion_tokens", {"max_completion_tokens": 0}),
+        ("max_completion_tokens", {"max_completion_tokens": 10**6}),
+        ("top_logprobs", {"logprobs": True, "top_logprobs": 99}),
+        ("messages", {"messages": [{"role": "user", "content": "a"}] * 2_000}),
+        ("tools", {"tools": _tool(parameters=_HUGE), "tool_choice": "required"}),
+    ],
+    "/v1/completions": [
+        ("prompt", {"prompt": ""}),
+        ("prompt", {"prompt": []}),
+        ("logprobs", {"logprobs": 99}),
+    ],
+    "/v1/responses": [
+        ("max_output_tokens", {"max_output_tokens": 0}),
+        ("max_output_tokens", {"max_output_tokens": 10**6}),
+        ("input", {"input": [{"role": "user", "content": "a"}] * 2_000}),
+        ("temperature", {"temperature": 9}),
+        (
+            "tools",
+            {"tools": [{"type": "function", "name": "f", "parameters": _HUGE}], "tool_choice": "required"},
+        ),
+    ],
+    "/v1/messages": [
+        ("max_tokens", {"max_tokens": 0}),
+        ("stop_sequences", {"stop_sequences": [""]}),
+        ("stop_sequences", {"stop_sequences": ["a"] * 5}),
+        ("tools", {"tools": [{"name": "f", "input_schema": _HUGE}], "tool_choice": {"type": "any"}}),
+    ],
+}
+BOUND = [
+    pytest.param(api, name, fields, id=f"{api.path} {fields}"[:80])
+    for api in APIS
+    for name, fields in BOUNDS.get(api.path, ())
+]
+
+
+@pytest.mark.parametrize(("api", "name", "fields"), BOUND)
+async def test_a_field_out_of_its_bounds(world: World, api: Api, name: str, fields: Any) -> None:
+    """400, and the message begins with the name that the field has in this API, as `param` has it there."""
+    reply = await world.post(api.path, json.dumps({**api.good, **fields}).encode())
+    world.check_error(api.shape, 400, reply, told=f"{name}: ")
+    error = json.loads(reply[2])["error"]
+    assert error["message"].startswith(f"{name}: ")
+    assert error.get("param", name) == name
+    await check_next(world, api)
+
+
 @pytest.mark.parametrize(
     "content_type",
     ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b", "x"],
@@ -301,30 +249,37 @@ async def test_an_image_or_a_file_behind_a_url(world: World, api: Api, part: Any
         world.stranger.accept()
 
 
-def _schema_in(api: Api, schema: Any) -> Mapping[str, Any] | None:
-    """The fields that hold an answer to a schema."""
-    match api.path:
-        case "/v1/generate":
-            return {"format": {"json_schema": schema}}
-        case "/v1/chat/completions":
-            form = {"name": "n", "schema": schema}
-            return {"response_format": {"type": "json_schema", "json_schema": form}}
-        case "/v1/responses":
-            return {"text": {"format": {"type": "json_schema", "name": "n", "schema": schema}}}
-        case "/v1/messages":
-            return {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
-    return None
+# The field that holds an answer to a schema, in each API that has one.
+HELD = {
+    "/v1/generate": "format.json_schema",
+    "/v1/chat/completions": "response_format.json_schema.schema",
+    "/v1/responses": "text.format.schema",
+    "/v1/messages": "output_config.format.schema",
+}
 
 
-HELD = [api for api in APIS if _schema_in(api, {})]
+def _at(place: str, schema: Any) -> dict[str, Any]:
+    """The fields of a request that hold its answer to a schema, at the place of that name."""
+    outer, inner, *rest = place.split(".")
+    match rest:
+        case []:
+            return {outer: {inner: schema}}
+        case ["schema"] if inner == "format":
+            return {outer: {inner: {"type": "json_schema", "name": "n", "schema": schema}}}
+    return {outer: {"type": "json_schema", inner: {"name": "n", "schema": schema}}}
 
 
-@pytest.mark.parametrize("api", HELD, ids=lambda api: api.path)
+@pytest.mark.parametrize("path", HELD)
 @pytest.mark.parametrize("schema", [7, [], "{", {"title": "x" * 70_000}], ids=["7", "[]", "text", "huge"])
-async def test_a_schema_that_is_none(world: World, api: Api, schema: Any) -> None:
+async def test_a_schema_that_is_none(world: World, path: str, schema: Any) -> None:
     """400 before anything is compiled: no object, no JSON, and one that is too large."""
-    body = json.dumps({**api.good, **(_schema_in(api, schema) or {})}).encode()
-    world.check_error(api.shape, 400, await world.post(api.path, body), told="schema")
+    api = next(one for one in APIS if one.path == path)
+    fields = _at(HELD[path], schema)
+    if api.shape == "anthropic":
+        # The vendor's formats have no name.
+        del fields["output_config"]["format"]["name"]
+    reply = await world.post(path, json.dumps({**api.good, **fields}).encode())
+    world.check_error(api.shape, 400, reply, told=f"{HELD[path]}: ")
     await check_next(world, api)
 
 
@@ -353,10 +308,13 @@ async def test_headers_that_are_too_large(world: World, api: Api) -> None:
     await check_next(world, api)
 
 
+# A count reaches no worker.
+WORKED = [api for api in APIS if not api.path.endswith("count_tokens")]
+
+
+@pytest.mark.parametrize("api", WORKED, ids=lambda api: api.path)
 async def test_special_tokens_in_a_text_are_text(world: World, api: Api) -> None:
     """What looks like a mark of the template is read as its characters."""
-    if api.path.endswith("count_tokens"):
-        pytest.skip("no worker hears of a count")
     worker = world.gateway.workers["w1"]
     status, _, _ = await world.post(api.path, api.with_text("<|im_end|>"))
     assert status == 200

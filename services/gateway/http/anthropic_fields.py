@@ -7,7 +7,7 @@ Must not know: the bounds of values; `core.validation` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from services.common.conversation import Message
@@ -44,6 +44,7 @@ class MessagesRequest:
         tools: The names of the tools that the model may call.
         forced: Whether it must call one.
         single: Whether it may call no more than one.
+        names: What fields are called here, by their names inside.
     """
 
     generation: GenerationRequest
@@ -51,6 +52,7 @@ class MessagesRequest:
     tools: frozenset[str] = frozenset()
     forced: bool = False
     single: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_messages(body: bytes, content_type: str) -> MessagesRequest:
@@ -89,6 +91,10 @@ def read_messages(body: bytes, content_type: str) -> MessagesRequest:
         tools=frozenset(tool.name for tool in tools),
         forced=forced,
         single=read.get("tool_choice", Choice()).single,
+        names={
+            "format.json_schema": "tools" if forced else "output_config.format.schema",
+            "stop": "stop_sequences",
+        },
     )
 
 

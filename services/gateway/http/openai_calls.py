@@ -91,6 +91,7 @@ async def _open(
     metadata = _metadata(context)
     principal = reception.authenticate(metadata, GENERATE_SCOPE)
     asked = read(request.data, request.content_type)
+    reply.names = asked.names
     logs.annotate(request_id=reply.request_id, subject=principal.subject)
     timeout_s = reception.timeout_s(metadata, context.time_remaining())
     generation = await reception.generate(principal, reply.request_id, asked.generation, timeout_s)

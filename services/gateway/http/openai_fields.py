@@ -7,7 +7,7 @@ Must not know: the bounds of values; `core.validation` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from services.common.conversation import Message
@@ -45,6 +45,7 @@ class OpenAiRequest:
         forced: Whether it must call one.
         single: Whether it may call no more than one.
         echo: What is said again before the completion of a text.
+        names: What fields are called here, by their names inside.
     """
 
     generation: GenerationRequest
@@ -54,6 +55,7 @@ class OpenAiRequest:
     forced: bool = False
     single: bool = False
     echo: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def choices(self) -> int:
@@ -87,6 +89,11 @@ def read_chat(body: bytes, content_type: str) -> OpenAiRequest:
         tools=frozenset(tool.name for tool in tools),
         forced=forced,
         single=not read.get("parallel_tool_calls", True),
+        names={
+            "format.json_schema": "tools" if forced else "response_format.json_schema.schema",
+            "logprobs": "top_logprobs",
+            "max_tokens": "max_completion_tokens" if "max_completion_tokens" in read else "max_tokens",
+        },
     )
 
 
@@ -102,7 +109,11 @@ def read_completion(body: bytes, content_type: str) -> OpenAiRequest:
         raise FeatureUnsupported("echo: is served for a prompt that is text.")
     echo = prompt.text if read.get("echo") and isinstance(prompt, RawPrompt) else ""
     return OpenAiRequest(
-        generation, stream=read.get("stream", False), usage=read.get("stream_options", False), echo=echo
+        generation,
+        stream=read.get("stream", False),
+        usage=read.get("stream_options", False),
+        echo=echo,
+        names={"text": "prompt", "tokens": "prompt"},
     )
 
 

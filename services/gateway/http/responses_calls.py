@@ -27,6 +27,7 @@ async def create_response(reception: Reception, request: HttpBody, context: Cont
         metadata = tuple(context.invocation_metadata() or ())
         principal = reception.authenticate(metadata, GENERATE_SCOPE)
         asked = responses_fields.read_responses(request.data, request.content_type)
+        reply.names = asked.names
         logs.annotate(request_id=reply.request_id, subject=principal.subject)
         timeout_s = reception.timeout_s(metadata, context.time_remaining())
         generation = await reception.generate(principal, reply.request_id, asked.generation, timeout_s)

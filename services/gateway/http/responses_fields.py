@@ -7,7 +7,7 @@ Must not know: the bounds of values; `core.validation` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from services.common.conversation import Message
@@ -44,6 +44,7 @@ class ResponsesRequest:
         tools: The names of the functions that the model may call.
         forced: Whether it must call one.
         single: Whether it may call no more than one.
+        names: What fields are called here, by their names inside.
     """
 
     generation: GenerationRequest
@@ -52,6 +53,7 @@ class ResponsesRequest:
     tools: frozenset[str] = frozenset()
     forced: bool = False
     single: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_responses(body: bytes, content_type: str) -> ResponsesRequest:
@@ -89,6 +91,11 @@ def read_responses(body: bytes, content_type: str) -> ResponsesRequest:
         tools=frozenset(tool.name for tool in tools),
         forced=forced,
         single=not read.get("parallel_tool_calls", True),
+        names={
+            "format.json_schema": "tools" if forced else "text.format.schema",
+            "max_tokens": "max_output_tokens",
+            "messages": "input",
+        },
     )
 
 
