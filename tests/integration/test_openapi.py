@@ -69,22 +69,33 @@ class Asker:
 
     Attributes:
         answers: How often each operation answered with each status.
+        streams: How many answers were asked for as events, too.
     """
 
     def __init__(self) -> None:
         self.answers: Counter[tuple[str, int]] = Counter()
+        self.streams = 0
 
     def ask(self, case: Any) -> None:
         """Sends one case; fails where the answer is none that is described."""
         label = case.operation.label
         bring_home(case, ADMIN_MODEL if "/v1/admin/" in label else MODEL)
         token = dict(bearer("admin"))["authorization"] if "/v1/admin/" in label else f"Bearer {make_token()}"
-        response = case.call(headers={"authorization": token, "x-interlock-deadline": "5"})
-        self.answers[label, response.status_code] += 1
-        # What is described is 503 and 504, and 501 for what is known and not served.
         described = case.operation.definition.raw["responses"]
+        answered = self._send(case, token, described)
+        # What was answered whole can be streamed as well.
+        if answered and isinstance(case.body, dict) and "text/event-stream" in described["200"]["content"]:
+            case.body["stream"] = True
+            self.streams += self._send(case, token, described)
+
+    def _send(self, case: Any, token: str, described: Any) -> bool:
+        """Whether one case was answered, by something that is described."""
+        response = case.call(headers={"authorization": token, "x-interlock-deadline": "5"})
+        self.answers[case.operation.label, response.status_code] += 1
+        # What is described is 503 and 504, and 501 for what is known and not served.
         assert str(response.status_code) in described, (case.as_curl_command(), response.text)
         case.operation.validate_response(response)
+        return bool(response.status_code == 200)
 
     def statuses(self, label: str) -> set[int]:
         """What an operation has answered."""
@@ -138,6 +149,7 @@ async def test_generated_requests_find_no_breach(tmp_path: Path) -> None:
     for label in (label for label in SHARES if label.startswith("POST ") and "/admin/" not in label):
         assert {200, 400} <= asker.statuses(label), (label, asker.answers)
     assert 404 in asker.statuses("POST /v1/chat/completions"), asker.answers
+    assert asker.streams
     for path in ("models", "revisions", "rollouts", "workers", "breakers"):
         assert 200 in asker.statuses(f"GET /v1/admin/{path}"), asker.answers
     assert asker.answers.total() >= CASES, asker.answers

@@ -23,6 +23,13 @@ SECONDS: Schema = {"type": "number", "minimum": 0}
 OBJECT: Schema = {"type": "object"}
 NULL: Schema = {"type": "null"}
 ID: Schema = {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"}
+# One of the server-sent events that an answer may be: the document describes each, as there is no whole.
+EVENT: Schema = {
+    "type": "object",
+    "properties": {"event": TEXT, "id": TEXT, "data": TEXT},
+    "required": ["data"],
+    "description": "Each event; its data is JSON, or the vendor's mark of the end.",
+}
 TOKEN_ID: Schema = {"type": "integer", "minimum": 0, "maximum": 2**32 - 1}
 # Envoy refuses some requests before they have an id.
 REQUEST_ID: Schema = {"type": ["string", "null"]}
@@ -182,7 +189,7 @@ def operation(
     """
     content: dict[str, Any] = {"application/json": {"schema": result}} if result else {}
     if streams:
-        content["text/event-stream"] = {"schema": TEXT}
+        content["text/event-stream"] = {"schema": EVENT}
     told = {"application/json": {"schema": error}}
     failed = {str(code): {"description": why, "content": told} for code, why in errors.items()}
     taken = {"required": True, "content": {"application/json": {"schema": posted}}}
