@@ -35,6 +35,7 @@ class Target:
         address: `host:port` for clients.
         jwt_secret: What tokens are signed with.
         worker: `host:port` of its first worker.
+        workers: How many it has.
         mesh_token: What the worker believes.
         model: The name of the model.
     """
@@ -42,6 +43,7 @@ class Target:
     address: str
     jwt_secret: str
     worker: str
+    workers: int
     mesh_token: str
     model: str
 
@@ -57,7 +59,8 @@ def find() -> Target:
     if found is None:
         raise NoMesh(f"No mesh runs in {home.path}. Start one with `interlock up`, or give --up.")
     address = found.http.removeprefix("http://").rstrip("/")
-    return Target(address, home.jwt_secret, found.workers[0].address, home.mesh_token, found.model)
+    worker, workers = found.workers[0].address, len(found.workers)
+    return Target(address, home.jwt_secret, worker, workers, home.mesh_token, found.model)
 
 
 @contextmanager

@@ -13,11 +13,15 @@ _LIBRARIES = ("torch", "transformers", "bitsandbytes")
 
 def machine_line(threads: int) -> str:
     """One sentence: processor, cores, memory, libraries and the day."""
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     libraries = ", ".join(f"{name} {metadata.version(name)}" for name in _LIBRARIES)
     today = dt.datetime.now(dt.UTC).date().isoformat()
-    machine = f"{_processor()}, {os.cpu_count()} cores, {memory_gib:.0f} GiB"
-    return f"{machine}; {threads} threads; {libraries}; {today}."
+    return f"{processor_line()}; {threads} threads; {libraries}; {today}."
+
+
+def processor_line() -> str:
+    """Processor, cores and memory."""
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{_processor()}, {os.cpu_count()} cores, {memory_gib:.0f} GiB"
 
 
 def _processor() -> str:

@@ -13,6 +13,7 @@ from services.cli.failure import CommandFailed
 
 # Said here once more, since importing the modules for their own words would load torch.
 BENCHES = {
+    "edge": "the way through Envoy and HTTP beside the worker's own: first token, tokens/s",
     "engine": "the engine by batch size, beside its peers on the same work",
     "load": "a mesh under load: goodput, latencies, refusals and shares, with and without the queue",
     "mesh": "a running mesh's throughput by the number of requests at once",

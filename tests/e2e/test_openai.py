@@ -90,6 +90,30 @@ def test_a_response_is_the_same_answer(mesh: Mesh) -> None:
     assert whole == streamed == mesh.ask(QUESTION, max_tokens=32)
 
 
+def test_a_response_calls_a_tool_and_goes_on_with_its_result(mesh: Mesh) -> None:
+    """The model's own call, whole and in events; with what it came to the conversation is answered."""
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "name": "travel", "parameters": parameters, "strict": True}
+    asked = {"model": MODEL, "temperature": 0, "max_output_tokens": 32, "tools": [tool]}
+    with openai.OpenAI(base_url=f"{mesh.url}/v1", api_key=mesh.token) as client:
+        create: Any = client.responses.create
+        (call,) = create(**asked, input=QUESTION, tool_choice="required").output
+        events = list(create(**asked, input=QUESTION, tool_choice="required", stream=True))
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "You are in Paris now."}
+        turns = [{"role": "user", "content": QUESTION}, call, result]
+        answer = create(**asked, input=turns, tool_choice="none")
+    assert (call.name, json.loads(call.arguments)) == ("travel", {"city": "Paris"})
+    (streamed,) = events[-1].response.output
+    assert (streamed.name, streamed.arguments) == (call.name, call.arguments)
+    assert [item.type for item in answer.output] == ["message"]
+    assert answer.output_text
+
+
 def test_a_text_is_completed(mesh: Mesh) -> None:
     """Without the chat template, with scores."""
     with openai.OpenAI(base_url=f"{mesh.url}/v1", api_key=mesh.token) as client:

@@ -38,7 +38,7 @@ LOGPROBS_MAX = 20
 SEQUENCES_MAX = 4
 CHOICES_MAX = 256
 # Bytes of each text of a format: what a worker compiles within its bound on time.
-_FORMAT_BYTES_MAX = {
+FORMAT_BYTES_MAX = {
     FormatKind.JSON_SCHEMA: 64 * 1024,
     FormatKind.REGEX: 4 * 1024,
     FormatKind.CHOICE: 1024,
@@ -46,7 +46,7 @@ _FORMAT_BYTES_MAX = {
 }
 
 # (field, lowest, whether the lowest itself is allowed, highest)
-_RANGES: tuple[tuple[str, float, bool, float], ...] = (
+RANGES: tuple[tuple[str, float, bool, float], ...] = (
     ("temperature", 0.0, True, 2.0),
     ("top_p", 0.0, False, 1.0),
     ("min_p", 0.0, True, 1.0),
@@ -103,7 +103,7 @@ def check_prompt(prompt: Prompt | None) -> Prompt:
 
 def check_sampling(sampling: SamplingParams) -> None:
     """Raises ArgumentInvalid for a number out of its range, NaN and infinity included."""
-    for name, lowest, inclusive, highest in _RANGES:
+    for name, lowest, inclusive, highest in RANGES:
         value: float | None = getattr(sampling, name)
         if value is None:
             continue
@@ -130,7 +130,7 @@ def check_format(form: OutputFormat | None) -> None:
         return
     if form.kind is None:
         raise ArgumentInvalid("format: exactly one of json_schema, regex, choice, grammar is needed.")
-    name, limit = f"format.{form.kind}", _FORMAT_BYTES_MAX[form.kind]
+    name, limit = f"format.{form.kind}", FORMAT_BYTES_MAX[form.kind]
     if form.kind is FormatKind.CHOICE and not 1 <= len(form.texts) <= CHOICES_MAX:
         raise ArgumentInvalid(f"{name}: 1 to {CHOICES_MAX} choices are allowed.")
     if any(not 1 <= _size(name, text) <= limit for text in form.texts):

@@ -29,6 +29,7 @@ async def create_message(reception: Reception, request: HttpBody, context: Conte
         metadata = tuple(context.invocation_metadata() or ())
         principal = reception.authenticate(metadata, GENERATE_SCOPE)
         asked = anthropic_fields.read_messages(request.data, request.content_type)
+        reply.names = asked.names
         logs.annotate(request_id=reply.request_id, subject=principal.subject)
         timeout_s = reception.timeout_s(metadata, context.time_remaining())
         generation = await reception.generate(principal, reply.request_id, asked.generation, timeout_s)

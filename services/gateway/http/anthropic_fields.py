@@ -7,7 +7,7 @@ Must not know: the bounds of values; `core.validation` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from services.common.conversation import Message
@@ -26,7 +26,7 @@ from services.gateway.http.native import check_json_type
 from services.gateway.http.tool_calls import Tool
 
 _SAMPLING = ("temperature", "top_p", "top_k")
-_COUNTED = frozenset(
+COUNTED = frozenset(
     {"messages", "model", "system", "thinking", "output_config", "cache_control", "tools", "tool_choice"}
 )
 # Nothing to use is nothing to refuse.
@@ -44,6 +44,7 @@ class MessagesRequest:
         tools: The names of the tools that the model may call.
         forced: Whether it must call one.
         single: Whether it may call no more than one.
+        names: What fields are called here, by their names inside.
     """
 
     generation: GenerationRequest
@@ -51,6 +52,7 @@ class MessagesRequest:
     tools: frozenset[str] = frozenset()
     forced: bool = False
     single: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_messages(body: bytes, content_type: str) -> MessagesRequest:
@@ -89,12 +91,16 @@ def read_messages(body: bytes, content_type: str) -> MessagesRequest:
         tools=frozenset(tool.name for tool in tools),
         forced=forced,
         single=read.get("tool_choice", Choice()).single,
+        names={
+            "format.json_schema": "tools" if forced else "output_config.format.schema",
+            "stop": "stop_sequences",
+        },
     )
 
 
 def read_counted(body: bytes, content_type: str) -> tuple[str, ChatPrompt]:
     """Returns model and conversation of a body of `/v1/messages/count_tokens`; raises as `read_messages`."""
-    read = _read(body, content_type, ("model", "messages"), _COUNTED)
+    read = _read(body, content_type, ("model", "messages"), COUNTED)
     return read["model"], _prompt(read)
 
 
@@ -109,9 +115,9 @@ def _read(
             raise FeatureUnsupported(f"{name}: is not served here.")
         if name in _EMPTY_OR_REFUSED:
             continue
-        if name not in _FIELDS or (allowed is not None and name not in allowed):
+        if name not in FIELDS or (allowed is not None and name not in allowed):
             raise ArgumentInvalid(f"{shown(name)}: is not a field of this request.")
-        read[name] = _FIELDS[name](name, value)
+        read[name] = FIELDS[name](name, value)
     for name in needed:
         if name not in read:
             raise ArgumentInvalid(f"{name}: is missing.")
@@ -205,11 +211,7 @@ def _output(name: str, value: Any) -> OutputFormat | None:
     )
 
 
-def _ignored(name: str, value: Any) -> None:
-    del name, value
-
-
-_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
+FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "model": native_fields.read_text,
     "messages": _messages,
     "max_tokens": native_fields.read_int32,
@@ -223,7 +225,7 @@ _FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "tool_choice": anthropic_tools.read_choice,
     "thinking": _thinking,
     "output_config": _output,
-    "metadata": _ignored,
-    "cache_control": _ignored,
-    "service_tier": _ignored,
+    "metadata": native_fields.ignore,
+    "cache_control": native_fields.ignore,
+    "service_tier": native_fields.ignore,
 }

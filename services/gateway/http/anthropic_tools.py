@@ -95,7 +95,7 @@ def _tool(name: str, value: Any) -> Tool:
     _refuse_others(name, fields, _TOOL_FIELDS)
     return Tool(
         _matching(_NAME, f"{name}.name", fields.get("name")),
-        native_fields.read_text(f"{name}.description", fields.get("description") or ""),
+        native_fields.read_text(f"{name}.description", native_fields.given(fields, "description", "")),
         native_fields.read_map(f"{name}.input_schema", fields.get("input_schema")),
     )
 

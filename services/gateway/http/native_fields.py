@@ -154,6 +154,17 @@ def read_schema(name: str, value: Any) -> str:
     return json.dumps(read_map(name, value), ensure_ascii=False, separators=(",", ":"))
 
 
+def given(fields: Mapping[str, Any], name: str, where_absent: Any) -> Any:
+    """A field as it was given; null says what leaving it out says, and no other value does."""
+    value = fields.get(name)
+    return where_absent if value is None else value
+
+
+def ignore(name: str, value: Any) -> None:
+    """Anything: a field that changes nothing which could be promised."""
+    del name, value
+
+
 FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "request_id": read_text,
     "model": read_text,

@@ -91,6 +91,7 @@ async def _open(
     metadata = _metadata(context)
     principal = reception.authenticate(metadata, GENERATE_SCOPE)
     asked = read(request.data, request.content_type)
+    reply.names = asked.names
     logs.annotate(request_id=reply.request_id, subject=principal.subject)
     timeout_s = reception.timeout_s(metadata, context.time_remaining())
     generation = await reception.generate(principal, reply.request_id, asked.generation, timeout_s)
@@ -108,6 +109,7 @@ def _chat_choice(reception: Reception, head: Head, asked: OpenAiRequest, said: S
     if asked.tools:
         ids = _call_ids(head, said.finished.sequence)
         text, calls = tool_calls.read_calls(text, asked.tools, ids, forced=asked.forced)
+        calls = _wanted(asked, calls)
     scores = None
     if asked.generation.logprobs is not None:
         scores = openai.chat_logprobs(said.chunks, _decode(reception, head))
@@ -166,6 +168,7 @@ class _ChatChoice:
     def _end(self, finished: Finished) -> Iterator[bytes]:
         asked, head = self._asked, self.head
         text, calls = self._text.end()
+        calls = _wanted(asked, calls)
         if text:
             yield openai.chat_text(head, self.index, text, None, usage=asked.usage)
         if calls:
@@ -228,6 +231,10 @@ def _decode(reception: Reception, head: Head) -> Decode:
     if decode is None:
         raise InternalError("The model was replaced while it answered.")
     return decode
+
+
+def _wanted(asked: OpenAiRequest, calls: list[ToolCall]) -> list[ToolCall]:
+    return calls[:1] if asked.single else calls
 
 
 def _call_ids(head: Head, index: int) -> str:

@@ -7,7 +7,7 @@ Must not know: the bounds of values; `core.validation` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from services.common.conversation import Message
@@ -43,7 +43,9 @@ class OpenAiRequest:
         usage: Whether a stream tells the usage at its end.
         tools: The names of the functions that the model may call.
         forced: Whether it must call one.
+        single: Whether it may call no more than one.
         echo: What is said again before the completion of a text.
+        names: What fields are called here, by their names inside.
     """
 
     generation: GenerationRequest
@@ -51,7 +53,9 @@ class OpenAiRequest:
     usage: bool = False
     tools: frozenset[str] = frozenset()
     forced: bool = False
+    single: bool = False
     echo: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def choices(self) -> int:
@@ -67,7 +71,7 @@ def read_chat(body: bytes, content_type: str) -> OpenAiRequest:
         ArgumentInvalid: It is not JSON, or a field is unknown, missing or of the wrong type.
         FeatureUnsupported: A field is known and not served.
     """
-    read = _read(body, content_type, _CHAT_FIELDS, _CHAT_REFUSED, ("model", "messages"))
+    read = _read(body, content_type, CHAT_FIELDS, _CHAT_REFUSED, ("model", "messages"))
     tools, forced = tool_calls.chosen(read.get("tools", ()), read.get("tool_choice", "auto"))
     turns: list[Message] = list(read["messages"])
     if tools and not forced:
@@ -84,12 +88,18 @@ def read_chat(body: bytes, content_type: str) -> OpenAiRequest:
         usage=read.get("stream_options", False),
         tools=frozenset(tool.name for tool in tools),
         forced=forced,
+        single=not read.get("parallel_tool_calls", True),
+        names={
+            "format.json_schema": "tools" if forced else "response_format.json_schema.schema",
+            "logprobs": "top_logprobs",
+            "max_tokens": "max_completion_tokens" if "max_completion_tokens" in read else "max_tokens",
+        },
     )
 
 
 def read_completion(body: bytes, content_type: str) -> OpenAiRequest:
     """Returns what a body of `/v1/completions` asks for; raises as `read_chat`."""
-    read = _read(body, content_type, _TEXT_FIELDS, _TEXT_REFUSED, ("model", "prompt"))
+    read = _read(body, content_type, TEXT_FIELDS, _TEXT_REFUSED, ("model", "prompt"))
     prompt: Prompt = read["prompt"]
     # This API generates 16 tokens where nothing is said.
     generation = _generation(read, prompt, read.get("max_tokens", 16), read.get("logprobs"), None)
@@ -99,7 +109,11 @@ def read_completion(body: bytes, content_type: str) -> OpenAiRequest:
         raise FeatureUnsupported("echo: is served for a prompt that is text.")
     echo = prompt.text if read.get("echo") and isinstance(prompt, RawPrompt) else ""
     return OpenAiRequest(
-        generation, stream=read.get("stream", False), usage=read.get("stream_options", False), echo=echo
+        generation,
+        stream=read.get("stream", False),
+        usage=read.get("stream_options", False),
+        echo=echo,
+        names={"text": "prompt", "tokens": "prompt"},
     )
 
 
@@ -166,10 +180,10 @@ def _message(name: str, value: Any) -> Message:
             raise FeatureUnsupported(f"{name}.{key}: is not served here.")
         if key not in _MESSAGE_FIELDS:
             raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of a message.")
-    calls = _said_calls(f"{name}.tool_calls", fields.get("tool_calls") or [])
+    calls = _said_calls(f"{name}.tool_calls", native_fields.given(fields, "tool_calls", []))
     if fields.get("content") is None and not calls:
         raise ArgumentInvalid(f"{name}.content: is missing.")
-    content = _content(f"{name}.content", fields.get("content") or "")
+    content = _content(f"{name}.content", native_fields.given(fields, "content", ""))
     if role in {"tool", "function"}:
         return Message("user", tool_calls.said_result(content))
     words = "\n".join(part for part in (content, calls) if part)
@@ -240,7 +254,7 @@ def _response_format(name: str, value: Any) -> OutputFormat | None:
         raise ArgumentInvalid(f"{name}.type: must be text, json_object or json_schema.")
     form = native_fields.read_map(f"{name}.json_schema", fields.get("json_schema"))
     native_fields.read_text(f"{name}.json_schema.name", form.get("name"))
-    schema = form.get("schema") or {"type": "object"}
+    schema = native_fields.given(form, "schema", {"type": "object"})
     return OutputFormat(
         FormatKind.JSON_SCHEMA, (native_fields.read_schema(f"{name}.json_schema.schema", schema),)
     )
@@ -256,11 +270,12 @@ def _tool(name: str, value: Any) -> Tool:
     if kind != "function":
         raise FeatureUnsupported(f"{name}.type: tools of type {shown(kind)} are not served here.")
     function = native_fields.read_map(f"{name}.function", fields.get("function"))
-    parameters = function.get("parameters")
+    description = native_fields.given(function, "description", "")
+    parameters = native_fields.given(function, "parameters", {})
     return Tool(
         native_fields.read_text(f"{name}.function.name", function.get("name")),
-        native_fields.read_text(f"{name}.function.description", function.get("description") or ""),
-        {} if parameters is None else native_fields.read_map(f"{name}.function.parameters", parameters),
+        native_fields.read_text(f"{name}.function.description", description),
+        native_fields.read_map(f"{name}.function.parameters", parameters),
     )
 
 
@@ -291,10 +306,6 @@ def _zero_seed(name: str, value: Any) -> int:
     return number % 2**64 if -(2**63) <= number < 2**63 else number
 
 
-def _ignored(name: str, value: Any) -> None:
-    del name, value
-
-
 _SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "logit_bias")
 
 _SHARED_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
@@ -310,10 +321,10 @@ _SHARED_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "n": native_fields.read_int32,
     "stream": native_fields.read_boolean,
     "stream_options": _stream_options,
-    "user": _ignored,
+    "user": native_fields.ignore,
 }
 
-_CHAT_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
+CHAT_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     **_SHARED_FIELDS,
     "messages": _messages,
     "max_completion_tokens": native_fields.read_int32,
@@ -322,20 +333,20 @@ _CHAT_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "response_format": _response_format,
     "tools": _tools,
     "tool_choice": _tool_choice,
-    "parallel_tool_calls": _ignored,
-    "metadata": _ignored,
-    "store": _ignored,
-    "service_tier": _ignored,
-    "safety_identifier": _ignored,
-    "prompt_cache_key": _ignored,
-    "prompt_cache_retention": _ignored,
-    "reasoning_effort": _ignored,
+    "parallel_tool_calls": native_fields.read_boolean,
+    "metadata": native_fields.ignore,
+    "store": native_fields.ignore,
+    "service_tier": native_fields.ignore,
+    "safety_identifier": native_fields.ignore,
+    "prompt_cache_key": native_fields.ignore,
+    "prompt_cache_retention": native_fields.ignore,
+    "reasoning_effort": native_fields.ignore,
 }
 _CHAT_REFUSED = frozenset(
     {"audio", "modalities", "functions", "function_call", "prediction", "web_search_options", "verbosity"}
 )
 
-_TEXT_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
+TEXT_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     **_SHARED_FIELDS,
     "prompt": _prompt,
     "logprobs": native_fields.read_int32,

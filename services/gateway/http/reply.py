@@ -7,7 +7,8 @@ an error. Must not know: the shape of any API; a `Shape` does.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+import copy
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Protocol
 
 from google.api.httpbody_pb2 import HttpBody
@@ -54,6 +55,7 @@ class Reply:
 
     Attributes:
         request_id: What the reply is called by; a new one until the request's own is known.
+        names: What the caller's API calls fields that are known by others inside, by those.
     """
 
     def __init__(self, context: Context, shape: Shape) -> None:
@@ -61,6 +63,7 @@ class Reply:
         self._shape = shape
         self._begun = False
         self.request_id = ids.new_request_id()
+        self.names: Mapping[str, str] = {}
 
     async def begin(
         self, generation: AnswerStream | None = None, *, more: Sequence[tuple[str, str]] = ()
@@ -81,6 +84,7 @@ class Reply:
         told = status.as_interlock_error(error)
         if told is not error:
             logs.get_logger().error("rpc.crashed", request_id=self.request_id, exc_info=error)
+        told = _in_words(told, self.names)
         code = self._shape.status_of(told)
         logs.annotate(http_status=code, reason=told.reason)
         if self._begun:
@@ -89,6 +93,17 @@ class Reply:
         own = ((REQUEST_ID_KEY, self.request_id), *self._shape.headers(self.request_id))
         await self._context.send_initial_metadata((*own, *http_errors.headers(told, code)))
         return HttpBody(content_type=JSON_TYPE, data=self._shape.error_body(told, self.request_id))
+
+
+def _in_words(error: InterlockError, names: Mapping[str, str]) -> InterlockError:
+    """The same error, where its message begins with a field's name, with the caller's name of it."""
+    field, colon, rest = error.message.partition(":")
+    name = next((one for one in names if field == one or field.startswith((f"{one}.", f"{one}["))), None)
+    if name is None or not colon:
+        return error
+    told = copy.copy(error)
+    told.message = f"{names[name]}{field.removeprefix(name)}:{rest}"
+    return told
 
 
 async def whole_answer(generation: AnswerStream) -> Answer:

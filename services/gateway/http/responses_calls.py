@@ -12,9 +12,10 @@ from services.common import logs
 from services.common.grpc_types import Context
 from services.gateway.core.events import Chunk, Event, Finished, Started
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, Reception
-from services.gateway.http import responses, responses_fields
+from services.gateway.http import responses, responses_fields, tool_calls
 from services.gateway.http.reply import JSON_TYPE, Reply, event, timely_events, whole_answer
 from services.gateway.http.responses_fields import ResponsesRequest
+from services.gateway.http.tool_calls import ToolCall
 
 Bodies = AsyncGenerator[HttpBody, None]
 
@@ -26,6 +27,7 @@ async def create_response(reception: Reception, request: HttpBody, context: Cont
         metadata = tuple(context.invocation_metadata() or ())
         principal = reception.authenticate(metadata, GENERATE_SCOPE)
         asked = responses_fields.read_responses(request.data, request.content_type)
+        reply.names = asked.names
         logs.annotate(request_id=reply.request_id, subject=principal.subject)
         timeout_s = reception.timeout_s(metadata, context.time_remaining())
         generation = await reception.generate(principal, reply.request_id, asked.generation, timeout_s)
@@ -34,7 +36,8 @@ async def create_response(reception: Reception, request: HttpBody, context: Cont
                 answer = await whole_answer(generation)
                 await reply.begin(generation)
                 head = _head(reply, asked, answer.started)
-                data = responses.response_body(head, answer.text, answer.finished)
+                text, calls = _read(asked, reply, answer.text)
+                data = responses.response_body(head, text, calls, answer.finished)
                 yield HttpBody(content_type=JSON_TYPE, data=data)
                 return
             async with aclosing(timely_events(generation, reply)) as events:
@@ -48,6 +51,7 @@ async def _stream(
     reply: Reply, asked: ResponsesRequest, events: AsyncGenerator[Event | None, None]
 ) -> Bodies:
     said: responses.Events | None = None
+    held = tool_calls.HeldText(asked.tools, _call_ids(reply), forced=asked.forced)
     async for happened in events:
         match happened:
             case None:
@@ -56,12 +60,31 @@ async def _stream(
                 # Said again after a failover, which the vendor's clients know nothing of.
                 said = responses.Events(_head(reply, asked, happened))
                 yield event(said.opening())
-            case Chunk() if happened.text:
+            case Chunk():
                 assert said is not None
-                yield event(said.delta(happened.text))
+                if text := held.add(happened.text):
+                    yield event(said.delta(text))
             case Finished():
                 assert said is not None
-                yield event(said.closing(happened))
+                text, calls = held.end()
+                rest = said.delta(text) if text else b""
+                yield event(rest + said.closing(happened, _wanted(asked, calls)))
+
+
+def _read(asked: ResponsesRequest, reply: Reply, text: str) -> tuple[str, list[ToolCall]]:
+    """Text and calls of a whole answer."""
+    if not asked.tools:
+        return text, []
+    before, calls = tool_calls.read_calls(text, asked.tools, _call_ids(reply), forced=asked.forced)
+    return before, _wanted(asked, calls)
+
+
+def _wanted(asked: ResponsesRequest, calls: list[ToolCall]) -> list[ToolCall]:
+    return calls[:1] if asked.single else calls
+
+
+def _call_ids(reply: Reply) -> str:
+    return f"{responses.CALL_PREFIX}{reply.request_id}_"
 
 
 def _head(reply: Reply, asked: ResponsesRequest, started: Started) -> responses.Head:

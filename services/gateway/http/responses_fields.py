@@ -6,8 +6,8 @@ Must not know: the bounds of values; `core.validation` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from services.common.conversation import Message
@@ -20,15 +20,16 @@ from services.gateway.core.params import (
     OutputFormat,
     SamplingParams,
 )
-from services.gateway.http import native_fields
+from services.gateway.http import native_fields, responses_tools, tool_calls
 from services.gateway.http.native import check_json_type
 from services.gateway.http.openai_fields import TOKENS_WHERE_ABSENT
+from services.gateway.http.tool_calls import Tool
 
 _REFUSED = frozenset(
     {"previous_response_id", "conversation", "background", "prompt", "max_tool_calls", "top_logprobs"}
 )
 # Nothing to use is nothing to refuse.
-_EMPTY_OR_REFUSED = frozenset({"tools", "include"})
+_EMPTY_OR_REFUSED = frozenset({"include"})
 _TEXT_PARTS = frozenset({"input_text", "output_text", "text"})
 
 
@@ -40,11 +41,19 @@ class ResponsesRequest:
         generation: The request itself.
         stream: Whether events are wanted rather than one body.
         told: The fields that the response repeats.
+        tools: The names of the functions that the model may call.
+        forced: Whether it must call one.
+        single: Whether it may call no more than one.
+        names: What fields are called here, by their names inside.
     """
 
     generation: GenerationRequest
     stream: bool
     told: Mapping[str, Any]
+    tools: frozenset[str] = frozenset()
+    forced: bool = False
+    single: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_responses(body: bytes, content_type: str) -> ResponsesRequest:
@@ -61,29 +70,55 @@ def read_responses(body: bytes, content_type: str) -> ResponsesRequest:
     for name in ("model", "input"):
         if name not in read:
             raise ArgumentInvalid(f"{name}: is missing.")
-    turns = list(read["input"])
-    if read.get("instructions"):
-        turns.insert(0, Message("system", read["instructions"]))
+    tools, forced = tool_calls.chosen(read.get("tools", ()), read.get("tool_choice", "auto"))
+    form = read.get("text")
+    if forced and form is not None:
+        raise ArgumentInvalid("tool_choice: an answer that must be a call cannot have text.format.")
     # The vendor samples at 1 where nothing is said.
-    temperature, top_p = read.get("temperature", 1.0), read.get("top_p", 1.0)
+    sampling = SamplingParams(temperature=read.get("temperature", 1.0), top_p=read.get("top_p", 1.0))
     generation = GenerationRequest(
         model=read["model"],
-        prompt=ChatPrompt(tuple(turns)),
+        prompt=_prompt(read, () if forced else tools),
         max_tokens=read.get("max_output_tokens"),
-        sampling=SamplingParams(temperature=temperature, top_p=top_p),
-        form=read.get("text"),
+        sampling=sampling,
+        form=tool_calls.forced_format(tools) if forced else form,
         tokens_where_absent=TOKENS_WHERE_ABSENT,
     )
-    told = {
+    return ResponsesRequest(
+        generation,
+        stream=read.get("stream", False),
+        told=_told(given, read, sampling),
+        tools=frozenset(tool.name for tool in tools),
+        forced=forced,
+        single=not read.get("parallel_tool_calls", True),
+        names={
+            "format.json_schema": "tools" if forced else "text.format.schema",
+            "max_tokens": "max_output_tokens",
+            "messages": "input",
+        },
+    )
+
+
+def _prompt(read: Mapping[str, Any], tools: Sequence[Tool]) -> ChatPrompt:
+    turns: list[Message] = list(read["input"])
+    if read.get("instructions"):
+        turns.insert(0, Message("system", read["instructions"]))
+    return ChatPrompt(tuple(tool_calls.instructed(turns, tools) if tools else turns))
+
+
+def _told(given: Mapping[str, Any], read: Mapping[str, Any], sampling: SamplingParams) -> Mapping[str, Any]:
+    return {
         "instructions": read.get("instructions"),
         "max_output_tokens": read.get("max_output_tokens"),
         "metadata": given.get("metadata", {}),
+        "parallel_tool_calls": read.get("parallel_tool_calls", True),
         "store": given.get("store", True),
-        "temperature": temperature,
+        "temperature": sampling.temperature,
         "text": given.get("text") or {"format": {"type": "text"}},
-        "top_p": top_p,
+        "tool_choice": given.get("tool_choice", "auto"),
+        "tools": responses_tools.told_tools(read.get("tools", ()), given.get("tools", ())),
+        "top_p": sampling.top_p,
     }
-    return ResponsesRequest(generation, stream=read.get("stream", False), told=told)
 
 
 def _value(name: str, value: Any) -> Any:
@@ -93,9 +128,9 @@ def _value(name: str, value: Any) -> Any:
         return None
     if name in _REFUSED or name in _EMPTY_OR_REFUSED:
         raise FeatureUnsupported(f"{name}: is not served here.")
-    if name not in _FIELDS:
+    if name not in FIELDS:
         raise ArgumentInvalid(f"{shown(name)}: is not a field of this request.")
-    return _FIELDS[name](name, value)
+    return FIELDS[name](name, value)
 
 
 def _input(name: str, value: Any) -> tuple[Message, ...]:
@@ -104,14 +139,30 @@ def _input(name: str, value: Any) -> tuple[Message, ...]:
     items = native_fields.read_array(name, value)
     if not items:
         raise ArgumentInvalid(f"{name}: at least one message is needed.")
-    return tuple(_item(f"{name}[{at}]", item) for at, item in enumerate(items))
+    turns: list[Message] = []
+    for at, item in enumerate(items):
+        turn, follows = _item(f"{name}[{at}]", item)
+        if follows and turns and turns[-1].role == turn.role:
+            # Calls belong to what was said with them, and their results to one another.
+            turn = Message(turn.role, f"{turns.pop().content}\n{turn.content}")
+        turns.append(turn)
+    return tuple(turns)
 
 
-def _item(name: str, value: Any) -> Message:
+def _item(name: str, value: Any) -> tuple[Message, bool]:
+    """What an item says, and whether it is part of the turn before, if that is of the same side."""
     fields = native_fields.read_map(name, value)
     kind = native_fields.read_text(f"{name}.type", fields.get("type", "message"))
-    if kind != "message":
-        raise FeatureUnsupported(f"{name}.type: items of type {shown(kind)} are not served here.")
+    if kind == "message":
+        return _message(name, fields), False
+    if kind == "function_call":
+        return Message("assistant", responses_tools.said_call(name, fields)), True
+    if kind == "function_call_output":
+        return Message("user", responses_tools.said_result(name, fields, _content)), True
+    raise FeatureUnsupported(f"{name}.type: items of type {shown(kind)} are not served here.")
+
+
+def _message(name: str, fields: Mapping[str, Any]) -> Message:
     for key in fields:
         if key not in {"type", "role", "content", "id", "status", "phase"}:
             raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of a message.")
@@ -158,11 +209,7 @@ def _text(name: str, value: Any) -> OutputFormat | None:
     )
 
 
-def _ignored(name: str, value: Any) -> None:
-    del name, value
-
-
-_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
+FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "model": native_fields.read_text,
     "input": _input,
     "instructions": native_fields.read_text,
@@ -173,6 +220,9 @@ _FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "stream": native_fields.read_boolean,
     "metadata": native_fields.read_map,
     "store": native_fields.read_boolean,
+    "tools": responses_tools.read_tools,
+    "tool_choice": responses_tools.read_choice,
+    "parallel_tool_calls": native_fields.read_boolean,
     **dict.fromkeys(
         (
             "user",
@@ -180,12 +230,10 @@ _FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
             "prompt_cache_key",
             "prompt_cache_retention",
             "service_tier",
-            "parallel_tool_calls",
             "reasoning",
             "stream_options",
-            "tool_choice",
             "truncation",
         ),
-        _ignored,
+        native_fields.ignore,
     ),
 }

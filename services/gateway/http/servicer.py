@@ -120,7 +120,7 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
         yield HttpBody(content_type=console.TYPE, data=console.PAGE)
 
     async def OpenApi(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
-        """The description of the native API."""
+        """The description of every path."""
         del request
         yield await Reply(context, native).whole(openapi.BODY)
 

@@ -196,7 +196,7 @@ class GatewayHttpServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def OpenApi(self, request, context):
-        """The OpenAPI document of the native API.
+        """The OpenAPI document of all these paths, and of those of the AdminHttpService.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -44,7 +44,7 @@ class GatewayHttpServiceStub:
     Console: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """A page that shows whether the mesh answers, and asks it."""
     OpenApi: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
-    """The OpenAPI document of the native API."""
+    """The OpenAPI document of all these paths, and of those of the AdminHttpService."""
     Healthz: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
     """Alive: the process answers."""
     Readyz: _aio.UnaryStreamMultiCallable[_httpbody_pb2.HttpBody, _httpbody_pb2.HttpBody]
@@ -151,7 +151,7 @@ class GatewayHttpServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _httpbody_pb2.HttpBody,
         context: _aio.ServicerContext[_httpbody_pb2.HttpBody, _abc.AsyncIterator[_httpbody_pb2.HttpBody]],
     ) -> _abc.AsyncIterator[_httpbody_pb2.HttpBody]:
-        """The OpenAPI document of the native API."""
+        """The OpenAPI document of all these paths, and of those of the AdminHttpService."""
 
     @_abc_1.abstractmethod
     def Healthz(

@@ -1,0 +1,91 @@
+"""Tools in a Responses request. Owns: how tools, the choice among them, calls and their results are read.
+
+A call of an earlier turn is told to the model as it would have written it, a result as a turn of the user's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from services.common.errors import ArgumentInvalid, FeatureUnsupported
+from services.common.strict_json import shown
+from services.gateway.http import native_fields, tool_calls
+from services.gateway.http.tool_calls import Tool
+
+_TOOL_FIELDS = frozenset({"type", "name", "description", "parameters", "strict", "defer_loading"})
+_CALL_FIELDS = frozenset({"type", "id", "call_id", "name", "arguments", "status", "namespace"})
+_RESULT_FIELDS = frozenset({"type", "id", "call_id", "output", "status"})
+
+
+def read_tools(name: str, value: Any) -> tuple[Tool, ...]:
+    """Returns the functions that the caller defines; raises for tools that the vendor would run itself."""
+    return tool_calls.read_tools(name, value, _tool)
+
+
+def read_choice(name: str, value: Any) -> str:
+    """Returns what `tool_choice` says, as `tool_calls.chosen` reads it."""
+    if isinstance(value, str):
+        if value not in {"auto", "none", "required"}:
+            raise ArgumentInvalid(f"{name}: must be auto, none, required, or a function.")
+        return value
+    fields = native_fields.read_map(name, value)
+    kind = native_fields.read_text(f"{name}.type", fields.get("type"))
+    if kind != "function":
+        raise FeatureUnsupported(f"{name}.type: {shown(kind)} is not served here; name one function.")
+    _refuse_others(name, fields, frozenset({"type", "name"}))
+    return "function:" + native_fields.read_text(f"{name}.name", fields.get("name"))
+
+
+def told_tools(tools: Sequence[Tool], given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The tools as a response repeats them; `given` is what was posted, one for one."""
+    return [
+        {
+            "type": "function",
+            "name": tool.name,
+            "description": asked.get("description"),
+            "parameters": asked.get("parameters"),
+            "strict": bool(asked.get("strict")),
+        }
+        for tool, asked in zip(tools, given, strict=True)
+    ]
+
+
+def said_call(name: str, fields: Mapping[str, Any]) -> str:
+    """A `function_call` item of an earlier response, in the model's words."""
+    _refuse_others(name, fields, _CALL_FIELDS)
+    native_fields.read_text(f"{name}.call_id", fields.get("call_id"))
+    called = native_fields.read_text(f"{name}.name", fields.get("name"))
+    arguments = native_fields.read_text(f"{name}.arguments", fields.get("arguments"))
+    return tool_calls.said_call(called, arguments)
+
+
+def said_result(name: str, fields: Mapping[str, Any], read_content: Callable[[str, Any], str]) -> str:
+    """A `function_call_output` item, as the model is told of it; `read_content` reads its output."""
+    _refuse_others(name, fields, _RESULT_FIELDS)
+    native_fields.read_text(f"{name}.call_id", fields.get("call_id"))
+    return tool_calls.said_result(read_content(f"{name}.output", fields.get("output")))
+
+
+def _tool(name: str, value: Any) -> Tool:
+    fields = native_fields.read_map(name, value)
+    kind = native_fields.read_text(f"{name}.type", fields.get("type"))
+    if kind != "function":
+        raise FeatureUnsupported(f"{name}.type: tools of type {shown(kind)} are not served here.")
+    _refuse_others(name, fields, _TOOL_FIELDS)
+    for flag in ("strict", "defer_loading"):
+        if fields.get(flag) is not None:
+            native_fields.read_boolean(f"{name}.{flag}", fields[flag])
+    if fields.get("defer_loading"):
+        raise FeatureUnsupported(f"{name}.defer_loading: is not served here; leave it out.")
+    return Tool(
+        native_fields.read_text(f"{name}.name", fields.get("name")),
+        native_fields.read_text(f"{name}.description", native_fields.given(fields, "description", "")),
+        native_fields.read_map(f"{name}.parameters", native_fields.given(fields, "parameters", {})),
+    )
+
+
+def _refuse_others(name: str, fields: Mapping[str, Any], allowed: frozenset[str]) -> None:
+    for key in fields:
+        if key not in allowed:
+            raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of it.")
