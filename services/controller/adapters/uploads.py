@@ -36,6 +36,9 @@ from services.controller.adapters.manifest_checks import check_manifest
 from services.controller.adapters.revision_directories import RevisionDirectories
 from services.controller.core.catalog import Catalog, Manifest, ModelFile, Revision
 
+# For whom contents are kept while they are taken in; one upload is under way at a time.
+_UNDER_WAY = "an upload"
+
 
 @dataclass(frozen=True, slots=True)
 class _Needs:
@@ -52,7 +55,8 @@ class Uploads:
         catalog: The registered revisions; what was taken in before joins it with `load`.
         directory: Where blobs and revisions are kept; made when missing.
         clock: The time.
-        bytes_max: Most bytes of all blobs.
+        bytes_max: Most bytes of all blobs. Copies are not counted that revisions have of them where the file
+            system has no hard links: then a revision takes its size once more.
     """
 
     def __init__(self, catalog: Catalog, directory: Path, clock: Clock, *, bytes_max: int) -> None:
@@ -82,7 +86,7 @@ class Uploads:
         if self._known(checked) is not None:
             return ()
         sizes = _sizes(checked)
-        self._blobs.promise(_content(checked), sizes, PROMISE_KEPT_S)
+        self._blobs.promise(_plan_of(checked), sizes, PROMISE_KEPT_S)
         async with self._settling:
             with _disk_told():
                 if not self._lock.locked():
@@ -109,13 +113,14 @@ class Uploads:
         if self._lock.locked():
             raise UploadConflict("Another upload is under way; try again when it has ended.")
         async with self._lock:
-            self._blobs.promise(_content(checked), _sizes(checked), math.inf)
+            self._blobs.promise(_UNDER_WAY, _sizes(checked), math.inf)
             try:
                 with _disk_told():
                     await self._fill(checked, chunks)
                     return await to_its_end(self._register(checked))
             finally:
-                self._blobs.release(_content(checked))
+                # What was promised to whoever planned it holds: after a failure they come again.
+                self._blobs.release(_UNDER_WAY)
 
     async def delete(self, model: str, name: str) -> None:
         """Forgets a revision, and the blobs that no other one names; can be called again where it failed.
@@ -189,6 +194,7 @@ class Uploads:
     async def _register(self, manifest: Manifest) -> Revision:
         revision = await in_thread(self._directories.compose, manifest, self._blob_of)
         self._catalog.register(revision)
+        self._blobs.release(_plan_of(manifest))
         logs.get_logger().info(
             "revision.uploaded",
             model=manifest.model,
@@ -243,9 +249,9 @@ def _sizes(manifest: Manifest) -> dict[str, int]:
     return {file.sha256: file.size_bytes for file in manifest.files}
 
 
-def _content(manifest: Manifest) -> str:
-    """Equal for manifests of equal content, whatever their names."""
-    return manifest.named().revision
+def _plan_of(manifest: Manifest) -> str:
+    """For whom a plan's promise is: whoever uploads this content under this name."""
+    return f"{manifest.revision} {manifest.named().revision}"
 
 
 @contextlib.contextmanager
