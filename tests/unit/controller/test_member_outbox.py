@@ -33,8 +33,12 @@ async def test_after_the_end_nothing_waits_any_more() -> None:
     for number in range(3 * COMMANDS_WAITING_MAX):
         outbox.send(SendRetire(str(number)))
     heard: list[Command] = []
-    with pytest.raises(Draining, match="does not read"):
+
+    async def read_slowly() -> None:
         async for command in outbox:
             heard.append(command)
             outbox.send(SendLease(5.0, 1))
+
+    with pytest.raises(Draining, match="does not read"):
+        await read_slowly()
     assert heard == [SendRetire(str(number)) for number in range(COMMANDS_WAITING_MAX)]

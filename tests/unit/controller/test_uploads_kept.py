@@ -93,11 +93,11 @@ async def test_what_nobody_came_back_for_makes_room(place: Place) -> None:
     for chunk in (Chunk(digest, 0, data[:9]), Chunk(digest, 9, data[9:])):
         with pytest.raises((ArtifactInvalid, ArgumentInvalid)):
             await place.uploads.receive(cut, sent([chunk, Chunk("0" * 64, 0, b"x")]))
-        assert {digest, f".{digest}.partial"} & set(place.blobs)
+        assert any(digest in name for name in place.blobs)
     place.clock.seconds = time.time() + blobs.ORPHAN_KEPT_S + 1
     with pytest.raises(ArtifactInvalid, match="not whole"):
         await place.uploads.receive(manifest(CONTENT), sent(()))
-    assert not {digest, f".{digest}.partial"} & set(place.blobs)
+    assert not any(digest in name for name in place.blobs)
 
 
 async def test_the_operators_directory_is_copied(place: Place) -> None:
@@ -347,7 +347,8 @@ async def test_an_upload_that_fails_ends_no_promise(place: Place) -> None:
     for name in ("v2", "v6"):
         await place.uploads.delete("m", name)
     place.clock.seconds += blobs.PROMISE_KEPT_S - 1
-    assert await place.uploads.receive(manifest(CONTENT, revision="v3"), sent(()))
+    made = await place.uploads.receive(manifest(CONTENT, revision="v3"), sent(()))
+    assert read(Path(made.local_path)) == CONTENT
 
 
 async def test_a_file_of_ours_that_was_cut_short_leaves_no_part(
