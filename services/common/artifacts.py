@@ -48,8 +48,11 @@ TOKENIZER_NAMES = frozenset(
 FILES_MAX = 1_024
 # Shards are 5 to 50 GB in practice.
 WEIGHTS_BYTES_MAX = 128 << 30
-# The largest tokenizers in use have about 35 MB.
+# Vocabularies and merges beside the tokenizer, which repeats them; nobody here parses them.
 TEXT_BYTES_MAX = 128 << 20
+# The largest tokenizers in use have 35 MB. Whoever tokenizes reads it whole, which takes some seconds of a
+# core and forty times its size in memory.
+TOKENIZER_BYTES_MAX = 40 << 20
 # Configurations are a few KB; they are parsed whole.
 CONFIG_BYTES_MAX = 4 << 20
 
@@ -280,6 +283,8 @@ def _check_name(path: str) -> None:
 def _bytes_max(path: str) -> int:
     if path.endswith(".safetensors"):
         return WEIGHTS_BYTES_MAX
+    if path == "tokenizer.json":
+        return TOKENIZER_BYTES_MAX
     return CONFIG_BYTES_MAX if path.endswith("config.json") else TEXT_BYTES_MAX
 
 

@@ -6,13 +6,14 @@ Must not know: where bytes come from, or what they are for. Everything here bloc
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from services.common.errors import ArtifactInvalid
+from services.common.errors import ArtifactInvalid, UploadConflict
 
 # One step of reading: large enough for full speed, small enough to stay in cache.
 READ_BYTES = 1 << 20
@@ -28,11 +29,14 @@ class PartialFile:
         path: The final path; its directory exists, and its name has at most `NAME_BYTES_MAX` bytes.
         size_bytes: How long the content must be.
         sha256: What its digest must be, in lower-case hexadecimal.
+        owner: Stands in the temporary name where several write the same content, each into a file of its own,
+            which it holds while it is open; empty: whoever writes sees to it that nobody else does.
     """
 
-    def __init__(self, path: Path, size_bytes: int, sha256: str) -> None:
+    def __init__(self, path: Path, size_bytes: int, sha256: str, *, owner: str = "") -> None:
         self._path = path
-        self._temporary = path.with_name(f".{path.name}.partial")
+        self._temporary = partial_path(path, owner)
+        self._is_held = bool(owner)
         self._wanted_bytes = size_bytes
         self._wanted_sha256 = sha256
         self._stream: IO[bytes] | None = None
@@ -40,10 +44,16 @@ class PartialFile:
         self._size_bytes = 0
 
     def open(self) -> int:
-        """Begins, or goes on where an earlier attempt ended; returns the number of bytes that are there."""
+        """Begins, or goes on where an earlier attempt ended; returns the number of bytes that are there.
+
+        Raises:
+            UploadConflict: Somebody takes the file over at this moment.
+        """
         # O_NOFOLLOW: a link that somebody placed here must not lead the writes elsewhere.
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         self._stream = os.fdopen(os.open(self._temporary, flags, 0o600), "r+b")
+        if self._is_held and not _hold(self._stream.fileno(), self._temporary):
+            raise UploadConflict("Another controller takes over what came; plan the upload again and go on.")
         if os.fstat(self._stream.fileno()).st_size > self._wanted_bytes:
             self._stream.truncate(0)
         while block := self._stream.read(READ_BYTES):
@@ -91,6 +101,41 @@ class PartialFile:
             # A full disk was told already, or is told by the next attempt.
             with contextlib.suppress(OSError):
                 self._stream.close()
+
+
+def partial_path(path: Path, owner: str) -> Path:
+    """Where the content of `path` is while its owner writes it."""
+    return path.with_name(f".{path.name}.{owner}.partial" if owner else f".{path.name}.partial")
+
+
+def take_over(left: Path, path: Path) -> bool:
+    """Renames a partial file unless its owner has it open; returns whether it did.
+
+    The owner may stand still for a minute and then write on: into a file that became ours those bytes must
+    not come. Where it has it open, the file stays.
+    """
+    try:
+        descriptor = os.open(left, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        if not _hold(descriptor, left):
+            return False
+        left.rename(path)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _hold(descriptor: int, path: Path) -> bool:
+    """Holds an open file until it is closed; whether nobody else held it, and it still bears this name."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 @contextlib.contextmanager

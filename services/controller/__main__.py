@@ -11,7 +11,7 @@ from interlock.v1 import controller_service_pb2_grpc
 
 from services.common import announce, config, logs, metrics, redis_client, server, trust
 from services.common.clock import Clock
-from services.common.errors import ArtifactInvalid
+from services.common.errors import ArtifactInvalid, NotLeader
 from services.common.ids import new_incarnation
 from services.common.interceptors import MeshOnly
 from services.common.system_clock import SystemClock
@@ -28,7 +28,7 @@ from services.controller.adapters.uploads import Uploads
 from services.controller.config import ControllerConfig
 from services.controller.coordinator import Coordinator, Leadership, Tenure
 from services.controller.core.catalog import Catalog, Revision
-from services.controller.core.ports import BreakerFleet, Lead, RouteStore
+from services.controller.core.ports import BreakerFleet, FenceStale, Lead, RouteStore
 
 # Streams end at once and admin calls within milliseconds; nothing is worth a longer wait.
 STOP_GRACE_S = 2.0
@@ -112,7 +112,20 @@ async def _begin(
     """What exists while we lead; what another controller took in meanwhile is on disk."""
     catalog = Catalog()
     catalog.register(first)
-    uploads = Uploads(catalog, settings.data_dir, world.clock, bytes_max=settings.uploads_bytes)
+
+    async def still_leading() -> None:
+        try:
+            await tenure.keep(tenure.fence)
+        except FenceStale:
+            raise NotLeader("Another controller leads; ask again.") from None
+
+    uploads = Uploads(
+        catalog,
+        settings.data_dir,
+        world.clock,
+        bytes_max=settings.uploads_bytes,
+        still_leading=still_leading,
+    )
     await uploads.load()
     coordinator = Coordinator(
         catalog,

@@ -56,9 +56,14 @@ class ControllerConfig(TokenSettings):
     data_dir: Annotated[Path, Field(description="Where rollouts and uploads are kept.")] = Path(
         ".interlock/controller"
     )
-    uploads_bytes: Annotated[int, Field(ge=0, description="Most bytes of uploaded files that are kept.")] = (
-        256 << 30
-    )
+    uploads_bytes: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Most bytes of uploaded contents that are kept, each once. On a file system without"
+            " hard links every revision has copies of its files beside them, which are not counted.",
+        ),
+    ] = 256 << 30
     metrics_bind: Annotated[
         str,
         Field(

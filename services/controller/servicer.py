@@ -224,8 +224,9 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         """Forgets a revision that nothing uses."""
         self._require(context, "admin")
         _check_named(model=request.model, revision=request.revision)
-        self._leadership.term.coordinator.check_unused(request.model, request.revision)
-        await self._leadership.term.uploads.delete(request.model, request.revision)
+        term = self._leadership.term
+        term.coordinator.check_unused(request.model, request.revision)
+        await term.uploads.delete(request.model, request.revision, check_unused=term.coordinator.check_unused)
         return pb.DeleteRevisionResponse()
 
     async def CreateRollout(

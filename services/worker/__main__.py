@@ -133,7 +133,7 @@ class _Process:
             devices=compute.devices,
         )
         link = ControllerLink(member, self.residency, lambda: self.engine.pulse, self.refuse_new_work)
-        store = MeshArtifacts(self.config.cache_dir, token, lambda: link.channel)
+        store = MeshArtifacts(self.config.cache_dir, token, link.connected)
         preparation = Preparation(
             self.engine,
             self.residency,

@@ -11,10 +11,10 @@ import pytest
 from interlock.v1 import controller_service_pb2 as pb
 from interlock.v1 import model_pb2
 
-from services.common.errors import ArtifactInvalid, ClientStalled, RevisionInUse, UploadConflict
+from services.common.errors import ArtifactInvalid, ClientStalled, NotLeader, RevisionInUse, UploadConflict
 from services.common.status import read_error
 from services.controller import servicer
-from tests.fakes.controller_ports import TIMEOUT_S, MemoryRouteStore
+from tests.fakes.controller_ports import TIMEOUT_S, MemoryLead, MemoryRouteStore
 from tests.fakes.controller_process import Controller, bearer, started
 from tests.fixtures.upload_world import CONTENT, DIGEST, WEIGHTS, digest_of
 
@@ -135,3 +135,26 @@ async def test_a_context_beyond_the_models_is_refused(controller: Controller) ->
     assert isinstance(error, ArtifactInvalid)
     assert "65" in error.message
     assert "64" in error.message
+
+
+def kept(directory: Path) -> list[str]:
+    """The revisions on the disk of a controller, on their way or not."""
+    return sorted(path.name for path in directory.rglob("revisions/m/*"))
+
+
+async def test_who_leads_no_more_neither_takes_in_nor_deletes(controller: Controller, tmp_path: Path) -> None:
+    """It has not heard yet that another one leads, and the lease says so."""
+    assert isinstance(controller.store, MemoryRouteStore)
+    wanted = manifest()
+    await controller.stub.UploadRevision(
+        iter(parts(wanted, *await planned(controller, wanted))), metadata=ADMIN
+    )
+    MemoryLead(controller.store, "other").grant()
+    delete = pb.DeleteRevisionRequest(model="m", revision="v2")
+    with pytest.raises(grpc.aio.AioRpcError) as deleted:
+        await controller.stub.DeleteRevision(delete, metadata=ADMIN)
+    assert isinstance(read_error(deleted.value), NotLeader)
+    with pytest.raises(grpc.aio.AioRpcError) as sent:
+        await controller.stub.UploadRevision(iter(parts(manifest("v3", 32))), metadata=ADMIN)
+    assert isinstance(read_error(sent.value), NotLeader)
+    assert kept(tmp_path) == ["v2"]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from services.common.clock import Clock
 from services.common.errors import ArgumentInvalid, ArtifactInvalid, ClientStalled
-from services.common.partial_file import PartialFile
 from services.common.threads import in_thread
 from services.controller.adapters.blobs import Blobs
 
@@ -65,6 +64,7 @@ async def take(blobs: Blobs, sizes: Mapping[str, int], chunks: AsyncIterator[Chu
     Raises:
         ArtifactInvalid: Bytes are not what their digest says, or some are missing.
         ArgumentInvalid: A chunk is empty or too long, or not one that is missed.
+        UploadConflict: Another controller takes what came over at this moment.
         OSError: They cannot be written.
     """
     waiting = set(sizes)
@@ -101,7 +101,7 @@ class _Writer:
     def __init__(self, blobs: Blobs, sha256: str, size_bytes: int) -> None:
         self.sha256 = sha256
         self._size_bytes = size_bytes
-        self._file = PartialFile(blobs.path(sha256), size_bytes, sha256)
+        self._file = blobs.part(sha256, size_bytes)
         self._at = 0
 
     def open(self) -> None:

@@ -1,7 +1,11 @@
 """Contents by their digest. Owns: each content once, whole or on its way, and how much of them there is.
 
-    SHA256              a whole content; revisions' directories hold links to it
-    .SHA256.partial     one on its way, which the next attempt goes on with
+    SHA256                   a whole content; revisions' directories hold links to it
+    .SHA256.OWNER.partial    one on its way, which the next attempt goes on with
+
+The owner is this object: each time of leading has one of its own, and an earlier one may still write. It
+holds what it has open, and the next one takes over what nobody holds (`settle`); what somebody does hold it
+leaves alone, and those bytes come again. So a file is written by one owner, and named by that one only.
 
 What was promised to somebody is never removed: to the upload that is under way, and for a while to whoever
 was told what is here. Must not know: what contents belong together. Everything blocks where nothing else is
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +24,7 @@ from pathlib import Path
 
 from services.common.clock import Clock
 from services.common.errors import ArtifactInvalid, QuotaExceeded
-from services.common.partial_file import PartialFile, make_directory
+from services.common.partial_file import PartialFile, make_directory, partial_path, take_over
 
 # A content that nothing names may belong to an upload that goes on tomorrow; after a day it does not.
 ORPHAN_KEPT_S = 86_400.0
@@ -51,6 +56,7 @@ class Blobs:
         self._directory = directory
         self._clock = clock
         self._bytes_max = bytes_max
+        self._owner = secrets.token_hex(4)
         # Between the look whether anybody counts on a content and its removal nobody is told that it is here.
         self._guard = threading.Lock()
         # Until when, and what. Replaced and never changed: threads read it.
@@ -93,14 +99,19 @@ class Blobs:
                 if self.whole(sha256, size_bytes) is None
             }
 
+    def part(self, sha256: str, size_bytes: int) -> PartialFile:
+        """A content on its way, to be opened. Does not block."""
+        return PartialFile(self.path(sha256), size_bytes, sha256, owner=self._owner)
+
     def settle(self, sizes: Mapping[str, int]) -> None:
         """Gives their names to contents that were cut off after their last byte; throws away wrong ones.
 
-        Nobody else may write one of `sizes` meanwhile.
+        What others left of them is ours from now on. Nothing of ours may write one of `sizes` meanwhile.
         """
+        self._take_over(sizes)
         for sha256, size_bytes in sizes.items():
             if size_bytes and _size_of(self._partial(sha256)) == size_bytes:
-                file = PartialFile(self.path(sha256), size_bytes, sha256)
+                file = self.part(sha256, size_bytes)
                 try:
                     file.open()
                     file.finish()
@@ -146,6 +157,15 @@ class Blobs:
         if excess > 0:
             raise QuotaExceeded("Another upload was planned meanwhile; try again when it has ended.")
 
+    def _take_over(self, digests: Collection[str]) -> None:
+        """Makes parts ours that others left and nobody writes; the longest where there are several."""
+        for entry in sorted(self._all(), key=lambda entry: entry.size_bytes, reverse=True):
+            sha256 = _digest_of(entry.path)
+            if entry.path.suffix == ".partial" and sha256 in digests:
+                ours = self._partial(sha256)
+                if not ours.exists():
+                    take_over(entry.path, ours)
+
     def _remove(self, path: Path, named: Collection[str] = ()) -> bool:
         """Removes one that nobody needs; whether it did."""
         with self._guard:
@@ -181,12 +201,12 @@ class Blobs:
         return found
 
     def _partial(self, sha256: str) -> Path:
-        return self._directory / f".{sha256}.partial"
+        return partial_path(self.path(sha256), self._owner)
 
 
 def _digest_of(path: Path) -> str:
     """Which content a file is, or a part of."""
-    return path.name.removeprefix(".").removesuffix(".partial")
+    return path.name.removeprefix(".").partition(".")[0]
 
 
 def _size_of(path: Path) -> int:

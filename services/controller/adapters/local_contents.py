@@ -53,16 +53,16 @@ class LocalContents:
         try:
             async with contextlib.aclosing(_read(sha256, path, size_bytes)) as chunks:
                 await take(self._blobs, {sha256: size_bytes}, chunks)
-        except (ArtifactInvalid, _Unreadable):
+        except BaseException as error:
+            # A part of what changed is wrong, and one of what did not is quickly copied once more.
+            await in_thread(self._blobs.discard, sha256)
+            if not isinstance(error, ArtifactInvalid | _Unreadable):
+                raise
             self._changed.add((path, sha256))
             raise ArtifactInvalid(
                 f"{path.name}: the controller's own file is not what it was when the mesh started;"
                 " plan the upload again, and send it."
             ) from None
-        except BaseException:
-            # It takes no room from others; to copy it once more is quick.
-            await in_thread(self._blobs.discard, sha256)
-            raise
 
 
 class _Unreadable(Exception):

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 
 from services.common.errors import Draining, InterlockError
-from services.controller.core.commands import Command
+from services.controller.core.commands import Command, SendLease
 
 # A handshake is five commands; a member that is this many behind does not read.
 COMMANDS_WAITING_MAX = 64
@@ -23,9 +23,18 @@ class MemberOutbox:
         self._error: InterlockError | None = None
 
     def send(self, command: Command) -> None:
-        """See `MemberStream.send`; a member that does not read loses its stream."""
+        """See `MemberStream.send`; a member that does not read loses its stream.
+
+        A renewal takes the place of one that waits last: the newer one says it all. After the end nothing
+        is taken in, for a member that never reads keeps the end itself waiting.
+        """
+        if self._ended:
+            return
+        if self._waiting and isinstance(command, SendLease) and isinstance(self._waiting[-1], SendLease):
+            self._waiting.pop()
         if len(self._waiting) >= COMMANDS_WAITING_MAX:
             self.end("The member does not read.")
+            return
         self._waiting.append(command)
         self._wake.set()
 

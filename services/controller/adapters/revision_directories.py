@@ -1,15 +1,18 @@
 """Directories of revisions that were uploaded. Owns: how one appears whole, is read again, and goes.
 
     MODEL/REVISION/          the files by name, and manifest.json
-    MODEL/.REVISION.new      one on its way in
+    MODEL/.REVISION.N.new    one on its way in
     MODEL/.REVISION.N.gone   one on its way out
 
 A directory has its name only when every file is there and every header was read: whoever sees it can load it.
+Several controllers share the place, and one of the past may still be at work: what it composes has a name of
+its own, and takes no name that has been given meanwhile.
 Must not know: the catalog, or how bytes arrive. Everything blocks where nothing else is said.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -25,7 +28,6 @@ from pydantic import TypeAdapter, ValidationError
 from services.common import artifacts, logs, safetensors_files
 from services.common.clock import Clock
 from services.common.errors import ArgumentInvalid, ArtifactInvalid
-from services.common.hf_tokenizer import HfTokenizer
 from services.common.partial_file import PartialFile, make_directory, sync_directory
 from services.controller.adapters.local_revisions import CHUNK_BYTES_MAX, context_tokens_of
 from services.controller.adapters.manifest_checks import RECORD_NAME, check_manifest
@@ -50,6 +52,14 @@ class _Record:
 _RECORDS = TypeAdapter(_Record)
 
 
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A directory without its name, and the revision that it will be."""
+
+    directory: Path
+    revision: Revision
+
+
 class RevisionDirectories:
     """The revisions in one directory.
 
@@ -69,16 +79,15 @@ class RevisionDirectories:
         manifest = revision.manifest
         return Path(revision.local_path) == self._path(manifest.model, manifest.revision).resolve()
 
-    def compose(self, manifest: Manifest, blob_of: Callable[[ModelFile], Path]) -> Revision:
-        """Makes the revision's directory, and gives it its name when everything in it was read.
+    def compose(self, manifest: Manifest, blob_of: Callable[[ModelFile], Path]) -> Composed:
+        """Makes the revision's directory, and reads everything but its tokenizer; it has no name yet.
 
         Raises:
-            ArtifactInvalid: A header, a configuration or a template breaks a rule.
+            ArtifactInvalid: A header or a configuration breaks a rule.
             OSError: It cannot be written.
         """
         final = self._path(manifest.model, manifest.revision)
-        fresh = final.with_name(f".{manifest.revision}.new")
-        shutil.rmtree(fresh, ignore_errors=True)
+        fresh = final.with_name(f".{manifest.revision}.{secrets.token_hex(4)}.new")
         make_directory(final.parent)
         fresh.mkdir()
         try:
@@ -92,14 +101,28 @@ class RevisionDirectories:
                 os.fsync(stream.fileno())
             # What was answered for is there after the power fails: first what is inside, then its name.
             sync_directory(fresh)
-            shutil.rmtree(final, ignore_errors=True)
-            fresh.replace(final)
-            sync_directory(final.parent)
-            sync_directory(self._directory)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
-        return revision
+        return Composed(fresh, revision)
+
+    def place(self, composed: Composed) -> None:
+        """Gives a directory its name; what is no revision of ours and bears it is buried.
+
+        Raises:
+            OSError: It cannot, or somebody else has just given the name.
+        """
+        final = self._path(composed.revision.manifest.model, composed.revision.manifest.revision)
+        with contextlib.suppress(FileNotFoundError):
+            _bury(final)
+        # Fails where there is a directory again: another controller leads, and has made it.
+        composed.directory.replace(final)
+        sync_directory(final.parent)
+        sync_directory(self._directory)
+
+    def discard(self, composed: Composed) -> None:
+        """Removes a directory that gets no name."""
+        shutil.rmtree(composed.directory, ignore_errors=True)
 
     def read_all(self) -> list[Revision]:
         """What was taken in before, oldest first; what is damaged is named in the log and passed over."""
@@ -125,9 +148,7 @@ class RevisionDirectories:
         Raises:
             OSError: It does not; everything is as it was.
         """
-        path = self._path(revision.manifest.model, revision.manifest.revision)
-        # A name that nothing has: what an earlier attempt could not remove is in nobody's way.
-        path.replace(path.with_name(f".{path.name}.{secrets.token_hex(4)}.gone"))
+        _bury(self._path(revision.manifest.model, revision.manifest.revision))
 
     def clear(self) -> None:
         """Removes what was buried, now and before; what cannot be removed is logged, for the next time."""
@@ -191,14 +212,21 @@ def _check_whole(path: Path, file: ModelFile) -> None:
 
 
 def _check_content(directory: Path, manifest: Manifest) -> None:
-    """Reads what is read before weights: a worker would refuse it, or run what it says."""
+    """Reads what is read before weights: a worker would refuse it, or run what it says.
+
+    Not the tokenizer: the library that reads it would keep everybody else from running.
+    """
     names = [file.path for file in manifest.files]
     context_tokens_of(safetensors_files.read_config(directory), manifest.context_tokens)
     safetensors_files.check_files(directory, names)
     for name in names:
         if name.endswith("config.json"):
             artifacts.refuse_code(directory / name)
-    HfTokenizer.load(directory)
+
+
+def _bury(path: Path) -> None:
+    # A name that nothing has: what an earlier attempt could not remove is in nobody's way.
+    path.replace(path.with_name(f".{path.name}.{secrets.token_hex(4)}.gone"))
 
 
 def _link(source: Path, target: Path, file: ModelFile) -> None:

@@ -5,6 +5,12 @@ needs and another one has already is not sent again.
 
     blobs/                       the contents
     revisions/MODEL/REVISION/    the files by name, and manifest.json
+
+Each time of leading has an object of its own over the same directory, and an earlier one may go on for a
+while: in a process that stood still and has not noticed, or in a thread. It spoils nothing. What it writes is
+its own file, which the next one takes over only when it is closed (see `blobs`). A revision's name is given
+and taken away only right after the lease was renewed, and a client is told of it after it was renewed once
+more: whoever leads later has read it.
 """
 
 from __future__ import annotations
@@ -13,8 +19,7 @@ import asyncio
 import contextlib
 import errno
 import math
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 
 from services.common import logs
@@ -29,20 +34,17 @@ from services.common.errors import (
 )
 from services.common.threads import in_thread, to_its_end
 from services.controller.adapters import revision_directories
-from services.controller.adapters.blob_intake import Chunk, paced, take
+from services.controller.adapters.blob_intake import Chunk
 from services.controller.adapters.blobs import PROMISE_KEPT_S, Blobs
-from services.controller.adapters.local_contents import LocalContents
+from services.controller.adapters.contents import Contents
 from services.controller.adapters.manifest_checks import check_manifest
 from services.controller.adapters.revision_directories import RevisionDirectories
+from services.controller.adapters.tokenizer_process import try_tokenizer
+from services.controller.adapters.while_leading import StillLeading, WhileLeading, nobody_else_leads
 from services.controller.core.catalog import Catalog, Manifest, ModelFile, Revision
 
-
-@dataclass(frozen=True, slots=True)
-class _Needs:
-    """What a revision lacks: where to send each blob from on, and which files of ours to copy."""
-
-    offsets: Mapping[str, int]
-    copies: Mapping[str, Path]
+# For whom contents are kept while they are taken in; one upload is under way at a time.
+_UNDER_WAY = "an upload"
 
 
 class Uploads:
@@ -52,19 +54,32 @@ class Uploads:
         catalog: The registered revisions; what was taken in before joins it with `load`.
         directory: Where blobs and revisions are kept; made when missing.
         clock: The time.
-        bytes_max: Most bytes of all blobs.
+        bytes_max: Most bytes of all blobs. Copies are not counted that revisions have of them where the file
+            system has no hard links: then a revision takes its size once more.
+        still_leading: Asks whether we lead, before anything that other controllers read is changed.
+        read_tokenizer: Reads the tokenizer of a directory; raises ArtifactInvalid where nobody could.
     """
 
-    def __init__(self, catalog: Catalog, directory: Path, clock: Clock, *, bytes_max: int) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        directory: Path,
+        clock: Clock,
+        *,
+        bytes_max: int,
+        still_leading: StillLeading = nobody_else_leads,
+        read_tokenizer: Callable[[Path], Awaitable[None]] = try_tokenizer,
+    ) -> None:
         self._catalog = catalog
         self._blobs = Blobs(directory / "blobs", clock, bytes_max=bytes_max)
-        self._local = LocalContents(self._blobs)
+        self._contents = Contents(self._blobs, clock)
         self._directories = RevisionDirectories(directory / "revisions", clock)
         self._clock = clock
         self._bytes_max = bytes_max
-        # One upload at a time; and nobody looks at contents on their way while another one settles them.
+        self._leading = WhileLeading(still_leading)
+        self._read_tokenizer = read_tokenizer
+        # One upload at a time.
         self._lock = asyncio.Lock()
-        self._settling = asyncio.Lock()
 
     async def load(self) -> None:
         """Registers what was taken in before; what is damaged is named in the log and passed over."""
@@ -72,24 +87,29 @@ class Uploads:
             self._restore(revision)
         await in_thread(self._blobs.collect, self._named())
 
+    def close(self) -> None:
+        """Ends the upload under way with NotLeader, and refuses what comes: another controller may lead."""
+        self._leading.close()
+
     async def plan(self, manifest: Manifest) -> tuple[tuple[str, int], ...]:
         """The blobs that are missing, with the byte from which on each is; the others stay for some minutes.
 
         Raises:
             ArtifactInvalid, ArgumentInvalid, ModelUnknown, QuotaExceeded, RevisionInUse: It cannot be taken.
+            NotLeader: Another controller leads.
         """
+        self._leading.check()
         checked = self._check(manifest)
         if self._known(checked) is not None:
             return ()
         sizes = _sizes(checked)
-        self._blobs.promise(_content(checked), sizes, PROMISE_KEPT_S)
-        async with self._settling:
-            with _disk_told():
-                if not self._lock.locked():
-                    # The upload under way may write to them; it settles what it needs by itself.
-                    await in_thread(self._blobs.settle, sizes)
-                needs = await in_thread(self._needs, sizes, self._revisions())
-        return tuple(needs.offsets.items())
+        self._blobs.promise(_plan_of(checked), sizes, PROMISE_KEPT_S)
+        with _disk_told():
+            # An upload under way may write to them, and settles what it needs by itself.
+            missing = await self._contents.missing(
+                sizes, self._revisions(), may_settle=lambda: not self._lock.locked()
+            )
+        return tuple(missing.items())
 
     async def receive(self, manifest: Manifest, chunks: AsyncIterator[Chunk]) -> Revision:
         """Takes in the missing bytes and registers the revision; what was whole stays after a failure.
@@ -102,33 +122,57 @@ class Uploads:
             ClientStalled: Nothing came for too long, or too little.
             QuotaExceeded: There is no room for it, or the disk is full.
             ArgumentInvalid, ModelUnknown, RevisionInUse: It cannot be taken.
+            NotLeader: Another controller leads, or does by now; what came is kept for it.
+            StoreUnavailable: Nobody can say who leads.
         """
+        self._leading.check()
         checked = self._check(manifest)
         if (known := self._known(checked)) is not None:
             return known
         if self._lock.locked():
             raise UploadConflict("Another upload is under way; try again when it has ended.")
         async with self._lock:
-            self._blobs.promise(_content(checked), _sizes(checked), math.inf)
-            try:
-                with _disk_told():
-                    await self._fill(checked, chunks)
-                    return await to_its_end(self._register(checked))
-            finally:
-                self._blobs.release(_content(checked))
+            return await self._leading.run(self._take_in(checked, chunks))
 
-    async def delete(self, model: str, name: str) -> None:
+    async def _take_in(self, manifest: Manifest, chunks: AsyncIterator[Chunk]) -> Revision:
+        self._blobs.promise(_UNDER_WAY, _sizes(manifest), math.inf)
+        try:
+            with _disk_told():
+                await self._leading.confirm()
+                await self._fill(manifest, chunks)
+                return await to_its_end(self._register(manifest))
+        except (OSError, ArtifactInvalid):
+            # What the next leader did to our files is no fault of theirs, nor of the client's.
+            await self._leading.confirm()
+            raise
+        finally:
+            # What was promised to whoever planned it holds: after a failure they come again.
+            self._blobs.release(_UNDER_WAY)
+
+    async def delete(
+        self, model: str, name: str, *, check_unused: Callable[[str, str], None] | None = None
+    ) -> None:
         """Forgets a revision, and the blobs that no other one names; can be called again where it failed.
+
+        Args:
+            model: The model.
+            name: The revision.
+            check_unused: Raises for a revision that somebody uses; called in the very turn in which it goes.
 
         Raises:
             ModelUnknown, RevisionUnknown: There is no such revision.
             RevisionInUse: It was not uploaded: the mesh was started with it.
             InternalError: Its directory cannot be removed; it stays registered.
+            NotLeader: Another controller leads.
+            StoreUnavailable: Nobody can say who leads.
         """
-        deleted = self._catalog.revision(model, name)
-        same = [one for one in self._revisions() if one.local_path == deleted.local_path]
-        if not self._directories.holds(deleted) or len(same) > 1:
-            raise RevisionInUse("The mesh was started with this revision; it cannot be deleted.")
+        self._leading.check()
+        self._deletable(model, name)
+        await self._leading.confirm()
+        # Others had their turn meanwhile: a rollout may have begun with it, or somebody else deleted it.
+        deleted = self._deletable(model, name)
+        if check_unused is not None:
+            check_unused(model, name)
         try:
             # Both at once, before anybody else has a turn: no rollout begins with what is half gone.
             self._directories.bury(deleted)
@@ -140,6 +184,13 @@ class Uploads:
         self._catalog.forget(model, name)
         await in_thread(self._free, _sizes(deleted.manifest).keys() - self._named())
         logs.get_logger().info("revision.deleted", model=model, revision=name)
+
+    def _deletable(self, model: str, name: str) -> Revision:
+        found = self._catalog.revision(model, name)
+        same = [one for one in self._revisions() if one.local_path == found.local_path]
+        if not self._directories.holds(found) or len(same) > 1:
+            raise RevisionInUse("The mesh was started with this revision; it cannot be deleted.")
+        return found
 
     def _free(self, digests: Iterable[str]) -> None:
         """Gives the room of what was deleted back. Blocks."""
@@ -163,32 +214,22 @@ class Uploads:
 
     async def _fill(self, manifest: Manifest, chunks: AsyncIterator[Chunk]) -> None:
         """Sees that every content of a manifest is a whole blob."""
-        sizes = _sizes(manifest)
-        async with self._settling:
-            needs = await in_thread(self._prepare, sizes, self._revisions(), self._named())
-        for sha256, path in needs.copies.items():
-            await self._local.copy(sha256, sizes[sha256], path)
-        async with contextlib.aclosing(paced(chunks, self._clock)) as coming:
-            await take(self._blobs, {one: sizes[one] for one in needs.offsets}, coming)
-
-    def _prepare(self, sizes: Mapping[str, int], revisions: tuple[Revision, ...], named: set[str]) -> _Needs:
-        """Makes room: first of what others left and never came back for. Blocks."""
-        self._directories.clear()
-        self._blobs.collect(named)
-        self._blobs.settle(sizes)
-        needs = self._needs(sizes, revisions)
-        wanted = {one: sizes[one] for one in (*needs.offsets, *needs.copies)}
-        self._blobs.make_room(wanted, named)
-        return needs
-
-    def _needs(self, sizes: Mapping[str, int], revisions: tuple[Revision, ...]) -> _Needs:
-        missing = self._blobs.missing(sizes)
-        copies = self._local.find(revisions, {one: sizes[one] for one in missing})
-        return _Needs({one: at for one, at in missing.items() if one not in copies}, copies)
+        await in_thread(self._directories.clear)
+        await self._contents.fill(_sizes(manifest), self._revisions(), self._named(), chunks)
 
     async def _register(self, manifest: Manifest) -> Revision:
-        revision = await in_thread(self._directories.compose, manifest, self._blob_of)
+        composed = await in_thread(self._directories.compose, manifest, self._blob_of)
+        revision = composed.revision
+        try:
+            await self._read_tokenizer(composed.directory)
+            await self._leading.confirm()
+            await in_thread(self._directories.place, composed)
+        except BaseException:
+            await in_thread(self._directories.discard, composed)
+            raise
+        await self._leading.confirm()
         self._catalog.register(revision)
+        self._blobs.release(_plan_of(manifest))
         logs.get_logger().info(
             "revision.uploaded",
             model=manifest.model,
@@ -243,9 +284,9 @@ def _sizes(manifest: Manifest) -> dict[str, int]:
     return {file.sha256: file.size_bytes for file in manifest.files}
 
 
-def _content(manifest: Manifest) -> str:
-    """Equal for manifests of equal content, whatever their names."""
-    return manifest.named().revision
+def _plan_of(manifest: Manifest) -> str:
+    """For whom a plan's promise is: whoever uploads this content under this name."""
+    return f"{manifest.revision} {manifest.named().revision}"
 
 
 @contextlib.contextmanager

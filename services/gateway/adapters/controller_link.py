@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from interlock.v1 import (
     worker_pb2,
 )
 
-from services.common import artifacts, channel, logs, status
+from services.common import artifacts, channel, logs
 from services.common.credential import mesh_metadata
 from services.common.errors import ArtifactInvalid, InterlockError
 from services.common.hf_tokenizer import HfTokenizer
+from services.common.revision_download import RevisionDownload
 from services.gateway.core.catalog import Catalog, CatalogEntry
 from services.gateway.core.tallies import Tallies
 
@@ -155,8 +156,6 @@ class ControllerLink:
             entry = await self._load(manifest, connection)
         except InterlockError as error:
             return _failed(manifest.revision, error.message)
-        except grpc.RpcError as error:
-            return _failed(manifest.revision, status.read_error(error).message)
         except Exception:  # noqa: BLE001 - a defect here must reach the rollout, not end the membership
             logs.get_logger().error("tokenizer.crashed", revision=manifest.revision, exc_info=True)
             return _failed(manifest.revision, "the gateway could not load the tokenizer")
@@ -196,10 +195,16 @@ class ControllerLink:
         wanted = artifacts.tokenizer_files(files)
         if not any(file.path == "tokenizer.json" for file in wanted):
             raise ArtifactInvalid("tokenizer.json: is not among the files of the revision.")
+
+        async def connected() -> grpc.aio.Channel:
+            # Another controller asks for the revision anew, and what came is on disk.
+            return connection
+
+        download = RevisionDownload(manifest.model, manifest.revision, self._membership.mesh_token, connected)
         directory = await artifacts.fetch(
             wanted,
             local_path=manifest.local_path,
-            download=self._downloader(manifest, connection),
+            download=download.read,
             # The digest, not the name: two revisions with one tokenizer share it, and no name is a path.
             directory=self._membership.cache_dir / "tokenizers" / artifacts.tokenizer_digest(files),
             on_progress=_ignore_progress,
@@ -213,19 +218,6 @@ class ControllerLink:
             quantization=manifest.quantization,
             tokenizer=tokenizer,
         )
-
-    def _downloader(self, manifest: model_pb2.Manifest, connection: grpc.aio.Channel) -> artifacts.Download:
-        stub = controller_service_pb2_grpc.ControllerServiceStub(connection)
-        metadata = mesh_metadata(self._membership.mesh_token)
-
-        async def download(path: str, offset: int) -> AsyncIterator[bytes]:
-            request = controller_service_pb2.DownloadRevisionRequest(
-                model=manifest.model, revision=manifest.revision, path=path, offset=offset
-            )
-            async for response in stub.DownloadRevision(request, metadata=metadata):
-                yield response.data
-
-        return download
 
     def _resident(self, entry: CatalogEntry) -> worker_pb2.ResidentRevision:
         serving = {(served.model, served.revision) for served in self._catalog.entries}
@@ -246,6 +238,8 @@ class _Attachment:
         self._address = address
         self._outgoing: asyncio.Queue[Request] = asyncio.Queue(OUTGOING_MAX)
         self._silence_s = HELLO_TIMEOUT_S
+        # What ends with the stream: its writer, its reports, and what it was asked to prepare.
+        self._helpers: set[asyncio.Task[None]] = set()
         self.leased = False
 
     async def run(self) -> str:
@@ -265,10 +259,8 @@ class _Attachment:
 
     async def _converse(self, call: Any, connection: grpc.aio.Channel) -> None:
         async with asyncio.TaskGroup() as tasks:
-            helpers = [
-                tasks.create_task(self._write(call)),
-                tasks.create_task(self._report()),
-            ]
+            self._help(tasks, self._write(call))
+            self._help(tasks, self._report())
             try:
                 # The connection to a process that was stopped stays open.
                 async with asyncio.timeout(HELLO_TIMEOUT_S) as patience:
@@ -276,9 +268,14 @@ class _Attachment:
                         self._obey(command, connection, tasks)
                         patience.reschedule(asyncio.get_running_loop().time() + self._silence_s)
             finally:
-                for helper in helpers:
+                for helper in tuple(self._helpers):
                     helper.cancel()
                 call.cancel()
+
+    def _help(self, tasks: asyncio.TaskGroup, work: Coroutine[Any, Any, None]) -> None:
+        helper = tasks.create_task(work)
+        self._helpers.add(helper)
+        helper.add_done_callback(self._helpers.discard)
 
     async def _write(self, call: Any) -> None:
         await call.write(self._link.hello())
@@ -298,7 +295,7 @@ class _Attachment:
                 self._silence_s = command.lease.ttl.ToTimedelta().total_seconds() or math.inf
                 self._link.leased(command.lease)
             case "prepare":
-                tasks.create_task(self._prepare(command.prepare.manifest, connection))
+                self._help(tasks, self._prepare(command.prepare.manifest, connection))
             case "activate":
                 self._say(self._link.activate(command.activate))
             case "retire":

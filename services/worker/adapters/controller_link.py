@@ -90,7 +90,14 @@ class ControllerLink:
         self._wake = asyncio.Event()
         self._load_at_s = 0.0
         self._attached = False
-        self.channel: grpc.aio.Channel | None = None
+        self._channel: grpc.aio.Channel | None = None
+        self._leased = asyncio.Event()
+
+    async def connected(self) -> grpc.aio.Channel:
+        """The channel to the controller that granted a lease; waits while there is none."""
+        while (channel := self._channel) is None:
+            await self._leased.wait()
+        return channel
 
     def report(self, report: Report) -> None:
         """Sends a report; while nobody is attached it is dropped, for the next Hello says it all."""
@@ -141,13 +148,15 @@ class ControllerLink:
                 first = await call.read()
             lease = self._accept(first)
             if lease is not None:
-                leased, self.channel = True, channel
+                leased, self._channel = True, channel
+                self._leased.set()
                 await self._serve(call, handshake, _silence_s(lease))
         except (grpc.aio.AioRpcError, TimeoutError, asyncio.InvalidStateError) as error:
             code = error.code().name if isinstance(error, grpc.aio.AioRpcError) else type(error).__name__
             logs.get_logger().debug("controller.lost", code=code)
         finally:
-            self._attached, self.channel = False, None
+            self._attached, self._channel = False, None
+            self._leased.clear()
             await channel.close()
         if leased:
             logs.get_logger().warning("controller.detached")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-import grpc
-from interlock.v1 import controller_service_pb2, controller_service_pb2_grpc
-
-from services.common import artifacts, status
-from services.common.credential import mesh_metadata
-from services.common.errors import ArtifactInvalid, StoreUnavailable
+from services.common import artifacts
+from services.common.errors import ArtifactInvalid
 from services.common.ids import is_valid_id
+from services.common.revision_download import Connected, RevisionDownload
 from services.worker.core.ports import Progress
 from services.worker.core.revision import RevisionSpec
 
@@ -22,15 +18,13 @@ class MeshArtifacts:
     Args:
         cache_dir: Where downloaded revisions are kept, by model and revision.
         mesh_token: The join token of the mesh.
-        channel: Returns the channel to the controller that leads now, None while there is none.
+        connected: Returns the channel to the controller that leads, as soon as there is one.
     """
 
-    def __init__(
-        self, cache_dir: Path, mesh_token: str, channel: Callable[[], grpc.aio.Channel | None]
-    ) -> None:
+    def __init__(self, cache_dir: Path, mesh_token: str, connected: Connected) -> None:
         self._cache_dir = cache_dir
         self._mesh_token = mesh_token
-        self._channel = channel
+        self._connected = connected
 
     async def fetch(self, spec: RevisionSpec, progress: Progress) -> Path:
         """See `ArtifactStore.fetch`."""
@@ -38,31 +32,11 @@ class MeshArtifacts:
         if not all(is_valid_id(name) and name.strip(".") for name in (spec.model, spec.revision)):
             raise ArtifactInvalid("The names of model and revision must be plain.")
         files = tuple(artifacts.FileDigest(one.path, one.size_bytes, one.sha256) for one in spec.files)
-
-        def download(path: str, offset: int) -> AsyncIterator[bytes]:
-            return self._download(spec, path, offset)
-
+        download = RevisionDownload(spec.model, spec.revision, self._mesh_token, self._connected)
         return await artifacts.fetch(
             files,
             local_path=spec.local_path,
-            download=download,
+            download=download.read,
             directory=self._cache_dir / "revisions" / spec.model / spec.revision,
             on_progress=progress,
         )
-
-    async def _download(self, spec: RevisionSpec, path: str, offset: int) -> AsyncIterator[bytes]:
-        channel = self._channel()
-        if channel is None:
-            raise StoreUnavailable("No controller can be reached to download from.")
-        stub = controller_service_pb2_grpc.ControllerServiceStub(channel)
-        request = controller_service_pb2.DownloadRevisionRequest(
-            model=spec.model, revision=spec.revision, path=path, offset=offset
-        )
-        call = stub.DownloadRevision(request, metadata=mesh_metadata(self._mesh_token))
-        try:
-            async for response in call:
-                yield response.data
-        except grpc.aio.AioRpcError as error:
-            raise status.read_error(error) from error
-        finally:
-            call.cancel()

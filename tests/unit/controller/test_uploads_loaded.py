@@ -209,12 +209,14 @@ async def test_a_revision_outlives_a_loss_of_power(place: Place, monkeypatch: py
 
     def synced(descriptor: int) -> None:
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
-        done.append(("sync", str(path.relative_to(place.directory))))
+        name = re.sub(r"[.][0-9a-f]{8}[.]new", ".N.new", str(path.relative_to(place.directory)))
+        done.append(("sync", name))
         fsync(descriptor)
 
     def renamed_to(path: Path, target: Path) -> Path:
+        renamed = rename(path, target)
         done.append(("name", str(target.relative_to(place.directory))))
-        return rename(path, target)
+        return renamed
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "replace", renamed_to)
@@ -227,9 +229,9 @@ async def test_a_revision_outlives_a_loss_of_power(place: Place, monkeypatch: py
         "data",
         "data/blobs",
         "data/revisions",
-        "data/revisions/m/.v2.new",
-        "data/revisions/m/.v2.new/manifest.json",
+        "data/revisions/m/.v2.N.new",
+        "data/revisions/m/.v2.N.new/manifest.json",
     }
-    assert before[-1] == ("sync", "data/revisions/m/.v2.new")
+    assert before[-1] == ("sync", "data/revisions/m/.v2.N.new")
     assert after == [("sync", "data/revisions/m"), ("sync", "data/revisions")]
     assert root.is_dir()
