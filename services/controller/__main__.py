@@ -115,7 +115,7 @@ async def _begin(
 
     async def still_leading() -> None:
         try:
-            await tenure.keep(tenure.fence)
+            await tenure.keep()
         except FenceStale:
             raise NotLeader("Another controller leads; ask again.") from None
 

@@ -72,6 +72,7 @@ class ControllerTerm:
 
     def close(self) -> None:
         """See `Term.close`."""
+        self.uploads.close()
 
 
 class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
