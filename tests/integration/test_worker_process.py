@@ -97,6 +97,11 @@ class ScriptedController(controller_service_pb2_grpc.ControllerServiceServicer):
         prepare = controller_service_pb2.Prepare(manifest=manifest)
         await self.commands.put(controller_service_pb2.AttachResponse(prepare=prepare))
 
+    async def stage(self, manifest: model_pb2.Manifest) -> None:
+        """Sends Prepare for the files alone."""
+        prepare = controller_service_pb2.Prepare(manifest=manifest, stage_only=True)
+        await self.commands.put(controller_service_pb2.AttachResponse(prepare=prepare))
+
     async def activate(self, epoch: int) -> None:
         """Sends Activate for r1 and waits until it is known."""
         activate = controller_service_pb2.Activate(model="m", revision="r1", epoch=epoch)
@@ -311,6 +316,51 @@ async def test_a_failed_preparation_is_reported_and_may_be_repeated(
     loader.flaw, loader.error = "", None
     await script.prepare(model_pb2.Manifest(model="m", revision="r1"))
     await script.hear("ready")
+    await worker.stop()
+
+
+async def test_a_revision_is_staged_and_loaded_when_told(
+    controller: tuple[ScriptedController, str], tmp_path: Path
+) -> None:
+    """Files first, checked, and nothing is loaded; a Hello says so; what is asked then loads it."""
+    script, controller_address = controller
+    loader = FakeLoader()
+    worker = Worker(config_for(tmp_path, controller_address), lambda _: Compute((), loader))
+    manifest = model_pb2.Manifest(model="m", revision="r1")
+    await script.stage(manifest)
+    assert (await script.hear("staged")).revision == "r1"
+    assert not loader.entered.is_set()
+    await script.commands.put(None)
+    hello = await script.hear("hello")
+    while not hello.revisions:
+        hello = await script.hear("hello")
+    assert hello.revisions[0].phase == worker_pb2.REVISION_PHASE_STAGED
+    await script.stage(manifest)
+    assert (await script.hear("staged")).revision == "r1"
+    await script.prepare(manifest)
+    await script.hear("ready")
+    await script.activate(9)
+    await worker.stop()
+
+
+async def test_what_was_staged_is_forgotten_when_told(
+    controller: tuple[ScriptedController, str], tmp_path: Path
+) -> None:
+    """An abort is answered, and it can be staged again; a flaw is found before anything is loaded."""
+    script, controller_address = controller
+    loader = FakeLoader()
+    worker = Worker(config_for(tmp_path, controller_address), lambda _: Compute((), loader))
+    manifest = model_pb2.Manifest(model="m", revision="r1")
+    await script.stage(manifest)
+    await script.hear("staged")
+    abort = controller_service_pb2.Abort(revision="r1")
+    await script.commands.put(controller_service_pb2.AttachResponse(abort=abort))
+    assert (await script.hear("retired")).revision == "r1"
+    loader.flaw = "It is not a model."
+    await script.stage(manifest)
+    failed = await script.hear("failed")
+    assert (failed.phase, failed.reason) == (worker_pb2.REVISION_PHASE_VERIFY, "It is not a model.")
+    assert not loader.entered.is_set()
     await worker.stop()
 
 

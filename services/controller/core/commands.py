@@ -24,6 +24,15 @@ class SendPrepare:
 
 
 @dataclass(frozen=True, slots=True)
+class SendStage:
+    """Ask a worker to fetch and verify a revision's files, and to load nothing."""
+
+    model: str
+    revision: str
+    rollout_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class SendActivate:
     """Tell a member that a revision serves from this epoch on."""
 
@@ -53,7 +62,7 @@ class SendDrain:
     grace_s: float
 
 
-Command: TypeAlias = SendLease | SendPrepare | SendActivate | SendRetire | SendAbort | SendDrain
+Command: TypeAlias = SendLease | SendPrepare | SendStage | SendActivate | SendRetire | SendAbort | SendDrain
 """What travels to a member."""
 
 

@@ -108,6 +108,11 @@ class _Now:
         return sum(worker.new is Standing.READY for worker in self.fleet.workers)
 
     @property
+    def all_staged(self) -> bool:
+        """Whether no worker lacks a file; until then nobody gives up what serves."""
+        return all(worker.new is Standing.STAGED for worker in self.fleet.workers)
+
+    @property
     def old_is_ready(self) -> bool:
         return any(worker.old is Standing.READY for worker in self.fleet.workers)
 
@@ -179,7 +184,7 @@ def _prepare(rollout: Rollout, now: _Now) -> Rollout:
     obstacle = _obstacle(rollout, now)
     if obstacle:
         return _enter(rollout, State.ABORTING, obstacle, now)
-    if rollout.strategy is Strategy.SWAP and not rollout.swapping:
+    if rollout.strategy is Strategy.SWAP and not rollout.swapping and now.all_staged:
         rollout = _swap_one(rollout, now)
     if now.ready < _needed(rollout, now.fleet) or now.fleet.gateways_pending:
         return rollout

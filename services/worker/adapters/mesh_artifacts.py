@@ -12,6 +12,7 @@ from services.common import artifacts, status
 from services.common.credential import mesh_metadata
 from services.common.errors import ArtifactInvalid, StoreUnavailable
 from services.common.ids import is_valid_id
+from services.common.known_digests import KnownDigests
 from services.worker.core.ports import Progress
 from services.worker.core.revision import RevisionSpec
 
@@ -31,6 +32,7 @@ class MeshArtifacts:
         self._cache_dir = cache_dir
         self._mesh_token = mesh_token
         self._channel = channel
+        self._known = KnownDigests()
 
     async def fetch(self, spec: RevisionSpec, progress: Progress) -> Path:
         """See `ArtifactStore.fetch`."""
@@ -48,6 +50,7 @@ class MeshArtifacts:
             download=download,
             directory=self._cache_dir / "revisions" / spec.model / spec.revision,
             on_progress=progress,
+            known=self._known,
         )
 
     async def _download(self, spec: RevisionSpec, path: str, offset: int) -> AsyncIterator[bytes]:

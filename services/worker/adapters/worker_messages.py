@@ -10,6 +10,7 @@ from services.worker.core.revision import (
     BecameActive,
     BecameReady,
     BecameRetired,
+    BecameStaged,
     ComputeDtype,
     GoldenPrompt,
     Phase,
@@ -52,6 +53,7 @@ def resident_revisions(residency: Residency) -> list[worker_pb2.ResidentRevision
             phase=phase_value(one.phase),
             weights_bytes=one.weights_bytes,
             failure=one.failure,
+            staging=one.staging,
         )
         for one in residency.all
     ]
@@ -93,6 +95,8 @@ def report_message(report: Report) -> controller_service_pb2.AttachRequest:
             request.progress.phase = phase_value(phase)
             request.progress.done_bytes = done_bytes
             request.progress.total_bytes = total_bytes
+        case BecameStaged(revision):
+            request.staged.revision = revision
         case BecameReady(revision, weights_bytes, phases_s):
             request.ready.revision = revision
             request.ready.weights_bytes = weights_bytes

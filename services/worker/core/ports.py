@@ -108,6 +108,10 @@ class RevisionHandshake(Protocol):
         """Makes a revision ready; one that is ready already says so again."""
         ...
 
+    def stage(self, spec: RevisionSpec) -> None:
+        """Has a revision's files here and checked, and loads nothing; one that is ready says so again."""
+        ...
+
     def activate(self, revision: str, epoch: int) -> None:
         """Lets jobs name the revision, from this epoch on."""
         ...
@@ -117,7 +121,7 @@ class RevisionHandshake(Protocol):
         ...
 
     def abort(self, revision: str) -> None:
-        """Stops preparing it."""
+        """Stops preparing it, and forgets that it was staged."""
         ...
 
 

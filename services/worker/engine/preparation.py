@@ -2,7 +2,8 @@
 
 FETCH, VERIFY, LOAD and WARM run beside serving: what blocks is in a thread. One revision is prepared at a
 time, for two would compete for the same memory and disk. A load that is no longer wanted is halted where it
-next tells how far it is. Knows ports; who asks is the controller link.
+next tells how far it is. Where memory holds one revision, the next one is staged before the other one goes:
+FETCH and VERIFY alone. Knows ports; who asks is the controller link.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from services.worker.core.revision import (
     BecameActive,
     BecameReady,
     BecameRetired,
+    BecameStaged,
     LoadHalted,
     LoadStage,
     Phase,
@@ -43,6 +45,7 @@ from services.worker.core.revision import (
 from services.worker.core.warmup import warm
 from services.worker.engine.abandonable import in_thread
 from services.worker.engine.engine import Engine
+from services.worker.engine.stages import Stages
 
 T = TypeVar("T")
 
@@ -99,6 +102,17 @@ class Preparation:
             self._residency.begin(spec.model, spec.revision)
             self._spawn(spec.revision, self._prepare(spec))
 
+    def stage(self, spec: RevisionSpec) -> None:
+        """See `RevisionHandshake.stage`."""
+        known = self._residency.find(spec.revision)
+        if (ready := self._ready.get(spec.revision)) is not None:
+            self._report(ready)
+        elif known is not None and known.phase is Phase.STAGED:
+            self._report(BecameStaged(spec.revision))
+        elif spec.revision not in self._tasks:
+            self._residency.begin(spec.model, spec.revision, staging=True)
+            self._spawn(spec.revision, self._stage(spec))
+
     def activate(self, revision: str, epoch: int) -> None:
         """See `RevisionHandshake.activate`."""
         if revision not in self._ready:
@@ -122,10 +136,13 @@ class Preparation:
         """See `RevisionHandshake.abort`."""
         if revision in self._ready:
             return
-        if (task := self._tasks.get(revision)) is None:
-            self._report(BecameRetired(revision))
-        else:
+        if (task := self._tasks.get(revision)) is not None:
             task.cancel()
+            return
+        known = self._residency.find(revision)
+        if known is not None and known.phase is Phase.STAGED:
+            self._residency.remove(revision)
+        self._report(BecameRetired(revision))
 
     async def stop(self) -> bool:
         """Ends what is under way; returns whether it did. A thread that has not ends with the process."""
@@ -148,18 +165,36 @@ class Preparation:
         if not task.cancelled() and (error := task.exception()) is not None:
             logs.get_logger().error("revision.crashed", revision=revision, exc_info=error)
 
-    async def _prepare(self, spec: RevisionSpec) -> None:
-        stages = _Stages(self._clock)
+    async def _stage(self, spec: RevisionSpec) -> None:
+        stages = Stages(self._clock)
+        if await self._alone(spec, stages, lambda: self._obtain(spec, stages)) is None:
+            return
+        self._residency.enter(spec.revision, Phase.STAGED)
+        phases_s = {f"{name}_s": round(duration_s, 3) for name, duration_s in stages.durations_s()}
+        logs.get_logger().info("revision.staged", model=spec.model, revision=spec.revision, **phases_s)
+        self._report(BecameStaged(spec.revision))
+
+    async def _alone(
+        self, spec: RevisionSpec, stages: Stages, work: Callable[[], Coroutine[Any, Any, T]]
+    ) -> T | None:
+        """Performs work on a revision when it is the only one; None: it failed, which has been reported."""
         try:
             async with self._one_at_a_time:
-                runner, compiler = await self._load(spec, stages)
+                return await work()
         except asyncio.CancelledError:
             self._residency.remove(spec.revision)
             self._report(BecameRetired(spec.revision))
             raise
         except Exception as error:  # noqa: BLE001 - whatever it was, the controller must hear of it
             self._fail(spec, stages.phase, error)
+            return None
+
+    async def _prepare(self, spec: RevisionSpec) -> None:
+        stages = Stages(self._clock)
+        loaded = await self._alone(spec, stages, lambda: self._load(spec, stages))
+        if loaded is None:
             return
+        runner, compiler = loaded
         weights_bytes = runner.facts.weights_bytes
         self._engine.host(spec.revision, runner, compiler)
         self._residency.enter(spec.revision, Phase.READY, weights_bytes=weights_bytes)
@@ -175,7 +210,9 @@ class Preparation:
         )
         self._report(ready)
 
-    async def _load(self, spec: RevisionSpec, stages: _Stages) -> tuple[ModelRunner, FormatCompiler | None]:
+    async def _obtain(self, spec: RevisionSpec, stages: Stages) -> Path:
+        """FETCH and VERIFY; returns where the files are."""
+
         def progress(done_bytes: int, total_bytes: int) -> None:
             self._report(Progressed(spec.revision, stages.phase, done_bytes, total_bytes))
 
@@ -183,8 +220,13 @@ class Preparation:
         progress(0, 0)
         directory = await self._store.fetch(spec, progress)
         self._advance(spec, stages, Phase.VERIFY)
+        verify = in_thread(lambda: self._loader.verify(directory, spec), "verify")
+        await _finished(verify, threading.Event())
+        return directory
+
+    async def _load(self, spec: RevisionSpec, stages: Stages) -> tuple[ModelRunner, FormatCompiler | None]:
+        directory = await self._obtain(spec, stages)
         halt = threading.Event()
-        await _finished(in_thread(lambda: self._loader.verify(directory, spec), "verify"), halt)
         self._advance(spec, stages, Phase.LOAD)
         watch = self._watch(spec, stages, halt)
         runner = await _finished(in_thread(lambda: self._loader.load(directory, spec, watch), "load"), halt)
@@ -205,7 +247,7 @@ class Preparation:
             raise ArtifactInvalid("This worker cannot read golden prompts.")
         answer_all(runner, self._open_tokenizer(directory), spec.golden_prompts, halt.is_set)
 
-    def _watch(self, spec: RevisionSpec, stages: _Stages, halt: threading.Event) -> LoadWatch:
+    def _watch(self, spec: RevisionSpec, stages: Stages, halt: threading.Event) -> LoadWatch:
         """What a load tells from its thread, reported on the loop."""
         loop = asyncio.get_running_loop()
 
@@ -220,7 +262,7 @@ class Preparation:
 
         return watch
 
-    def _advance(self, spec: RevisionSpec, stages: _Stages, phase: Phase) -> None:
+    def _advance(self, spec: RevisionSpec, stages: Stages, phase: Phase) -> None:
         stages.enter(phase)
         self._residency.enter(spec.revision, phase)
         self._report(Progressed(spec.revision, phase))
@@ -260,38 +302,3 @@ async def _finished(work: Coroutine[Any, Any, T], halt: threading.Event) -> T:
             if isinstance(result, ModelRunner):
                 result.close()
         raise
-
-
-class _Stages:
-    """Which phase runs, and which stage of LOAD, and how long each took."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._entered: list[tuple[Phase, float]] = []
-        self._stage: LoadStage | None = None
-        self._stage_began_s = 0.0
-        self._stages_s: dict[LoadStage, float] = {}
-
-    @property
-    def phase(self) -> Phase:
-        return self._entered[-1][0] if self._entered else Phase.FETCH
-
-    def enter(self, phase: Phase) -> None:
-        self.turn_to(None)
-        self._entered.append((phase, self._clock.monotonic()))
-
-    def turn_to(self, stage: LoadStage | None) -> None:
-        """Ends a stage and begins another; None: there is none from now on."""
-        now_s = self._clock.monotonic()
-        if self._stage is not None:
-            passed_s = now_s - self._stage_began_s
-            self._stages_s[self._stage] = self._stages_s.get(self._stage, 0.0) + passed_s
-        self._stage, self._stage_began_s = stage, now_s
-
-    def durations_s(self) -> tuple[tuple[str, float], ...]:
-        ends = [*(began_s for _, began_s in self._entered[1:]), self._clock.monotonic()]
-        phases = [
-            (phase.value.lower(), end_s - began_s)
-            for (phase, began_s), end_s in zip(self._entered, ends, strict=True)
-        ]
-        return (*phases, *((stage.value, passed_s) for stage, passed_s in self._stages_s.items()))

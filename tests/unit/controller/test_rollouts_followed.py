@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from services.common.errors import (
@@ -13,8 +15,11 @@ from services.common.errors import (
     RolloutUnknown,
     StoreUnavailable,
 )
+from services.controller.core import rollout_fleet
 from services.controller.core.catalog import Manifest, Revision
-from services.controller.core.commands import SendAbort, SendActivate, SendRetire
+from services.controller.core.commands import SendAbort, SendActivate, SendRetire, SendStage
+from services.controller.core.member import Kind, Staged
+from services.controller.core.residency import Phase, Resident
 from services.controller.core.rollout_events import Cancelled, Paused, Promoted, Resumed, TakenBack
 from services.controller.core.rollout_record import Spec, State, Strategy
 from tests.fixtures.rollout_world import World
@@ -189,6 +194,58 @@ async def test_swap_replaces_one_worker_after_the_other(workers: int) -> None:
     assert not any(record.draining for record in world.store.workers.values())
     order = [(name, type(command)) for name, command in world.told if isinstance(command, SendRetire)]
     assert order == [(name, SendRetire) for name in "ab"[:workers]]
+
+
+async def test_a_swap_begins_when_every_worker_has_the_files() -> None:
+    """Until then both serve the old revision; and nobody is told to load what others may not get."""
+    world = World()
+    await world.settle()
+    world.attach("a")
+    world.attach("b")
+    await world.settle()
+    world.slow = {"b"}
+    await world.start(strategy=Strategy.SWAP, bake_s=0.0)
+    await world.settle(3)
+    assert world.held == {"a": {world.old}, "b": {world.old}}
+    assert not any(record.draining for record in world.store.workers.values())
+    assert ("a", SendStage("m", world.new, "r")) in world.told
+    world.coordinator.hear(world.key("b"), world.workers["b"], Staged(world.new))
+    await world.settle(4)
+    assert world.rollout.state is State.COMPLETED
+    assert world.held == {"a": {world.new}, "b": {world.new}}
+
+
+async def test_a_swap_to_damaged_files_ends_before_anybody_gave_up_what_serves() -> None:
+    """The cause is the worker's; no worker was told to unload, and what was staged is forgotten."""
+    world = World()
+    await world.settle()
+    world.attach("a")
+    await world.settle()
+    world.damaged[world.new] = "model.safetensors: the content is damaged."
+    await world.start(strategy=Strategy.SWAP)
+    await world.settle(3)
+    assert world.rollout.state is State.ABORTED
+    assert world.rollout.history[-1].cause == "a: model.safetensors: the content is damaged."
+    assert not any(isinstance(command, SendRetire) for _, command in world.told)
+    assert not world.store.workers["a"].draining
+    world.coordinator.check_unused("m", world.new)
+
+
+@pytest.mark.parametrize(("phase", "quiet"), [(Phase.STAGING, False), (Phase.PREPARING, True)])
+async def test_a_worker_that_stages_goes_on_serving(phase: Phase, *, quiet: bool) -> None:
+    """Files take no memory, so the old revision stays; a load that nobody asked for must end before."""
+    world = World()
+    await world.settle()
+    world.attach("a")
+    await world.settle()
+    await world.start(strategy=Strategy.SWAP)
+    world.slow = {"a"}
+    await world.settle()
+    residents = {world.old: Resident(Phase.ACTIVE), world.new: Resident(phase)}
+    member = replace(world.coordinator.members(Kind.WORKER)[0], residents=residents)
+    asked = rollout_fleet.goal(world.rollout, member, ((world.old, 100),), 7)
+    assert asked.quiet is quiet
+    assert asked.stages == ({world.old} if quiet else {world.new})
 
 
 async def test_a_swap_that_fails_loads_the_old_revision_again() -> None:
