@@ -113,6 +113,11 @@ class Coordinator:
         return self.led.is_set() and not self.deposed.is_set()
 
     @property
+    def draining(self) -> bool:
+        """Whether a worker is out of the line until it has ended what it runs."""
+        return any(member.quiet and member.active_revisions for member in self.members(Kind.WORKER))
+
+    @property
     def plan(self) -> Plan | None:
         """What the route shall be; None until the store was read."""
         return self._plan
@@ -268,6 +273,9 @@ class Coordinator:
     def _advance(self, key: MemberKey, event: Event) -> None:
         goal = self._goal(self._roster.members[key])
         effects = self._roster.advance(key, event, goal, self._rules)
+        if effects and (now := self._goal(self._roster.members[key])) != goal:
+            # By swap a goal depends on what a worker has: what was unloaded makes room, and requests wait.
+            effects += self._roster.advance(key, Tick(), now, self._rules)
         # A mere sign of life changes nothing, and looking at every member for each would cost their square.
         if (
             effects
@@ -296,9 +304,8 @@ class Coordinator:
         return Goal(self._model, {**dict.fromkeys(plan.weights, named), plan.wanted: plan.serving_epoch})
 
     def _fleet(self, rollout: Rollout) -> Fleet:
-        files = self._catalog.revision(self._model, rollout.spec.revision).manifest.files
-        weights_bytes = sum(file.size_bytes for file in files if file.path.endswith(".safetensors"))
-        return rollout_fleet.fleet(rollout, self._roster.members.values(), weights_bytes)
+        manifest = self._catalog.revision(self._model, rollout.spec.revision).manifest
+        return rollout_fleet.fleet(rollout, self._roster.members.values(), manifest.weights_bytes)
 
     async def _follow(self) -> None:
         """Lets the rollout that is under way see what is, and obeys it."""

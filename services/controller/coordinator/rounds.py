@@ -8,6 +8,9 @@ import contextlib
 from services.common.clock import Clock
 from services.controller.coordinator.coordinator import TICK_S, Coordinator
 
+# While a worker is out of the line requests wait: it is looked after as often as people notice.
+DRAIN_LOOK_S = 0.1
+
 
 async def run(coordinator: Coordinator, clock: Clock) -> None:
     """Watches leases and keeps the store, until it is cancelled."""
@@ -40,5 +43,6 @@ async def _keep(coordinator: Coordinator, clock: Clock) -> None:
             continue
         # Not `wait_for`: before Python 3.12 it loses a cancellation that meets the event.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(renew_s - clock.monotonic()):
+            left_s = renew_s - clock.monotonic()
+            async with asyncio.timeout(min(left_s, DRAIN_LOOK_S) if coordinator.draining else left_s):
                 await coordinator.changed.wait()

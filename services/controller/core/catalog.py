@@ -58,6 +58,11 @@ class Manifest:
     tokenizer_sha256: str
     golden_prompts: tuple[GoldenPrompt, ...] = ()
 
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the weights as they are stored."""
+        return sum(file.size_bytes for file in self.files if file.path.endswith(".safetensors"))
+
     def named(self) -> Manifest:
         """The same manifest under the name that its content gives it."""
         fields = asdict(replace(self, revision=""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -15,10 +16,11 @@ from services.common.errors import (
     RolloutUnknown,
     StoreUnavailable,
 )
+from services.controller.coordinator import rounds
 from services.controller.core import rollout_fleet
 from services.controller.core.catalog import Manifest, Revision
-from services.controller.core.commands import SendAbort, SendActivate, SendRetire, SendStage
-from services.controller.core.member import Kind, Staged
+from services.controller.core.commands import SendAbort, SendActivate, SendPrepare, SendRetire, SendStage
+from services.controller.core.member import Kind, Retired, Staged
 from services.controller.core.residency import Phase, Resident
 from services.controller.core.rollout_events import Cancelled, Paused, Promoted, Resumed, TakenBack
 from services.controller.core.rollout_record import Spec, State, Strategy
@@ -213,6 +215,49 @@ async def test_a_swap_begins_when_every_worker_has_the_files() -> None:
     await world.settle(4)
     assert world.rollout.state is State.COMPLETED
     assert world.held == {"a": {world.new}, "b": {world.new}}
+
+
+async def swapping(world: World) -> None:
+    """A worker that is out of the line for a swap, and still runs a request on the old revision."""
+    await world.settle()
+    world.attach("a")
+    await world.settle()
+    world.store.running.add(("a", world.old))
+    await world.start(strategy=Strategy.SWAP)
+    await world.settle()
+    assert world.store.workers["a"].draining
+    assert world.coordinator.draining
+
+
+async def test_a_worker_loads_as_soon_as_it_has_unloaded() -> None:
+    """Requests wait meanwhile: it is told by the word that the old one is gone, not by the next tick."""
+    world = World()
+    await swapping(world)
+    world.store.running.clear()
+    await world.coordinator.keep_store()
+    stream = world.workers["a"]
+    assert stream.sent[-1] == SendRetire(world.old)
+    world.coordinator.hear(world.key("a"), stream, Retired(world.old))
+    assert stream.sent[-1] == SendPrepare("m", world.new, "r")
+
+
+async def test_a_worker_out_of_the_line_is_looked_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests wait meanwhile: it is told to unload when its last request has ended, not at the next tick."""
+    world = World()
+    await swapping(world)
+    monkeypatch.setattr(rounds, "TICK_S", 600.0)
+    stream = world.workers["a"]
+    running = asyncio.create_task(rounds.run(world.coordinator, world.clock))
+    try:
+        await asyncio.sleep(2 * rounds.DRAIN_LOOK_S)
+        assert SendRetire(world.old) not in stream.sent
+        world.store.running.clear()
+        async with asyncio.timeout(30):
+            while SendRetire(world.old) not in stream.sent:  # noqa: ASYNC110 - a list has no event
+                await asyncio.sleep(0.01)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_a_swap_to_damaged_files_ends_before_anybody_gave_up_what_serves() -> None:
