@@ -78,7 +78,7 @@ class ArtifactStore(Protocol):
 
 
 class RevisionLoader(Protocol):
-    """How files become a runner. Both verbs block; they are called in a thread of their own.
+    """How files become a runner. All verbs block; they are called in a thread of their own.
 
     A load tells its watch how far it is whenever it can stop.
     """
@@ -91,11 +91,16 @@ class RevisionLoader(Protocol):
         """
         ...
 
+    def weights_bytes_least(self, directory: Path, spec: RevisionSpec) -> int:
+        """Memory that the weights of a verified revision take at the least, as far as headers tell."""
+        ...
+
     def load(self, directory: Path, spec: RevisionSpec, watch: LoadWatch) -> ModelRunner:
         """Quantizes the weights, or maps what was quantized before.
 
         Raises:
             LoadHalted: The watch wanted the end.
+            MemoryError: There is not enough for it.
             ArtifactInvalid: The weights do not make the model that the configuration describes.
         """
         ...

@@ -19,6 +19,7 @@ from services.common import logs
 from services.common.clock import Clock
 from services.common.errors import ArtifactInvalid, InterlockError
 from services.worker.core.golden import answer_all
+from services.worker.core.memory_room import check_room
 from services.worker.core.ports import (
     ArtifactStore,
     ChatTokenizer,
@@ -66,6 +67,7 @@ class Preparation:
         on_change: Hears that the residency changed, for health.
         formats: Where compilers of formats come from; None: jobs that have one are refused.
         open_tokenizer: Reads the tokenizer of a directory; None: revisions with golden prompts are refused.
+        memory_bytes: What the weights of all revisions may take together; 0: no bound is known.
     """
 
     def __init__(  # noqa: PLR0913 - one is made, and most are given by name
@@ -80,6 +82,7 @@ class Preparation:
         on_change: Callable[[], None],
         formats: FormatLibrary | None = None,
         open_tokenizer: Callable[[Path], ChatTokenizer] | None = None,
+        memory_bytes: int = 0,
     ) -> None:
         self._engine = engine
         self._residency = residency
@@ -90,6 +93,7 @@ class Preparation:
         self._on_change = on_change
         self._formats = formats
         self._open_tokenizer = open_tokenizer
+        self._memory_bytes = memory_bytes
         self._one_at_a_time = asyncio.Lock()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ready: dict[str, BecameReady] = {}
@@ -220,9 +224,20 @@ class Preparation:
         progress(0, 0)
         directory = await self._store.fetch(spec, progress)
         self._advance(spec, stages, Phase.VERIFY)
-        verify = in_thread(lambda: self._loader.verify(directory, spec), "verify")
-        await _finished(verify, threading.Event())
+        await _finished(in_thread(lambda: self._verify(directory, spec), "verify"), threading.Event())
         return directory
+
+    def _verify(self, directory: Path, spec: RevisionSpec) -> None:
+        """Finds what can be known before a weight is read; in a thread."""
+        self._loader.verify(directory, spec)
+        self._check_room(spec, self._loader.weights_bytes_least(directory, spec))
+
+    def _check_room(self, spec: RevisionSpec, needed_bytes: int) -> None:
+        known = self._residency.find(spec.revision)
+        # What is staged is loaded when the others have gone.
+        stays = () if known is not None and known.staging else self._residency.all
+        others = (one for one in stays if one.revision != spec.revision)
+        check_room(needed_bytes, others, self._memory_bytes)
 
     async def _load(self, spec: RevisionSpec, stages: Stages) -> tuple[ModelRunner, FormatCompiler | None]:
         directory = await self._obtain(spec, stages)
@@ -231,6 +246,8 @@ class Preparation:
         watch = self._watch(spec, stages, halt)
         runner = await _finished(in_thread(lambda: self._loader.load(directory, spec, watch), "load"), halt)
         try:
+            # Now it is measured.
+            self._check_room(spec, runner.facts.weights_bytes)
             self._advance(spec, stages, Phase.WARM)
             await _finished(in_thread(lambda: self._prove(directory, spec, runner, halt), "warm"), halt)
         except BaseException:
@@ -271,7 +288,10 @@ class Preparation:
         if isinstance(error, InterlockError):
             reason = error.message
         elif isinstance(error, MemoryError):
-            reason = "The worker has not enough memory for it."
+            reason = (
+                "The worker has not enough memory for it. Roll it out with the strategy swap, choose a"
+                " smaller quantization, or give the worker more."
+            )
         else:
             reason = "Something went wrong in the worker. Its log has the details."
         logs.get_logger().error(

@@ -1,7 +1,8 @@
 """Faults for the processes of a real mesh: Python runs this at its start where it is on the search path.
 
 A worker whose `FAULT_FILE` holds the name of a revision cannot compute with it, from one step to the next, as
-a kernel fails that meets what it was never tried with. A controller whose `KILL_FILE` names a point of a
+a kernel fails that meets what it was never tried with. One whose `SHORT_FILE` holds the name of a revision
+gets no memory when it loads it. A controller whose `KILL_FILE` names a point of a
 rollout, as `before saved BAKING`, is killed there, once: the file is gone then. Others are left alone.
 """
 
@@ -43,6 +44,29 @@ def _install(file: Path) -> None:
     Stepper._host = host_faulty  # type: ignore[method-assign]
 
 
+def _install_shortage(file: Path) -> None:
+    from services.worker.engine.preparation import Preparation  # noqa: PLC0415 - in workers alone
+
+    load = Preparation._load
+
+    async def load_short(self: Preparation, spec: Any, stages: Any) -> Any:
+        loader: Any = self._loader
+        real = type(loader)._load
+
+        def short(*arguments: Any) -> Any:
+            import torch  # noqa: PLC0415 - which the worker has imported
+
+            if file.exists() and file.read_text() == spec.revision:
+                # More than any machine has: the allocator's own words are what is tested.
+                torch.empty(1 << 50, dtype=torch.uint8)
+            return real(loader, *arguments)
+
+        loader._load = short
+        return await load(self, spec, stages)
+
+    Preparation._load = load_short  # type: ignore[method-assign]
+
+
 def _kill_at(file: Path, point: str) -> None:
     """Ends this process as SIGKILL does, if the file names the point."""
     if file.exists() and file.read_text() == point:
@@ -80,5 +104,7 @@ def _install_kills(file: Path) -> None:
 
 if "services.worker" in sys.orig_argv and "FAULT_FILE" in os.environ:
     _install(Path(os.environ["FAULT_FILE"]))
+if "services.worker" in sys.orig_argv and "SHORT_FILE" in os.environ:
+    _install_shortage(Path(os.environ["SHORT_FILE"]))
 if "services.controller" in sys.orig_argv and "KILL_FILE" in os.environ:
     _install_kills(Path(os.environ["KILL_FILE"]))
