@@ -338,6 +338,32 @@ class Staged(_message.Message):
 Global___Staged: _TypeAlias = Staged  # noqa: Y015
 
 @_typing.final
+class Proven(_message.Message):
+    """A revision that serves was asked its golden prompts again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """The revision."""
+    reason: _builtins.str
+    """Why it fell short, for people; no prompt and no answer. Empty: it answered what it must."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Proven: _TypeAlias = Proven  # noqa: Y015
+
+@_typing.final
 class AttachRequest(_message.Message):
     """From member to controller."""
 
@@ -351,6 +377,7 @@ class AttachRequest(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     RETIRED_FIELD_NUMBER: _builtins.int
     STAGED_FIELD_NUMBER: _builtins.int
+    PROVEN_FIELD_NUMBER: _builtins.int
     TALLIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
@@ -385,6 +412,10 @@ class AttachRequest(_message.Message):
         """A revision's files are here."""
 
     @_builtins.property
+    def proven(self) -> Global___Proven:
+        """A revision answered its golden prompts, or did not."""
+
+    @_builtins.property
     def tallies(self) -> _containers.RepeatedCompositeFieldContainer[Global___RevisionTally]:
         """With a gateway's `load`: its counts, by which a rollout is judged; at most 64."""
 
@@ -399,13 +430,14 @@ class AttachRequest(_message.Message):
         failed: Global___Failed | None = ...,
         retired: Global___Retired | None = ...,
         staged: Global___Staged | None = ...,
+        proven: Global___Proven | None = ...,
         tallies: _abc.Iterable[Global___RevisionTally] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "event", b"event", "failed", b"failed", "hello", b"hello", "load", b"load", "progress", b"progress", "ready", b"ready", "retired", b"retired", "staged", b"staged"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "event", b"event", "failed", b"failed", "hello", b"hello", "load", b"load", "progress", b"progress", "proven", b"proven", "ready", b"ready", "retired", b"retired", "staged", b"staged"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "event", b"event", "failed", b"failed", "hello", b"hello", "load", b"load", "progress", b"progress", "ready", b"ready", "retired", b"retired", "staged", b"staged", "tallies", b"tallies"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "event", b"event", "failed", b"failed", "hello", b"hello", "load", b"load", "progress", b"progress", "proven", b"proven", "ready", b"ready", "retired", b"retired", "staged", b"staged", "tallies", b"tallies"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "load", "progress", "ready", "activated", "failed", "retired", "staged"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "load", "progress", "ready", "activated", "failed", "retired", "staged", "proven"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -578,6 +610,28 @@ class Drain(_message.Message):
 Global___Drain: _TypeAlias = Drain  # noqa: Y015
 
 @_typing.final
+class Prove(_message.Message):
+    """Ask a revision that serves its golden prompts again. A worker without a free slot says nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """The revision."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prove: _TypeAlias = Prove  # noqa: Y015
+
+@_typing.final
 class AttachResponse(_message.Message):
     """From controller to member."""
 
@@ -589,6 +643,7 @@ class AttachResponse(_message.Message):
     RETIRE_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
+    PROVE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def lease(self) -> Global___Lease:
         """The lease; the answer to `hello`."""
@@ -613,6 +668,10 @@ class AttachResponse(_message.Message):
     def drain(self) -> Global___Drain:
         """Take nothing new."""
 
+    @_builtins.property
+    def prove(self) -> Global___Prove:
+        """Answer the golden prompts."""
+
     def __init__(
         self,
         *,
@@ -622,12 +681,13 @@ class AttachResponse(_message.Message):
         retire: Global___Retire | None = ...,
         abort: Global___Abort | None = ...,
         drain: Global___Drain | None = ...,
+        prove: Global___Prove | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "activate", b"activate", "command", b"command", "drain", b"drain", "lease", b"lease", "prepare", b"prepare", "retire", b"retire"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "activate", b"activate", "command", b"command", "drain", b"drain", "lease", b"lease", "prepare", b"prepare", "prove", b"prove", "retire", b"retire"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "activate", b"activate", "command", b"command", "drain", b"drain", "lease", b"lease", "prepare", b"prepare", "retire", b"retire"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "activate", b"activate", "command", b"command", "drain", b"drain", "lease", b"lease", "prepare", b"prepare", "prove", b"prove", "retire", b"retire"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["lease", "prepare", "activate", "retire", "abort", "drain"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["lease", "prepare", "activate", "retire", "abort", "drain", "prove"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 

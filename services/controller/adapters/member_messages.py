@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, assert_never
 
 from google.protobuf.duration_pb2 import Duration
 from interlock.v1 import controller_service_pb2 as pb
@@ -24,6 +24,7 @@ from services.controller.core.commands import (
     SendDrain,
     SendLease,
     SendPrepare,
+    SendProve,
     SendRetire,
     SendStage,
 )
@@ -37,6 +38,7 @@ from services.controller.core.member import (
     Load,
     LoadReport,
     Progress,
+    Proven,
     Ready,
     Report,
     Retired,
@@ -129,7 +131,7 @@ def read_hello(request: pb.AttachRequest) -> Hello:
     )
 
 
-def read_report(request: pb.AttachRequest) -> Report:
+def read_report(request: pb.AttachRequest) -> Report | Proven:
     """Any later message of a member.
 
     Raises:
@@ -153,12 +155,13 @@ def _read_failed(said: pb.Failed) -> Report:
     return Failed(_name(said.revision), STEPS.get(said.phase, ""), _reason(said.reason))
 
 
-_REVISION_REPORTS: Mapping[str, Callable[[Any], Report]] = MappingProxyType(
+_REVISION_REPORTS: Mapping[str, Callable[[Any], Report | Proven]] = MappingProxyType(
     {
         "progress": _read_progress,
         "staged": lambda said: Staged(_name(said.revision)),
         "ready": lambda said: Ready(_name(said.revision), said.weights_bytes),
         "activated": lambda said: Activated(_name(said.revision), said.epoch),
+        "proven": lambda said: Proven(_name(said.revision), _reason(said.reason)),
         "failed": _read_failed,
         "retired": lambda said: Retired(_name(said.revision)),
     }
@@ -169,21 +172,26 @@ def command_message(command: Command, catalog: Catalog) -> pb.AttachResponse:
     """What travels to a member."""
     match command:
         case SendLease(ttl_s, fence):
-            return pb.AttachResponse(lease=pb.Lease(ttl=_duration(ttl_s), fence=fence))
+            made = pb.AttachResponse(lease=pb.Lease(ttl=_duration(ttl_s), fence=fence))
         case SendPrepare(model, revision, rollout_id) | SendStage(model, revision, rollout_id):
             manifest = manifest_message(catalog.revision(model, revision))
             stage_only = isinstance(command, SendStage)
             prepare = pb.Prepare(rollout_id=rollout_id, manifest=manifest, stage_only=stage_only)
-            return pb.AttachResponse(prepare=prepare)
+            made = pb.AttachResponse(prepare=prepare)
         case SendActivate(model, revision, epoch):
             activate = pb.Activate(model=model, revision=revision, epoch=epoch)
-            return pb.AttachResponse(activate=activate)
+            made = pb.AttachResponse(activate=activate)
+        case SendProve(revision):
+            made = pb.AttachResponse(prove=pb.Prove(revision=revision))
         case SendRetire(revision):
-            return pb.AttachResponse(retire=pb.Retire(revision=revision))
+            made = pb.AttachResponse(retire=pb.Retire(revision=revision))
         case SendAbort(revision):
-            return pb.AttachResponse(abort=pb.Abort(revision=revision))
+            made = pb.AttachResponse(abort=pb.Abort(revision=revision))
         case SendDrain(grace_s):
-            return pb.AttachResponse(drain=pb.Drain(grace=_duration(grace_s)))
+            made = pb.AttachResponse(drain=pb.Drain(grace=_duration(grace_s)))
+        case _:
+            assert_never(command)
+    return made
 
 
 def manifest_message(revision: Revision) -> model_pb2.Manifest:

@@ -42,6 +42,7 @@ from services.controller.core.member import (
     LoadReport,
     Member,
     Presence,
+    Proven,
     Report,
     RetireAsked,
     StreamBroken,
@@ -141,13 +142,17 @@ class Coordinator:
         self._advance(key, hello)
         return key
 
-    def hear(self, key: MemberKey, stream: MemberStream, report: Report) -> None:
+    def hear(self, key: MemberKey, stream: MemberStream, report: Report | Proven) -> None:
         """Takes in what a member said; nothing that came by a replaced stream.
 
         Raises:
             EventIllegal: It cannot follow what the member said before.
         """
         if not self._roster.is_current(key, stream):
+            return
+        if isinstance(report, Proven):
+            self._judge.hear_proof(key.id, report.revision, report.reason)
+            self.changed.set()
             return
         if isinstance(report, LoadReport) and key.kind is Kind.GATEWAY:
             incarnation = self._roster.members[key].incarnation
@@ -224,6 +229,8 @@ class Coordinator:
     def tick(self) -> None:
         """Judges leases and deadlines; once a second."""
         self._judge.look()
+        if (rollout := self.rollouts.current) is not None and self._judge.asks(rollout):
+            self._roster.prove(rollout.spec.revision)
         for key, event in self._roster.tick(self._rules.lease_ttl_s, judging=not self._tenure.doubtful):
             self._advance(key, event)
         if self._tenure.lapsed and not self.deposed.is_set():

@@ -42,6 +42,13 @@ class SendActivate:
 
 
 @dataclass(frozen=True, slots=True)
+class SendProve:
+    """Ask a worker to let a revision that serves answer its golden prompts again."""
+
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
 class SendRetire:
     """Tell a member to unload a revision once nothing runs on it."""
 
@@ -62,7 +69,9 @@ class SendDrain:
     grace_s: float
 
 
-Command: TypeAlias = SendLease | SendPrepare | SendStage | SendActivate | SendRetire | SendAbort | SendDrain
+Command: TypeAlias = (
+    SendLease | SendPrepare | SendStage | SendActivate | SendProve | SendRetire | SendAbort | SendDrain
+)
 """What travels to a member."""
 
 

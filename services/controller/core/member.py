@@ -125,6 +125,14 @@ class Retired:
 
 
 @dataclass(frozen=True, slots=True)
+class Proven:
+    """A revision that serves was asked its golden prompts; the reason says why it fell short, if it did."""
+
+    revision: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class StreamBroken:
     """The stream ended without a goodbye."""
 
@@ -159,7 +167,7 @@ class Tick:
 
 
 Report: TypeAlias = LoadReport | Progress | Staged | Ready | Activated | Failed | Retired
-"""What a member says after its hello."""
+"""What a member says of itself after its hello."""
 
 Event: TypeAlias = Hello | Report | StreamBroken | Farewell | Silence | DrainAsked | RetireAsked | Tick
 

@@ -217,6 +217,8 @@ class ControllerLink:
                     handshake.prepare(spec)
             case "activate":
                 handshake.activate(response.activate.revision, response.activate.epoch)
+            case "prove":
+                handshake.prove(response.prove.revision)
             case "retire":
                 handshake.retire(response.retire.revision)
             case "abort":

@@ -8,6 +8,7 @@ from interlock.v1 import controller_service_pb2, model_pb2, worker_pb2
 from services.worker.adapters.process_memory import resident_bytes
 from services.worker.core.revision import (
     BecameActive,
+    BecameProven,
     BecameReady,
     BecameRetired,
     BecameStaged,
@@ -107,6 +108,9 @@ def report_message(report: Report) -> controller_service_pb2.AttachRequest:
         case BecameActive(revision, epoch):
             request.activated.revision = revision
             request.activated.epoch = epoch
+        case BecameProven(revision, reason):
+            request.proven.revision = revision
+            request.proven.reason = reason
         case PreparationFailed(revision, phase, reason):
             request.failed.revision = revision
             request.failed.phase = phase_value(phase)

@@ -121,6 +121,10 @@ class RevisionHandshake(Protocol):
         """Lets jobs name the revision, from this epoch on."""
         ...
 
+    def prove(self, revision: str) -> None:
+        """Asks a revision that serves its golden prompts again."""
+        ...
+
     def retire(self, revision: str) -> None:
         """Ends what the revision runs and frees it."""
         ...

@@ -259,6 +259,14 @@ class BecameActive:
 
 
 @dataclass(frozen=True, slots=True)
+class BecameProven:
+    """A revision that serves was asked its golden prompts; the reason says why it fell short, if it did."""
+
+    revision: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class PreparationFailed:
     """A preparation ended in `phase`; the reason is for people and holds no path."""
 
@@ -274,4 +282,6 @@ class BecameRetired:
     revision: str
 
 
-Report = Progressed | BecameStaged | BecameReady | BecameActive | PreparationFailed | BecameRetired
+Report = (
+    Progressed | BecameStaged | BecameReady | BecameActive | BecameProven | PreparationFailed | BecameRetired
+)

@@ -13,7 +13,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from services.common import logs
 from services.common.clock import Clock
@@ -46,12 +46,21 @@ from services.worker.core.revision import (
 from services.worker.core.warmup import warm
 from services.worker.engine.abandonable import in_thread
 from services.worker.engine.engine import Engine
+from services.worker.engine.proofs import Proofs
 from services.worker.engine.stages import Stages
 
 T = TypeVar("T")
 
 # A load notices within a layer that it shall end. What takes longer sits in a library and is not waited for.
 STOP_WAIT_S = 2.0
+
+
+class _Loaded(NamedTuple):
+    """What a load comes to; the tokenizer where there are golden prompts."""
+
+    runner: ModelRunner
+    compiler: FormatCompiler | None
+    tokenizer: ChatTokenizer | None
 
 
 class Preparation:
@@ -97,6 +106,7 @@ class Preparation:
         self._one_at_a_time = asyncio.Lock()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ready: dict[str, BecameReady] = {}
+        self._proofs = Proofs(engine, lambda: residency.epoch, report)
 
     def prepare(self, spec: RevisionSpec) -> None:
         """See `RevisionHandshake.prepare`."""
@@ -127,8 +137,13 @@ class Preparation:
         self._report(BecameActive(revision, epoch))
         self._on_change()
 
+    def prove(self, revision: str) -> None:
+        """See `RevisionHandshake.prove`."""
+        self._proofs.ask(revision)
+
     def retire(self, revision: str) -> None:
         """See `RevisionHandshake.retire`."""
+        self._proofs.drop(revision)
         if self._ready.pop(revision, None) is None:
             self._report(BecameRetired(revision))
             return
@@ -150,6 +165,7 @@ class Preparation:
 
     async def stop(self) -> bool:
         """Ends what is under way; returns whether it did. A thread that has not ends with the process."""
+        await self._proofs.stop()
         tasks = tuple(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -198,7 +214,9 @@ class Preparation:
         loaded = await self._alone(spec, stages, lambda: self._load(spec, stages))
         if loaded is None:
             return
-        runner, compiler = loaded
+        runner, compiler, tokenizer = loaded
+        if tokenizer is not None:
+            self._proofs.keep(spec, tokenizer)
         weights_bytes = runner.facts.weights_bytes
         self._engine.host(spec.revision, runner, compiler)
         self._residency.enter(spec.revision, Phase.READY, weights_bytes=weights_bytes)
@@ -224,13 +242,14 @@ class Preparation:
         progress(0, 0)
         directory = await self._store.fetch(spec, progress)
         self._advance(spec, stages, Phase.VERIFY)
-        await _finished(in_thread(lambda: self._verify(directory, spec), "verify"), threading.Event())
+        verify = in_thread(lambda: self._verify(directory, spec), "verify")
+        self._check_room(spec, await _finished(verify, threading.Event()))
         return directory
 
-    def _verify(self, directory: Path, spec: RevisionSpec) -> None:
-        """Finds what can be known before a weight is read; in a thread."""
+    def _verify(self, directory: Path, spec: RevisionSpec) -> int:
+        """Finds what can be known before a weight is read, and tells what memory it needs; in a thread."""
         self._loader.verify(directory, spec)
-        self._check_room(spec, self._loader.weights_bytes_least(directory, spec))
+        return self._loader.weights_bytes_least(directory, spec)
 
     def _check_room(self, spec: RevisionSpec, needed_bytes: int) -> None:
         known = self._residency.find(spec.revision)
@@ -239,7 +258,7 @@ class Preparation:
         others = (one for one in stays if one.revision != spec.revision)
         check_room(needed_bytes, others, self._memory_bytes)
 
-    async def _load(self, spec: RevisionSpec, stages: Stages) -> tuple[ModelRunner, FormatCompiler | None]:
+    async def _load(self, spec: RevisionSpec, stages: Stages) -> _Loaded:
         directory = await self._obtain(spec, stages)
         halt = threading.Event()
         self._advance(spec, stages, Phase.LOAD)
@@ -249,20 +268,26 @@ class Preparation:
             # Now it is measured.
             self._check_room(spec, runner.facts.weights_bytes)
             self._advance(spec, stages, Phase.WARM)
-            await _finished(in_thread(lambda: self._prove(directory, spec, runner, halt), "warm"), halt)
+            proof = in_thread(lambda: self._prove(directory, spec, runner, halt), "warm")
+            tokenizer = await _finished(proof, halt)
         except BaseException:
             runner.close()
             raise
-        return runner, None if self._formats is None else self._formats.open(directory, runner.facts)
+        compiler = None if self._formats is None else self._formats.open(directory, runner.facts)
+        return _Loaded(runner, compiler, tokenizer)
 
-    def _prove(self, directory: Path, spec: RevisionSpec, runner: ModelRunner, halt: threading.Event) -> None:
-        """Lets a loaded revision generate, and answer what it must; in a thread."""
+    def _prove(
+        self, directory: Path, spec: RevisionSpec, runner: ModelRunner, halt: threading.Event
+    ) -> ChatTokenizer | None:
+        """Lets a loaded revision generate, and answer what it must; in a thread. Returns its tokenizer."""
         warm(runner)
         if not spec.golden_prompts:
-            return
+            return None
         if self._open_tokenizer is None:
             raise ArtifactInvalid("This worker cannot read golden prompts.")
-        answer_all(runner, self._open_tokenizer(directory), spec.golden_prompts, halt.is_set)
+        tokenizer = self._open_tokenizer(directory)
+        answer_all(runner, tokenizer, spec.golden_prompts, halt.is_set)
+        return tokenizer
 
     def _watch(self, spec: RevisionSpec, stages: Stages, halt: threading.Event) -> LoadWatch:
         """What a load tells from its thread, reported on the loop."""
