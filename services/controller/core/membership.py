@@ -54,6 +54,10 @@ RETRY_AFTER_S = (5.0, 15.0, 45.0, 120.0)
 
 _SPEECH = (LoadReport, Progress, Staged, Ready, Activated, Failed, Retired)
 
+# Where a process takes the memory that it may not have.
+_LOADING = frozenset({"load", "warm"})
+_CRASHED = "Its process ended while it loaded the revision; there may not be enough memory for it."
+
 _RevisionReport: TypeAlias = Progress | Staged | Ready | Activated | Failed | Retired
 
 _A, _D, _L, _U = Presence.ATTACHED, Presence.DETACHED, Presence.LOST, Presence.UNKNOWN
@@ -122,6 +126,8 @@ def step(member: Member, event: Event, goal: Goal | None, now_s: float, rules: R
     after = _apply(replace(member, presence=presence), event, now_s, rules, effects)
     if isinstance(event, (Hello, *_SPEECH)):
         after = replace(after, lease_end_s=now_s + rules.lease_ttl_s)
+    if isinstance(event, Hello) and goal is not None and goal.rollout_id:
+        after = _note_crash(member, after, now_s, effects)
     if after.presence is Presence.ATTACHED:
         after = _pursue(after, goal, now_s, rules, effects)
     return Step(after, (*effects, *_listing_effects(member, after)))
@@ -175,6 +181,22 @@ def _greet(member: Member, hello: Hello, now_s: float, rules: Rules, effects: li
         epoch=hello.epoch,
         attached_s=now_s,
     )
+
+
+def _note_crash(before: Member, after: Member, now_s: float, effects: list[Effect]) -> Member:
+    """A member whose process ended while it loaded for a rollout; to load at once might end it again.
+
+    One that ends in order says before that it has given up.
+    """
+    if before.incarnation == after.incarnation or before.kind is not Kind.WORKER:
+        return after
+    for revision, resident in before.residents.items():
+        loading = resident.phase is Phase.PREPARING and resident.step in _LOADING
+        if loading and revision not in after.residents:
+            failed = _fail(resident, Turn.FAIL, resident.step, _CRASHED, now_s)
+            effects.append(Note("revision.failed", revision, failed.failure))
+            after = _with(after, revision, failed)
+    return after
 
 
 def _resume(found: Resident, known: Resident | None, now_s: float, rules: Rules) -> Resident:

@@ -3,8 +3,8 @@
 A worker whose `FAULT_FILE` holds the name of a revision cannot compute with it, from one step to the next, as
 a kernel fails that meets what it was never tried with; after the word `dull` it says one and the same token.
 One whose `SHORT_FILE` holds the name of a revision gets no memory when it loads it. A controller whose
-`KILL_FILE` names a point of a rollout, as `before saved BAKING`, is killed there, once: the file is gone then.
-Others are left alone.
+`KILL_FILE` names a point of a rollout, as `before saved BAKING`, is killed there, once: the file is gone
+then. Others are left alone.
 """
 
 from __future__ import annotations

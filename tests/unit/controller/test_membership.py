@@ -206,6 +206,32 @@ def test_a_word_that_crossed_is_asked_again() -> None:
     assert SendPrepare("m", "r1", "") in again.effects
 
 
+@pytest.mark.parametrize(
+    ("said", "rollout", "failed"),
+    [
+        ((Progress("r1", "load", 1, 2),), "roll", True),
+        ((Progress("r1", "load", 1, 2), StreamBroken(), Silence()), "roll", True),
+        # It ended in order, or before it took any memory, or the mesh has nothing else to serve.
+        ((Progress("r1", "load", 1, 2), Retired("r1")), "roll", False),
+        ((Progress("r1", "fetch", 1, 2),), "roll", False),
+        ((Progress("r1", "load", 1, 2),), "", False),
+    ],
+)
+def test_a_process_that_dies_of_a_load_is_not_killed_again(
+    said: tuple[Event, ...], rollout: str, *, failed: bool
+) -> None:
+    """The kernel ends a process that takes too much memory: the rollout hears of it, and may end."""
+    goal = Goal("m", {"r1": 100}, rollout)
+    member = step(WORKER, Hello(Kind.WORKER, "w", "a", "h:1", 8), goal, 0.0, RULES).member
+    for event in said:
+        member = step(member, event, goal, 1.0, RULES).member
+    taken = step(member, Hello(Kind.WORKER, "w", "b", "h:1", 8), goal, 2.0, RULES)
+    resident = taken.member.residents["r1"]
+    assert (resident.phase is Phase.FAILED) is failed
+    assert ("memory" in resident.failure) is failed
+    assert (SendPrepare("m", "r1", rollout) in taken.effects) is not failed
+
+
 def test_illegal_event_raises() -> None:
     """A member that calls a revision ready which nobody asked for breaks the protocol."""
     member = step(WORKER, Hello(Kind.WORKER, "w", "a", "h:1", 8), None, 0.0, RULES).member

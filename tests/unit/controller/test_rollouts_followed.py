@@ -20,7 +20,7 @@ from services.controller.coordinator import rounds
 from services.controller.core import rollout_fleet
 from services.controller.core.catalog import Manifest, Revision
 from services.controller.core.commands import SendAbort, SendActivate, SendPrepare, SendRetire, SendStage
-from services.controller.core.member import Kind, Retired, Staged
+from services.controller.core.member import Kind, Progress, Retired, Staged
 from services.controller.core.residency import Phase, Resident
 from services.controller.core.rollout_events import Cancelled, Paused, Promoted, Resumed, TakenBack
 from services.controller.core.rollout_record import Spec, State, Strategy
@@ -319,6 +319,21 @@ async def test_auto_takes_swap_where_two_copies_do_not_fit(memory_bytes: int, ta
     await world.settle(3)
     assert world.rollout.strategy is taken
     assert world.rollout.state is State.COMPLETED
+
+
+async def test_a_worker_that_dies_of_a_load_ends_the_rollout(world: World) -> None:
+    """As where the kernel ends it for want of memory: a restarted one is not made to try that again."""
+    world.lazy = {"a"}
+    await world.start()
+    await world.settle()
+    world.coordinator.hear(world.key("a"), world.workers["a"], Progress(world.new, "load", 1, 2))
+    world.kill("a")
+    world.lazy = set()
+    world.attach("a")
+    await world.settle(3)
+    assert world.rollout.state is State.ABORTED
+    assert world.rollout.history[-1].cause.startswith("a: Its process ended while it loaded the revision")
+    assert world.held == {"a": {world.old}, "b": {world.old}}
 
 
 async def test_a_worker_that_comes_in_the_middle_holds_what_it_must(world: World) -> None:
