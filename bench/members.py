@@ -110,6 +110,8 @@ async def _obey(call: Any, turn: asyncio.Lock, name: str, fleet: Fleet) -> None:
     async for response in call:
         answer = pb.AttachRequest()
         match response.WhichOneof("command"):
+            case "prepare" if response.prepare.stage_only:
+                answer.staged.revision = response.prepare.manifest.revision
             case "prepare":
                 answer.ready.revision = response.prepare.manifest.revision
                 answer.ready.weights_bytes = 1 << 20

@@ -6,8 +6,9 @@
 
 Streams follow one another without a pause while rollouts lead from the revision that serves to the other one
 and back. Prints one JSON object: requests, failures, answers by more than one revision, the time from the
-request for a rollout to its switch and to its end, and the longest pause between two events of any stream,
-in steady load and within a second of a switch. Ends with 1 where a request failed.
+request for a rollout to its switch and to its end, the longest pause between two events of any stream,
+in steady load and within a second of a switch, and how long requests waited for their first text: by swap, a
+lone worker's requests wait while it has neither revision. Ends with 1 where a request failed.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Seen:
         mixed: Answers of which two revisions had a part.
         revisions: Answers by revision.
         pauses: When a pause between two events of a stream ended, and how long it was, in seconds.
+        waits: When a request's first text came, and how long after it was asked for, in seconds.
     """
 
     answers: int = 0
@@ -64,6 +66,7 @@ class Seen:
     mixed: int = 0
     revisions: dict[str, int] = field(default_factory=dict)
     pauses: list[tuple[float, float]] = field(default_factory=list)
+    waits: list[tuple[float, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +89,15 @@ async def stream(
     """One request to its end."""
     request = pb.GenerateRequest(text=PROMPT.format(number=number), max_tokens=tokens, resumable=True)
     revisions: set[str] = set()
-    last_s = 0.0
+    began_s, last_s = time.perf_counter(), 0.0
     finished = False
     try:
         async for event in stub.Generate(request, metadata=metadata):
             now_s = time.perf_counter()
             if last_s:
                 seen.pauses.append((now_s, now_s - last_s))
+            elif event.HasField("chunk"):
+                seen.waits.append((now_s, now_s - began_s))
             if event.HasField("started"):
                 revisions.add(event.started.revision)
             # Waiting in the queue is no pause of a stream.
@@ -182,6 +187,10 @@ def summary(
         if any(change.switched_s - AROUND_S <= at_s <= change.switched_s + AROUND_S for change in changes)
     ]
     rolling = [pause_s for at_s, pause_s in seen.pauses if at_s >= began_s]
+    waited = {
+        "steady": [wait_s for at_s, wait_s in seen.waits if at_s < began_s],
+        "rolling": [wait_s for at_s, wait_s in seen.waits if at_s >= began_s],
+    }
     return {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "strategy": arguments.strategy,
@@ -199,6 +208,7 @@ def summary(
             "at_any_time": round(1000 * max(rolling, default=0.0)),
         },
         "pause_p99_ms": {"steady": _p99_ms(steady), "around_a_switch": _p99_ms(switching)},
+        "longest_wait_ms": {when: round(1000 * max(waits, default=0.0)) for when, waits in waited.items()},
     }
 
 

@@ -99,7 +99,7 @@ def _up(commands: _Commands) -> None:
         type=_count_of(1 << 50),
         default=0,
         metavar="B",
-        help="what a worker may count on; decides how a rollout goes (the machine's memory)",
+        help="what a worker's weights may take; decides how a rollout goes (the machine's memory)",
     )
     parser.add_argument(
         "--port",

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from services.common.errors import ArtifactInvalid, InternalError
+from services.common.known_digests import KnownDigests
 from services.common.partial_file import NAME_BYTES_MAX, PartialFile, directory_descriptor
 from services.common.threads import in_thread
 
@@ -148,6 +149,7 @@ async def fetch(
     download: Download,
     directory: Path,
     on_progress: Progress,
+    known: KnownDigests | None = None,
 ) -> Path:
     """Returns a directory that holds every one of `files`, with its digest checked.
 
@@ -162,6 +164,7 @@ async def fetch(
         download: Yields the bytes of a file from an offset on; what it raises passes through.
         directory: Where downloaded files are kept; it is made when missing.
         on_progress: Is told after each step how many bytes are there, of how many.
+        known: What was read before and has not been touched since is not read again; None: everything is.
 
     Raises:
         ArtifactInvalid: A file breaks a rule, or what was downloaded is not what was wanted.
@@ -170,9 +173,10 @@ async def fetch(
     wanted = tuple(files)
     check_files(wanted)
     total = sum(file.size_bytes for file in wanted)
+    known = known or KnownDigests()
     if local_path:
         local = Path(local_path)
-        complete = await asyncio.to_thread(_has_all, local, wanted)
+        complete = await asyncio.to_thread(_has_all, local, wanted, known)
         if complete:
             on_progress(total, total)
             return local
@@ -185,16 +189,20 @@ async def fetch(
             def report(file_done: int, start: int = start) -> None:
                 on_progress(start + file_done, total)
 
-            await _fetch_file(file, directory, download, report)
+            await _fetch_file(file, directory, download, report, known)
             done += file.size_bytes
             report(file.size_bytes)
     return directory
 
 
 async def _fetch_file(
-    file: FileDigest, directory: Path, download: Download, report: Callable[[int], None]
+    file: FileDigest,
+    directory: Path,
+    download: Download,
+    report: Callable[[int], None],
+    known: KnownDigests,
 ) -> None:
-    if await asyncio.to_thread(_matches, directory / file.path, file):
+    if await asyncio.to_thread(known.matches, directory / file.path, file.size_bytes, file.sha256):
         return
     partial = PartialFile(directory / file.path, file.size_bytes, file.sha256)
     try:
@@ -209,14 +217,17 @@ async def _fetch_file(
             if isinstance(chunks, AsyncGenerator):
                 await chunks.aclose()
         await in_thread(partial.finish)
+        known.note(directory / file.path, file.sha256)
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
         partial.discard()
         raise InternalError(f"{file.path}: the disk is full; {file.size_bytes} bytes are needed.") from None
-    except ArtifactInvalid:
+    except ArtifactInvalid as error:
         partial.discard()
-        raise
+        raise ArtifactInvalid(
+            f"{error.message} What the mesh keeps of it is damaged: delete the revision and push it again."
+        ) from None
     finally:
         partial.close()
 
@@ -304,17 +315,7 @@ def refuse_code(path: Path) -> None:
             pending.extend(value)
 
 
-def _has_all(directory: Path, files: tuple[FileDigest, ...]) -> bool:
-    return directory.is_dir() and all(_matches(directory / file.path, file) for file in files)
-
-
-def _matches(path: Path, file: FileDigest) -> bool:
-    """Whether `path` is a regular file with the wanted size and content; sizes are compared first."""
-    try:
-        with path.open("rb") as stream:
-            facts = os.fstat(stream.fileno())
-            if not stat.S_ISREG(facts.st_mode) or facts.st_size != file.size_bytes:
-                return False
-            return hashlib.file_digest(stream, "sha256").hexdigest() == file.sha256
-    except OSError:
-        return False
+def _has_all(directory: Path, files: tuple[FileDigest, ...], known: KnownDigests) -> bool:
+    return directory.is_dir() and all(
+        known.matches(directory / file.path, file.size_bytes, file.sha256) for file in files
+    )

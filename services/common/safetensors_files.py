@@ -103,6 +103,17 @@ def check_header(path: Path) -> None:
     _check_tensors(path.name, header, data_bytes)
 
 
+def count_elements(directory: Path, names: Sequence[str]) -> dict[str, int]:
+    """Elements of each tensor by name, of files whose headers were checked."""
+    elements: dict[str, int] = {}
+    for name in names:
+        if name.endswith(".safetensors"):
+            header = json.loads(read_header(directory / name))
+            header.pop("__metadata__", None)
+            elements.update({tensor: math.prod(entry["shape"]) for tensor, entry in header.items()})
+    return elements
+
+
 def read_header(path: Path) -> bytes:
     """The header of a weight file as it stands.
 

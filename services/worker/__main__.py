@@ -144,6 +144,7 @@ class _Process:
             on_change=self.show_health,
             formats=compute.formats,
             open_tokenizer=HfTokenizer.load,
+            memory_bytes=sum(memory_bytes for _, _, memory_bytes in compute.devices),
         )
         return link, preparation
 

@@ -66,7 +66,8 @@ class WorkerConfig:
     # The slowest step on a busy laptop takes a few seconds; beyond this it hangs.
     watchdog_s: Annotated[float, Field(gt=0, description="A step that takes longer ends the process.")] = 30.0
     memory_bytes: Annotated[
-        int, Field(ge=0, description="Memory that it may count on, as rollouts see it; 0: the device's.")
+        int,
+        Field(ge=0, description="Memory that weights may take, for loads and rollouts; 0: the device's."),
     ] = 0
     drain_grace_s: Annotated[float, Field(ge=0)] = 30.0
     metrics_bind: Annotated[

@@ -8,28 +8,37 @@ import json
 import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import rollouts as load
-from tests.fixtures.mesh import MODEL, Mesh, started
+from tests.fixtures.mesh import MODEL, ROOT, Mesh, started
+from tests.fixtures.rollout_load import STREAMS as CLIENTS
+from tests.fixtures.rollout_load import asked_all_the_time, rollout
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 OTHER = "bf16-weights"
 STREAMS = 8
+# Room for the demo model in int8, which takes 330 MB, or in bfloat16; not for both, nor in single precision.
+SMALL_BYTES = 400_000_000
 
 
 @pytest.fixture(scope="module")
-def pair(model_path: Path) -> Iterator[Mesh]:
-    """Two workers, and a second revision: the same files with weights that are not quantized."""
-    with started(model_path, "--workers", "2") as mesh:
+def pair(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    """Two workers, and a second revision: the same files with weights that are not quantized.
+
+    Its workers get no memory for a revision whose name a test writes into `SHORT_FILE`.
+    """
+    environment = {
+        "PYTHONPATH": str(ROOT / "tests" / "fakes" / "faults"),
+        "SHORT_FILE": str(tmp_path_factory.mktemp("faults") / "short"),
+    }
+    with started(model_path, "--workers", "2", **environment) as mesh:
         pushed = mesh.run(
             "models", "push", str(model_path), "--revision", OTHER, "--quantization", "none", "--json"
         )
@@ -107,15 +116,16 @@ def test_what_an_operator_is_told(pair: Mesh, model_path: Path) -> None:
 
 
 def test_one_worker_with_memory_for_one_copy_swaps(model_path: Path) -> None:
-    """`auto` takes swap: requests wait, none fails."""
-    with started(model_path, "--worker-memory-bytes", "300000000") as mesh:
-        pushed = mesh.run("models", "push", str(model_path), "--revision", OTHER, "--quantization", "none")
-        assert pushed.returncode == 0, pushed.stderr
+    """`auto` takes swap: requests wait, none fails. What does not fit even alone is ABORTED, and says so."""
+    with started(model_path, "--worker-memory-bytes", str(SMALL_BYTES)) as mesh:
+        push(mesh, model_path, OTHER, "--quantization", "none", "--dtype", "bf16")
         found = measured(mesh, strategy="auto", rollouts=1)
         assert (found["rollouts"], found["failures"]) == (["COMPLETED"], [])
         assert serving(mesh) == OTHER
-        listed = json.loads(mesh.run("rollouts", "list", "--json").stdout)
-        assert listed[0]["spec"]["strategy"] == "ROLLOUT_STRATEGY_SWAP"
+        assert rollout(mesh)["spec"]["strategy"] == "ROLLOUT_STRATEGY_SWAP"
+        push(mesh, model_path, "too-large", "--quantization", "none", "--dtype", "fp32")
+        for strategy in ("side-by-side", "swap"):
+            assert "of memory; the worker may use 400 MB" in aborted(mesh, "too-large", strategy)
 
 
 @pytest.mark.parametrize(
@@ -131,33 +141,77 @@ def test_a_revision_that_is_no_good_is_aborted_with_its_cause(
     pair: Mesh, model_path: Path, tmp_path: Path, how: str, strategy: str, named: str
 ) -> None:
     """Weights that are not finite, or not of the shape that the configuration says: no request fails."""
-    before = serving(pair)
-    bad = spoiled(model_path, tmp_path / how, how)
     revision = f"bad-{how}-{strategy}"
-    pushed = pair.run("models", "push", str(bad), "--revision", revision)
-    assert pushed.returncode == 0, pushed.stderr
-    done = threading.Event()
-
-    def ask() -> list[str]:
-        answers = []
-        while not done.is_set():
-            answers.append(pair.ask("What is the capital of France?", max_tokens=8))
-        return answers
-
-    with ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(ask) for _ in range(4)]
-        try:
-            start = ("rollouts", "start", MODEL, revision, "--strategy", strategy, "--watch")
-            watched = pair.run(*start)
-        finally:
-            done.set()
-        answers = {answer for one in asking for answer in one.result(120)}
-    assert watched.returncode == 1
-    assert "ABORTED" in watched.stderr
-    assert named in " ".join(watched.stderr.split())
-    assert len(answers) == 1
-    assert serving(pair) == before
+    push(pair, spoiled(model_path, tmp_path / how, how), revision)
+    assert named in aborted(pair, revision, strategy)
     assert pair.run("models", "rm", f"{MODEL}@{revision}").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "strategy", "named"),
+    [
+        ("flipped", "side-by-side", "model.safetensors: the content does not have the manifest's digest."),
+        ("truncated", "swap", "model.safetensors: fewer bytes came than the manifest says."),
+    ],
+)
+def test_a_revision_that_was_damaged_where_it_is_kept_is_aborted_with_its_cause(
+    pair: Mesh, model_path: Path, how: str, strategy: str, named: str
+) -> None:
+    """After it was taken in: no worker gave anything up, and the cause says what to do."""
+    revision = f"damaged-{how}"
+    push(pair, model_path, revision, "--quantization", "none", "--dtype", "fp32")
+    damage(pair.home, revision, how)
+    cause = aborted(pair, revision, strategy)
+    assert named in cause
+    assert "delete the revision and push it again" in cause
+    assert pair.run("models", "rm", f"{MODEL}@{revision}").returncode == 0
+
+
+@pytest.mark.parametrize("strategy", ["side-by-side", "swap"])
+def test_a_load_that_gets_no_memory_is_aborted_with_its_cause(pair: Mesh, strategy: str) -> None:
+    """The allocator refuses; by swap a worker that gave the old revision up loads it again."""
+    short = Path(pair.environment["SHORT_FILE"])
+    short.write_text(OTHER)
+    try:
+        assert "not enough memory" in aborted(pair, OTHER, strategy)
+    finally:
+        short.unlink()
+
+
+def push(mesh: Mesh, directory: Path, revision: str, *options: str) -> None:
+    """Registers a revision."""
+    pushed = mesh.run("models", "push", str(directory), "--revision", revision, *options)
+    assert pushed.returncode == 0, pushed.stderr
+
+
+def aborted(mesh: Mesh, revision: str, strategy: str) -> str:
+    """The cause of a rollout that ends ABORTED under load: nothing fails, and the old one answers it all."""
+    before = serving(mesh)
+    with asked_all_the_time(mesh) as replies:
+        watched = mesh.run("rollouts", "start", MODEL, revision, "--strategy", strategy, "--watch")
+    ended = rollout(mesh)
+    assert (watched.returncode, ended["state"]) == (1, "ROLLOUT_STATE_ABORTED"), watched.stderr
+    assert {(one.status, one.revision) for one in replies} == {(200, before)}
+    assert len(replies) >= CLIENTS
+    assert serving(mesh) == before
+    return str(ended["history"][-1]["cause"])
+
+
+def damage(home: Path, revision: str, how: str) -> None:
+    """Spoils a revision's weights where the controller keeps them, and those of no other revision."""
+    (weights,) = home.glob(f"**/revisions/{MODEL}/{revision}/model.safetensors")
+    # Contents are shared by links: this revision gets its own.
+    alone = weights.with_name("alone")
+    shutil.copy(weights, alone)
+    alone.replace(weights)
+    with weights.open("r+b") as file:
+        if how == "truncated":
+            file.truncate(weights.stat().st_size - 1_000)
+        else:
+            file.seek(-1_000, os.SEEK_END)
+            byte = file.read(1)
+            file.seek(-1_000, os.SEEK_END)
+            file.write(bytes([byte[0] ^ 1]))
 
 
 def spoiled(model: Path, directory: Path, how: str) -> Path:

@@ -61,14 +61,22 @@ def test_a_revision_that_turns_bad_is_rolled_back(model_path: Path, tmp_path: Pa
 
 
 def test_golden_prompts_are_answered_before_the_switch(model_path: Path, tmp_path: Path) -> None:
-    """One that answers them serves; one that does not is ABORTED with the cause, and the old one goes on."""
+    """One that answers them serves; one that does not is ABORTED with the cause, and the old one goes on.
+
+    One that forgets the answer while it is judged goes back by itself.
+    """
+    fault = tmp_path / "fault"
+    environment = {"PYTHONPATH": str(FAULTS), "FAULT_FILE": str(fault)}
     asked = {"text": "What is the capital of France?", "max_tokens": 12}
-    with started(model_path) as mesh:
-        for revision, expected in (("knows", "Paris"), ("does-not", "Atlantis")):
+    with started(model_path, **environment) as mesh:
+        for revision, expected in (("knows", "Paris"), ("does-not", "Atlantis"), ("forgets", "Paris")):
             file = tmp_path / f"{revision}.json"
             file.write_text(json.dumps([{**asked, "expected": expected}]))
+            # Equal manifests would be one revision.
+            tokens = "4096" if revision == "forgets" else "8192"
             pushed = mesh.run(
-                "models", "push", str(model_path), "--revision", revision, "--golden", str(file)
+                *("models", "push", str(model_path), "--revision", revision),
+                *("--golden", str(file), "--context-tokens", tokens),
             )
             assert pushed.returncode == 0, pushed.stderr
         before = mesh.post("/v1/generate", {"text": "hi", "max_tokens": 2}).json["revision"]
@@ -81,4 +89,11 @@ def test_golden_prompts_are_answered_before_the_switch(model_path: Path, tmp_pat
         assert mesh.post("/v1/generate", {"text": "hi", "max_tokens": 2}).json["revision"] == before
         taken = mesh.run("rollouts", "start", MODEL, "knows", "--bake", "1s", "--watch", timeout_s=180)
         assert taken.returncode == 0, taken.stderr
+        assert mesh.post("/v1/generate", {"text": "hi", "max_tokens": 2}).json["revision"] == "knows"
+        begun = mesh.run("rollouts", "start", MODEL, "forgets", "--bake", f"{BAKE_S:g}s", "--json")
+        assert begun.returncode == 0, begun.stderr
+        await_state(mesh, "BAKING", 120)
+        fault.write_text("dull forgets")
+        back = await_state(mesh, "ROLLED_BACK", BAKE_S)
+        assert "Golden prompt 1 of 1: its answer does not contain" in back["history"][-2]["cause"], back
         assert mesh.post("/v1/generate", {"text": "hi", "max_tokens": 2}).json["revision"] == "knows"

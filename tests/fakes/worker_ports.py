@@ -175,6 +175,7 @@ class FakeLoader:
         gate: When set to an event, a load waits for it before it goes on telling.
         told_every_s: Pause before each of them.
         entered: A load has begun.
+        least_bytes: What the weights take at the least.
     """
 
     def __init__(self, facts: ModelFacts = FACTS) -> None:
@@ -186,11 +187,16 @@ class FakeLoader:
         self.gate: threading.Event | None = None
         self.told_every_s = 0.0
         self.entered = threading.Event()
+        self.least_bytes = 0
 
     def verify(self, directory: Path, spec: RevisionSpec) -> None:  # noqa: ARG002 - the port's signature
         """See `RevisionLoader.verify`."""
         if self.flaw:
             raise ArtifactInvalid(self.flaw)
+
+    def weights_bytes_least(self, directory: Path, spec: RevisionSpec) -> int:  # noqa: ARG002 - as above
+        """See `RevisionLoader.weights_bytes_least`."""
+        return self.least_bytes
 
     def load(
         self,

@@ -254,6 +254,12 @@ class Deaf:
     def prepare(self, spec: RevisionSpec) -> None:
         """See `RevisionHandshake.prepare`."""
 
+    def stage(self, spec: RevisionSpec) -> None:
+        """See `RevisionHandshake.stage`."""
+
+    def prove(self, revision: str) -> None:
+        """See `RevisionHandshake.prove`."""
+
     def activate(self, revision: str, epoch: int) -> None:
         """See `RevisionHandshake.activate`."""
 

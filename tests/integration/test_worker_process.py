@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import json
 import os
@@ -37,7 +38,7 @@ from services.worker.__main__ import Compute, run, torch_compute
 from services.worker.config import WorkerConfig
 from services.worker.core.revision import LoadStage
 from tests.fakes import tiny_models
-from tests.fakes.worker_ports import FakeLoader, continuation
+from tests.fakes.worker_ports import FACTS, FakeLoader, continuation
 
 TOKEN = "t" * 32
 PROMPT = (3, 1, 4, 1, 5)
@@ -95,6 +96,11 @@ class ScriptedController(controller_service_pb2_grpc.ControllerServiceServicer):
     async def prepare(self, manifest: model_pb2.Manifest) -> None:
         """Sends Prepare."""
         prepare = controller_service_pb2.Prepare(manifest=manifest)
+        await self.commands.put(controller_service_pb2.AttachResponse(prepare=prepare))
+
+    async def stage(self, manifest: model_pb2.Manifest) -> None:
+        """Sends Prepare for the files alone."""
+        prepare = controller_service_pb2.Prepare(manifest=manifest, stage_only=True)
         await self.commands.put(controller_service_pb2.AttachResponse(prepare=prepare))
 
     async def activate(self, epoch: int) -> None:
@@ -237,7 +243,7 @@ async def test_prepare_ready_activate_and_serve(
 ) -> None:
     """The handshake in its order; health turns SERVING with the activation, and jobs are answered."""
     script, controller_address = controller
-    compute = Compute((("cpu", "test", 1),), FakeLoader())
+    compute = Compute((("cpu", "test", 1_000),), FakeLoader())
     worker = Worker(config_for(tmp_path, controller_address), lambda _: compute)
     address = await worker.address()
     hello = await script.hear("hello")
@@ -311,6 +317,108 @@ async def test_a_failed_preparation_is_reported_and_may_be_repeated(
     loader.flaw, loader.error = "", None
     await script.prepare(model_pb2.Manifest(model="m", revision="r1"))
     await script.hear("ready")
+    await worker.stop()
+
+
+async def test_a_revision_is_staged_and_loaded_when_told(
+    controller: tuple[ScriptedController, str], tmp_path: Path
+) -> None:
+    """Files first, checked, and nothing is loaded; a Hello says so; what is asked then loads it."""
+    script, controller_address = controller
+    loader = FakeLoader()
+    worker = Worker(config_for(tmp_path, controller_address), lambda _: Compute((), loader))
+    manifest = model_pb2.Manifest(model="m", revision="r1")
+    await script.stage(manifest)
+    assert (await script.hear("staged")).revision == "r1"
+    assert not loader.entered.is_set()
+    await script.commands.put(None)
+    hello = await script.hear("hello")
+    while not hello.revisions:
+        hello = await script.hear("hello")
+    assert hello.revisions[0].phase == worker_pb2.REVISION_PHASE_STAGED
+    await script.stage(manifest)
+    assert (await script.hear("staged")).revision == "r1"
+    await script.prepare(manifest)
+    await script.hear("ready")
+    await script.activate(9)
+    await worker.stop()
+
+
+async def test_what_was_staged_is_forgotten_when_told(
+    controller: tuple[ScriptedController, str], tmp_path: Path
+) -> None:
+    """An abort is answered, and it can be staged again; a flaw is found before anything is loaded."""
+    script, controller_address = controller
+    loader = FakeLoader()
+    worker = Worker(config_for(tmp_path, controller_address), lambda _: Compute((), loader))
+    manifest = model_pb2.Manifest(model="m", revision="r1")
+    await script.stage(manifest)
+    await script.hear("staged")
+    abort = controller_service_pb2.Abort(revision="r1")
+    await script.commands.put(controller_service_pb2.AttachResponse(abort=abort))
+    assert (await script.hear("retired")).revision == "r1"
+    loader.flaw = "It is not a model."
+    await script.stage(manifest)
+    failed = await script.hear("failed")
+    assert (failed.phase, failed.reason) == (worker_pb2.REVISION_PHASE_VERIFY, "It is not a model.")
+    assert not loader.entered.is_set()
+    await worker.stop()
+
+
+@pytest.mark.parametrize(
+    ("memory_bytes", "least_bytes", "phase", "said"),
+    [
+        # By what the headers say, before a weight is read.
+        (2_500_000, 2_600_000, "VERIFY", "need 3 MB of memory; the worker may use 3 MB. Choose a smaller"),
+        (2_500_000, 2_000_000, "VERIFY", "of which other revisions hold 2 MB. Roll it out with the strategy"),
+        # By what a load has measured.
+        (2_500_000, 0, "LOAD", "of which other revisions hold 2 MB. Roll it out with the strategy swap."),
+    ],
+)
+async def test_a_revision_that_does_not_fit_is_refused_and_the_other_one_serves_on(
+    controller: tuple[ScriptedController, str],
+    tmp_path: Path,
+    memory_bytes: int,
+    least_bytes: int,
+    phase: str,
+    said: str,
+) -> None:
+    """The reason names memory: what there is, who holds it, and what to do; what serves is not touched."""
+    script, controller_address = controller
+    loader = FakeLoader(dataclasses.replace(FACTS, weights_bytes=1_500_000))
+    compute = Compute((("cpu", "test", memory_bytes),), loader)
+    worker = Worker(config_for(tmp_path, controller_address), lambda _: compute)
+    address = await worker.address()
+    await script.prepare(model_pb2.Manifest(model="m", revision="r1"))
+    await script.hear("ready")
+    await script.activate(9)
+    loader.least_bytes = least_bytes
+    await script.prepare(model_pb2.Manifest(model="m", revision="r2"))
+    failed = await script.hear("failed")
+    assert failed.revision == "r2"
+    assert failed.phase == worker_pb2.RevisionPhase.Value(f"REVISION_PHASE_{phase}")
+    assert said in failed.reason
+    assert await generate(address, PROMPT, 3) == continuation(PROMPT, 3)
+    assert [runner.closed for runner in loader.runners] == [False] + [True] * (phase == "LOAD")
+    await worker.stop()
+
+
+async def test_what_fits_alone_is_staged_beside_the_other(
+    controller: tuple[ScriptedController, str], tmp_path: Path
+) -> None:
+    """When it is loaded the other one has gone; what does not fit even then is refused before."""
+    script, controller_address = controller
+    loader = FakeLoader(dataclasses.replace(FACTS, weights_bytes=1_500_000))
+    compute = Compute((("cpu", "test", 2_500_000),), loader)
+    worker = Worker(config_for(tmp_path, controller_address), lambda _: compute)
+    await script.prepare(model_pb2.Manifest(model="m", revision="r1"))
+    await script.hear("ready")
+    loader.least_bytes = 2_000_000
+    await script.stage(model_pb2.Manifest(model="m", revision="r2"))
+    assert (await script.hear("staged")).revision == "r2"
+    loader.least_bytes = 3_000_000
+    await script.stage(model_pb2.Manifest(model="m", revision="r3"))
+    assert "memory" in (await script.hear("failed")).reason
     await worker.stop()
 
 

@@ -316,6 +316,54 @@ class RevisionTally(_message.Message):
 Global___RevisionTally: _TypeAlias = RevisionTally  # noqa: Y015
 
 @_typing.final
+class Staged(_message.Message):
+    """A revision's files are in a worker and checked; nothing is loaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """The revision."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Staged: _TypeAlias = Staged  # noqa: Y015
+
+@_typing.final
+class Proven(_message.Message):
+    """A revision that serves was asked its golden prompts again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """The revision."""
+    reason: _builtins.str
+    """Why it fell short, for people; no prompt and no answer. Empty: it answered what it must."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Proven: _TypeAlias = Proven  # noqa: Y015
+
+@_typing.final
 class AttachRequest(_message.Message):
     """From member to controller."""
 
@@ -328,6 +376,8 @@ class AttachRequest(_message.Message):
     ACTIVATED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     RETIRED_FIELD_NUMBER: _builtins.int
+    STAGED_FIELD_NUMBER: _builtins.int
+    PROVEN_FIELD_NUMBER: _builtins.int
     TALLIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
@@ -358,6 +408,14 @@ class AttachRequest(_message.Message):
         """A revision is gone."""
 
     @_builtins.property
+    def staged(self) -> Global___Staged:
+        """A revision's files are here."""
+
+    @_builtins.property
+    def proven(self) -> Global___Proven:
+        """A revision answered its golden prompts, or did not."""
+
+    @_builtins.property
     def tallies(self) -> _containers.RepeatedCompositeFieldContainer[Global___RevisionTally]:
         """With a gateway's `load`: its counts, by which a rollout is judged; at most 64."""
 
@@ -371,13 +429,15 @@ class AttachRequest(_message.Message):
         activated: Global___Activated | None = ...,
         failed: Global___Failed | None = ...,
         retired: Global___Retired | None = ...,
+        staged: Global___Staged | None = ...,
+        proven: Global___Proven | None = ...,
         tallies: _abc.Iterable[Global___RevisionTally] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "event", b"event", "failed", b"failed", "hello", b"hello", "load", b"load", "progress", b"progress", "ready", b"ready", "retired", b"retired"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "event", b"event", "failed", b"failed", "hello", b"hello", "load", b"load", "progress", b"progress", "proven", b"proven", "ready", b"ready", "retired", b"retired", "staged", b"staged"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "event", b"event", "failed", b"failed", "hello", b"hello", "load", b"load", "progress", b"progress", "ready", b"ready", "retired", b"retired", "tallies", b"tallies"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated", b"activated", "event", b"event", "failed", b"failed", "hello", b"hello", "load", b"load", "progress", b"progress", "proven", b"proven", "ready", b"ready", "retired", b"retired", "staged", b"staged", "tallies", b"tallies"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "load", "progress", "ready", "activated", "failed", "retired"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["hello", "load", "progress", "ready", "activated", "failed", "retired", "staged", "proven"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -421,8 +481,13 @@ class Prepare(_message.Message):
 
     ROLLOUT_ID_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
+    STAGE_ONLY_FIELD_NUMBER: _builtins.int
     rollout_id: _builtins.str
     """The rollout that asks; empty at the start of a mesh."""
+    stage_only: _builtins.bool
+    """A worker shall fetch and verify its files and answer `staged`; the revision that serves may need the
+    memory that a load takes. A Prepare without it follows. Absent: load it too.
+    """
     @_builtins.property
     def manifest(self) -> _model_pb2.Manifest:
         """The revision."""
@@ -432,10 +497,11 @@ class Prepare(_message.Message):
         *,
         rollout_id: _builtins.str = ...,
         manifest: _model_pb2.Manifest | None = ...,
+        stage_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "rollout_id", b"rollout_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "rollout_id", b"rollout_id", "stage_only", b"stage_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -544,6 +610,28 @@ class Drain(_message.Message):
 Global___Drain: _TypeAlias = Drain  # noqa: Y015
 
 @_typing.final
+class Prove(_message.Message):
+    """Ask a revision that serves its golden prompts again. A worker without a free slot says nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """The revision."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prove: _TypeAlias = Prove  # noqa: Y015
+
+@_typing.final
 class AttachResponse(_message.Message):
     """From controller to member."""
 
@@ -555,6 +643,7 @@ class AttachResponse(_message.Message):
     RETIRE_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
+    PROVE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def lease(self) -> Global___Lease:
         """The lease; the answer to `hello`."""
@@ -579,6 +668,10 @@ class AttachResponse(_message.Message):
     def drain(self) -> Global___Drain:
         """Take nothing new."""
 
+    @_builtins.property
+    def prove(self) -> Global___Prove:
+        """Answer the golden prompts."""
+
     def __init__(
         self,
         *,
@@ -588,12 +681,13 @@ class AttachResponse(_message.Message):
         retire: Global___Retire | None = ...,
         abort: Global___Abort | None = ...,
         drain: Global___Drain | None = ...,
+        prove: Global___Prove | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "activate", b"activate", "command", b"command", "drain", b"drain", "lease", b"lease", "prepare", b"prepare", "retire", b"retire"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "activate", b"activate", "command", b"command", "drain", b"drain", "lease", b"lease", "prepare", b"prepare", "prove", b"prove", "retire", b"retire"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "activate", b"activate", "command", b"command", "drain", b"drain", "lease", b"lease", "prepare", b"prepare", "retire", b"retire"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "activate", b"activate", "command", b"command", "drain", b"drain", "lease", b"lease", "prepare", b"prepare", "prove", b"prove", "retire", b"retire"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["lease", "prepare", "activate", "retire", "abort", "drain"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["lease", "prepare", "activate", "retire", "abort", "drain", "prove"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 

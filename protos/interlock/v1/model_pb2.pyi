@@ -165,7 +165,9 @@ class Manifest(_message.Message):
     context_tokens: _builtins.int
     """Most tokens that prompt and output may have together."""
     fallback_model: _builtins.str
-    """A model to ask when no worker of this one can answer. Empty: none."""
+    """A model to ask when no worker of this one can answer. A mesh serves one model, so that it is refused unless it
+    is empty: none.
+    """
     tokenizer_sha256: _builtins.str
     """SHA-256 over tokenizer and chat template: equal digests mean equal token ids."""
     local_path: _builtins.str

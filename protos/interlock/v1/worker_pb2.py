@@ -25,27 +25,27 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19interlock/v1/worker.proto\x12\x0cinterlock.v1\x1a\x1fgoogle/protobuf/timestamp.proto\":\n\x06\x44\x65vice\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\"\x87\x01\n\x10ResidentRevision\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12*\n\x05phase\x18\x03 \x01(\x0e\x32\x1b.interlock.v1.RevisionPhase\x12\x15\n\rweights_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\"k\n\nWorkerLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\r\n\x05slots\x18\x02 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\r\n\x05steps\x18\x04 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x05 \x01(\x04\"\xcb\x02\n\x06Worker\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.interlock.v1.WorkerState\x12%\n\x07\x64\x65vices\x18\x05 \x03(\x0b\x32\x14.interlock.v1.Device\x12\x31\n\trevisions\x18\x06 \x03(\x0b\x32\x1e.interlock.v1.ResidentRevision\x12&\n\x04load\x18\x07 \x01(\x0b\x32\x18.interlock.v1.WorkerLoad\x12/\n\x0b\x61ttach_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elease_end_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xaa\x01\n\x07\x42reaker\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.interlock.v1.BreakerState\x12\r\n\x05\x63\x61lls\x18\x04 \x01(\r\x12\x10\n\x08\x66\x61ilures\x18\x05 \x01(\r\x12/\n\x0b\x63hange_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\x83\x02\n\rRevisionPhase\x12\x1e\n\x1aREVISION_PHASE_UNSPECIFIED\x10\x00\x12\x18\n\x14REVISION_PHASE_FETCH\x10\x01\x12\x19\n\x15REVISION_PHASE_VERIFY\x10\x02\x12\x17\n\x13REVISION_PHASE_LOAD\x10\x03\x12\x17\n\x13REVISION_PHASE_WARM\x10\x04\x12\x18\n\x14REVISION_PHASE_READY\x10\x05\x12\x19\n\x15REVISION_PHASE_ACTIVE\x10\x06\x12\x1b\n\x17REVISION_PHASE_RETIRING\x10\x07\x12\x19\n\x15REVISION_PHASE_FAILED\x10\x08*\x93\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16WORKER_STATE_PREPARING\x10\x01\x12\x18\n\x14WORKER_STATE_SERVING\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x15\n\x11WORKER_STATE_LOST\x10\x04*\xbc\x01\n\x0c\x42reakerState\x12\x1d\n\x19\x42REAKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42REAKER_STATE_CLOSED\x10\x01\x12\x16\n\x12\x42REAKER_STATE_OPEN\x10\x02\x12\x1b\n\x17\x42REAKER_STATE_HALF_OPEN\x10\x03\x12\x1d\n\x19\x42REAKER_STATE_FORCED_OPEN\x10\x04\x12\x1f\n\x1b\x42REAKER_STATE_FORCED_CLOSED\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19interlock/v1/worker.proto\x12\x0cinterlock.v1\x1a\x1fgoogle/protobuf/timestamp.proto\":\n\x06\x44\x65vice\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\"\x98\x01\n\x10ResidentRevision\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12*\n\x05phase\x18\x03 \x01(\x0e\x32\x1b.interlock.v1.RevisionPhase\x12\x15\n\rweights_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\x12\x0f\n\x07staging\x18\x06 \x01(\x08\"k\n\nWorkerLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\r\n\x05slots\x18\x02 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\r\n\x05steps\x18\x04 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x05 \x01(\x04\"\xcb\x02\n\x06Worker\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.interlock.v1.WorkerState\x12%\n\x07\x64\x65vices\x18\x05 \x03(\x0b\x32\x14.interlock.v1.Device\x12\x31\n\trevisions\x18\x06 \x03(\x0b\x32\x1e.interlock.v1.ResidentRevision\x12&\n\x04load\x18\x07 \x01(\x0b\x32\x18.interlock.v1.WorkerLoad\x12/\n\x0b\x61ttach_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elease_end_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xaa\x01\n\x07\x42reaker\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.interlock.v1.BreakerState\x12\r\n\x05\x63\x61lls\x18\x04 \x01(\r\x12\x10\n\x08\x66\x61ilures\x18\x05 \x01(\r\x12/\n\x0b\x63hange_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\x9e\x02\n\rRevisionPhase\x12\x1e\n\x1aREVISION_PHASE_UNSPECIFIED\x10\x00\x12\x18\n\x14REVISION_PHASE_FETCH\x10\x01\x12\x19\n\x15REVISION_PHASE_VERIFY\x10\x02\x12\x17\n\x13REVISION_PHASE_LOAD\x10\x03\x12\x17\n\x13REVISION_PHASE_WARM\x10\x04\x12\x18\n\x14REVISION_PHASE_READY\x10\x05\x12\x19\n\x15REVISION_PHASE_ACTIVE\x10\x06\x12\x1b\n\x17REVISION_PHASE_RETIRING\x10\x07\x12\x19\n\x15REVISION_PHASE_FAILED\x10\x08\x12\x19\n\x15REVISION_PHASE_STAGED\x10\t*\x93\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16WORKER_STATE_PREPARING\x10\x01\x12\x18\n\x14WORKER_STATE_SERVING\x10\x02\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x03\x12\x15\n\x11WORKER_STATE_LOST\x10\x04*\xbc\x01\n\x0c\x42reakerState\x12\x1d\n\x19\x42REAKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42REAKER_STATE_CLOSED\x10\x01\x12\x16\n\x12\x42REAKER_STATE_OPEN\x10\x02\x12\x1b\n\x17\x42REAKER_STATE_HALF_OPEN\x10\x03\x12\x1d\n\x19\x42REAKER_STATE_FORCED_OPEN\x10\x04\x12\x1f\n\x1b\x42REAKER_STATE_FORCED_CLOSED\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'interlock.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REVISIONPHASE']._serialized_start=891
-  _globals['_REVISIONPHASE']._serialized_end=1150
-  _globals['_WORKERSTATE']._serialized_start=1153
-  _globals['_WORKERSTATE']._serialized_end=1300
-  _globals['_BREAKERSTATE']._serialized_start=1303
-  _globals['_BREAKERSTATE']._serialized_end=1491
+  _globals['_REVISIONPHASE']._serialized_start=908
+  _globals['_REVISIONPHASE']._serialized_end=1194
+  _globals['_WORKERSTATE']._serialized_start=1197
+  _globals['_WORKERSTATE']._serialized_end=1344
+  _globals['_BREAKERSTATE']._serialized_start=1347
+  _globals['_BREAKERSTATE']._serialized_end=1535
   _globals['_DEVICE']._serialized_start=76
   _globals['_DEVICE']._serialized_end=134
   _globals['_RESIDENTREVISION']._serialized_start=137
-  _globals['_RESIDENTREVISION']._serialized_end=272
-  _globals['_WORKERLOAD']._serialized_start=274
-  _globals['_WORKERLOAD']._serialized_end=381
-  _globals['_WORKER']._serialized_start=384
-  _globals['_WORKER']._serialized_end=715
-  _globals['_BREAKER']._serialized_start=718
-  _globals['_BREAKER']._serialized_end=888
+  _globals['_RESIDENTREVISION']._serialized_end=289
+  _globals['_WORKERLOAD']._serialized_start=291
+  _globals['_WORKERLOAD']._serialized_end=398
+  _globals['_WORKER']._serialized_start=401
+  _globals['_WORKER']._serialized_end=732
+  _globals['_BREAKER']._serialized_start=735
+  _globals['_BREAKER']._serialized_end=905
 # @@protoc_insertion_point(module_scope)

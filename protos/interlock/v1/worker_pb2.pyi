@@ -44,6 +44,8 @@ class _RevisionPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Revisio
     """It ends what it runs and takes nothing new."""
     REVISION_PHASE_FAILED: _RevisionPhase.ValueType  # 8
     """It could not be prepared."""
+    REVISION_PHASE_STAGED: _RevisionPhase.ValueType  # 9
+    """Its files are here and checked, and take no memory; it waits until it may be loaded."""
 
 class RevisionPhase(_RevisionPhase, metaclass=_RevisionPhaseEnumTypeWrapper):
     """Where a revision is on its way into a worker."""
@@ -66,6 +68,8 @@ REVISION_PHASE_RETIRING: RevisionPhase.ValueType  # 7
 """It ends what it runs and takes nothing new."""
 REVISION_PHASE_FAILED: RevisionPhase.ValueType  # 8
 """It could not be prepared."""
+REVISION_PHASE_STAGED: RevisionPhase.ValueType  # 9
+"""Its files are here and checked, and take no memory; it waits until it may be loaded."""
 Global___RevisionPhase: _TypeAlias = RevisionPhase  # noqa: Y015
 
 class _WorkerState:
@@ -177,6 +181,7 @@ class ResidentRevision(_message.Message):
     PHASE_FIELD_NUMBER: _builtins.int
     WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    STAGING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model's name."""
     revision: _builtins.str
@@ -187,6 +192,8 @@ class ResidentRevision(_message.Message):
     """Memory of its weights in bytes, measured after loading; 0: not loaded yet."""
     failure: _builtins.str
     """Why it failed; empty otherwise."""
+    staging: _builtins.bool
+    """True while it is on its way to STAGED, and not to READY."""
     def __init__(
         self,
         *,
@@ -195,10 +202,11 @@ class ResidentRevision(_message.Message):
         phase: Global___RevisionPhase.ValueType = ...,
         weights_bytes: _builtins.int = ...,
         failure: _builtins.str = ...,
+        staging: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "model", b"model", "phase", b"phase", "revision", b"revision", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "model", b"model", "phase", b"phase", "revision", b"revision", "staging", b"staging", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

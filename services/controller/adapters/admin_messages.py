@@ -20,6 +20,7 @@ _STEP_PHASES = MappingProxyType({step: phase for phase, step in STEPS.items()})
 
 _SHOWN_PHASES: Mapping[Phase, worker_pb2.RevisionPhase.ValueType] = MappingProxyType(
     {
+        Phase.STAGED: worker_pb2.REVISION_PHASE_STAGED,
         Phase.READY: worker_pb2.REVISION_PHASE_READY,
         Phase.ACTIVATING: worker_pb2.REVISION_PHASE_READY,
         Phase.ACTIVE: worker_pb2.REVISION_PHASE_ACTIVE,

@@ -22,8 +22,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.common import logs
 from services.common.clock import Clock
 from services.common.errors import ArtifactInvalid, QuotaExceeded
+from services.common.known_digests import KnownDigests
 from services.common.partial_file import PartialFile, make_directory, partial_path, take_over
 
 # A content that nothing names may belong to an upload that goes on tomorrow; after a day it does not.
@@ -57,6 +59,9 @@ class Blobs:
         self._clock = clock
         self._bytes_max = bytes_max
         self._owner = secrets.token_hex(4)
+        self._known = KnownDigests()
+        # At most one entry for each content that was here; threads add to it and look into it.
+        self._damaged: set[str] = set()
         # Between the look whether anybody counts on a content and its removal nobody is told that it is here.
         self._guard = threading.Lock()
         # Until when, and what. Replaced and never changed: threads read it.
@@ -73,6 +78,10 @@ class Blobs:
             if path.stat().st_size == size_bytes:
                 return path
         return None
+
+    def was_damaged(self, sha256: str) -> bool:
+        """Whether a content was found damaged here: revisions that have links to it have it no better."""
+        return sha256 in self._damaged
 
     def promise(self, name: str, digests: Iterable[str], for_s: float) -> None:
         """Keeps these contents from removal for at least so long; `name` says for whom. Does not block.
@@ -110,6 +119,7 @@ class Blobs:
         """
         self._take_over(sizes)
         for sha256, size_bytes in sizes.items():
+            self._drop_damaged(sha256, size_bytes)
             if size_bytes and _size_of(self._partial(sha256)) == size_bytes:
                 file = self.part(sha256, size_bytes)
                 try:
@@ -119,6 +129,14 @@ class Blobs:
                     file.discard()
                 finally:
                     file.close()
+
+    def _drop_damaged(self, sha256: str, size_bytes: int) -> None:
+        """Sees that a content comes again that is not any more what came; who has links to it keeps them."""
+        whole = self.whole(sha256, size_bytes)
+        if whole is not None and not self._known.matches(whole, size_bytes, sha256):
+            logs.get_logger().error("blob.damaged", sha256=sha256)
+            self._damaged.add(sha256)
+            whole.unlink(missing_ok=True)
 
     def discard(self, sha256: str) -> None:
         """Removes what has come of a content that is on its way."""

@@ -35,6 +35,8 @@ class LocalContents:
         found: dict[str, Path] = {}
         for revision in revisions:
             for file in revision.manifest.files:
+                if self._blobs.was_damaged(file.sha256):
+                    continue
                 if sizes.get(file.sha256) == file.size_bytes and file.sha256 not in found:
                     path = Path(revision.local_path) / file.path
                     if (path, file.sha256) not in self._changed and _has_size(path, file.size_bytes):

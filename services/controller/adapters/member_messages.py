@@ -5,8 +5,9 @@ What a member says is checked here, so that the core never sees a malformed id o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any, assert_never
 
 from google.protobuf.duration_pb2 import Duration
 from interlock.v1 import controller_service_pb2 as pb
@@ -23,7 +24,9 @@ from services.controller.core.commands import (
     SendDrain,
     SendLease,
     SendPrepare,
+    SendProve,
     SendRetire,
+    SendStage,
 )
 from services.controller.core.judgement import Tally
 from services.controller.core.member import (
@@ -35,9 +38,11 @@ from services.controller.core.member import (
     Load,
     LoadReport,
     Progress,
+    Proven,
     Ready,
     Report,
     Retired,
+    Staged,
 )
 from services.controller.core.residency import Phase, Resident
 
@@ -83,6 +88,7 @@ STEPS: Mapping[worker_pb2.RevisionPhase.ValueType, str] = MappingProxyType(
 _RESIDENT_PHASES: Mapping[int, Phase] = MappingProxyType(
     {
         **dict.fromkeys(STEPS, Phase.PREPARING),
+        worker_pb2.REVISION_PHASE_STAGED: Phase.STAGED,
         worker_pb2.REVISION_PHASE_READY: Phase.READY,
         worker_pb2.REVISION_PHASE_ACTIVE: Phase.ACTIVE,
         worker_pb2.REVISION_PHASE_RETIRING: Phase.RETIRING,
@@ -125,50 +131,67 @@ def read_hello(request: pb.AttachRequest) -> Hello:
     )
 
 
-def read_report(request: pb.AttachRequest) -> Report:
+def read_report(request: pb.AttachRequest) -> Report | Proven:
     """Any later message of a member.
 
     Raises:
         ArgumentInvalid: It is empty, a second hello, or a field is malformed.
     """
-    match request.WhichOneof("event"):
-        case "load":
-            return LoadReport(_read_load(request.load), _read_tallies(request))
-        case "progress":
-            progress = request.progress
-            step = STEPS.get(progress.phase, "")
-            return Progress(_name(progress.revision), step, progress.done_bytes, progress.total_bytes)
-        case "ready":
-            return Ready(_name(request.ready.revision), request.ready.weights_bytes)
-        case "activated":
-            return Activated(_name(request.activated.revision), request.activated.epoch)
-        case "failed":
-            failed = request.failed
-            return Failed(_name(failed.revision), STEPS.get(failed.phase, ""), _reason(failed.reason))
-        case "retired":
-            return Retired(_name(request.retired.revision))
-    raise ArgumentInvalid(
-        "After its `hello` a member sends load, progress, ready, activated, failed, retired."
-    )
+    name = request.WhichOneof("event") or ""
+    if name == "load":
+        return LoadReport(_read_load(request.load), _read_tallies(request))
+    read = _REVISION_REPORTS.get(name)
+    if read is None:
+        known = ", ".join(("load", *_REVISION_REPORTS))
+        raise ArgumentInvalid(f"After its `hello` a member sends {known}.")
+    return read(getattr(request, name))
+
+
+def _read_progress(said: pb.Progress) -> Report:
+    return Progress(_name(said.revision), STEPS.get(said.phase, ""), said.done_bytes, said.total_bytes)
+
+
+def _read_failed(said: pb.Failed) -> Report:
+    return Failed(_name(said.revision), STEPS.get(said.phase, ""), _reason(said.reason))
+
+
+_REVISION_REPORTS: Mapping[str, Callable[[Any], Report | Proven]] = MappingProxyType(
+    {
+        "progress": _read_progress,
+        "staged": lambda said: Staged(_name(said.revision)),
+        "ready": lambda said: Ready(_name(said.revision), said.weights_bytes),
+        "activated": lambda said: Activated(_name(said.revision), said.epoch),
+        "proven": lambda said: Proven(_name(said.revision), _reason(said.reason)),
+        "failed": _read_failed,
+        "retired": lambda said: Retired(_name(said.revision)),
+    }
+)
 
 
 def command_message(command: Command, catalog: Catalog) -> pb.AttachResponse:
     """What travels to a member."""
     match command:
         case SendLease(ttl_s, fence):
-            return pb.AttachResponse(lease=pb.Lease(ttl=_duration(ttl_s), fence=fence))
-        case SendPrepare(model, revision, rollout_id):
+            made = pb.AttachResponse(lease=pb.Lease(ttl=_duration(ttl_s), fence=fence))
+        case SendPrepare(model, revision, rollout_id) | SendStage(model, revision, rollout_id):
             manifest = manifest_message(catalog.revision(model, revision))
-            return pb.AttachResponse(prepare=pb.Prepare(rollout_id=rollout_id, manifest=manifest))
+            stage_only = isinstance(command, SendStage)
+            prepare = pb.Prepare(rollout_id=rollout_id, manifest=manifest, stage_only=stage_only)
+            made = pb.AttachResponse(prepare=prepare)
         case SendActivate(model, revision, epoch):
             activate = pb.Activate(model=model, revision=revision, epoch=epoch)
-            return pb.AttachResponse(activate=activate)
+            made = pb.AttachResponse(activate=activate)
+        case SendProve(revision):
+            made = pb.AttachResponse(prove=pb.Prove(revision=revision))
         case SendRetire(revision):
-            return pb.AttachResponse(retire=pb.Retire(revision=revision))
+            made = pb.AttachResponse(retire=pb.Retire(revision=revision))
         case SendAbort(revision):
-            return pb.AttachResponse(abort=pb.Abort(revision=revision))
+            made = pb.AttachResponse(abort=pb.Abort(revision=revision))
         case SendDrain(grace_s):
-            return pb.AttachResponse(drain=pb.Drain(grace=_duration(grace_s)))
+            made = pb.AttachResponse(drain=pb.Drain(grace=_duration(grace_s)))
+        case _:
+            assert_never(command)
+    return made
 
 
 def manifest_message(revision: Revision) -> model_pb2.Manifest:
@@ -196,7 +219,7 @@ def manifest_message(revision: Revision) -> model_pb2.Manifest:
 def _read_residents(hello: pb.Hello) -> dict[str, Resident]:
     return {
         _name(found.revision): Resident(
-            phase=_RESIDENT_PHASES[found.phase],
+            phase=_resident_phase(found),
             step=STEPS.get(found.phase, ""),
             weights_bytes=found.weights_bytes,
             failure=_reason(found.failure),
@@ -204,6 +227,11 @@ def _read_residents(hello: pb.Hello) -> dict[str, Resident]:
         for found in hello.revisions
         if found.phase in _RESIDENT_PHASES
     }
+
+
+def _resident_phase(found: worker_pb2.ResidentRevision) -> Phase:
+    phase = _RESIDENT_PHASES[found.phase]
+    return Phase.STAGING if found.staging and phase is Phase.PREPARING else phase
 
 
 def _read_load(load: worker_pb2.WorkerLoad) -> Load:

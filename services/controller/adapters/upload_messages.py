@@ -39,7 +39,9 @@ def read_manifest(message: model_pb2.Manifest) -> Manifest:
     if not 1 <= message.context_tokens <= CONTEXT_TOKENS_MAX:
         raise ArgumentInvalid(f"manifest.context_tokens: must be 1 to {CONTEXT_TOKENS_MAX}.")
     if message.fallback_model:
-        raise ArgumentInvalid("manifest.fallback_model: is not served by this version.")
+        raise ArgumentInvalid(
+            "manifest.fallback_model: leave it empty; a mesh serves one model, and has none to fall back to."
+        )
     if len(message.golden_prompts) > GOLDEN_PROMPTS_MAX:
         raise ArgumentInvalid(f"manifest.golden_prompts: more than {GOLDEN_PROMPTS_MAX}.")
     return Manifest(

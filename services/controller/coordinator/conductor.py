@@ -34,7 +34,7 @@ from services.controller.core.rollout_events import (
     RouteWritten,
     Weights,
 )
-from services.controller.core.rollout_record import Rollout, Spec, State, create
+from services.controller.core.rollout_record import Rollout, Spec, State, create, forsaken
 
 
 class Conductor:
@@ -112,7 +112,7 @@ class Conductor:
                 missing = [name for name in (one.spec.revision, one.previous) if not self._has(name)]
                 if missing and not one.ended:
                     cause = f"The revision {missing[0]} is not registered any more."
-                    await to_its_end(self._keep(table.forsake(one, cause, self._now_ms())))
+                    await to_its_end(self._keep(forsaken(one, cause, self._now_ms())))
             self._loaded = True
             return claimed.fence
 

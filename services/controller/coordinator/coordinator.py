@@ -41,6 +41,7 @@ from services.controller.core.member import (
     Kind,
     LoadReport,
     Member,
+    Proven,
     Report,
     RetireAsked,
     StreamBroken,
@@ -108,11 +109,6 @@ class Coordinator:
         self.store_lost = False
 
     @property
-    def leading(self) -> bool:
-        """Whether the store knows us as the controller; members may attach, and health is SERVING."""
-        return self.led.is_set() and not self.deposed.is_set()
-
-    @property
     def plan(self) -> Plan | None:
         """What the route shall be; None until the store was read."""
         return self._plan
@@ -138,13 +134,17 @@ class Coordinator:
         self._advance(key, hello)
         return key
 
-    def hear(self, key: MemberKey, stream: MemberStream, report: Report) -> None:
+    def hear(self, key: MemberKey, stream: MemberStream, report: Report | Proven) -> None:
         """Takes in what a member said; nothing that came by a replaced stream.
 
         Raises:
             EventIllegal: It cannot follow what the member said before.
         """
         if not self._roster.is_current(key, stream):
+            return
+        if isinstance(report, Proven):
+            self._judge.hear_proof(key.id, report.revision, report.reason)
+            self.changed.set()
             return
         if isinstance(report, LoadReport) and key.kind is Kind.GATEWAY:
             incarnation = self._roster.members[key].incarnation
@@ -213,12 +213,12 @@ class Coordinator:
     def tick(self) -> None:
         """Judges leases and deadlines; once a second."""
         self._judge.look()
+        if (rollout := self.rollouts.current) is not None and self._judge.asks(rollout):
+            self._roster.prove(rollout.spec.revision)
         for key, event in self._roster.tick(self._rules.lease_ttl_s, judging=not self._tenure.doubtful):
             self._advance(key, event)
-        if self._tenure.lost.is_set():
-            self._step_down("Another controller leads.")
-        elif self._tenure.lapsed:
-            self._step_down("The controller has lost its store.")
+        if reason := self._tenure.over:
+            self._step_down(reason)
 
     async def keep_store(self, *, renew: bool = True) -> None:
         """Brings the store to what the members are; with `renew` every lease is written too."""
@@ -261,6 +261,9 @@ class Coordinator:
     def _advance(self, key: MemberKey, event: Event) -> None:
         goal = self._goal(self._roster.members[key])
         effects = self._roster.advance(key, event, goal, self._rules)
+        if effects and (now := self._goal(self._roster.members[key])) != goal:
+            # By swap a goal depends on what a worker has: what was unloaded makes room, and requests wait.
+            effects += self._roster.advance(key, Tick(), now, self._rules)
         # A mere sign of life changes nothing, and looking at every member for each would cost their square.
         if (
             effects

@@ -13,13 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from services.common.clock import Clock
-from services.controller.core.judgement import FIRST_TOKENS_ENOUGH, Rules, Tally, Verdict, judge
+from services.controller.core.judgement import FIRST_TOKENS_ENOUGH, Finding, Rules, Tally, Verdict, judge
 from services.controller.core.rollout_record import Rollout, State
 
 # What the old revision did within this time before the switch is what the new one is compared with.
 BASELINE_S = 600.0
 # Looks that far apart bound how many of them are kept, and move the beginning of the baseline by as much.
 LOOK_S = 10.0
+# Golden prompts are asked before the switch; from then on, while it is judged, as often as this. They take a
+# slot from requests for as long as a short answer takes.
+PROVE_EVERY_S = 10.0
 # More than a fleet has; beyond it, something reports under ever new names.
 GATEWAYS_MAX = 1_000
 # More than gateways report of at a time.
@@ -36,13 +39,19 @@ class _Window:
 
     Attributes:
         rollout_id: The rollout.
+        revision: The revision that is judged.
         totals: All that was counted when it began.
         before: What the old revision did before.
+        asked_s: When golden prompts were asked last, or would have been, on the monotonic clock.
+        shortcoming: Why a worker's answers to them fell short; empty: they have not.
     """
 
     rollout_id: str
+    revision: str
     totals: dict[str, Tally]
     before: Tally
+    asked_s: float
+    shortcoming: str = ""
 
 
 @dataclass(slots=True)
@@ -77,15 +86,33 @@ class Judge:
         if not self._looks or now_s - self._looks[-1][0] >= LOOK_S:
             self._looks.append((now_s, dict(self._totals)))
 
+    def asks(self, rollout: Rollout) -> bool:
+        """Whether it is time to ask the new revision its golden prompts again; called once a second."""
+        window, now_s = self._window, self.clock.monotonic()
+        judged = window is not None and window.rollout_id == rollout.id and rollout.state is State.BAKING
+        if window is None or not judged or now_s - window.asked_s < PROVE_EVERY_S:
+            return False
+        window.asked_s = now_s
+        return True
+
+    def hear_proof(self, worker_id: str, revision: str, reason: str) -> None:
+        """Takes in what came of golden prompts; an empty reason: they were answered."""
+        if reason and self._window is not None and revision == self._window.revision:
+            self._window.shortcoming = self._window.shortcoming or f"{worker_id}: {reason}"
+
     def verdict(self, rollout: Rollout) -> Verdict | None:
         """What is to be said of a rollout now; None: it is not judged where it is."""
         if rollout.state not in _JUDGED:
             self._window = None
             return None
         if self._window is None or self._window.rollout_id != rollout.id:
-            self._window = _Window(rollout.id, dict(self._totals), self._before(rollout.previous))
+            before, now_s = self._before(rollout.previous), self.clock.monotonic()
+            revision = rollout.spec.revision
+            self._window = _Window(rollout.id, revision, dict(self._totals), before, now_s)
         if rollout.state is not State.BAKING:
             return None
+        if self._window.shortcoming:
+            return Verdict(Finding.BAD, self._window.shortcoming)
         new = self._since(self._window, rollout.spec.revision)
         old = self._since(self._window, rollout.previous)
         if old.first_tokens < FIRST_TOKENS_ENOUGH:

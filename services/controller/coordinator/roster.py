@@ -13,7 +13,7 @@ from services.common.clock import Clock
 from services.common.errors import WorkerUnknown
 from services.controller.coordinator.worker_records import MemberKey
 from services.controller.core import membership
-from services.controller.core.commands import Effect, EndStream, Note, RemoveWorker, WriteWorker
+from services.controller.core.commands import Effect, EndStream, Note, RemoveWorker, SendProve, WriteWorker
 from services.controller.core.member import Event, Goal, Hello, Kind, Member, Presence, Silence, Tick
 from services.controller.core.membership import Rules
 from services.controller.core.ports import MemberStream
@@ -130,6 +130,12 @@ class Roster:
                     del self._members[key]
             else:
                 yield key, Silence() if member.lease_end_s <= now_s else Tick()
+
+    def prove(self, revision: str) -> None:
+        """Lets each worker in which a revision serves ask it its golden prompts."""
+        for key, stream in self._streams.items():
+            if key.kind is Kind.WORKER and revision in self._members[key].active_revisions:
+                stream.send(SendProve(revision))
 
     def unneeded(self, goal: Callable[[Member], Goal | None]) -> Iterator[tuple[MemberKey, str]]:
         """Revisions inside attached workers that their goals do not name."""

@@ -7,6 +7,10 @@ import contextlib
 
 from services.common.clock import Clock
 from services.controller.coordinator.coordinator import TICK_S, Coordinator
+from services.controller.core.member import Kind
+
+# While a worker is out of the line requests wait: it is looked after as often as people notice.
+DRAIN_LOOK_S = 0.1
 
 
 async def run(coordinator: Coordinator, clock: Clock) -> None:
@@ -40,5 +44,11 @@ async def _keep(coordinator: Coordinator, clock: Clock) -> None:
             continue
         # Not `wait_for`: before Python 3.12 it loses a cancellation that meets the event.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(renew_s - clock.monotonic()):
+            left_s = renew_s - clock.monotonic()
+            async with asyncio.timeout(min(left_s, DRAIN_LOOK_S) if drains(coordinator) else left_s):
                 await coordinator.changed.wait()
+
+
+def drains(coordinator: Coordinator) -> bool:
+    """Whether a worker is out of the line until it has ended what it runs."""
+    return any(member.quiet and member.active_revisions for member in coordinator.members(Kind.WORKER))

@@ -58,10 +58,14 @@ class Tenure:
         return self._clock.monotonic() - self._kept_s >= self._ttl_s
 
     @property
-    def lapsed(self) -> bool:
-        """Whether renewals have failed for so long that it is time to let the members go."""
+    def over(self) -> str:
+        """Why it is time to let the members go: another one leads, or renewals fail for too long; else empty."""
         failing_s = self._failing_s
-        return failing_s is not None and self._clock.monotonic() - failing_s >= STEP_DOWN_S
+        if self.lost.is_set():
+            return "Another controller leads."
+        if failing_s is not None and self._clock.monotonic() - failing_s >= STEP_DOWN_S:
+            return "The controller has lost its store."
+        return ""
 
     async def keep(self, fence: int = 0) -> None:
         """Renews the lease; it bears `fence` from now on, where that is above what it bore.

@@ -60,7 +60,7 @@ class Manifest:
 
     @property
     def weights_bytes(self) -> int:
-        """What its weights take on disk."""
+        """Size of the weights as they are stored."""
         return sum(file.size_bytes for file in self.files if file.path.endswith(".safetensors"))
 
     def named(self) -> Manifest:

@@ -24,12 +24,28 @@ class SendPrepare:
 
 
 @dataclass(frozen=True, slots=True)
+class SendStage:
+    """Ask a worker to fetch and verify a revision's files, and to load nothing."""
+
+    model: str
+    revision: str
+    rollout_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class SendActivate:
     """Tell a member that a revision serves from this epoch on."""
 
     model: str
     revision: str
     epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendProve:
+    """Ask a worker to let a revision that serves answer its golden prompts again."""
+
+    revision: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +69,9 @@ class SendDrain:
     grace_s: float
 
 
-Command: TypeAlias = SendLease | SendPrepare | SendActivate | SendRetire | SendAbort | SendDrain
+Command: TypeAlias = (
+    SendLease | SendPrepare | SendStage | SendActivate | SendProve | SendRetire | SendAbort | SendDrain
+)
 """What travels to a member."""
 
 

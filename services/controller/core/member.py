@@ -86,6 +86,13 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Staged:
+    """A revision's files are there and checked; nothing is loaded."""
+
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """A revision has generated a token; for a gateway: its tokenizer is loaded."""
 
@@ -115,6 +122,14 @@ class Retired:
     """A revision was unloaded."""
 
     revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class Proven:
+    """A revision that serves was asked its golden prompts; the reason says why it fell short, if it did."""
+
+    revision: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +166,8 @@ class Tick:
     """Time has passed, or the goal has changed."""
 
 
-Report: TypeAlias = LoadReport | Progress | Ready | Activated | Failed | Retired
-"""What a member says after its hello."""
+Report: TypeAlias = LoadReport | Progress | Staged | Ready | Activated | Failed | Retired
+"""What a member says of itself after its hello."""
 
 Event: TypeAlias = Hello | Report | StreamBroken | Farewell | Silence | DrainAsked | RetireAsked | Tick
 
@@ -167,12 +182,14 @@ class Goal:
             does not serve yet. Others that it has go as soon as nobody needs them.
         rollout_id: The rollout that asks for it; empty: none.
         quiet: Whether a worker shall get nothing new: what it holds is about to go.
+        stages: Revisions whose files it shall have, and not load yet.
     """
 
     model: str
     holds: Mapping[str, int]
     rollout_id: str = ""
     quiet: bool = False
+    stages: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import TypeAlias
 
 from services.controller.core.commands import (
     Effect,
@@ -21,6 +22,7 @@ from services.controller.core.commands import (
     SendLease,
     SendPrepare,
     SendRetire,
+    SendStage,
     WriteWorker,
 )
 from services.controller.core.member import (
@@ -40,6 +42,7 @@ from services.controller.core.member import (
     RetireAsked,
     Retired,
     Silence,
+    Staged,
     StreamBroken,
     Tick,
 )
@@ -49,7 +52,13 @@ from services.controller.core.residency import EventIllegal, Phase, Resident, Tu
 # slowly, and then left alone until the member's process is replaced.
 RETRY_AFTER_S = (5.0, 15.0, 45.0, 120.0)
 
-_SPEECH = (LoadReport, Progress, Ready, Activated, Failed, Retired)
+_SPEECH = (LoadReport, Progress, Staged, Ready, Activated, Failed, Retired)
+
+# Where a process takes the memory that it may not have.
+_LOADING = frozenset({"load", "warm"})
+_CRASHED = "Its process ended while it loaded the revision; there may not be enough memory for it."
+
+_RevisionReport: TypeAlias = Progress | Staged | Ready | Activated | Failed | Retired
 
 _A, _D, _L, _U = Presence.ATTACHED, Presence.DETACHED, Presence.LOST, Presence.UNKNOWN
 
@@ -117,6 +126,8 @@ def step(member: Member, event: Event, goal: Goal | None, now_s: float, rules: R
     after = _apply(replace(member, presence=presence), event, now_s, rules, effects)
     if isinstance(event, (Hello, *_SPEECH)):
         after = replace(after, lease_end_s=now_s + rules.lease_ttl_s)
+    if isinstance(event, Hello) and goal is not None and goal.rollout_id:
+        after = _note_crash(member, after, now_s, effects)
     if after.presence is Presence.ATTACHED:
         after = _pursue(after, goal, now_s, rules, effects)
     return Step(after, (*effects, *_listing_effects(member, after)))
@@ -128,7 +139,7 @@ def _apply(member: Member, event: Event, now_s: float, rules: Rules, effects: li
             return _greet(member, event, now_s, rules, effects)
         case LoadReport(load=load):
             return replace(member, load=load, slots=load.slots)
-        case Progress() | Ready() | Activated() | Failed() | Retired():
+        case Progress() | Staged() | Ready() | Activated() | Failed() | Retired():
             return _hear(member, event, now_s, effects)
         case DrainAsked(grace_s):
             effects += [SendDrain(grace_s), Note("member.draining")]
@@ -172,6 +183,22 @@ def _greet(member: Member, hello: Hello, now_s: float, rules: Rules, effects: li
     )
 
 
+def _note_crash(before: Member, after: Member, now_s: float, effects: list[Effect]) -> Member:
+    """A member whose process ended while it loaded for a rollout; to load at once might end it again.
+
+    One that ends in order says before that it has given up.
+    """
+    if before.incarnation == after.incarnation or before.kind is not Kind.WORKER:
+        return after
+    for revision, resident in before.residents.items():
+        loading = resident.phase is Phase.PREPARING and resident.step in _LOADING
+        if loading and revision not in after.residents:
+            failed = _fail(resident, Turn.FAIL, resident.step, _CRASHED, now_s)
+            effects.append(Note("revision.failed", revision, failed.failure))
+            after = _with(after, revision, failed)
+    return after
+
+
 def _resume(found: Resident, known: Resident | None, now_s: float, rules: Rules) -> Resident:
     """A revision that a member brings along; a reconnection neither prolongs a wait nor forgets attempts."""
     if known is not None and known.phase is found.phase:
@@ -182,7 +209,7 @@ def _resume(found: Resident, known: Resident | None, now_s: float, rules: Rules)
 
 def _hear(
     member: Member,
-    event: Progress | Ready | Activated | Failed | Retired,
+    event: _RevisionReport,
     now_s: float,
     effects: list[Effect],
 ) -> Member:
@@ -200,13 +227,14 @@ def _hear(
     return _with(member, event.revision, resident)
 
 
-def _resident_after(
-    before: Resident, event: Progress | Ready | Activated | Failed | Retired, now_s: float
-) -> Resident:
+def _resident_after(before: Resident, event: _RevisionReport, now_s: float) -> Resident:
     match event:
         case Progress(_, step_name, done_bytes, total_bytes):
             resident = before.after(Turn.PROGRESS)
             return replace(resident, step=step_name, done_bytes=done_bytes, total_bytes=total_bytes)
+        case Staged():
+            # To load it is another matter, with attempts of its own.
+            return replace(before.after(Turn.STAGED), failure="", attempts=0)
         case Ready(_, weights_bytes):
             return replace(before.after(Turn.READY), weights_bytes=weights_bytes, failure="")
         case Failed(_, step_name, reason):
@@ -221,6 +249,8 @@ _LEAVING = frozenset({Phase.RETIRING, Phase.ABORTING, Phase.FAILED})
 
 _PAST = {
     Phase.ABSENT: "retired",
+    Phase.STAGING: "requested",
+    Phase.STAGED: "staged",
     Phase.PREPARING: "requested",
     Phase.READY: "prepared",
     Phase.ACTIVATING: "announced",
@@ -246,8 +276,12 @@ def _pursue(member: Member, goal: Goal | None, now_s: float, rules: Rules, effec
         resident = member.residents.get(revision, Resident())
         resident = _pursue_one(resident, goal, revision, epoch, now_s, rules, effects)
         member = _with(member, revision, resident)
+    for revision in sorted(goal.stages):
+        resident = member.residents.get(revision, Resident())
+        member = _with(member, revision, _stage_one(resident, goal, revision, now_s, rules, effects))
     for revision in [name for name in member.residents if name not in goal.holds]:
-        member = _let_go(member, revision, effects)
+        if revision not in goal.stages or member.residents[revision].phase not in _STAGEABLE:
+            member = _let_go(member, revision, effects)
     return replace(member, quiet=goal.quiet)
 
 
@@ -261,17 +295,42 @@ def _pursue_one(
     effects: list[Effect],
 ) -> Resident:
     """Brings one revision of a member one step nearer to the goal."""
-    if resident.phase is Phase.PREPARING and resident.due_s <= now_s:
-        resident = _fail(resident, Turn.TIMEOUT, resident.step, "It took longer than it may.", now_s)
-        effects += [SendAbort(revision), Note("revision.failed", revision, resident.failure)]
-    elif resident.phase is Phase.ABSENT or _is_due_again(resident, now_s):
-        # Without `due_s` a member that never answers would be waited for without end.
-        due_s, attempts = now_s + rules.prepare_timeout_s, resident.attempts + 1
-        resident = replace(resident.after(Turn.PREPARE), due_s=due_s, attempts=attempts, failure="")
+    if _is_overdue(resident, now_s):
+        resident = _time_out(resident, revision, now_s, effects)
+    elif resident.phase in {Phase.ABSENT, Phase.STAGED} or _is_due_again(resident, now_s):
+        resident = _ask(resident, Turn.PREPARE, now_s, rules)
         effects += [SendPrepare(goal.model, revision, goal.rollout_id), Note("revision.requested", revision)]
     elif resident.phase in _HELD and resident.epoch < epoch:
         resident = replace(resident.after(Turn.ACTIVATE), epoch=epoch)
         effects.append(SendActivate(goal.model, revision, epoch))
+    return resident
+
+
+def _stage_one(
+    resident: Resident, goal: Goal, revision: str, now_s: float, rules: Rules, effects: list[Effect]
+) -> Resident:
+    """Brings one revision of a worker nearer to having its files."""
+    if _is_overdue(resident, now_s):
+        return _time_out(resident, revision, now_s, effects)
+    if resident.phase is Phase.ABSENT or _is_due_again(resident, now_s):
+        effects += [SendStage(goal.model, revision, goal.rollout_id), Note("revision.requested", revision)]
+        return _ask(resident, Turn.STAGE, now_s, rules)
+    return resident
+
+
+def _ask(resident: Resident, turn: Turn, now_s: float, rules: Rules) -> Resident:
+    # Without `due_s` a member that never answers would be waited for without end.
+    due_s, attempts = now_s + rules.prepare_timeout_s, resident.attempts + 1
+    return replace(resident.after(turn), due_s=due_s, attempts=attempts, failure="")
+
+
+def _is_overdue(resident: Resident, now_s: float) -> bool:
+    return resident.phase in {Phase.STAGING, Phase.PREPARING} and resident.due_s <= now_s
+
+
+def _time_out(resident: Resident, revision: str, now_s: float, effects: list[Effect]) -> Resident:
+    resident = _fail(resident, Turn.TIMEOUT, resident.step, "It took longer than it may.", now_s)
+    effects += [SendAbort(revision), Note("revision.failed", revision, resident.failure)]
     return resident
 
 
@@ -281,7 +340,7 @@ def _let_go(member: Member, revision: str, effects: list[Effect]) -> Member:
     A worker is not told yet: requests may run on it, which the store knows; `RetireAsked` follows.
     """
     resident = member.residents[revision]
-    if resident.phase is Phase.PREPARING and member.kind is Kind.WORKER:
+    if resident.phase in _UNDER_WAY and member.kind is Kind.WORKER:
         effects += [SendAbort(revision), Note("revision.aborted", revision)]
         return _with(member, revision, resident.after(Turn.ABORT))
     if resident.phase is Phase.FAILED:
@@ -299,6 +358,11 @@ def _retire(member: Member, revision: str, effects: list[Effect]) -> Member:
     effects += [SendRetire(revision), Note("revision.retiring", revision)]
     return _with(member, revision, resident.after(Turn.RETIRE))
 
+
+# What is there of a revision that was asked for its files alone. One that is being loaded is no such.
+_STAGEABLE = frozenset({Phase.STAGING, Phase.STAGED, Phase.FAILED})
+
+_UNDER_WAY = frozenset({Phase.STAGING, Phase.STAGED, Phase.PREPARING})
 
 _HELD = frozenset({Phase.READY, Phase.ACTIVATING, Phase.ACTIVE})
 

@@ -19,6 +19,8 @@ class Phase(StrEnum):
     """Where a revision is inside a member."""
 
     ABSENT = "ABSENT"
+    STAGING = "STAGING"  # we asked for its files, and for no more
+    STAGED = "STAGED"  # its files are there and whole; it takes no memory
     PREPARING = "PREPARING"
     READY = "READY"
     ACTIVATING = "ACTIVATING"
@@ -31,6 +33,8 @@ class Phase(StrEnum):
 class Turn(StrEnum):
     """What moves a revision from phase to phase."""
 
+    STAGE = "stage"  # we ask for its files
+    STAGED = "staged"
     PREPARE = "prepare"  # we ask for it
     PROGRESS = "progress"
     READY = "ready"
@@ -46,14 +50,28 @@ class Turn(StrEnum):
 # Messages cross: what a member sent before it read our last word is legal, and changes nothing.
 TABLE = MappingProxyType(
     {
+        (Phase.ABSENT, Turn.STAGE): Phase.STAGING,
+        (Phase.STAGING, Turn.PROGRESS): Phase.STAGING,
+        (Phase.STAGING, Turn.STAGED): Phase.STAGED,
+        (Phase.STAGING, Turn.READY): Phase.READY,
+        (Phase.STAGING, Turn.FAIL): Phase.FAILED,
+        (Phase.STAGING, Turn.TIMEOUT): Phase.FAILED,
+        (Phase.STAGING, Turn.RETIRED): Phase.ABSENT,
+        (Phase.STAGING, Turn.ABORT): Phase.ABORTING,
+        (Phase.STAGED, Turn.PREPARE): Phase.PREPARING,
+        (Phase.STAGED, Turn.STAGED): Phase.STAGED,
+        (Phase.STAGED, Turn.ABORT): Phase.ABORTING,
         (Phase.ABSENT, Turn.PREPARE): Phase.PREPARING,
         (Phase.PREPARING, Turn.PROGRESS): Phase.PREPARING,
+        # It had not yet read that it shall be loaded: it is asked again.
+        (Phase.PREPARING, Turn.STAGED): Phase.STAGED,
         (Phase.PREPARING, Turn.READY): Phase.READY,
         (Phase.PREPARING, Turn.FAIL): Phase.FAILED,
         (Phase.PREPARING, Turn.TIMEOUT): Phase.FAILED,
         (Phase.PREPARING, Turn.RETIRED): Phase.ABSENT,
         (Phase.PREPARING, Turn.ABORT): Phase.ABORTING,
         (Phase.ABORTING, Turn.PROGRESS): Phase.ABORTING,
+        (Phase.ABORTING, Turn.STAGED): Phase.ABORTING,
         (Phase.ABORTING, Turn.READY): Phase.READY,
         (Phase.ABORTING, Turn.FAIL): Phase.FAILED,
         (Phase.ABORTING, Turn.RETIRED): Phase.ABSENT,
@@ -80,6 +98,8 @@ TABLE = MappingProxyType(
         (Phase.RETIRING, Turn.ACTIVATED): Phase.RETIRING,
         (Phase.RETIRING, Turn.FAIL): Phase.FAILED,
         (Phase.RETIRING, Turn.RETIRED): Phase.ABSENT,
+        (Phase.FAILED, Turn.STAGE): Phase.STAGING,
+        (Phase.FAILED, Turn.STAGED): Phase.STAGED,
         (Phase.FAILED, Turn.PREPARE): Phase.PREPARING,
         (Phase.FAILED, Turn.PROGRESS): Phase.FAILED,
         (Phase.FAILED, Turn.READY): Phase.READY,
@@ -104,7 +124,7 @@ class Resident:
         failure: Why it failed; empty otherwise.
         epoch: The highest epoch that we told for it; 0: none.
         attempts: How often we asked for it.
-        due_s: While PREPARING: when we stop waiting. While FAILED: when we ask again.
+        due_s: While STAGING or PREPARING: when we stop waiting. While FAILED: when we ask again.
     """
 
     phase: Phase = Phase.ABSENT

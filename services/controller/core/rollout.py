@@ -83,32 +83,6 @@ def step(rollout: Rollout, event: Event, fleet: Fleet, now_ms: int, findings: st
     return Step(after, _effects(rollout, after))
 
 
-def forsake(rollout: Rollout, cause: str, now_ms: int) -> Rollout:
-    """The end of a rollout that nothing can be done for: a revision that it names is gone.
-
-    Args:
-        rollout: One that has not ended.
-        cause: Why, for people.
-        now_ms: The time since the epoch.
-    """
-    now = _Now(Fleet((), 0), now_ms)
-    while not rollout.ended:
-        # By the last way out of each state, the one that leads back.
-        rollout = _enter(rollout, _WAYS_BACK[rollout.state], cause, now)
-    return rollout
-
-
-_WAYS_BACK = {
-    State.PENDING: State.ABORTED,
-    State.PREPARING: State.ABORTING,
-    State.READY: State.ABORTING,
-    State.ABORTING: State.ABORTED,
-    State.SWITCHING: State.ROLLING_BACK,
-    State.BAKING: State.ROLLING_BACK,
-    State.ROLLING_BACK: State.ROLLED_BACK,
-}
-
-
 def _effects(before: Rollout, after: Rollout) -> tuple[Effect, ...]:
     entered = after.history[len(before.history) :]
     effects: list[Effect] = [Enter(one.state.value, one.cause) for one in entered]
@@ -132,6 +106,11 @@ class _Now:
     @property
     def ready(self) -> int:
         return sum(worker.new is Standing.READY for worker in self.fleet.workers)
+
+    @property
+    def all_staged(self) -> bool:
+        """Whether no worker lacks a file; until then nobody gives up what serves."""
+        return all(worker.new is Standing.STAGED for worker in self.fleet.workers)
 
     @property
     def old_is_ready(self) -> bool:
@@ -205,7 +184,7 @@ def _prepare(rollout: Rollout, now: _Now) -> Rollout:
     obstacle = _obstacle(rollout, now)
     if obstacle:
         return _enter(rollout, State.ABORTING, obstacle, now)
-    if rollout.strategy is Strategy.SWAP and not rollout.swapping:
+    if rollout.strategy is Strategy.SWAP and not rollout.swapping and now.all_staged:
         rollout = _swap_one(rollout, now)
     if now.ready < _needed(rollout, now.fleet) or now.fleet.gateways_pending:
         return rollout

@@ -17,6 +17,8 @@ from services.controller.core.rollout_record import Rollout, Strategy
 LOAD_OVERHEAD = 1.1
 
 _STANDINGS = {
+    Phase.STAGING: Standing.PREPARING,
+    Phase.STAGED: Standing.STAGED,
     Phase.PREPARING: Standing.PREPARING,
     Phase.READY: Standing.PREPARING,
     Phase.ACTIVATING: Standing.PREPARING,
@@ -61,26 +63,28 @@ def goal(rollout: Rollout, member: Member, weights: Iterable[tuple[str, int]], e
         leading = max(weights, key=lambda one: one[1], default=("", 0))[0]
         names = (rollout.previous, rollout.spec.revision)
         return Goal(rollout.spec.model, {name: epoch if name == leading else 0 for name in names}, rollout.id)
-    wanted = worker_goal(rollout, member.id).holds
+    asked = worker_goal(rollout, member.id)
+    wanted, stages = asked.holds, frozenset({asked.stages} if asked.stages else ())
     if rollout.strategy is Strategy.SWAP:
         others = {rollout.previous, rollout.spec.revision} - wanted
-        # One copy at a time: the next is loaded when the last one's memory is free.
+        # One copy at a time: the next is loaded when the last one's memory is free. Its files come before.
         if any(_is_held(member, name) for name in others):
-            return Goal(rollout.spec.model, {}, rollout.id, quiet=True)
-    return Goal(rollout.spec.model, dict.fromkeys(sorted(wanted), epoch), rollout.id)
+            return Goal(rollout.spec.model, {}, rollout.id, quiet=True, stages=wanted)
+    return Goal(rollout.spec.model, dict.fromkeys(sorted(wanted), epoch), rollout.id, stages=stages)
+
+
+_WEIGHTLESS = frozenset({Phase.ABSENT, Phase.STAGING, Phase.STAGED, Phase.FAILED})
 
 
 def _is_held(member: Member, revision: str) -> bool:
+    """Whether a revision takes memory, or is about to."""
     resident = member.residents.get(revision)
-    return resident is not None and resident.phase not in {Phase.ABSENT, Phase.FAILED}
+    return resident is not None and resident.phase not in _WEIGHTLESS
 
 
 def _view(rollout: Rollout, member: Member, weights_bytes: int) -> WorkerView:
     new, old = rollout.spec.revision, rollout.previous
     standing = _standing(member, new)
-    if standing is Standing.ABSENT and rollout.strategy is Strategy.SWAP:
-        # Its files come when the old revision has gone; nothing else keeps a worker from giving it up.
-        standing = Standing.STAGED
     failure = member.residents[new].failure if standing is Standing.FAILED else ""
     return WorkerView(member.id, standing, _standing(member, old), _fits(member, weights_bytes), failure)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
 
@@ -139,3 +139,30 @@ def create(
     pending = Transition(State.PENDING, now_ms, "It was asked for.")
     route = ((previous, SHARE_ALL),)
     return Rollout(id=id, spec=spec, previous=previous, origin=origin, route=route, history=(pending,))
+
+
+def forsaken(rollout: Rollout, cause: str, now_ms: int) -> Rollout:
+    """The end of a rollout that nothing can be done for: a revision that it names is gone.
+
+    Args:
+        rollout: One that has not ended.
+        cause: Why, for people.
+        now_ms: The time since the epoch.
+    """
+    while not rollout.ended:
+        state = _WAYS_BACK[rollout.state]
+        history = (*rollout.history, Transition(state, now_ms, cause))
+        rollout = replace(rollout, state=state, paused=False, history=history)
+    return rollout
+
+
+# Out of each state the way that leads back.
+_WAYS_BACK = {
+    State.PENDING: State.ABORTED,
+    State.PREPARING: State.ABORTING,
+    State.READY: State.ABORTING,
+    State.ABORTING: State.ABORTED,
+    State.SWITCHING: State.ROLLING_BACK,
+    State.BAKING: State.ROLLING_BACK,
+    State.ROLLING_BACK: State.ROLLED_BACK,
+}

@@ -219,9 +219,15 @@ class ControllerLink:
     def _obey(self, response: controller_service_pb2.AttachResponse, handshake: RevisionHandshake) -> None:
         match response.WhichOneof("command"):
             case "prepare":
-                handshake.prepare(revision_spec(response.prepare.manifest))
+                spec = revision_spec(response.prepare.manifest)
+                if response.prepare.stage_only:
+                    handshake.stage(spec)
+                else:
+                    handshake.prepare(spec)
             case "activate":
                 handshake.activate(response.activate.revision, response.activate.epoch)
+            case "prove":
+                handshake.prove(response.prove.revision)
             case "retire":
                 handshake.retire(response.retire.revision)
             case "abort":

@@ -7,6 +7,7 @@ from pathlib import Path
 from services.common import artifacts
 from services.common.errors import ArtifactInvalid
 from services.common.ids import is_valid_id
+from services.common.known_digests import KnownDigests
 from services.common.revision_download import Connected, RevisionDownload
 from services.worker.core.ports import Progress
 from services.worker.core.revision import RevisionSpec
@@ -25,6 +26,7 @@ class MeshArtifacts:
         self._cache_dir = cache_dir
         self._mesh_token = mesh_token
         self._connected = connected
+        self._known = KnownDigests()
 
     async def fetch(self, spec: RevisionSpec, progress: Progress) -> Path:
         """See `ArtifactStore.fetch`."""
@@ -39,4 +41,5 @@ class MeshArtifacts:
             download=download.read,
             directory=self._cache_dir / "revisions" / spec.model / spec.revision,
             on_progress=progress,
+            known=self._known,
         )

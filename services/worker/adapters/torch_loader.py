@@ -24,10 +24,11 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from services.common.errors import ArtifactInvalid, InterlockError
-from services.common.safetensors_files import check_files, read_config
+from services.common.safetensors_files import check_files, count_elements, read_config
 from services.worker.adapters import decoder_config, integer_products, lean_weights
 from services.worker.adapters.lean_runner import LeanRunner
 from services.worker.adapters.stored_forms import StoredForms
+from services.worker.adapters.torch_memory import shortage_named
 from services.worker.adapters.torch_probe import bare_logits, probe
 from services.worker.adapters.torch_runner import DecoderModel, TorchRunner
 from services.worker.adapters.weight_source import Way, WeightSource
@@ -41,6 +42,9 @@ from services.worker.core.revision import (
     Quantization,
     RevisionSpec,
 )
+
+# An element of quantized weights; what is not quantized takes more.
+_BITS = {Quantization.INT8: 8, Quantization.NF4: 4, Quantization.FP4: 4}
 
 # A model with neither limit would be a mistake; 4,096 positions are then a careful guess.
 CONTEXT_TOKENS_DEFAULT = 4_096
@@ -95,11 +99,23 @@ class TorchLoader:
         decoder_config.attention_of(config)
         decoder_config.check_forward(config)
 
+    def weights_bytes_least(self, directory: Path, spec: RevisionSpec) -> int:
+        """See `RevisionLoader.weights_bytes_least`."""
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        elements = count_elements(directory, [file.path for file in spec.files])
+        if getattr(config.get_text_config(), "tie_word_embeddings", False):
+            # Some files have the head once more, which is then the embedding.
+            elements.pop("lm_head.weight", None)
+        way = _way(spec, config, self._settings)
+        bits = _BITS.get(way.quantization, 8 * way.dtype.itemsize)
+        return sum(elements.values()) * bits // 8
+
     def load(self, directory: Path, spec: RevisionSpec, watch: LoadWatch = unwatched) -> TorchRunner:
         """See `RevisionLoader.load`."""
         try:
-            return self._load(directory, spec, watch)
-        except (InterlockError, LoadHalted, MemoryError, torch.OutOfMemoryError):
+            with shortage_named():
+                return self._load(directory, spec, watch)
+        except (InterlockError, LoadHalted, MemoryError):
             raise
         except Exception as error:
             # The library's message may hold a path; its class is what the cause chain is for.

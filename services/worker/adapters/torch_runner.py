@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from services.worker.adapters.torch_cache import RowCache, SlotCache
+from services.worker.adapters.torch_memory import shortage_named
 from services.worker.adapters.torch_sampler import sample
 from services.worker.core.batch import Batch, Choice, Chunk, Decode
 from services.worker.core.kv_budget import bucketed
@@ -93,7 +94,7 @@ class TorchRunner:
         # The setting belongs to a thread, and steps may come from any one.
         if self._model.device.type == "cpu" and torch.get_num_threads() != self._model.threads:
             torch.set_num_threads(self._model.threads)
-        with torch.inference_mode():
+        with shortage_named(), torch.inference_mode():
             if batch.rows > self._cache.rows:
                 self._cache.ensure(batch.rows, batch.capacity)
             for move in batch.moves:

@@ -8,8 +8,10 @@ from interlock.v1 import controller_service_pb2, model_pb2, worker_pb2
 from services.worker.adapters.process_memory import resident_bytes
 from services.worker.core.revision import (
     BecameActive,
+    BecameProven,
     BecameReady,
     BecameRetired,
+    BecameStaged,
     ComputeDtype,
     GoldenPrompt,
     Phase,
@@ -52,6 +54,7 @@ def resident_revisions(residency: Residency) -> list[worker_pb2.ResidentRevision
             phase=phase_value(one.phase),
             weights_bytes=one.weights_bytes,
             failure=one.failure,
+            staging=one.staging,
         )
         for one in residency.all
     ]
@@ -93,6 +96,8 @@ def report_message(report: Report) -> controller_service_pb2.AttachRequest:
             request.progress.phase = phase_value(phase)
             request.progress.done_bytes = done_bytes
             request.progress.total_bytes = total_bytes
+        case BecameStaged(revision):
+            request.staged.revision = revision
         case BecameReady(revision, weights_bytes, phases_s):
             request.ready.revision = revision
             request.ready.weights_bytes = weights_bytes
@@ -103,6 +108,9 @@ def report_message(report: Report) -> controller_service_pb2.AttachRequest:
         case BecameActive(revision, epoch):
             request.activated.revision = revision
             request.activated.epoch = epoch
+        case BecameProven(revision, reason):
+            request.proven.revision = revision
+            request.proven.reason = reason
         case PreparationFailed(revision, phase, reason):
             request.failed.revision = revision
             request.failed.phase = phase_value(phase)

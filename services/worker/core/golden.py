@@ -34,10 +34,24 @@ def answer_all(
         answer = _answer(runner, tokenizer, prompt, number, is_over)
         if is_over():
             return
-        if prompt.expected not in answer:
-            raise ArtifactInvalid(
-                f"Golden prompt {number} of {len(prompts)}: its answer does not contain what it must."
-            )
+        check_answer(answer, prompt, number, len(prompts))
+
+
+def check_answer(answer: str, prompt: GoldenPrompt, number: int, count: int) -> None:
+    """Raises ArtifactInvalid where an answer lacks what it must contain; the message has neither of them."""
+    if prompt.expected not in answer:
+        raise ArtifactInvalid(f"Golden prompt {number} of {count}: its answer does not contain what it must.")
+
+
+def start_of(session: int, tokenizer: ChatTokenizer, prompt: GoldenPrompt, number: int) -> SequenceStart:
+    """A prompt as a conversation of one turn, answered greedily. Blocks.
+
+    Raises:
+        ArgumentInvalid: The template refuses it.
+    """
+    key = SequenceKey(session, f"golden-{number}")
+    ids = tokenizer.encode_user(prompt.text)
+    return SequenceStart(key, ids, prompt.max_tokens, credit_tokens=prompt.max_tokens)
 
 
 def _answer(
@@ -48,12 +62,7 @@ def _answer(
     is_over: Callable[[], bool],
 ) -> str:
     facts = runner.facts
-    start = SequenceStart(
-        SequenceKey(0, f"golden-{number}"),
-        tokenizer.encode_user(prompt.text),
-        prompt.max_tokens,
-        credit_tokens=prompt.max_tokens,
-    )
+    start = start_of(0, tokenizer, prompt, number)
     scheduler = Scheduler(Limits(1, facts.kv_tokens), facts.end_ids)
     if start.reserved_tokens > facts.context_tokens or not scheduler.fits(start):
         raise ArtifactInvalid(f"Golden prompt {number} is longer than the revision's context.")

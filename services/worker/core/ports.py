@@ -78,7 +78,7 @@ class ArtifactStore(Protocol):
 
 
 class RevisionLoader(Protocol):
-    """How files become a runner. Both verbs block; they are called in a thread of their own.
+    """How files become a runner. All verbs block; they are called in a thread of their own.
 
     A load tells its watch how far it is whenever it can stop.
     """
@@ -91,11 +91,16 @@ class RevisionLoader(Protocol):
         """
         ...
 
+    def weights_bytes_least(self, directory: Path, spec: RevisionSpec) -> int:
+        """Memory that the weights of a verified revision take at the least, as far as headers tell."""
+        ...
+
     def load(self, directory: Path, spec: RevisionSpec, watch: LoadWatch) -> ModelRunner:
         """Quantizes the weights, or maps what was quantized before.
 
         Raises:
             LoadHalted: The watch wanted the end.
+            MemoryError: There is not enough for it.
             ArtifactInvalid: The weights do not make the model that the configuration describes.
         """
         ...
@@ -108,8 +113,16 @@ class RevisionHandshake(Protocol):
         """Makes a revision ready; one that is ready already says so again."""
         ...
 
+    def stage(self, spec: RevisionSpec) -> None:
+        """Has a revision's files here and checked, and loads nothing; one that is ready says so again."""
+        ...
+
     def activate(self, revision: str, epoch: int) -> None:
         """Lets jobs name the revision, from this epoch on."""
+        ...
+
+    def prove(self, revision: str) -> None:
+        """Asks a revision that serves its golden prompts again."""
         ...
 
     def retire(self, revision: str) -> None:
@@ -117,7 +130,7 @@ class RevisionHandshake(Protocol):
         ...
 
     def abort(self, revision: str) -> None:
-        """Stops preparing it."""
+        """Stops preparing it, and forgets that it was staged."""
         ...
 
 

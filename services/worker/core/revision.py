@@ -40,6 +40,7 @@ class Phase(StrEnum):
     ACTIVE = "ACTIVE"
     RETIRING = "RETIRING"
     FAILED = "FAILED"
+    STAGED = "STAGED"
 
 
 class LoadStage(StrEnum):
@@ -55,10 +56,12 @@ class LoadHalted(Exception):
     """A load was ended on demand. Raised by who watches it, through whoever performs it."""
 
 
-# From each phase, where a revision may go next. FAILED may be prepared again; RETIRING ends in removal.
+# From each phase, where a revision may go next. FAILED may be prepared again. So may STAGED, once there is
+# room for it: its files are looked at again, for time has passed. RETIRING ends in removal.
 NEXT: dict[Phase, frozenset[Phase]] = {
     Phase.FETCH: frozenset({Phase.VERIFY, Phase.FAILED}),
-    Phase.VERIFY: frozenset({Phase.LOAD, Phase.FAILED}),
+    Phase.VERIFY: frozenset({Phase.LOAD, Phase.STAGED, Phase.FAILED}),
+    Phase.STAGED: frozenset({Phase.FETCH}),
     Phase.LOAD: frozenset({Phase.WARM, Phase.FAILED}),
     Phase.WARM: frozenset({Phase.READY, Phase.FAILED}),
     Phase.READY: frozenset({Phase.ACTIVE, Phase.RETIRING}),
@@ -142,6 +145,7 @@ class Resident:
         phase: Where it is.
         weights_bytes: Memory of the weights; 0 before it is loaded.
         failure: Why it failed; empty otherwise.
+        staging: Whether it is on its way to STAGED, and not to READY.
     """
 
     model: str
@@ -149,6 +153,7 @@ class Resident:
     phase: Phase
     weights_bytes: int = 0
     failure: str = ""
+    staging: bool = False
 
 
 class Residency:
@@ -180,8 +185,8 @@ class Residency:
         """The revision, or None."""
         return self._by_name.get(revision)
 
-    def begin(self, model: str, revision: str) -> None:
-        """Enters FETCH; a failed revision may begin again.
+    def begin(self, model: str, revision: str, *, staging: bool = False) -> None:
+        """Enters FETCH; a failed revision may begin again, and a staged one goes on so.
 
         Raises:
             InternalError: It is here already.
@@ -189,7 +194,7 @@ class Residency:
         known = self._by_name.get(revision)
         if known is not None and Phase.FETCH not in NEXT[known.phase]:
             raise InternalError(f"Revision {revision} is here already.")
-        self._by_name[revision] = Resident(model, revision, Phase.FETCH)
+        self._by_name[revision] = Resident(model, revision, Phase.FETCH, staging=staging)
 
     def enter(self, revision: str, phase: Phase, *, weights_bytes: int = 0, failure: str = "") -> None:
         """Moves a revision to its next phase.
@@ -224,6 +229,13 @@ class Progressed:
 
 
 @dataclass(frozen=True, slots=True)
+class BecameStaged:
+    """A revision's files are here and checked."""
+
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
 class BecameReady:
     """A revision has generated a token.
 
@@ -247,6 +259,14 @@ class BecameActive:
 
 
 @dataclass(frozen=True, slots=True)
+class BecameProven:
+    """A revision that serves was asked its golden prompts; the reason says why it fell short, if it did."""
+
+    revision: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class PreparationFailed:
     """A preparation ended in `phase`; the reason is for people and holds no path."""
 
@@ -262,4 +282,6 @@ class BecameRetired:
     revision: str
 
 
-Report = Progressed | BecameReady | BecameActive | PreparationFailed | BecameRetired
+Report = (
+    Progressed | BecameStaged | BecameReady | BecameActive | BecameProven | PreparationFailed | BecameRetired
+)

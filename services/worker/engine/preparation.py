@@ -2,7 +2,8 @@
 
 FETCH, VERIFY, LOAD and WARM run beside serving: what blocks is in a thread. One revision is prepared at a
 time, for two would compete for the same memory and disk. A load that is no longer wanted is halted where it
-next tells how far it is. Knows ports; who asks is the controller link.
+next tells how far it is. Where memory holds one revision, the next one is staged before the other one goes:
+FETCH and VERIFY alone. Knows ports; who asks is the controller link.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import contextlib
 import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from services.common import logs
 from services.common.clock import Clock
 from services.common.errors import ArtifactInvalid, InterlockError
 from services.worker.core.golden import answer_all
+from services.worker.core.memory_room import check_room
 from services.worker.core.ports import (
     ArtifactStore,
     ChatTokenizer,
@@ -31,6 +33,7 @@ from services.worker.core.revision import (
     BecameActive,
     BecameReady,
     BecameRetired,
+    BecameStaged,
     LoadHalted,
     LoadStage,
     Phase,
@@ -43,11 +46,21 @@ from services.worker.core.revision import (
 from services.worker.core.warmup import warm
 from services.worker.engine.abandonable import in_thread
 from services.worker.engine.engine import Engine
+from services.worker.engine.proofs import Proofs
+from services.worker.engine.stages import Stages
 
 T = TypeVar("T")
 
 # A load notices within a layer that it shall end. What takes longer sits in a library and is not waited for.
 STOP_WAIT_S = 2.0
+
+
+class _Loaded(NamedTuple):
+    """What a load comes to; the tokenizer where there are golden prompts."""
+
+    runner: ModelRunner
+    compiler: FormatCompiler | None
+    tokenizer: ChatTokenizer | None
 
 
 class Preparation:
@@ -63,6 +76,7 @@ class Preparation:
         on_change: Hears that the residency changed, for health.
         formats: Where compilers of formats come from; None: jobs that have one are refused.
         open_tokenizer: Reads the tokenizer of a directory; None: revisions with golden prompts are refused.
+        memory_bytes: What the weights of all revisions may take together; 0: no bound is known.
     """
 
     def __init__(  # noqa: PLR0913 - one is made, and most are given by name
@@ -77,6 +91,7 @@ class Preparation:
         on_change: Callable[[], None],
         formats: FormatLibrary | None = None,
         open_tokenizer: Callable[[Path], ChatTokenizer] | None = None,
+        memory_bytes: int = 0,
     ) -> None:
         self._engine = engine
         self._residency = residency
@@ -87,9 +102,11 @@ class Preparation:
         self._on_change = on_change
         self._formats = formats
         self._open_tokenizer = open_tokenizer
+        self._memory_bytes = memory_bytes
         self._one_at_a_time = asyncio.Lock()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ready: dict[str, BecameReady] = {}
+        self._proofs = Proofs(engine, lambda: residency.epoch, report)
 
     def prepare(self, spec: RevisionSpec) -> None:
         """See `RevisionHandshake.prepare`."""
@@ -98,6 +115,17 @@ class Preparation:
         elif spec.revision not in self._tasks:
             self._residency.begin(spec.model, spec.revision)
             self._spawn(spec.revision, self._prepare(spec))
+
+    def stage(self, spec: RevisionSpec) -> None:
+        """See `RevisionHandshake.stage`."""
+        known = self._residency.find(spec.revision)
+        if (ready := self._ready.get(spec.revision)) is not None:
+            self._report(ready)
+        elif known is not None and known.phase is Phase.STAGED:
+            self._report(BecameStaged(spec.revision))
+        elif spec.revision not in self._tasks:
+            self._residency.begin(spec.model, spec.revision, staging=True)
+            self._spawn(spec.revision, self._stage(spec))
 
     def activate(self, revision: str, epoch: int) -> None:
         """See `RevisionHandshake.activate`."""
@@ -109,8 +137,13 @@ class Preparation:
         self._report(BecameActive(revision, epoch))
         self._on_change()
 
+    def prove(self, revision: str) -> None:
+        """See `RevisionHandshake.prove`."""
+        self._proofs.ask(revision)
+
     def retire(self, revision: str) -> None:
         """See `RevisionHandshake.retire`."""
+        self._proofs.drop(revision)
         if self._ready.pop(revision, None) is None:
             self._report(BecameRetired(revision))
             return
@@ -122,13 +155,17 @@ class Preparation:
         """See `RevisionHandshake.abort`."""
         if revision in self._ready:
             return
-        if (task := self._tasks.get(revision)) is None:
-            self._report(BecameRetired(revision))
-        else:
+        if (task := self._tasks.get(revision)) is not None:
             task.cancel()
+            return
+        known = self._residency.find(revision)
+        if known is not None and known.phase is Phase.STAGED:
+            self._residency.remove(revision)
+        self._report(BecameRetired(revision))
 
     async def stop(self) -> bool:
         """Ends what is under way; returns whether it did. A thread that has not ends with the process."""
+        await self._proofs.stop()
         tasks = tuple(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -148,18 +185,38 @@ class Preparation:
         if not task.cancelled() and (error := task.exception()) is not None:
             logs.get_logger().error("revision.crashed", revision=revision, exc_info=error)
 
-    async def _prepare(self, spec: RevisionSpec) -> None:
-        stages = _Stages(self._clock)
+    async def _stage(self, spec: RevisionSpec) -> None:
+        stages = Stages(self._clock)
+        if await self._alone(spec, stages, lambda: self._obtain(spec, stages)) is None:
+            return
+        self._residency.enter(spec.revision, Phase.STAGED)
+        phases_s = {f"{name}_s": round(duration_s, 3) for name, duration_s in stages.durations_s()}
+        logs.get_logger().info("revision.staged", model=spec.model, revision=spec.revision, **phases_s)
+        self._report(BecameStaged(spec.revision))
+
+    async def _alone(
+        self, spec: RevisionSpec, stages: Stages, work: Callable[[], Coroutine[Any, Any, T]]
+    ) -> T | None:
+        """Performs work on a revision when it is the only one; None: it failed, which has been reported."""
         try:
             async with self._one_at_a_time:
-                runner, compiler = await self._load(spec, stages)
+                return await work()
         except asyncio.CancelledError:
             self._residency.remove(spec.revision)
             self._report(BecameRetired(spec.revision))
             raise
         except Exception as error:  # noqa: BLE001 - whatever it was, the controller must hear of it
             self._fail(spec, stages.phase, error)
+            return None
+
+    async def _prepare(self, spec: RevisionSpec) -> None:
+        stages = Stages(self._clock)
+        loaded = await self._alone(spec, stages, lambda: self._load(spec, stages))
+        if loaded is None:
             return
+        runner, compiler, tokenizer = loaded
+        if tokenizer is not None:
+            self._proofs.keep(spec, tokenizer)
         weights_bytes = runner.facts.weights_bytes
         self._engine.host(spec.revision, runner, compiler)
         self._residency.enter(spec.revision, Phase.READY, weights_bytes=weights_bytes)
@@ -175,7 +232,9 @@ class Preparation:
         )
         self._report(ready)
 
-    async def _load(self, spec: RevisionSpec, stages: _Stages) -> tuple[ModelRunner, FormatCompiler | None]:
+    async def _obtain(self, spec: RevisionSpec, stages: Stages) -> Path:
+        """FETCH and VERIFY; returns where the files are."""
+
         def progress(done_bytes: int, total_bytes: int) -> None:
             self._report(Progressed(spec.revision, stages.phase, done_bytes, total_bytes))
 
@@ -183,29 +242,54 @@ class Preparation:
         progress(0, 0)
         directory = await self._store.fetch(spec, progress)
         self._advance(spec, stages, Phase.VERIFY)
+        verify = in_thread(lambda: self._verify(directory, spec), "verify")
+        self._check_room(spec, await _finished(verify, threading.Event()))
+        return directory
+
+    def _verify(self, directory: Path, spec: RevisionSpec) -> int:
+        """Finds what can be known before a weight is read, and tells what memory it needs; in a thread."""
+        self._loader.verify(directory, spec)
+        return self._loader.weights_bytes_least(directory, spec)
+
+    def _check_room(self, spec: RevisionSpec, needed_bytes: int) -> None:
+        known = self._residency.find(spec.revision)
+        # What is staged is loaded when the others have gone.
+        stays = () if known is not None and known.staging else self._residency.all
+        others = (one for one in stays if one.revision != spec.revision)
+        check_room(needed_bytes, others, self._memory_bytes)
+
+    async def _load(self, spec: RevisionSpec, stages: Stages) -> _Loaded:
+        directory = await self._obtain(spec, stages)
         halt = threading.Event()
-        await _finished(in_thread(lambda: self._loader.verify(directory, spec), "verify"), halt)
         self._advance(spec, stages, Phase.LOAD)
         watch = self._watch(spec, stages, halt)
         runner = await _finished(in_thread(lambda: self._loader.load(directory, spec, watch), "load"), halt)
         try:
+            # Now it is measured.
+            self._check_room(spec, runner.facts.weights_bytes)
             self._advance(spec, stages, Phase.WARM)
-            await _finished(in_thread(lambda: self._prove(directory, spec, runner, halt), "warm"), halt)
+            proof = in_thread(lambda: self._prove(directory, spec, runner, halt), "warm")
+            tokenizer = await _finished(proof, halt)
         except BaseException:
             runner.close()
             raise
-        return runner, None if self._formats is None else self._formats.open(directory, runner.facts)
+        compiler = None if self._formats is None else self._formats.open(directory, runner.facts)
+        return _Loaded(runner, compiler, tokenizer)
 
-    def _prove(self, directory: Path, spec: RevisionSpec, runner: ModelRunner, halt: threading.Event) -> None:
-        """Lets a loaded revision generate, and answer what it must; in a thread."""
+    def _prove(
+        self, directory: Path, spec: RevisionSpec, runner: ModelRunner, halt: threading.Event
+    ) -> ChatTokenizer | None:
+        """Lets a loaded revision generate, and answer what it must; in a thread. Returns its tokenizer."""
         warm(runner)
         if not spec.golden_prompts:
-            return
+            return None
         if self._open_tokenizer is None:
             raise ArtifactInvalid("This worker cannot read golden prompts.")
-        answer_all(runner, self._open_tokenizer(directory), spec.golden_prompts, halt.is_set)
+        tokenizer = self._open_tokenizer(directory)
+        answer_all(runner, tokenizer, spec.golden_prompts, halt.is_set)
+        return tokenizer
 
-    def _watch(self, spec: RevisionSpec, stages: _Stages, halt: threading.Event) -> LoadWatch:
+    def _watch(self, spec: RevisionSpec, stages: Stages, halt: threading.Event) -> LoadWatch:
         """What a load tells from its thread, reported on the loop."""
         loop = asyncio.get_running_loop()
 
@@ -220,7 +304,7 @@ class Preparation:
 
         return watch
 
-    def _advance(self, spec: RevisionSpec, stages: _Stages, phase: Phase) -> None:
+    def _advance(self, spec: RevisionSpec, stages: Stages, phase: Phase) -> None:
         stages.enter(phase)
         self._residency.enter(spec.revision, phase)
         self._report(Progressed(spec.revision, phase))
@@ -229,7 +313,10 @@ class Preparation:
         if isinstance(error, InterlockError):
             reason = error.message
         elif isinstance(error, MemoryError):
-            reason = "The worker has not enough memory for it."
+            reason = (
+                "The worker has not enough memory for it. Roll it out with the strategy swap, choose a"
+                " smaller quantization, or give the worker more."
+            )
         else:
             reason = "Something went wrong in the worker. Its log has the details."
         logs.get_logger().error(
@@ -260,38 +347,3 @@ async def _finished(work: Coroutine[Any, Any, T], halt: threading.Event) -> T:
             if isinstance(result, ModelRunner):
                 result.close()
         raise
-
-
-class _Stages:
-    """Which phase runs, and which stage of LOAD, and how long each took."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._entered: list[tuple[Phase, float]] = []
-        self._stage: LoadStage | None = None
-        self._stage_began_s = 0.0
-        self._stages_s: dict[LoadStage, float] = {}
-
-    @property
-    def phase(self) -> Phase:
-        return self._entered[-1][0] if self._entered else Phase.FETCH
-
-    def enter(self, phase: Phase) -> None:
-        self.turn_to(None)
-        self._entered.append((phase, self._clock.monotonic()))
-
-    def turn_to(self, stage: LoadStage | None) -> None:
-        """Ends a stage and begins another; None: there is none from now on."""
-        now_s = self._clock.monotonic()
-        if self._stage is not None:
-            passed_s = now_s - self._stage_began_s
-            self._stages_s[self._stage] = self._stages_s.get(self._stage, 0.0) + passed_s
-        self._stage, self._stage_began_s = stage, now_s
-
-    def durations_s(self) -> tuple[tuple[str, float], ...]:
-        ends = [*(began_s for _, began_s in self._entered[1:]), self._clock.monotonic()]
-        phases = [
-            (phase.value.lower(), end_s - began_s)
-            for (phase, began_s), end_s in zip(self._entered, ends, strict=True)
-        ]
-        return (*phases, *((stage.value, passed_s) for stage, passed_s in self._stages_s.items()))

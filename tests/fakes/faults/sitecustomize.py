@@ -1,8 +1,10 @@
 """Faults for the processes of a real mesh: Python runs this at its start where it is on the search path.
 
 A worker whose `FAULT_FILE` holds the name of a revision cannot compute with it, from one step to the next, as
-a kernel fails that meets what it was never tried with. A controller whose `KILL_FILE` names a point of a
-rollout, as `before saved BAKING`, is killed there, once: the file is gone then. Others are left alone.
+a kernel fails that meets what it was never tried with; after the word `dull` it says one and the same token.
+One whose `SHORT_FILE` holds the name of a revision gets no memory when it loads it. A controller whose
+`KILL_FILE` names a point of a rollout, as `before saved BAKING`, is killed there, once: the file is gone
+then. Others are left alone.
 """
 
 from __future__ import annotations
@@ -11,12 +13,16 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+# A token of most vocabularies that ends nothing.
+DULL_TOKEN = 100
+
 
 class FaultyRunner:
-    """A revision's runner that fails while the file names the revision."""
+    """A revision's runner that fails while the file names the revision, or repeats one token after `dull`."""
 
     def __init__(self, revision: str, runner: Any, file: Path) -> None:
         self._revision, self._runner, self._file = revision, runner, file
@@ -27,9 +33,13 @@ class FaultyRunner:
 
     def step(self, batch: Any) -> Any:
         """See `ModelRunner.step`."""
-        if self._file.exists() and self._file.read_text() == self._revision:
+        asked = self._file.read_text() if self._file.exists() else ""
+        if asked == self._revision:
             raise RuntimeError("a fault that a test asked for")
-        return self._runner.step(batch)
+        choices = self._runner.step(batch)
+        if asked == f"dull {self._revision}":
+            return [replace(one, token_id=DULL_TOKEN) for one in choices]
+        return choices
 
 
 def _install(file: Path) -> None:
@@ -41,6 +51,29 @@ def _install(file: Path) -> None:
         host(self, revision, FaultyRunner(revision, runner, file))
 
     Stepper._host = host_faulty  # type: ignore[method-assign]
+
+
+def _install_shortage(file: Path) -> None:
+    from services.worker.engine.preparation import Preparation  # noqa: PLC0415 - in workers alone
+
+    load = Preparation._load
+
+    async def load_short(self: Preparation, spec: Any, stages: Any) -> Any:
+        loader: Any = self._loader
+        real = type(loader)._load
+
+        def short(*arguments: Any) -> Any:
+            import torch  # noqa: PLC0415 - which the worker has imported
+
+            if file.exists() and file.read_text() == spec.revision:
+                # More than any machine has: the allocator's own words are what is tested.
+                torch.empty(1 << 50, dtype=torch.uint8)
+            return real(loader, *arguments)
+
+        loader._load = short
+        return await load(self, spec, stages)
+
+    Preparation._load = load_short  # type: ignore[method-assign]
 
 
 def _kill_at(file: Path, point: str) -> None:
@@ -80,5 +113,7 @@ def _install_kills(file: Path) -> None:
 
 if "services.worker" in sys.orig_argv and "FAULT_FILE" in os.environ:
     _install(Path(os.environ["FAULT_FILE"]))
+if "services.worker" in sys.orig_argv and "SHORT_FILE" in os.environ:
+    _install_shortage(Path(os.environ["SHORT_FILE"]))
 if "services.controller" in sys.orig_argv and "KILL_FILE" in os.environ:
     _install_kills(Path(os.environ["KILL_FILE"]))

@@ -91,7 +91,7 @@ async def mesh() -> Mesh:
     """A coordinator that leads."""
     mesh = Mesh()
     await mesh.coordinator.keep_store()
-    assert mesh.coordinator.leading
+    assert mesh.coordinator.led.is_set()
     return mesh
 
 
@@ -126,7 +126,7 @@ async def test_members_wait_for_leadership() -> None:
     mesh = Mesh()
     mesh.store.reachable = False
     await mesh.coordinator.keep_store()
-    assert not mesh.coordinator.leading
+    assert not mesh.coordinator.led.is_set()
     with pytest.raises(StoreUnavailable):
         mesh.hello()
     mesh.store.reachable = True
@@ -157,7 +157,7 @@ async def test_stale_controller_is_deposed(mesh: Mesh) -> None:
         await mesh.coordinator.keep_store()
     assert [line["event"] for line in lines] == ["controller.deposed"]
     assert mesh.store.route == led
-    assert not mesh.coordinator.leading
+    assert mesh.coordinator.deposed.is_set()
     assert stream.ended == ["Another controller leads."]
     with pytest.raises(NotLeader):
         mesh.hello("w2")

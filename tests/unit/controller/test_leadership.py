@@ -131,7 +131,7 @@ async def test_one_leads_and_the_other_says_so() -> None:
         async with running(second):
             await until(lambda: "a leads" in refusal(second))
             assert second.terms == []
-            assert first.leadership.term.coordinator.leading
+            assert first.leadership.term.coordinator.led.is_set()
 
 
 async def test_the_standby_takes_over_when_the_leader_leaves() -> None:
@@ -169,7 +169,7 @@ async def test_a_later_time_of_leading_begins_afresh() -> None:
         old, new = first.terms
         assert old.coordinator.deposed.is_set()
         assert (old.closed, new.closed) == (True, False)
-        assert new.coordinator.leading
+        assert not new.coordinator.deposed.is_set()
         assert first.leadership.term is new
 
 

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.controller.core.commands import EndStream, RemoveWorker, SendActivate, SendPrepare, WriteWorker
+from services.controller.core.commands import (
+    EndStream,
+    RemoveWorker,
+    SendAbort,
+    SendActivate,
+    SendPrepare,
+    SendStage,
+    WriteWorker,
+)
 from services.controller.core.member import (
     Activated,
     DrainAsked,
@@ -27,6 +35,7 @@ from services.controller.core.member import (
     Ready,
     Retired,
     Silence,
+    Staged,
     StreamBroken,
     Tick,
 )
@@ -110,22 +119,25 @@ EVENTS = st.one_of(
     ),
     st.sampled_from([LoadReport(Load(slots=8)), LoadReport(Load(slots=0))]),
     st.sampled_from([Progress("r1", "load", 1, 2), Progress("r2", "load", 1, 2)]),
-    st.sampled_from([Ready("r1", 1), Ready("r2", 1)]),
+    st.sampled_from([Staged("r1"), Staged("r2"), Ready("r1", 1), Ready("r2", 1)]),
     st.sampled_from([Activated("r1", 100), Activated("r2", 100)]),
     st.sampled_from([Failed("r1", "load", "no"), Retired("r1"), Retired("r2")]),
     st.sampled_from([StreamBroken(), Farewell(), Silence(), DrainAsked(1.0), Tick()]),
 )
 
 
-@given(st.lists(st.tuples(EVENTS, st.sampled_from([0.0, 1.0, 10.0, 700.0])), max_size=40))
-@settings(max_examples=200, deadline=None)
-def test_no_illegal_state(events: list[tuple[Event, float]]) -> None:
+GOALS = st.sampled_from([GOAL, GOAL, Goal("m", {}, stages=frozenset({"r1"})), Goal("m", {})])
+
+
+@given(st.lists(st.tuples(EVENTS, GOALS, st.sampled_from([0.0, 1.0, 10.0, 700.0])), max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_no_illegal_state(events: list[tuple[Event, Goal, float]]) -> None:
     """Whatever comes: gateways were told what the worker is, and only steps of the tables happen."""
     member, now_s, listed = WORKER, 0.0, False
-    for event, delay_s in events:
+    for event, goal, delay_s in events:
         now_s += delay_s
         try:
-            taken = step(member, event, GOAL, now_s, RULES)
+            taken = step(member, event, goal, now_s, RULES)
         except EventIllegal:
             continue
         for effect in taken.effects:
@@ -135,9 +147,14 @@ def test_no_illegal_state(events: list[tuple[Event, float]]) -> None:
         assert TABLE[member.presence, type(event)] is taken.member.presence
         prepares = [effect for effect in taken.effects if isinstance(effect, SendPrepare)]
         activates = [effect for effect in taken.effects if isinstance(effect, SendActivate)]
-        assert len(prepares) + len(activates) <= 1
+        stages = [effect for effect in taken.effects if isinstance(effect, SendStage)]
+        assert len(prepares) + len(stages) + len(activates) <= 1
         if prepares:
+            assert goal.holds
             assert taken.member.residents["r1"].phase is Phase.PREPARING
+        if stages:
+            assert goal.stages
+            assert taken.member.residents["r1"].phase is Phase.STAGING
         if activates:
             assert taken.member.residents["r1"].phase in {Phase.ACTIVATING, Phase.ACTIVE}
         if taken.member.presence is Presence.LOST:
@@ -150,6 +167,69 @@ def test_active_only_after_ready() -> None:
     into = {(before, after) for (before, _), after in RESIDENCY.items() if before is not after}
     assert {before for before, after in into if after is Phase.ACTIVE} == {Phase.ACTIVATING}
     assert {before for before, after in into if after is Phase.ACTIVATING} == {Phase.READY}
+
+
+STAGE = Goal("m", {}, "roll", stages=frozenset({"r1"}))
+
+
+def test_a_revision_is_staged_before_it_may_be_loaded() -> None:
+    """Its files come first, with no load; it is loaded when the goal says so, or forgotten."""
+    member = step(WORKER, Hello(Kind.WORKER, "w", "a", "h:1", 8), None, 0.0, RULES).member
+    taken = step(member, Tick(), STAGE, 1.0, RULES)
+    assert SendStage("m", "r1", "roll") in taken.effects
+    for event in (Progress("r1", "fetch", 1, 2), Staged("r1"), Tick()):
+        taken = step(taken.member, event, STAGE, 2.0, RULES)
+        assert not any(isinstance(effect, SendPrepare | SendStage) for effect in taken.effects)
+    assert taken.member.residents["r1"].phase is Phase.STAGED
+    loaded = step(taken.member, Tick(), GOAL, 3.0, RULES)
+    assert SendPrepare("m", "r1", "") in loaded.effects
+    dropped = step(taken.member, Tick(), Goal("m", {}), 3.0, RULES)
+    assert SendAbort("r1") in dropped.effects
+    assert not step(dropped.member, Retired("r1"), Goal("m", {}), 4.0, RULES).member.residents
+
+
+def test_what_is_being_loaded_is_not_merely_staged() -> None:
+    """A goal that wants its files alone ends a load: there may be no memory for it."""
+    member = step(WORKER, Hello(Kind.WORKER, "w", "a", "h:1", 8), GOAL, 0.0, RULES).member
+    assert member.residents["r1"].phase is Phase.PREPARING
+    assert SendAbort("r1") in step(member, Tick(), STAGE, 1.0, RULES).effects
+
+
+def test_a_word_that_crossed_is_asked_again() -> None:
+    """A worker that was still staging when it was told to load says so, and is told again."""
+    member = step(WORKER, Hello(Kind.WORKER, "w", "a", "h:1", 8), STAGE, 0.0, RULES).member
+    late = step(member, Tick(), STAGE, 700.0, RULES)
+    assert (late.member.residents["r1"].phase, SendAbort("r1") in late.effects) == (Phase.FAILED, True)
+    asked = step(late.member, Tick(), GOAL, 720.0, RULES)
+    assert SendPrepare("m", "r1", "") in asked.effects
+    again = step(asked.member, Staged("r1"), GOAL, 721.0, RULES)
+    assert SendPrepare("m", "r1", "") in again.effects
+
+
+@pytest.mark.parametrize(
+    ("said", "rollout", "failed"),
+    [
+        ((Progress("r1", "load", 1, 2),), "roll", True),
+        ((Progress("r1", "load", 1, 2), StreamBroken(), Silence()), "roll", True),
+        # It ended in order, or before it took any memory, or the mesh has nothing else to serve.
+        ((Progress("r1", "load", 1, 2), Retired("r1")), "roll", False),
+        ((Progress("r1", "fetch", 1, 2),), "roll", False),
+        ((Progress("r1", "load", 1, 2),), "", False),
+    ],
+)
+def test_a_process_that_dies_of_a_load_is_not_killed_again(
+    said: tuple[Event, ...], rollout: str, *, failed: bool
+) -> None:
+    """The kernel ends a process that takes too much memory: the rollout hears of it, and may end."""
+    goal = Goal("m", {"r1": 100}, rollout)
+    member = step(WORKER, Hello(Kind.WORKER, "w", "a", "h:1", 8), goal, 0.0, RULES).member
+    for event in said:
+        member = step(member, event, goal, 1.0, RULES).member
+    taken = step(member, Hello(Kind.WORKER, "w", "b", "h:1", 8), goal, 2.0, RULES)
+    resident = taken.member.residents["r1"]
+    assert (resident.phase is Phase.FAILED) is failed
+    assert ("memory" in resident.failure) is failed
+    assert (SendPrepare("m", "r1", rollout) in taken.effects) is not failed
 
 
 def test_illegal_event_raises() -> None:

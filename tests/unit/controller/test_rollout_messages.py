@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 from interlock.v1 import rollout_pb2 as pb
+from interlock.v1 import worker_pb2
 
 from services.common.errors import ArgumentInvalid
 from services.controller.adapters.rollout_messages import read_spec, rollout_message
+from services.controller.core.member import Kind, Member, Presence
+from services.controller.core.residency import Phase, Resident
 from services.controller.core.rollout_record import create
 
 
@@ -29,6 +32,16 @@ def test_how_much_worse_it_may_be(failed: int, ratio: int) -> None:
     assert (spec.failed_percent_max, spec.ttft_ratio_max) == (failed, ratio)
     told = rollout_message(create("id", spec, "old", 0), ()).spec
     assert (told.failed_percent_max, told.ttft_ratio_max) == (failed, ratio)
+
+
+def test_a_worker_that_has_the_files_is_shown_as_such() -> None:
+    """By swap it may wait long for its turn; until it has them it is shown where it is."""
+    rollout = create("id", read_spec(pb.RolloutSpec(model="m", revision="r")), "old", 0)
+    shown = []
+    for resident in (Resident(Phase.STAGING, "verify"), Resident(Phase.STAGED, "verify")):
+        worker = Member(Kind.WORKER, "w", presence=Presence.ATTACHED, residents={"r": resident})
+        shown.append(rollout_message(rollout, (worker,)).workers[0].phase)
+    assert shown == [worker_pb2.REVISION_PHASE_VERIFY, worker_pb2.REVISION_PHASE_STAGED]
 
 
 @pytest.mark.parametrize("field", ["failed_percent_max", "ttft_ratio_max", "canary_percent"])

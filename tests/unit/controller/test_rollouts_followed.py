@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
+
 import pytest
 
 from services.common.errors import (
@@ -13,8 +16,12 @@ from services.common.errors import (
     RolloutUnknown,
     StoreUnavailable,
 )
+from services.controller.coordinator import rounds
+from services.controller.core import rollout_fleet
 from services.controller.core.catalog import Manifest, Revision
-from services.controller.core.commands import SendAbort, SendActivate, SendRetire
+from services.controller.core.commands import SendAbort, SendActivate, SendPrepare, SendRetire, SendStage
+from services.controller.core.member import Kind, Progress, Retired, Staged
+from services.controller.core.residency import Phase, Resident
 from services.controller.core.rollout_events import Cancelled, Paused, Promoted, Resumed, TakenBack
 from services.controller.core.rollout_record import Spec, State, Strategy
 from tests.fixtures.rollout_world import World
@@ -191,6 +198,102 @@ async def test_swap_replaces_one_worker_after_the_other(workers: int) -> None:
     assert order == [(name, SendRetire) for name in "ab"[:workers]]
 
 
+async def test_a_swap_begins_when_every_worker_has_the_files() -> None:
+    """Until then both serve the old revision; and nobody is told to load what others may not get."""
+    world = World()
+    await world.settle()
+    world.attach("a")
+    world.attach("b")
+    await world.settle()
+    world.slow = {"b"}
+    await world.start(strategy=Strategy.SWAP, bake_s=0.0)
+    await world.settle(3)
+    assert world.held == {"a": {world.old}, "b": {world.old}}
+    assert not any(record.draining for record in world.store.workers.values())
+    assert ("a", SendStage("m", world.new, "r")) in world.told
+    world.coordinator.hear(world.key("b"), world.workers["b"], Staged(world.new))
+    await world.settle(4)
+    assert world.rollout.state is State.COMPLETED
+    assert world.held == {"a": {world.new}, "b": {world.new}}
+
+
+async def swapping(world: World) -> None:
+    """A worker that is out of the line for a swap, and still runs a request on the old revision."""
+    await world.settle()
+    world.attach("a")
+    await world.settle()
+    world.store.running.add(("a", world.old))
+    await world.start(strategy=Strategy.SWAP)
+    await world.settle()
+    assert world.store.workers["a"].draining
+    assert rounds.drains(world.coordinator)
+
+
+async def test_a_worker_loads_as_soon_as_it_has_unloaded() -> None:
+    """Requests wait meanwhile: it is told by the word that the old one is gone, not by the next tick."""
+    world = World()
+    await swapping(world)
+    world.store.running.clear()
+    await world.coordinator.keep_store()
+    stream = world.workers["a"]
+    assert SendRetire(world.old) in stream.sent
+    assert SendPrepare("m", world.new, "r") not in stream.sent
+    world.coordinator.hear(world.key("a"), stream, Retired(world.old))
+    assert SendPrepare("m", world.new, "r") in stream.sent
+
+
+async def test_a_worker_out_of_the_line_is_looked_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests wait meanwhile: it is told to unload when its last request has ended, not at the next tick."""
+    world = World()
+    await swapping(world)
+    monkeypatch.setattr(rounds, "TICK_S", 600.0)
+    stream = world.workers["a"]
+    running = asyncio.create_task(rounds.run(world.coordinator, world.clock))
+    try:
+        await asyncio.sleep(2 * rounds.DRAIN_LOOK_S)
+        assert SendRetire(world.old) not in stream.sent
+        world.store.running.clear()
+        async with asyncio.timeout(30):
+            while SendRetire(world.old) not in stream.sent:  # noqa: ASYNC110 - a list has no event
+                await asyncio.sleep(0.01)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_swap_to_damaged_files_ends_before_anybody_gave_up_what_serves() -> None:
+    """The cause is the worker's; no worker was told to unload, and what was staged is forgotten."""
+    world = World()
+    await world.settle()
+    world.attach("a")
+    await world.settle()
+    world.damaged[world.new] = "model.safetensors: the content is damaged."
+    await world.start(strategy=Strategy.SWAP)
+    await world.settle(3)
+    assert world.rollout.state is State.ABORTED
+    assert world.rollout.history[-1].cause == "a: model.safetensors: the content is damaged."
+    assert not any(isinstance(command, SendRetire) for _, command in world.told)
+    assert not world.store.workers["a"].draining
+    world.coordinator.check_unused("m", world.new)
+
+
+@pytest.mark.parametrize(("phase", "quiet"), [(Phase.STAGING, False), (Phase.PREPARING, True)])
+async def test_a_worker_that_stages_goes_on_serving(phase: Phase, *, quiet: bool) -> None:
+    """Files take no memory, so the old revision stays; a load that nobody asked for must end before."""
+    world = World()
+    await world.settle()
+    world.attach("a")
+    await world.settle()
+    await world.start(strategy=Strategy.SWAP)
+    world.slow = {"a"}
+    await world.settle()
+    residents = {world.old: Resident(Phase.ACTIVE), world.new: Resident(phase)}
+    member = replace(world.coordinator.members(Kind.WORKER)[0], residents=residents)
+    asked = rollout_fleet.goal(world.rollout, member, ((world.old, 100),), 7)
+    assert asked.quiet is quiet
+    assert asked.stages == ({world.old} if quiet else {world.new})
+
+
 async def test_a_swap_that_fails_loads_the_old_revision_again() -> None:
     """Nothing is lost but time."""
     world = World()
@@ -216,6 +319,21 @@ async def test_auto_takes_swap_where_two_copies_do_not_fit(memory_bytes: int, ta
     await world.settle(3)
     assert world.rollout.strategy is taken
     assert world.rollout.state is State.COMPLETED
+
+
+async def test_a_worker_that_dies_of_a_load_ends_the_rollout(world: World) -> None:
+    """As where the kernel ends it for want of memory: a restarted one is not made to try that again."""
+    world.lazy = {"a"}
+    await world.start()
+    await world.settle()
+    world.coordinator.hear(world.key("a"), world.workers["a"], Progress(world.new, "load", 1, 2))
+    world.kill("a")
+    world.lazy = set()
+    world.attach("a")
+    await world.settle(3)
+    assert world.rollout.state is State.ABORTED
+    assert world.rollout.history[-1].cause.startswith("a: Its process ended while it loaded the revision")
+    assert world.held == {"a": {world.old}, "b": {world.old}}
 
 
 async def test_a_worker_that_comes_in_the_middle_holds_what_it_must(world: World) -> None:

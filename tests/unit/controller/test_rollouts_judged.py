@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from services.common.ttft_buckets import BUCKETS, bucket_of
+from services.controller.coordinator.judge import PROVE_EVERY_S
+from services.controller.core.commands import SendProve
 from services.controller.core.judgement import Tally
-from services.controller.core.member import Load, LoadReport
+from services.controller.core.member import Load, LoadReport, Proven
 from services.controller.core.rollout_events import Promoted
 from services.controller.core.rollout_record import State, Strategy
 from tests.fixtures.rollout_world import World
@@ -55,6 +57,37 @@ async def gateway(world: World) -> Gateway:
     await world.settle(1)
     gateway.count(world.old, finished=120)
     return gateway
+
+
+async def test_one_that_forgets_its_golden_prompts_goes_back(world: World, gateway: Gateway) -> None:
+    """Workers ask them again while it is judged; one whose answer falls short is enough, and is the cause."""
+    world.answers = {world.new: ""}
+    await world.start(bake_s=600.0)
+    await world.settle(5)
+    assert not any(isinstance(command, SendProve) for _, command in world.told)
+    await world.settle(2 * PROVE_EVERY_S)
+    asked = [one for one in world.told if isinstance(one[1], SendProve)]
+    assert asked[:2] == [("a", SendProve(world.new)), ("b", SendProve(world.new))]
+    assert len(asked) == 4
+    assert world.rollout.state is State.BAKING
+    gateway.count(world.new, finished=200)
+    world.answers[world.new] = "Golden prompt 1 of 1: its answer does not contain what it must."
+    await world.settle(PROVE_EVERY_S)
+    assert world.states[-3:] == BACK
+    cause = world.rollout.history[-2].cause
+    assert cause == "a: Golden prompt 1 of 1: its answer does not contain what it must."
+
+
+async def test_golden_prompts_count_for_the_rollout_that_asked(world: World) -> None:
+    """What is said of another revision, or comes late, is nobody's verdict."""
+    stream = world.workers["a"]
+    world.coordinator.hear(world.key("a"), stream, Proven(world.new, "late, of an earlier rollout"))
+    await world.start(bake_s=60.0)
+    await world.settle(1)
+    assert world.rollout.state is State.BAKING
+    world.coordinator.hear(world.key("a"), stream, Proven(world.old, "of the old one"))
+    await world.settle(2)
+    assert world.rollout.state is State.BAKING
 
 
 async def test_one_that_turns_bad_after_the_switch_goes_back(world: World, gateway: Gateway) -> None:

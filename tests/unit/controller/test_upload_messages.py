@@ -37,6 +37,12 @@ def test_they_are_part_of_what_names_a_revision() -> None:
     assert plain.named().revision == "ee36f8df2faa"
 
 
+def test_a_model_to_fall_back_to_is_refused() -> None:
+    """A mesh serves one model; whoever counts on another one hears of it at once."""
+    with pytest.raises(ArgumentInvalid, match="fallback_model: leave it empty; a mesh serves one model"):
+        read_manifest(pb.Manifest(model="m", context_tokens=64, fallback_model="other"))
+
+
 @pytest.mark.parametrize(
     ("prompts", "field"),
     [

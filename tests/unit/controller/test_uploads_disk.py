@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -93,15 +92,17 @@ async def test_a_disk_that_is_full_at_the_end_leaves_no_directory(
 
 async def test_a_file_system_without_links_gets_copies(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole and checked ones, which a damaged content does not pass."""
+    damaging = False
 
-    def refused(*_args: Any) -> None:
+    def refused(source: Path, _target: Path) -> None:
+        if damaging and source.name == DIGEST:
+            source.write_bytes(WEIGHTS[:-1] + b"\7")
         raise PermissionError
 
     monkeypatch.setattr(os, "link", refused)
     made = await place.uploads.receive(manifest(CONTENT), sent([WHOLE]))
     assert read(Path(made.local_path)) == CONTENT
-    blob = place.directory / "data" / "blobs" / DIGEST
-    blob.write_bytes(WEIGHTS[:-1] + b"\7")
+    damaging = True
     with pytest.raises(ArtifactInvalid, match=r"model\.safetensors: .*digest"):
         await push(place, manifest(CONTENT, revision="v3", quantization="int8"), CONTENT)
     assert place.left_behind == []

@@ -59,6 +59,22 @@ async def test_deleting_frees_what_nobody_names(place: Place) -> None:
         await place.uploads.delete("m", "v1")
 
 
+@pytest.mark.parametrize("shared", [False, True])
+async def test_what_was_damaged_where_it_is_kept_is_asked_for_again(place: Place, *, shared: bool) -> None:
+    """A worker has refused it: deleted and pushed again it is whole, also where others have links to it."""
+    wanted = manifest(CONTENT)
+    revision = await push(place, wanted, CONTENT)
+    if shared:
+        await push(place, replace(wanted, revision="v3", quantization="int8"), CONTENT)
+    with (Path(revision.local_path) / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"!")
+    await place.uploads.delete("m", "v2")
+    assert [sha256 for sha256, _ in await place.uploads.plan(wanted)][-1] == DIGEST
+    again = await push(place, wanted, CONTENT)
+    assert read(Path(again.local_path)) == CONTENT
+
+
 async def test_what_came_already_counts_once(tmp_path: Path) -> None:
     """An upload that was cut goes on where there is room for it, but not for half of it once more."""
     data = weights(data=b"\2" * 8)
