@@ -59,7 +59,7 @@ class Tenure:
 
     @property
     def over(self) -> str:
-        """Why it is time to let the members go: another one leads, or renewals fail; empty while it is not."""
+        """Why it is time to let the members go: another one leads, or renewals fail; else empty."""
         failing_s = self._failing_s
         if self.lost.is_set():
             return "Another controller leads."
