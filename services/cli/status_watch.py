@@ -55,19 +55,24 @@ def run(home: Home, read: Callable[[], MeshState], processes: Processes, *, as_j
 
 
 async def _show(home: Home, read: Callable[[], MeshState], processes: Processes, *, as_json: bool) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    # A library may swallow the cancellation that Ctrl-C is; the task still knows of it.
     if as_json:
-        while True:
+        while not task.cancelling():
             print(json.dumps(await look(home, read(), processes)), flush=True)
             await asyncio.sleep(RENEW_S)
+        return
     console = Console()
     if not console.is_terminal:
         # In a pipe nothing can be drawn over: one picture follows the other.
-        while True:
+        while not task.cancelling():
             mesh = read()
             console.print(_picture(mesh, await look(home, mesh, processes)))
             await asyncio.sleep(RENEW_S)
+        return
     with Live(console=console, auto_refresh=False) as live:
-        while True:
+        while not task.cancelling():
             mesh = read()
             live.update(_picture(mesh, await look(home, mesh, processes)), refresh=True)
             await asyncio.sleep(RENEW_S)

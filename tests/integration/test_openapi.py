@@ -148,7 +148,6 @@ async def test_generated_requests_find_no_breach(tmp_path: Path) -> None:
     # A pass must not come from refusals alone.
     for label in (label for label in SHARES if label.startswith("POST ") and "/admin/" not in label):
         assert {200, 400} <= asker.statuses(label), (label, asker.answers)
-    assert 404 in asker.statuses("POST /v1/chat/completions"), asker.answers
     assert asker.streams
     for path in ("models", "revisions", "rollouts", "workers", "breakers"):
         assert 200 in asker.statuses(f"GET /v1/admin/{path}"), asker.answers

@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from interlock.v1 import controller_service_pb2, gateway_service_pb2
 
 from services.common import channel
@@ -63,6 +64,15 @@ async def start(service: str, environ: dict[str, str]) -> asyncio.subprocess.Pro
     )
 
 
+async def leading(connection: grpc.aio.Channel) -> None:
+    """Returns when a controller leads: until then it refuses whoever may ask."""
+    stub: Any = health_pb2_grpc.HealthStub(connection)
+    async with asyncio.timeout(START_TIMEOUT_S):
+        async for response in stub.Watch(health_pb2.HealthCheckRequest()):
+            if response.status == health_pb2.HealthCheckResponse.SERVING:
+                return
+
+
 @asynccontextmanager
 async def running(tmp_path: Path, service: str, redis_url: str, jwks: str) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to a service that serves; killed at the end."""
@@ -75,6 +85,8 @@ async def running(tmp_path: Path, service: str, redis_url: str, jwks: str) -> As
                     break
         address = json.loads((tmp_path / f"{service}.json").read_text())["address"]
         async with channel.connect(address) as connection:
+            if service == "controller":
+                await leading(connection)
             yield connection
     finally:
         started.kill()
