@@ -100,6 +100,14 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         self._clock = clock
         self._revocations = revocations
 
+    @property
+    def _coordinator(self) -> Coordinator:
+        return self._leadership.term.coordinator
+
+    @property
+    def _catalog(self) -> Catalog:
+        return self._leadership.term.catalog
+
     async def Attach(self, request_iterator: Requests, context: Context) -> AsyncIterator[pb.AttachResponse]:
         """One member, from its hello to the end of its stream."""
         try:
@@ -134,25 +142,21 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
     ) -> pb.ControllerServiceListModelsResponse:
         """The models that are registered."""
         self._require(context, "admin", "models:read")
-        workers = self._leadership.term.coordinator.members(Kind.WORKER)
-        return admin_messages.models_message(
-            self._leadership.term.catalog, workers, self._leadership.term.coordinator.plan
-        )
+        workers = self._coordinator.members(Kind.WORKER)
+        return admin_messages.models_message(self._catalog, workers, self._coordinator.plan)
 
     async def ListWorkers(self, request: pb.ListWorkersRequest, context: Context) -> pb.ListWorkersResponse:
         """The workers of the mesh."""
         self._require(context, "admin")
-        workers = self._leadership.term.coordinator.members(Kind.WORKER)
-        return admin_messages.workers_message(
-            workers, self._leadership.term.catalog.default_model(), self._clock
-        )
+        workers = self._coordinator.members(Kind.WORKER)
+        return admin_messages.workers_message(workers, self._catalog.default_model(), self._clock)
 
     async def DrainWorker(self, request: pb.DrainWorkerRequest, context: Context) -> pb.DrainWorkerResponse:
         """Takes a worker out of service until its process is replaced."""
         self._require(context, "admin")
         _check_named(worker_id=request.worker_id)
-        worker = self._leadership.term.coordinator.drain(request.worker_id, DRAIN_GRACE_S)
-        model = self._leadership.term.catalog.default_model()
+        worker = self._coordinator.drain(request.worker_id, DRAIN_GRACE_S)
+        model = self._catalog.default_model()
         return pb.DrainWorkerResponse(worker=admin_messages.worker_message(worker, model, self._clock))
 
     async def ListRevisions(
@@ -161,11 +165,8 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         """The revisions of a model."""
         self._require(context, "admin")
         _check_named(model=request.model)
-        workers, plan = (
-            self._leadership.term.coordinator.members(Kind.WORKER),
-            self._leadership.term.coordinator.plan,
-        )
-        found = self._leadership.term.catalog.revisions(request.model)
+        workers, plan = self._coordinator.members(Kind.WORKER), self._coordinator.plan
+        found = self._catalog.revisions(request.model)
         return pb.ListRevisionsResponse(
             revisions=[admin_messages.revision_message(revision, workers, plan) for revision in found]
         )
@@ -174,11 +175,8 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         """One revision."""
         self._require(context, "admin")
         _check_named(model=request.model, revision=request.revision)
-        workers, plan = (
-            self._leadership.term.coordinator.members(Kind.WORKER),
-            self._leadership.term.coordinator.plan,
-        )
-        found = self._leadership.term.catalog.revision(request.model, request.revision)
+        workers, plan = self._coordinator.members(Kind.WORKER), self._coordinator.plan
+        found = self._catalog.revision(request.model, request.revision)
         return pb.GetRevisionResponse(revision=admin_messages.revision_message(found, workers, plan))
 
     async def RevokeToken(self, request: pb.RevokeTokenRequest, context: Context) -> pb.RevokeTokenResponse:
@@ -236,13 +234,13 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         """Begins to replace the revision that serves."""
         self._require(context, "admin")
         spec = rollout_messages.read_spec(request.spec)
-        made = await self._leadership.term.coordinator.start_rollout(ids.new_request_id(), spec)
+        made = await self._coordinator.start_rollout(ids.new_request_id(), spec)
         return pb.CreateRolloutResponse(rollout=self._rollout(made))
 
     async def GetRollout(self, request: pb.GetRolloutRequest, context: Context) -> pb.GetRolloutResponse:
         """One rollout."""
         self._require(context, "admin")
-        found = self._leadership.term.coordinator.rollouts.find(request.rollout_id)
+        found = self._coordinator.rollouts.find(request.rollout_id)
         return pb.GetRolloutResponse(rollout=self._rollout(found))
 
     async def ListRollouts(
@@ -250,7 +248,7 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
     ) -> pb.ListRolloutsResponse:
         """Rollouts, newest first."""
         self._require(context, "admin")
-        found = self._leadership.term.coordinator.rollouts.all
+        found = self._coordinator.rollouts.all
         wanted = [one for one in found if request.model in {"", one.spec.model}]
         return pb.ListRolloutsResponse(rollouts=[self._rollout(one) for one in wanted])
 
@@ -262,7 +260,7 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         told = None
         while True:
             # Another controller may lead by now, and then this one knows nothing any more.
-            rollouts = self._leadership.term.coordinator.rollouts
+            rollouts = self._coordinator.rollouts
             found = rollouts.find(request.rollout_id)
             message = self._rollout(found)
             if message != told:
@@ -329,17 +327,15 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         return pb.ForceBreakerResponse(breakers=breaker_messages(changed))
 
     async def _shown_breakers(self) -> tuple[BreakerRecord, ...]:
-        gateways = [member.id for member in self._leadership.term.coordinator.members(Kind.GATEWAY)]
+        gateways = [member.id for member in self._coordinator.members(Kind.GATEWAY)]
         return await self._breakers.list_breakers(gateways)
 
     async def _tell(self, rollout_id: str, event: Event, context: Context) -> rollout_pb2.Rollout:
         self._require(context, "admin")
-        return self._rollout(await self._leadership.term.coordinator.tell_rollout(rollout_id, event))
+        return self._rollout(await self._coordinator.tell_rollout(rollout_id, event))
 
     def _rollout(self, rollout: Rollout) -> rollout_pb2.Rollout:
-        return rollout_messages.rollout_message(
-            rollout, self._leadership.term.coordinator.members(Kind.WORKER)
-        )
+        return rollout_messages.rollout_message(rollout, self._coordinator.members(Kind.WORKER))
 
     def _require(self, context: Context, *scopes: str) -> None:
         """Raises unless the call carries a token with one of `scopes`."""

@@ -29,6 +29,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from services.common import logs
 from services.common.errors import StoreUnavailable
+from services.common.partial_file import sync_directory
 from services.common.threads import in_thread
 from services.controller.core.ports import FenceStale
 from services.controller.core.records import Claimed
@@ -77,13 +78,13 @@ class FileRolloutRecords:
         try:
             (fresh / _MARK).touch()
             rollouts = _take_over(place / str(known[-1]), fresh) if known else ()
-            _sync(fresh)
+            sync_directory(fresh)
             _give_name(fresh, place, number, known)
         except FileNotFoundError:
             raise FenceStale("Another controller took the records over meanwhile.") from None
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-        _sync(place)
+        sync_directory(place)
         self._claims[model] = number
         for old in known:
             shutil.rmtree(place / str(old), ignore_errors=True)
@@ -99,7 +100,7 @@ class FileRolloutRecords:
             _write(fresh, rollout)
             fresh.replace(final)
             try:
-                _sync(directory)
+                sync_directory(directory)
             except OSError:
                 # What the caller is told of as not made must not be found later.
                 if is_new:
@@ -172,14 +173,6 @@ def _write(file: Path, rollout: Rollout) -> None:
         json.dump(asdict(rollout), stream)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _give_name(fresh: Path, place: Path, number: int, known: Sequence[int]) -> None:

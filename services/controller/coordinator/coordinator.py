@@ -327,7 +327,7 @@ class Coordinator:
             fence = self._tenure.fence
             spared = await self._store.unready(self._model, key.id, revision, fence, routed=routed)
             # Its stream may have broken meanwhile; then it is asked when it is back.
-            if spared and key in self._roster.attached:
+            if spared and self._roster.has_stream(key):
                 self._advance(key, RetireAsked(revision))
 
     async def _keep_lead(self) -> None:
@@ -385,7 +385,7 @@ class Coordinator:
         await self._store.write_route(self._model, plan.epoch, fence, plan.weights)
         self.led.set()
         # Members may have moved the plan on while we wrote; then it is written again.
-        self._plan_stored = self._plan is plan and self._rules.fence == fence
+        self._plan_stored = self._plan == plan and self._rules.fence == fence
         self._stored_epoch = plan.epoch
         self._tell_goal()
         logs.get_logger().info(

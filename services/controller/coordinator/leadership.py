@@ -93,7 +93,7 @@ class Leadership(Generic[T]):
             self._refuse("The controller begins to lead; ask again.")
             async with _renewed(tenure):
                 used = await self._lead_once(tenure)
-            if not used and not tenure.lost.is_set():
+            if not used and not tenure.lost:
                 logs.get_logger().error("lead.unused", fence=tenure.fence)
                 await self.leave()
                 # Another one may have a disk that answers.

@@ -57,6 +57,10 @@ class Roster:
         """Those that have a stream."""
         return tuple(self._streams)
 
+    def has_stream(self, key: MemberKey) -> bool:
+        """Whether a member can be told something now."""
+        return key in self._streams
+
     def of(self, kind: Kind) -> tuple[Member, ...]:
         """The members of a kind, by id; also for other threads."""
         members = self._members.copy()
@@ -141,7 +145,7 @@ class Roster:
         """Revisions inside attached workers that their goals do not name."""
         for key, member in self._members.items():
             wanted = goal(member)
-            if key.kind is not Kind.WORKER or wanted is None or key not in self._streams or member.draining:
+            if key.kind is not Kind.WORKER or wanted is None or not self.has_stream(key) or member.draining:
                 continue
             for revision, resident in member.residents.items():
                 if revision not in wanted.holds and resident.phase in _UNLOADABLE:

@@ -32,7 +32,7 @@ class Tenure:
         ttl_s: How long the lease holds without renewal.
 
     Attributes:
-        lost: Set once another controller leads.
+        lost: Whether another controller leads.
     """
 
     def __init__(self, lead: Lead, fence: int, clock: Clock, *, ttl_s: float) -> None:
@@ -45,7 +45,7 @@ class Tenure:
         self._failing_s: float | None = None
         # Two calls that cross would let the lease bear the lower number.
         self._one_at_a_time = asyncio.Lock()
-        self.lost = asyncio.Event()
+        self.lost = False
 
     @property
     def fence(self) -> int:
@@ -61,7 +61,7 @@ class Tenure:
     def over(self) -> str:
         """Why it is time to let the members go: another one leads, or renewals fail; else empty."""
         failing_s = self._failing_s
-        if self.lost.is_set():
+        if self.lost:
             return "Another controller leads."
         if failing_s is not None and self._clock.monotonic() - failing_s >= STEP_DOWN_S:
             return "The controller has lost its store."
@@ -83,7 +83,7 @@ class Tenure:
                     self._failing_s = asked_s
                 raise
             except FenceStale:
-                self.lost.set()
+                self.lost = True
                 raise
             self._fence, self._kept_s, self._failing_s = wanted, asked_s, None
 

@@ -14,7 +14,6 @@ from services.gateway.dispatcher.reception import GENERATE_SCOPE, MODELS_SCOPE, 
 from services.gateway.http import anthropic, anthropic_fields, tool_calls
 from services.gateway.http.anthropic_fields import MessagesRequest
 from services.gateway.http.reply import JSON_TYPE, Reply, event, timely_events, whole_answer
-from services.gateway.http.tool_calls import ToolCall
 
 Bodies = AsyncGenerator[HttpBody, None]
 
@@ -37,7 +36,9 @@ async def create_message(reception: Reception, request: HttpBody, context: Conte
             if not asked.stream:
                 answer = await whole_answer(generation)
                 await reply.begin(generation)
-                text, calls = _read(asked, reply, answer.text)
+                text, calls = tool_calls.read_calls(
+                    answer.text, asked.tools, _call_ids(reply), forced=asked.forced, single=asked.single
+                )
                 data = anthropic.message_body(
                     _message_id(reply), answer.started.model, text, calls, answer.finished
                 )
@@ -112,7 +113,9 @@ class _MessageStream:
 
     def __init__(self, asked: MessagesRequest, reply: Reply) -> None:
         self._asked = asked
-        self._held = tool_calls.HeldText(asked.tools, _call_ids(reply), forced=asked.forced)
+        self._held = tool_calls.HeldText(
+            asked.tools, _call_ids(reply), forced=asked.forced, single=asked.single
+        )
         self._opened = False
 
     def said(self, happened: Chunk | Finished) -> Iterator[bytes]:
@@ -125,7 +128,6 @@ class _MessageStream:
 
     def _end(self, finished: Finished) -> Iterator[bytes]:
         text, calls = self._held.end()
-        calls = _wanted(self._asked, calls)
         if text or not (calls or self._opened):
             yield from self._text(text)
         if self._opened:
@@ -140,18 +142,6 @@ class _MessageStream:
             yield anthropic.text_opening()
         if text:
             yield anthropic.text_event(text)
-
-
-def _read(asked: MessagesRequest, reply: Reply, text: str) -> tuple[str, list[ToolCall]]:
-    """Text and calls of a whole answer."""
-    if not asked.tools:
-        return text, []
-    before, calls = tool_calls.read_calls(text, asked.tools, _call_ids(reply), forced=asked.forced)
-    return before, _wanted(asked, calls)
-
-
-def _wanted(asked: MessagesRequest, calls: list[ToolCall]) -> list[ToolCall]:
-    return calls[:1] if asked.single else calls
 
 
 def _call_ids(reply: Reply) -> str:

@@ -20,7 +20,6 @@ from services.gateway.http import openai, openai_fields, tool_calls
 from services.gateway.http.openai import Head
 from services.gateway.http.openai_fields import OpenAiRequest
 from services.gateway.http.reply import JSON_TYPE, Reply, event, timely_events, whole_answer
-from services.gateway.http.tool_calls import ToolCall
 from services.gateway.http.whole import Answer, Said
 
 Bodies = AsyncGenerator[HttpBody, None]
@@ -105,11 +104,8 @@ def _chat_body(reception: Reception, reply: Reply, asked: OpenAiRequest, answer:
 
 
 def _chat_choice(reception: Reception, head: Head, asked: OpenAiRequest, said: Said) -> dict[str, Any]:
-    text, calls = said.text, list[ToolCall]()
-    if asked.tools:
-        ids = _call_ids(head, said.finished.sequence)
-        text, calls = tool_calls.read_calls(text, asked.tools, ids, forced=asked.forced)
-        calls = _wanted(asked, calls)
+    ids = _call_ids(head, said.finished.sequence)
+    text, calls = tool_calls.read_calls(said.text, asked.tools, ids, forced=asked.forced, single=asked.single)
     scores = None
     if asked.generation.logprobs is not None:
         scores = openai.chat_logprobs(said.chunks, _decode(reception, head))
@@ -149,7 +145,8 @@ class _ChatChoice:
         self.index = index
         self._asked = asked
         self._reception = reception
-        self._text = tool_calls.HeldText(asked.tools, _call_ids(head, index), forced=asked.forced)
+        ids = _call_ids(head, index)
+        self._text = tool_calls.HeldText(asked.tools, ids, forced=asked.forced, single=asked.single)
 
     def said(self, happened: Chunk | Finished) -> Iterator[bytes]:
         """The chunks that follow from an event."""
@@ -168,7 +165,6 @@ class _ChatChoice:
     def _end(self, finished: Finished) -> Iterator[bytes]:
         asked, head = self._asked, self.head
         text, calls = self._text.end()
-        calls = _wanted(asked, calls)
         if text:
             yield openai.chat_text(head, self.index, text, None, usage=asked.usage)
         if calls:
@@ -231,10 +227,6 @@ def _decode(reception: Reception, head: Head) -> Decode:
     if decode is None:
         raise InternalError("The model was replaced while it answered.")
     return decode
-
-
-def _wanted(asked: OpenAiRequest, calls: list[ToolCall]) -> list[ToolCall]:
-    return calls[:1] if asked.single else calls
 
 
 def _call_ids(head: Head, index: int) -> str:

@@ -16,6 +16,7 @@ from services.gateway.http.openapi_parts import (
     OBJECT,
     REQUEST_ID,
     TEXT,
+    VENDOR_ERRORS,
     Schema,
     any_of,
     array,
@@ -29,15 +30,9 @@ from services.gateway.http.openapi_parts import (
 from services.gateway.http.tool_calls import TOOLS_MAX
 
 _ERRORS: Mapping[int, str] = {
-    400: "What was sent makes no sense, or is not served; the message names it.",
-    401: "The token is missing, or not believed.",
-    403: "The token lacks a scope.",
-    404: "No such model or path.",
-    413: "The body is too large.",
+    **VENDOR_ERRORS,
+    # This vendor tells the two apart.
     429: "The tenant has used what it may.",
-    499: "The request was cancelled.",
-    503: "Nobody can answer now.",
-    504: "The deadline passed.",
     529: "The queue is full.",
 }
 _NAME: Schema = {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,128}$"}

@@ -5,7 +5,6 @@ A field that the vendor knows and that is refused by name is not described.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from services.gateway.http import openai_fields, responses_fields
@@ -16,6 +15,7 @@ from services.gateway.http.openapi_parts import (
     OBJECT,
     TEXT,
     TOKEN_ID,
+    VENDOR_ERRORS,
     Schema,
     any_of,
     array,
@@ -28,17 +28,6 @@ from services.gateway.http.openapi_parts import (
 )
 from services.gateway.http.tool_calls import TOOLS_MAX
 
-_ERRORS: Mapping[int, str] = {
-    400: "What was sent makes no sense, or is not served; the message names it.",
-    401: "The token is missing, or not believed.",
-    403: "The token lacks a scope.",
-    404: "No such model or path.",
-    413: "The body is too large.",
-    429: "The queue is full, or the tenant has used what it may.",
-    499: "The request was cancelled.",
-    503: "Nobody can answer now.",
-    504: "The deadline passed.",
-}
 _NUMBER: Schema = {"type": "number"}
 _PROMPT: Schema = {"type": "string", "minLength": 1}
 # The vendor's are signed; each of them is one here as well.
@@ -80,7 +69,7 @@ def schemas() -> dict[str, Any]:
 
 def _post(name: str, summary: str, result: str) -> dict[str, Any]:
     posted, error = ref(f"{result}Request"), ref("OpenAiError")
-    return {"post": operation(name, summary, ref(result), _ERRORS, error, posted=posted, streams=True)}
+    return {"post": operation(name, summary, ref(result), VENDOR_ERRORS, error, posted=posted, streams=True)}
 
 
 # --- chat ---------------------------------------------------------------------------------------------------

@@ -34,6 +34,19 @@ TOKEN_ID: Schema = {"type": "integer", "minimum": 0, "maximum": 2**32 - 1}
 # Envoy refuses some requests before they have an id.
 REQUEST_ID: Schema = {"type": ["string", "null"]}
 
+# What the vendors' APIs here have in common of their errors.
+VENDOR_ERRORS: Mapping[int, str] = {
+    400: "What was sent makes no sense, or is not served; the message names it.",
+    401: "The token is missing, or not believed.",
+    403: "The token lacks a scope.",
+    404: "No such model or path.",
+    413: "The body is too large.",
+    429: "The queue is full, or the tenant has used what it may.",
+    499: "The request was cancelled.",
+    503: "Nobody can answer now.",
+    504: "The deadline passed.",
+}
+
 # Bytes are counted, so that a text of as many characters may be too long all the same.
 _STOP: Schema = {"type": "string", "minLength": 1, "maxLength": validation.STOP_BYTES_MAX}
 _TEXT_OF: Mapping[FormatKind, Schema] = {

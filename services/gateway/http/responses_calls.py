@@ -15,7 +15,6 @@ from services.gateway.dispatcher.reception import GENERATE_SCOPE, Reception
 from services.gateway.http import responses, responses_fields, tool_calls
 from services.gateway.http.reply import JSON_TYPE, Reply, event, timely_events, whole_answer
 from services.gateway.http.responses_fields import ResponsesRequest
-from services.gateway.http.tool_calls import ToolCall
 
 Bodies = AsyncGenerator[HttpBody, None]
 
@@ -36,7 +35,9 @@ async def create_response(reception: Reception, request: HttpBody, context: Cont
                 answer = await whole_answer(generation)
                 await reply.begin(generation)
                 head = _head(reply, asked, answer.started)
-                text, calls = _read(asked, reply, answer.text)
+                text, calls = tool_calls.read_calls(
+                    answer.text, asked.tools, _call_ids(reply), forced=asked.forced, single=asked.single
+                )
                 data = responses.response_body(head, text, calls, answer.finished)
                 yield HttpBody(content_type=JSON_TYPE, data=data)
                 return
@@ -51,7 +52,7 @@ async def _stream(
     reply: Reply, asked: ResponsesRequest, events: AsyncGenerator[Event | None, None]
 ) -> Bodies:
     said: responses.Events | None = None
-    held = tool_calls.HeldText(asked.tools, _call_ids(reply), forced=asked.forced)
+    held = tool_calls.HeldText(asked.tools, _call_ids(reply), forced=asked.forced, single=asked.single)
     async for happened in events:
         match happened:
             case None:
@@ -68,19 +69,7 @@ async def _stream(
                 assert said is not None
                 text, calls = held.end()
                 rest = said.delta(text) if text else b""
-                yield event(rest + said.closing(happened, _wanted(asked, calls)))
-
-
-def _read(asked: ResponsesRequest, reply: Reply, text: str) -> tuple[str, list[ToolCall]]:
-    """Text and calls of a whole answer."""
-    if not asked.tools:
-        return text, []
-    before, calls = tool_calls.read_calls(text, asked.tools, _call_ids(reply), forced=asked.forced)
-    return before, _wanted(asked, calls)
-
-
-def _wanted(asked: ResponsesRequest, calls: list[ToolCall]) -> list[ToolCall]:
-    return calls[:1] if asked.single else calls
+                yield event(rest + said.closing(happened, calls))
 
 
 def _call_ids(reply: Reply) -> str:

@@ -148,17 +148,22 @@ def forced_format(tools: Sequence[Tool]) -> OutputFormat:
     return OutputFormat(FormatKind.JSON_SCHEMA, (json.dumps(schema, ensure_ascii=False),))
 
 
-def read_calls(text: str, names: frozenset[str], id_of: str, *, forced: bool) -> tuple[str, list[ToolCall]]:
+def read_calls(
+    text: str, names: frozenset[str], id_of: str, *, forced: bool, single: bool = False
+) -> tuple[str, list[ToolCall]]:
     """The text before the first call, and the calls of functions that exist.
 
     What looks like a call and is none stays text, as the model said it.
 
     Args:
         text: The whole answer.
-        names: The functions that exist.
+        names: The functions that exist; none: there are no calls.
         id_of: What the ids of calls begin with.
         forced: Whether all of it is one call, without marks.
+        single: Whether no more than the first call is wanted.
     """
+    if not names:
+        return text, []
     found = [text] if forced else _marked(text)
     calls: list[ToolCall] = []
     for source in found:
@@ -167,7 +172,7 @@ def read_calls(text: str, names: frozenset[str], id_of: str, *, forced: bool) ->
             return text, []
         calls.append(call)
     before = "" if forced or not calls else text[: text.index(BEGIN)].rstrip()
-    return (before, calls) if calls else (text, [])
+    return (before, calls[:1] if single else calls) if calls else (text, [])
 
 
 def _marked(text: str) -> list[str]:
@@ -191,12 +196,14 @@ class HeldText:
         names: The functions that exist; none: nothing is held.
         id_of: What the ids of calls begin with.
         forced: Whether all of it is one call, without marks.
+        single: Whether no more than the first call is wanted.
     """
 
-    def __init__(self, names: frozenset[str], id_of: str, *, forced: bool) -> None:
+    def __init__(self, names: frozenset[str], id_of: str, *, forced: bool, single: bool = False) -> None:
         self._names = names
         self._id_of = id_of
         self._forced = forced
+        self._single = single
         self._held = ""
 
     def add(self, text: str) -> str | None:
@@ -209,9 +216,7 @@ class HeldText:
 
     def end(self) -> tuple[str, list[ToolCall]]:
         """The rest of the text, and the calls in it."""
-        if not self._names:
-            return self._held, []
-        return read_calls(self._held, self._names, self._id_of, forced=self._forced)
+        return read_calls(self._held, self._names, self._id_of, forced=self._forced, single=self._single)
 
 
 def may_begin_call(text: str) -> bool:

@@ -179,7 +179,7 @@ async def test_a_claim_that_was_cut_leaves_the_records(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(file_rollouts, "_sync", full)
+        patch.setattr(file_rollouts, "sync_directory", full)
         with pytest.raises(StoreUnavailable, match="No space left"):
             await FileRolloutRecords(tmp_path).claim("m", 2)
     (tmp_path / "m/.claim-crashed").mkdir()
