@@ -123,7 +123,7 @@ def judge(new: Tally, old: Tally, rules: Rules, judged_s: float) -> Verdict:
     for flaw in _flaws(new, old, rules, judged_s):
         return Verdict(Finding.BAD, flaw)
     if new.ended < rules.ended_min:
-        return Verdict(Finding.OPEN, f"{_ends(new)}: too few to judge it by.")
+        return Verdict(Finding.OPEN, f"{_ends(new)}, {new.failed} failed: too few to judge it by.")
     return Verdict(Finding.GOOD, f"{_ends(new)}, {new.failed} failed{_first_tokens(new)}.")
 
 
