@@ -39,14 +39,16 @@ class RedisBatcher:
     Args:
         client: A client of one node; the keys of a batch may lie anywhere in it.
         timeout_s: How long a batch may take.
+        call_timeout_s: How long a call may take, with its wait for the batch before it.
     """
 
-    def __init__(self, client: Redis, timeout_s: float) -> None:
+    def __init__(self, client: Redis, timeout_s: float, call_timeout_s: float) -> None:
         self._client = client
         self._timeout_s = timeout_s
+        self._call_timeout_s = call_timeout_s
         self._connection: Connection | None = None
         self._socket_timeout_s: float | None = None
-        # Bounded by the callers, each of whom waits for its reply and gives up after its own time-out.
+        # Bounded by the callers, each of whom waits for its reply and gives up after a while.
         self._waiting: deque[_Call] = deque()
         self._task: asyncio.Task[None] | None = None
 
@@ -56,14 +58,20 @@ class RedisBatcher:
         A caller that is cancelled before its command was sent leaves nothing behind.
 
         Raises:
-            RedisError, OSError, TimeoutError: Redis refused the command, or could not be reached.
+            RedisError, OSError, TimeoutError: Redis refused the command, could not be reached, or took too
+                long.
         """
         loop = asyncio.get_running_loop()
         call = _Call(command, loop.create_future())
         self._waiting.append(call)
         if self._task is None:
             self._task = loop.create_task(self._send_all(), name="redis-batches")
-        return await call.reply
+        # Nothing else is cancelled by it, and it takes a tenth of the time of `asyncio.timeout`.
+        lapse = loop.call_later(self._call_timeout_s, _give_up, call.reply)
+        try:
+            return await call.reply
+        finally:
+            lapse.cancel()
 
     async def close(self) -> None:
         """Ends what is on its way; whoever waits hears of a lost connection."""
@@ -134,6 +142,11 @@ class RedisBatcher:
             connection.socket_timeout = self._socket_timeout_s
             await connection.disconnect(nowait=True)
             await self._client.connection_pool.release(connection)
+
+
+def _give_up(reply: asyncio.Future[Any]) -> None:
+    if not reply.done():
+        reply.set_exception(RedisTimeoutError("The command was not answered in time."))
 
 
 def _packed(command: Command) -> bytes:

@@ -66,7 +66,9 @@ class RedisStore:
         self._client = client
         self._calls = asyncio.Semaphore(CALLS_AT_ONCE_MAX)
         # A cluster's client finds the node of each call by itself.
-        self._batcher = RedisBatcher(client, SOCKET_TIMEOUT_S) if isinstance(client, Redis) else None
+        self._batcher = (
+            RedisBatcher(client, SOCKET_TIMEOUT_S, CALL_TIMEOUT_S) if isinstance(client, Redis) else None
+        )
 
     async def run_script(self, script: Script, keys: Sequence[str], args: Iterable[str | int | float]) -> Any:
         """Runs a script and returns its reply, with text for bytes.
@@ -112,14 +114,13 @@ class RedisStore:
         return await self._execute_alone(*command)
 
     async def _execute_alone(self, *command: str | float) -> Any:
-        async with self._calls:
+        async with asyncio.timeout(CALL_TIMEOUT_S), self._calls:
             return await self._client.execute_command(*command)
 
     async def _told(self, call: Coroutine[Any, Any, Any]) -> Any:
-        """Awaits a call for as long as one may take; what goes wrong with Redis becomes our error."""
+        """Awaits a call, each of whose commands is bounded; what goes wrong with Redis becomes our error."""
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                return await call
+            return await call
         except (RedisError, OSError, TimeoutError) as error:
             raise StoreUnavailable(
                 "The queue's store does not answer. Try again in a moment.", retry_after_s=RETRY_AFTER_S

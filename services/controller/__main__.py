@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from interlock.http.v1 import http_service_pb2_grpc
 from interlock.v1 import controller_service_pb2_grpc
 
-from services.common import announce, config, logs, metrics, redis_client, server, trust
+from services.common import announce, config, heap, logs, metrics, redis_client, server, trust
 from services.common.clock import Clock
 from services.common.errors import ArtifactInvalid, NotLeader
 from services.common.ids import new_incarnation
@@ -196,6 +196,7 @@ def main() -> None:
     """Runs the controller until SIGTERM; ends with 2 when its settings cannot be used."""
     settings = config.from_command_line(ControllerConfig, "controller")
     logs.configure("controller", settings.id, level=settings.log_level)
+    heap.settle()
     try:
         asyncio.run(run(settings))
     except (

@@ -11,7 +11,7 @@ import uvloop
 from interlock.http.v1 import http_service_pb2_grpc
 from interlock.v1 import gateway_service_pb2_grpc
 
-from services.common import announce, config, ids, logs, metrics, redis_client, server, trust
+from services.common import announce, config, heap, ids, logs, metrics, redis_client, server, trust
 from services.common.clock import Clock
 from services.common.system_clock import SystemClock
 from services.common.tokens import SecretWeak
@@ -266,6 +266,7 @@ def main() -> None:
     """Runs the gateway until SIGTERM; ends with 2 when its settings cannot be used."""
     settings = config.from_command_line(GatewayConfig, "gateway")
     logs.configure("gateway", settings.id, level=settings.log_level)
+    heap.settle()
     try:
         # The loop meets gRPC and Redis a dozen times a request; uvloop does so in C.
         uvloop.run(run(settings))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from interlock.v1 import worker_service_pb2_grpc
 
-from services.common import announce, logs, metrics, server
+from services.common import announce, heap, logs, metrics, server
 from services.common.clock import Clock
 from services.common.config import from_command_line
 from services.common.hf_tokenizer import HfTokenizer
@@ -230,12 +230,19 @@ async def _as_task(work: Awaitable[None]) -> None:
     await work
 
 
+def _settled_compute(config: WorkerConfig) -> Compute:
+    """`torch_compute`; the libraries that it brings are no garbage."""
+    compute = torch_compute(config)
+    heap.settle()
+    return compute
+
+
 def main() -> None:
     """The entry point of `python -m services.worker`."""
     config = from_command_line(WorkerConfig, "worker")
     logs.configure("worker", config.id, level=config.log_level)
     try:
-        asyncio.run(run(config))
+        asyncio.run(run(config, make_compute=_settled_compute))
     except (metrics.MetricsPortTaken, server.PortTaken) as error:
         raise SystemExit(f"worker: {error}") from None
 

@@ -248,7 +248,7 @@ class FallbackJobQueue:
         entry = self._book.find(grant.job_id)
         if entry is not None and entry.grant is not None and entry.grant.nonce == grant.nonce:
             return entry.grant
-        told = replace(grant, degraded=self.degraded)
+        told = grant if grant.degraded is self.degraded else replace(grant, degraded=self.degraded)
         self._book.note_grant(told)
         if entry is not None and not self.degraded:
             entry.at_store = grant.nonce

@@ -205,11 +205,13 @@ class Circuit:
         return result
 
     def _become(self, changed: Breaker) -> None:
-        if changed is self.breaker:
-            return
-        if changed.state is State.OPEN and self.breaker.state is not State.OPEN:
-            self._storage.opened_at = datetime.now(UTC)
+        before = self.breaker
         self._storage.breaker = changed
+        if changed.era == before.era:
+            # Calls were counted; the state is what it was.
+            return
+        if changed.state is State.OPEN and before.state is not State.OPEN:
+            self._storage.opened_at = datetime.now(UTC)
         # Reading the state makes the library notice that its storage moved, and tell its listeners.
         _ = self.library.state
         # Holds are moves that the library cannot tell from its own states.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import secrets
 from pathlib import Path
@@ -48,13 +49,15 @@ class QueueScripts:
         self._gateway_id = gateway_id
         self._limits = limits
         self._scripts = {name: read_operation(name) for name in operations}
+        # What tells one call from another: drawn once and then counted, as it must be unique and no secret.
+        self._process, self._calls = secrets.token_hex(8), itertools.count()
 
     async def run(self, name: str, model: str, *args: str | float) -> Any:
         """Runs one operation; KEYS and the first five of ARGV are the same for all, see `call.lua`."""
         limits = self._limits
         header = (
             self._gateway_id,
-            secrets.token_hex(8),
+            f"{self._process}{next(self._calls):x}",
             ms(limits.lease_ttl_s),
             ms(limits.gateway_ttl_s),
             ms(limits.record_ttl_s),

@@ -183,7 +183,9 @@ def _closed(breaker: Breaker, now_s: float) -> Breaker:
 def _count(breaker: Breaker, verdict: Verdict, now_s: float) -> Breaker:
     failed = verdict is Verdict.FAILURE
     window = breaker.window.counted(now_s, failed=failed)
-    return replace(breaker, window=window, row=breaker.row + 1 if failed else 0)
+    row = breaker.row + 1 if failed else 0
+    # Spelled out: this is done several times a request, and `replace` takes four times as long.
+    return Breaker(breaker.limits, window, breaker.state, breaker.era, breaker.changed_s, row)
 
 
 def _count_and_judge(breaker: Breaker, verdict: Verdict, now_s: float) -> Breaker:

@@ -28,30 +28,30 @@ class RollingWindow:
     Attributes:
         length_s: How far it looks back.
         buckets: Into how many parts that is cut.
-        tallies: Number of the bucket and its tally, oldest first.
+        entries: Number of the bucket, its calls and its failures, oldest first.
     """
 
     length_s: float
     buckets: int
-    tallies: tuple[tuple[int, Tally], ...] = ()
+    entries: tuple[tuple[int, int, int], ...] = ()
 
     def counted(self, now_s: float, *, failed: bool) -> RollingWindow:
         """The window with one call more."""
         number = self._bucket(now_s)
         kept = self._kept(number)
-        last = Tally()
+        calls = failures = 0
         if kept and kept[-1][0] == number:
-            last = kept[-1][1]
+            _, calls, failures = kept[-1]
             kept = kept[:-1]
-        tally = Tally(last.calls + 1, last.failures + int(failed))
-        return RollingWindow(self.length_s, self.buckets, (*kept, (number, tally)))
+        entry = number, calls + 1, failures + failed
+        return RollingWindow(self.length_s, self.buckets, (*kept, entry))
 
     def tally(self, now_s: float) -> Tally:
         """All calls that the window still holds."""
         calls = failures = 0
-        for _, tally in self._kept(self._bucket(now_s)):
-            calls += tally.calls
-            failures += tally.failures
+        for _, ended, failed in self._kept(self._bucket(now_s)):
+            calls += ended
+            failures += failed
         return Tally(calls, failures)
 
     def cleared(self) -> RollingWindow:
@@ -61,9 +61,9 @@ class RollingWindow:
     def _bucket(self, now_s: float) -> int:
         return int(now_s * self.buckets / self.length_s)
 
-    def _kept(self, number: int) -> tuple[tuple[int, Tally], ...]:
+    def _kept(self, number: int) -> tuple[tuple[int, int, int], ...]:
         last_gone = number - self.buckets
         # They are in order, so mostly there is nothing to leave out.
-        if not self.tallies or self.tallies[0][0] > last_gone:
-            return self.tallies
-        return tuple(entry for entry in self.tallies if entry[0] > last_gone)
+        if not self.entries or self.entries[0][0] > last_gone:
+            return self.entries
+        return tuple(entry for entry in self.entries if entry[0] > last_gone)
