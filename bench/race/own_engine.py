@@ -190,6 +190,10 @@ class _Endless:
         """See `ModelRunner.facts`."""
         return replace(self._runner.facts, end_ids=frozenset())
 
+    def rehearse(self) -> None:
+        """See `ModelRunner.rehearse`."""
+        self._runner.rehearse()
+
     def step(self, batch: Batch) -> Sequence[Choice]:
         """See `ModelRunner.step`."""
         return self._runner.step(batch)

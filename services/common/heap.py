@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 
-# Allocations between two looks at the youngest objects. A request makes some hundreds, nearly none in a cycle.
+# Allocations between two looks at the youngest objects. A request makes some hundreds, hardly one in a cycle.
 YOUNG_MAX = 10_000
 
 

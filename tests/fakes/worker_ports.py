@@ -66,6 +66,9 @@ class FakeRunner:
         """See `ModelRunner.facts`."""
         return self._facts
 
+    def rehearse(self) -> None:
+        """See `ModelRunner.rehearse`."""
+
     def step(self, batch: Batch) -> Sequence[Choice]:
         """See `ModelRunner.step`."""
         self.batches.append(batch)

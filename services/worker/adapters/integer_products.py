@@ -2,7 +2,8 @@
 
 Every way gives the same integers, for sums of integers are exact in any order; they differ in speed and in
 memory. A mapped weight is used as it lies in its file, which all workers of a host share. A packed one is a
-copy in the order in which the processor multiplies: from two rows on it is faster by a third to a half.
+copy in the order in which the processor multiplies: from two rows on it is faster by a third to a half. Rows
+are filled up to few counts, see `row_counts`, with whatever memory holds.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+
+from services.worker.core.row_counts import filled
 
 # One row has a kernel of its own that is so fast that up to here several calls beat one.
 SINGLE_ROWS = 4
@@ -57,13 +60,13 @@ class MappedProduct:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """See `IntegerProduct`."""
-        integers = rows.to(torch.int8)
+        integers = _as_bytes(rows)
         product = torch._int_mm  # noqa: SLF001 - its only name
         if 1 < integers.shape[0] <= SINGLE_ROWS:
             sums = torch.cat([product(row, self._turned) for row in torch.split(integers, 1)])
         else:
             sums = product(integers, self._turned)
-        return sums.float().mul_(self._scales)
+        return sums[: rows.shape[0]].float().mul_(self._scales)
 
     @property
     def bytes(self) -> int:
@@ -92,7 +95,7 @@ class PackedProduct:
         if self._singly and rows.shape[0] == 1:
             return self._single(rows)
         # To unsigned bytes the library converts one number at a time.
-        unsigned = rows.to(torch.int8).view(torch.uint8).bitwise_xor_(ZERO_POINT)
+        unsigned = _as_bytes(rows).view(torch.uint8).bitwise_xor_(ZERO_POINT)
         product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
             unsigned,
             1.0,
@@ -108,12 +111,20 @@ class PackedProduct:
             [],
             "",
         )
-        return product
+        return product[: rows.shape[0]]
 
     @property
     def bytes(self) -> int:
         """See `IntegerProduct`."""
         return self._bytes
+
+
+def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
+    """The rows as int8, in a tensor of as many as they are filled up to."""
+    count = rows.shape[0]
+    whole = torch.empty((filled(count), rows.shape[1]), dtype=torch.int8, device=rows.device)
+    whole[:count] = rows
+    return whole
 
 
 def packs() -> bool:

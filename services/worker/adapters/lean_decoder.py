@@ -15,12 +15,17 @@ from torch.nn import functional
 
 from services.worker.adapters.lean_cache import LeanCache, Place
 from services.worker.adapters.lean_linear import Linear, Norm
+from services.worker.core.row_counts import counts
 
 # The matrix library adds in another order in the rows that are left over from whole fours, so there are none.
 QUERY_ROWS = 4
 
 # It also splits longer sums at places that depend on the length; so they are split here, at fixed places.
 SUM_POSITIONS = 128
+
+# A worker's steps unless it is told otherwise: 32 sequences that decode, beside 128 tokens of prompts.
+REHEARSED_ROWS = 160
+REHEARSED_DRAWS = 32
 
 # The table of turns grows by blocks of this many positions; a block is always computed in the same way.
 TURN_BLOCK = 256
@@ -147,6 +152,17 @@ class LeanDecoder:
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """From last states to `[tokens, vocabulary]`."""
         return self.head(x, self.norm)
+
+    def rehearse(self) -> None:
+        """Multiplies once with each shape of weight for each count of rows; see `row_counts`."""
+        width = self.embedding.shape[1]
+        layer = self.layers[0]
+        for rows in counts(REHEARSED_ROWS):
+            x = torch.zeros((rows, width), dtype=self.dtype, device=self.embedding.device)
+            layer.output(layer.qkv(x)[:, : self.heads.queries * self.heads.dim].to(self.dtype))
+            layer.down(layer.gate_up(x).chunk(2, dim=1)[0])
+            if rows <= REHEARSED_DRAWS:
+                self.head(x)
 
     @property
     def joins(self) -> bool:

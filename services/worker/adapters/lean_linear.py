@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from services.worker.adapters.integer_products import IntegerProduct, MappedProduct, PackedProduct
+from services.worker.core.row_counts import filled
 
 # The paper's outlier threshold (Dettmers et al., 2022).
 OUTLIER_THRESHOLD = 6.0
@@ -87,10 +88,15 @@ class PlainLinear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._weight = weight
         self._bias = bias
+        # Single precision has the same bits in any batch only as it is; half precision has them in none.
+        self._fills = weight.device.type == "cpu" and weight.dtype is torch.bfloat16
 
     def __call__(self, x: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
         """See `Linear`."""
-        return functional.linear(norm(x) if norm else x, self._weight, self._bias)
+        values, rows = norm(x) if norm else x, x.shape[0]
+        if self._fills and (lacking := filled(rows) - rows):
+            values = functional.pad(values, (0, 0, 0, lacking))
+        return functional.linear(values, self._weight, self._bias)[:rows]
 
     @property
     def bytes(self) -> int:

@@ -50,6 +50,14 @@ class LeanRunner(TorchRunner):
         super().settle(replace(facts, guess_tokens=GUESS_TOKENS if self._decoder.guesses else 0))
         self._model = replace(self._model, module=None)
 
+    def rehearse(self) -> None:
+        """See `ModelRunner.rehearse`."""
+        # On a GPU programs do not depend on the number of rows, nor does their library forget any.
+        if self._model.device.type == "cpu":
+            torch.set_num_threads(self._model.threads)
+            with torch.inference_mode():
+                self._decoder.rehearse()
+
     def close(self) -> None:
         """See `ModelRunner.close`."""
         super().close()

@@ -107,6 +107,9 @@ class TorchRunner:
                     self._cache.clear(row)
             return choices
 
+    def rehearse(self) -> None:
+        """See `ModelRunner.rehearse`: a model of the library has nothing that comes apart so."""
+
     def close(self) -> None:
         """See `ModelRunner.close`."""
         self._cache = self._slots = SlotCache(0, self._model.device)

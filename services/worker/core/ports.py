@@ -35,6 +35,10 @@ class ModelRunner(Protocol):
         """Performs one batch; returns a choice for each of `batch.draws`, NO_TOKEN where none exists."""
         ...
 
+    def rehearse(self) -> None:
+        """Does once what is slow the first time, as far as it is known: without it the first requests do."""
+        ...
+
     def close(self) -> None:
         """Frees the memory; nothing is called afterwards."""
         ...

@@ -1,4 +1,4 @@
-"""Warm-up. Owns: the proof that a loaded revision generates. Pure over the runner's port."""
+"""Warm-up. Owns: the proof that a loaded revision generates, and generates at speed. Pure over the port."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SEQUENCES = 2
 
 
 def warm(runner: ModelRunner) -> None:
-    """Generates a few tokens for several sequences at once, as serving does.
+    """Generates a few tokens for several sequences at once, as serving does, and rehearses the rest.
 
     Raises:
         ArtifactInvalid: The model yields no finite logits: its weights are damaged.
@@ -30,3 +30,4 @@ def warm(runner: ModelRunner) -> None:
         outputs.extend(scheduler.apply(runner.step(batch)))
     if any(output.finish is Finish.ERROR for output in outputs):
         raise ArtifactInvalid("The model yields numbers that are not finite; its weights are damaged.")
+    runner.rehearse()
