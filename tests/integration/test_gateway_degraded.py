@@ -34,8 +34,10 @@ from tests.fixtures.tiny_tokenizer import write_tokenizer
 from tests.integration.test_gateway_process import MODEL, REVISION, script, wait_for
 
 WORD = "é"
-# Health is asked every few milliseconds; a loop that blocks answers late.
-HEALTH_LIMIT_S = 0.1
+# Health is asked every few milliseconds; a loop that blocks answers late. One answer in a hundred may be late
+# on a machine that others use; a call that blocked the loop would take a second and more.
+HEALTH_USUAL_S = 0.1
+HEALTH_LIMIT_S = 0.6
 HEAL_LIMIT_S = 10.0
 
 
@@ -224,6 +226,7 @@ async def test_redis_fails_and_nobody_is_turned_away(
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
     assert len(delays) > 20
+    assert sorted(delays)[len(delays) * 9 // 10] < HEALTH_USUAL_S
     assert sorted(delays)[len(delays) * 99 // 100] < HEALTH_LIMIT_S
     with world.redis.client() as client:
         async with asyncio.timeout(HEAL_LIMIT_S):
