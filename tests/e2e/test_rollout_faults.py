@@ -1,0 +1,159 @@
+"""Workers and Redis are killed in the middle of a rollout: it ends as its table says, and no stream fails.
+
+Each case is under a load of streams. Afterwards one revision is inside every worker, the restarted ones
+included, and each of them answers with it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.mesh import MODEL, ROOT, Mesh, started
+from tests.fixtures.rollout_sight import revisions, rollout, serving, states, until, whole
+from tests.fixtures.rollout_streams import Stream, streamed_all_the_time
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(480)]
+
+OTHER = "bf16-weights"
+FAULTS = ROOT / "tests" / "fakes" / "faults"
+# Restarts and preparations on a busy machine.
+PATIENCE_S = 90.0
+# From a rollout's end until one revision is everywhere; a worker may be on its way back, and loads it.
+CONVERGED_S = 30.0
+# From the death of Redis until a request that was asked since has its answer.
+ANSWERED_S = 10.0
+ENDS = {"COMPLETED", "ROLLED_BACK", "ABORTED"}
+BAKE_S = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Guns:
+    """The files that name the points at which processes are killed; each is gone once it has fired.
+
+    Attributes:
+        worker: The point is a worker's phase and a revision.
+        controller: The point is the controller's: around a record, or a write of the route.
+    """
+
+    worker: Path
+    controller: Path
+
+    def aim(self, mesh: Mesh, point: str, victims: str) -> None:
+        """Arms the file to which a point belongs.
+
+        Args:
+            mesh: Where the victims are.
+            point: The point.
+            victims: `one`: who comes to the point; for the controller's points the second worker. `workers`: all of
+                them. `redis`: the store.
+        """
+        state = mesh.refresh()
+        pids = {
+            "one": [state["workers"][1]["pid"]],
+            "workers": [worker["pid"] for worker in state["workers"]],
+            "redis": [state["redis"]["pid"]],
+        }[victims]
+        file = self.controller if point.startswith(("before", "after")) else self.worker
+        named = pids if victims != "one" or file is self.controller else []
+        file.write_text(f"{point}\n{' '.join(map(str, named))}")
+
+    @property
+    def fired(self) -> bool:
+        """Whether it has happened."""
+        return not self.worker.exists() and not self.controller.exists()
+
+
+@pytest.fixture(scope="module")
+def guns(tmp_path_factory: pytest.TempPathFactory) -> Guns:
+    """Nothing is aimed at yet."""
+    directory = tmp_path_factory.mktemp("kill")
+    return Guns(directory / "worker", directory / "controller")
+
+
+@pytest.fixture(scope="module")
+def pair(model_path: Path, guns: Guns) -> Iterator[Mesh]:
+    """Two workers, and a second revision: the same files with weights of another form."""
+    faults = {"WORKER_KILL_FILE": str(guns.worker), "KILL_FILE": str(guns.controller), "PYTHONPATH": str(FAULTS)}
+    with started(model_path, "--workers", "2", **faults) as mesh:
+        pushed = mesh.run("models", "push", str(model_path), "--revision", OTHER, "--quantization", "none")
+        assert pushed.returncode == 0, pushed.stderr
+        yield mesh
+
+
+SIDE, SWAP = "side-by-side", "swap"
+
+CASES = [
+    # strategy, point (NEW and OLD stand for revisions), who is killed there, how the rollout ends
+    (SIDE, "LOAD NEW", "one", "ABORTED"),
+    (SIDE, "after saved BAKING", "one", "COMPLETED"),
+    (SIDE, "after saved BAKING", "workers", "COMPLETED"),
+    (SIDE, "after saved BAKING", "redis", "COMPLETED"),
+    (SWAP, "STAGED NEW", "one", "COMPLETED"),
+]
+# `make soak` adds those between them.
+if "INTERLOCK_SOAK_FACTOR" in os.environ:
+    CASES += [
+        (SIDE, "FETCH NEW", "one", "COMPLETED"),
+        (SIDE, "VERIFY NEW", "one", "COMPLETED"),
+        (SIDE, "WARM NEW", "one", "ABORTED"),
+        (SIDE, "READY NEW", "one", "ABORTED"),
+        (SIDE, "before saved SWITCHING", "one", "COMPLETED"),
+        (SIDE, "after saved SWITCHING", "one", "COMPLETED"),
+        (SIDE, "RETIRING OLD", "one", "COMPLETED"),
+        (SIDE, "after saved PREPARING", "workers", "COMPLETED"),
+        (SIDE, "LOAD NEW", "workers", "ABORTED"),
+        (SIDE, "after saved SWITCHING", "workers", "COMPLETED"),
+        (SIDE, "after saved PREPARING", "redis", "COMPLETED"),
+        (SIDE, "LOAD NEW", "redis", "COMPLETED"),
+        (SIDE, "after saved SWITCHING", "redis", "COMPLETED"),
+        (SIDE, "after saved COMPLETED", "redis", "COMPLETED"),
+        (SWAP, "FETCH NEW", "one", "COMPLETED"),
+        (SWAP, "RETIRING OLD", "one", "COMPLETED"),
+        (SWAP, "LOAD NEW", "one", "ABORTED"),
+        (SWAP, "after saved BAKING", "one", "COMPLETED"),
+        (SWAP, "after saved BAKING", "redis", "COMPLETED"),
+        (SWAP, "STAGED NEW", "workers", "COMPLETED"),
+    ]
+
+
+@pytest.mark.parametrize(("strategy", "point", "victims", "end"), CASES)
+def test_a_rollout_survives_who_is_killed(
+    pair: Mesh, guns: Guns, strategy: str, point: str, victims: str, end: str
+) -> None:
+    """SIGKILL at one point of it: its end is the table's, and no stream hears of it."""
+    until(lambda: whole(pair), PATIENCE_S)
+    before = serving(pair)
+    new = next(name for name in revisions(pair) if name != before)
+    with streamed_all_the_time(pair) as streams:
+        guns.aim(pair, point.replace("NEW", new).replace("OLD", before), victims)
+        begun = pair.run("rollouts", "start", MODEL, new, "--strategy", strategy, "--bake", f"{BAKE_S}s")
+        assert begun.returncode == 0, begun.stderr
+        until(lambda: guns.fired, PATIENCE_S)
+        killed_s = time.monotonic()
+        until(lambda: asked_since(streams, killed_s) != [], ANSWERED_S if victims == "redis" else PATIENCE_S)
+        until(lambda: states(pair)[-1:] in [[name] for name in ENDS], PATIENCE_S)
+        until(lambda: whole(pair), CONVERGED_S)
+        whole_s = time.monotonic()
+        until(lambda: answerers(asked_since(streams, whole_s)) == {"worker-1", "worker-2"}, PATIENCE_S)
+    assert states(pair)[-1] == end, rollout(pair)["history"]
+    assert serving(pair) == (new if end == "COMPLETED" else before)
+    assert [stream for stream in streams if stream.failure] == []
+    assert {frozenset(stream.revisions) for stream in streams} <= {frozenset({before}), frozenset({new})}
+    later = asked_since(streams, whole_s)
+    assert {(*stream.revisions, stream.degraded) for stream in later} == {(serving(pair), False)}
+
+
+def asked_since(streams: list[Stream], time_s: float) -> list[Stream]:
+    """The streams that were asked since then, and have ended."""
+    return [stream for stream in streams if stream.asked_s > time_s]
+
+
+def answerers(streams: list[Stream]) -> set[str]:
+    """The workers that they were granted."""
+    return {worker for stream in streams for worker in stream.workers}
