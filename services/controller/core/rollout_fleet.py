@@ -11,7 +11,7 @@ from services.controller.core.member import Goal, Kind, Member, Presence
 from services.controller.core.residency import Phase
 from services.controller.core.rollout_events import Fleet, Standing, WorkerView
 from services.controller.core.rollout_goals import worker_goal
-from services.controller.core.rollout_record import Rollout, Strategy
+from services.controller.core.rollout_record import Rollout, State, Strategy
 
 # Weights are not all that a load needs: buffers of a layer on its way, and the first KV cache.
 LOAD_OVERHEAD = 1.1
@@ -29,7 +29,7 @@ _STANDINGS = {
 
 
 def fleet(rollout: Rollout, members: Iterable[Member], weights_bytes: int) -> Fleet:
-    """Who is attached, and how far each is.
+    """Who is there, and how far each is.
 
     Args:
         rollout: The rollout that looks.
@@ -39,11 +39,12 @@ def fleet(rollout: Rollout, members: Iterable[Member], weights_bytes: int) -> Fl
     views: list[WorkerView] = []
     pending = 0
     for member in members:
-        if member.presence is not Presence.ATTACHED or member.draining:
+        if member.draining:
             continue
         if member.kind is Kind.WORKER:
-            views.append(_view(rollout, member, weights_bytes))
-        else:
+            if (view := _view(rollout, member, weights_bytes)) is not None:
+                views.append(view)
+        elif member.presence is Presence.ATTACHED:
             resident = member.residents.get(rollout.spec.revision)
             # A gateway that failed must not hold up the others.
             pending += resident is None or resident.phase is Phase.PREPARING
@@ -70,7 +71,10 @@ def goal(rollout: Rollout, member: Member, weights: Iterable[tuple[str, int]], e
         # One copy at a time: the next is loaded when the last one's memory is free. Its files come before.
         if any(_is_held(member, name) for name in others):
             return Goal(rollout.spec.model, {}, rollout.id, quiet=True, stages=wanted)
-    return Goal(rollout.spec.model, dict.fromkeys(sorted(wanted), epoch), rollout.id, stages=stages)
+    # A worker that comes back with nothing loads first what most requests wait for.
+    shares = dict(weights)
+    ordered = sorted(wanted, key=lambda name: (-shares.get(name, 0), name))
+    return Goal(rollout.spec.model, dict.fromkeys(ordered, epoch), rollout.id, stages=stages)
 
 
 _WEIGHTLESS = frozenset({Phase.ABSENT, Phase.STAGING, Phase.STAGED, Phase.FAILED})
@@ -82,8 +86,27 @@ def _is_held(member: Member, revision: str) -> bool:
     return resident is not None and resident.phase not in _WEIGHTLESS
 
 
-def _view(rollout: Rollout, member: Member, weights_bytes: int) -> WorkerView:
+# Who leads back waits for nobody: what is gone holds nothing that would have to go.
+_LEADS_BACK = frozenset({State.ROLLING_BACK, State.ABORTING})
+
+_FALLEN = "It was lost while it loaded the revision; there may not be enough memory for it."
+
+
+def _view(rollout: Rollout, member: Member, weights_bytes: int) -> WorkerView | None:
+    """A worker that counts; None: it does not.
+
+    One whose stream broke may be on its way back. Until its lease ends it counts as one that holds nothing: the
+    others are not the whole fleet. One that was lost in the middle of a load counts as one that failed.
+    """
     new, old = rollout.spec.revision, rollout.previous
+    if member.presence is not Presence.ATTACHED:
+        if rollout.state in _LEADS_BACK:
+            return None
+        if member.presence is Presence.DETACHED:
+            return WorkerView(member.id, fits=_fits(member, weights_bytes))
+        resident = member.residents.get(new)
+        fell = member.lost_during == rollout.id and resident is not None and resident.loading
+        return WorkerView(member.id, Standing.FAILED, Standing.FAILED, failure=_FALLEN) if fell else None
     standing = _standing(member, new)
     failure = member.residents[new].failure if standing is Standing.FAILED else ""
     return WorkerView(member.id, standing, _standing(member, old), _fits(member, weights_bytes), failure)
