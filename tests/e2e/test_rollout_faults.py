@@ -50,8 +50,8 @@ class Guns:
         Args:
             mesh: Where the victims are.
             point: The point.
-            victims: `one`: who comes to the point; for the controller's points the second worker. `workers`: all of
-                them. `redis`: the store.
+            victims: `one`: the worker that comes to the point, or, for the controller's, the second one.
+                `workers`: all of them. `redis`: the store.
         """
         state = mesh.refresh()
         pids = {
@@ -79,7 +79,11 @@ def guns(tmp_path_factory: pytest.TempPathFactory) -> Guns:
 @pytest.fixture(scope="module")
 def pair(model_path: Path, guns: Guns) -> Iterator[Mesh]:
     """Two workers, and a second revision: the same files with weights of another form."""
-    faults = {"WORKER_KILL_FILE": str(guns.worker), "KILL_FILE": str(guns.controller), "PYTHONPATH": str(FAULTS)}
+    faults = {
+        "WORKER_KILL_FILE": str(guns.worker),
+        "KILL_FILE": str(guns.controller),
+        "PYTHONPATH": str(FAULTS),
+    }
     with started(model_path, "--workers", "2", **faults) as mesh:
         pushed = mesh.run("models", "push", str(model_path), "--revision", OTHER, "--quantization", "none")
         assert pushed.returncode == 0, pushed.stderr

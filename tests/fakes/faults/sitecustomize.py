@@ -4,9 +4,9 @@ A worker whose `FAULT_FILE` holds the name of a revision cannot compute with it,
 a kernel fails that meets what it was never tried with; after the word `dull` it says one and the same token.
 One whose `SHORT_FILE` holds the name of a revision gets no memory when it loads it.
 
-A controller whose `KILL_FILE` names a point of a rollout, as `before saved BAKING`, is killed there, once: the
-file is gone then. So is the first worker that comes to the point in its `WORKER_KILL_FILE`: a phase and a
-revision, as `LOAD r2`. Where a second line has process ids, these are killed instead of who comes there.
+A controller whose `KILL_FILE` names a point of a rollout, as `before saved BAKING`, is killed there, once:
+the file is gone then. So is the first worker that comes to the point in its `WORKER_KILL_FILE`: a phase and
+a revision, as `LOAD r2`. Where a second line has process ids, these are killed instead of who comes there.
 Others are left alone.
 """
 
