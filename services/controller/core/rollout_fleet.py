@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from services.controller.core.member import Goal, Kind, Member, Presence
-from services.controller.core.residency import Phase
+from services.controller.core.residency import Phase, Resident
 from services.controller.core.rollout_events import Fleet, Standing, WorkerView
 from services.controller.core.rollout_goals import worker_goal
 from services.controller.core.rollout_record import Rollout, State, Strategy
@@ -51,7 +51,44 @@ def fleet(rollout: Rollout, members: Iterable[Member], weights_bytes: int) -> Fl
     return Fleet(tuple(sorted(views, key=lambda view: view.worker_id)), pending)
 
 
-def goal(rollout: Rollout, member: Member, weights: Iterable[tuple[str, int]], epoch: int) -> Goal:
+def keepers(rollout: Rollout, members: Iterable[Member], awaited: frozenset[str]) -> dict[str, str]:
+    """For each revision that requests must go on with, the worker that shall have it for their sake.
+
+    What such a request has said came from it, and the worker that ran it is gone. One that has it keeps it;
+    where nobody has, one that came back with nothing comes first.
+
+    Args:
+        rollout: The one that is under way, or that ended last.
+        members: Everybody.
+        awaited: The revisions that requests must go on with.
+    """
+    workers = [one for one in members if one.kind is Kind.WORKER and one.presence is Presence.ATTACHED]
+    names = {rollout.previous, rollout.spec.revision}
+    chosen: dict[str, str] = {}
+    for name in sorted(awaited & names):
+        able = [one for one in workers if not one.draining]
+        able.sort(
+            key=lambda one: (*_nearness(one, name), sum(_is_held(one, other) for other in names), one.id)
+        )
+        if able:
+            chosen[name] = able[0].id
+    return chosen
+
+
+def _nearness(member: Member, revision: str) -> tuple[bool, bool]:
+    """Sorts first who serves a revision, then who is about to."""
+    resident = member.residents.get(revision, Resident())
+    leaving = resident.phase in {Phase.RETIRING, Phase.ABORTING}
+    return (resident.phase is not Phase.ACTIVE, leaving or not _is_held(member, revision))
+
+
+def goal(
+    rollout: Rollout,
+    member: Member,
+    weights: Iterable[tuple[str, int]],
+    epoch: int,
+    bound: frozenset[str] = frozenset(),
+) -> Goal:
     """What a member shall hold while the rollout lasts.
 
     Args:
@@ -59,6 +96,7 @@ def goal(rollout: Rollout, member: Member, weights: Iterable[tuple[str, int]], e
         member: The member.
         weights: The route as the store has it.
         epoch: The epoch of that route.
+        bound: Revisions that it shall have for the sake of requests; see `keepers`.
     """
     if member.kind is Kind.GATEWAY:
         leading = max(weights, key=lambda one: one[1], default=("", 0))[0]
@@ -68,6 +106,9 @@ def goal(rollout: Rollout, member: Member, weights: Iterable[tuple[str, int]], e
     wanted, stages = asked.holds, frozenset({asked.stages} if asked.stages else ())
     if rollout.strategy is Strategy.SWAP:
         others = {rollout.previous, rollout.spec.revision} - wanted
+        if others & bound and not any(_is_held(member, name) for name in wanted):
+            # They end first: it takes the other revision's place when nobody waits for that any more.
+            return Goal(rollout.spec.model, dict.fromkeys(others & bound, epoch), rollout.id, stages=wanted)
         # One copy at a time: the next is loaded when the last one's memory is free. Its files come before.
         if any(_is_held(member, name) for name in others):
             return Goal(rollout.spec.model, {}, rollout.id, quiet=True, stages=wanted)

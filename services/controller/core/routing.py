@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from services.controller.core.member import Kind, Member, Presence
+from services.controller.core.member import Goal, Kind, Member, Presence
 from services.controller.core.records import Route
 from services.controller.core.residency import Phase
 
@@ -79,6 +79,19 @@ def raised(plan: Plan, stored: Route | None, reported: int, now_ms: int) -> Plan
     """The same route with an epoch above what the store, the plan and the members know."""
     known = max(stored.epoch if stored else 0, plan.serving_epoch)
     return replace(plan, epoch=next_epoch(known, reported, now_ms))
+
+
+def goal(model: str, plan: Plan, member: Member, kept: Iterable[str]) -> Goal:
+    """What a member shall hold while no rollout is under way.
+
+    Args:
+        model: The model.
+        plan: The route.
+        member: The member.
+        kept: What it shall hold besides what shall serve.
+    """
+    named = plan.epoch if member.kind is Kind.WORKER else 0
+    return Goal(model, {**dict.fromkeys(kept, named), plan.wanted: plan.serving_epoch})
 
 
 def agrees(plan: Plan, fence: int, stored: Route | None) -> bool:
