@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -50,9 +51,7 @@ def _perturb_file(source: Path, target: Path, noise: float, generator: torch.Gen
         save_file(tensors, target, metadata=file.metadata())
 
 
-def _perturbed(
-    file: safe_open, noise: float, generator: torch.Generator
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _perturbed(file: Any, noise: float, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
     for name in sorted(file.keys()):
         tensor = file.get_tensor(name)
         # What is no number of the model's, as a position, stays.

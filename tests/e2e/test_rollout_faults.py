@@ -170,7 +170,7 @@ def answers_of_all(mesh: Mesh) -> set[tuple[str, str, bool]]:
         with ThreadPoolExecutor(STREAMS) as pool, grpc.insecure_channel(mesh.address) as channel:
             told = list(pool.map(lambda _: follow(mesh, channel, "Hello.", 2), range(STREAMS)))
         assert [stream for stream in told if stream.failure] == []
-        answers.update((stream.workers[-1], *stream.revisions, stream.degraded) for stream in told)
+        answers.update((one.workers[-1], "".join(one.revisions), one.degraded) for one in told)
         return len({worker for worker, *_ in answers}) == 2
 
     until(asked, PATIENCE_S)

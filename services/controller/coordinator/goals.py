@@ -1,8 +1,8 @@
 """What members shall hold. Owns: that a goal follows from the rollout, or from the route, and from who waits.
 
-Requests that have said something already must go on with the revision that said it. Where the worker that ran one
-is gone, and the revision is about to go from everybody, or gone, one worker has it until nobody waits for it any
-more. Goals are derived, never stored. Must not know: streams, or when anybody is told.
+Requests that have said something already must go on with the revision that said it. Where the worker that
+ran one is gone, and the revision is about to go from everybody, or gone, one worker has it until nobody waits
+for it any more. Goals are derived, never stored. Must not know: streams, or when anybody is told.
 """
 
 from __future__ import annotations

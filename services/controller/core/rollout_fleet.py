@@ -62,24 +62,24 @@ def keepers(rollout: Rollout, members: Iterable[Member], awaited: frozenset[str]
         members: Everybody.
         awaited: The revisions that requests must go on with.
     """
-    workers = [one for one in members if one.kind is Kind.WORKER and one.presence is Presence.ATTACHED]
     names = {rollout.previous, rollout.spec.revision}
-    chosen: dict[str, str] = {}
-    for name in sorted(awaited & names):
-        able = [one for one in workers if not one.draining]
-        able.sort(
-            key=lambda one: (*_nearness(one, name), sum(_is_held(one, other) for other in names), one.id)
-        )
-        if able:
-            chosen[name] = able[0].id
-    return chosen
+    able = [
+        one
+        for one in members
+        if one.kind is Kind.WORKER and one.presence is Presence.ATTACHED and not one.draining
+    ]
+    if not able:
+        return {}
+    return {name: min(able, key=lambda one: _farness(one, name, names)).id for name in awaited & names}
 
 
-def _nearness(member: Member, revision: str) -> tuple[bool, bool]:
-    """Sorts first who serves a revision, then who is about to."""
+def _farness(member: Member, revision: str, names: set[str]) -> tuple[bool, bool, int, str]:
+    """Sorts first who serves a revision, then who is about to, then who holds the least."""
     resident = member.residents.get(revision, Resident())
     leaving = resident.phase in {Phase.RETIRING, Phase.ABORTING}
-    return (resident.phase is not Phase.ACTIVE, leaving or not _is_held(member, revision))
+    absent = leaving or not _is_held(member, revision)
+    weight = sum(_is_held(member, one) for one in names)
+    return (resident.phase is not Phase.ACTIVE, absent, weight, member.id)
 
 
 def goal(
@@ -136,8 +136,8 @@ _FALLEN = "It was lost while it loaded the revision; there may not be enough mem
 def _view(rollout: Rollout, member: Member, weights_bytes: int) -> WorkerView | None:
     """A worker that counts; None: it does not.
 
-    One whose stream broke may be on its way back. Until its lease ends it counts as one that holds nothing: the
-    others are not the whole fleet. One that was lost in the middle of a load counts as one that failed.
+    One whose stream broke may be on its way back. Until its lease ends it counts as one that holds nothing:
+    the others are not the whole fleet. One that was lost in the middle of a load counts as one that failed.
     """
     new, old = rollout.spec.revision, rollout.previous
     if member.presence is not Presence.ATTACHED:

@@ -1,4 +1,4 @@
-"""Requests whose text came from one revision go on with it, though the worker died and the route has left it."""
+"""Requests whose text came from one revision go on with it, though its worker died and the route has left."""
 
 from __future__ import annotations
 
