@@ -55,7 +55,8 @@ def keepers(rollout: Rollout, members: Iterable[Member], awaited: frozenset[str]
     """For each revision that requests must go on with, the worker that shall have it for their sake.
 
     What such a request has said came from it, and the worker that ran it is gone. One that has it keeps it;
-    where nobody has, one that came back with nothing comes first.
+    where nobody has, one that came back with nothing comes first. One that is out of the line for a swap
+    would come back into it, so that it is chosen only where it alone has the revision.
 
     Args:
         rollout: The one that is under way, or that ended last.
@@ -73,13 +74,13 @@ def keepers(rollout: Rollout, members: Iterable[Member], awaited: frozenset[str]
     return {name: min(able, key=lambda one: _farness(one, name, names)).id for name in awaited & names}
 
 
-def _farness(member: Member, revision: str, names: set[str]) -> tuple[bool, bool, int, str]:
-    """Sorts first who serves a revision, then who is about to, then who holds the least."""
+def _farness(member: Member, revision: str, names: set[str]) -> tuple[bool, bool, bool, int, str]:
+    """Sorts first who serves a revision, then who is about to, then who is in line and holds the least."""
     resident = member.residents.get(revision, Resident())
     leaving = resident.phase in {Phase.RETIRING, Phase.ABORTING}
     absent = leaving or not _is_held(member, revision)
     weight = sum(_is_held(member, one) for one in names)
-    return (resident.phase is not Phase.ACTIVE, absent, weight, member.id)
+    return (resident.phase is not Phase.ACTIVE, absent, member.quiet, weight, member.id)
 
 
 def goal(

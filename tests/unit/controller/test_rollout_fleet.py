@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from services.controller.core.commands import SendPrepare
@@ -19,7 +22,7 @@ from services.controller.core.member import (
 from services.controller.core.membership import Rules, step
 from services.controller.core.residency import Phase, Resident
 from services.controller.core.rollout_events import Standing, WorkerView
-from services.controller.core.rollout_fleet import fleet
+from services.controller.core.rollout_fleet import fleet, keepers
 from services.controller.core.rollout_record import Rollout, Spec, State
 from tests.fixtures.rollout_world import World
 
@@ -74,6 +77,32 @@ def test_a_worker_that_leaves_or_had_loaded_does_not_fail_when_it_is_lost() -> N
     """Only a load that was under way may have been its end."""
     assert seen(step(worker(), Farewell(), GOAL, 6.0, RULES).member) == ()
     assert seen(step(worker(phase=Phase.ACTIVE), Silence(), GOAL, 6.0, RULES).member) == ()
+
+
+SERVING, LOADING = {"old": Resident(Phase.ACTIVE)}, {"old": Resident(Phase.PREPARING)}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "chosen"),
+    [
+        ({"residents": LOADING}, {"residents": SERVING}, "b"),
+        ({"residents": {"old": Resident(Phase.RETIRING)}}, {"residents": LOADING}, "b"),
+        ({"residents": {"new": Resident(Phase.ACTIVE)}}, {}, "b"),
+        ({"residents": SERVING, "quiet": True}, {"residents": SERVING}, "b"),
+        ({"residents": SERVING, "quiet": True}, {}, "a"),
+        ({"residents": SERVING, "drain_grace_s": 9.0}, {}, "b"),
+        ({"residents": SERVING, "presence": Presence.DETACHED}, {}, "b"),
+        ({}, {}, "a"),
+    ],
+)
+def test_who_has_a_revision_keeps_it_for_the_requests_that_need_it(
+    first: dict[str, Any], second: dict[str, Any], chosen: str
+) -> None:
+    """Only one does, and nobody does for a revision of no rollout."""
+    blank = Member(Kind.WORKER, "", slots=8, presence=Presence.ATTACHED)
+    members = [replace(blank, id="a", **first), replace(blank, id="b", **second)]
+    assert keepers(rollout(), members, frozenset({"old", "foreign"})) == {"old": chosen}
+    assert keepers(rollout(), [], frozenset({"old"})) == {}
 
 
 async def preparing(world: World) -> None:
