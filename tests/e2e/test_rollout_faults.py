@@ -82,12 +82,14 @@ def guns(tmp_path_factory: pytest.TempPathFactory) -> Guns:
 @pytest.fixture(scope="module")
 def pair(model_path: Path, guns: Guns) -> Iterator[Mesh]:
     """Two workers, and a second revision: the same files with weights of another form."""
-    faults = {
+    environment = {
+        "PYTHONPATH": str(FAULTS),
         "WORKER_KILL_FILE": str(guns.worker),
         "KILL_FILE": str(guns.controller),
-        "PYTHONPATH": str(FAULTS),
+        # How soon a process starts is the machine's affair.
+        "INTERLOCK_GATEWAY_FAILOVER_WAIT_S": str(PATIENCE_S),
     }
-    with started(model_path, "--workers", "2", **faults) as mesh:
+    with started(model_path, "--workers", "2", **environment) as mesh:
         pushed = mesh.run("models", "push", str(model_path), "--revision", OTHER, "--quantization", "none")
         assert pushed.returncode == 0, pushed.stderr
         yield mesh

@@ -15,7 +15,7 @@ from services.controller.core.catalog import Catalog
 from services.controller.core.member import Goal, Kind, Member
 from services.controller.core.ports import RouteStore
 from services.controller.core.rollout_events import Fleet
-from services.controller.core.rollout_record import Rollout, State, Strategy
+from services.controller.core.rollout_record import Rollout, State
 from services.controller.core.routing import Plan
 
 
@@ -51,9 +51,7 @@ class Goals:
             # There was never another revision.
             return False
         self.awaited = await self._store.read_awaited(self._model)
-        # By swap a worker has room for one, and after its end that is the one that serves.
-        kept = bool(self.awaited) and not (rollout.ended and rollout.strategy is Strategy.SWAP)
-        self._keepers = rollout_fleet.keepers(rollout, members, self.awaited) if kept else {}
+        self._keepers = rollout_fleet.keepers(rollout, members, self.awaited) if self.awaited else {}
         return before != self._keepers
 
     def of(self, member: Member, plan: Plan, stored_epoch: int) -> Goal:
@@ -64,12 +62,13 @@ class Goals:
             plan: What the route shall be.
             stored_epoch: The epoch of the route that the store is known to hold.
         """
-        rollout, bound = self._rollouts.current, self._bound(member)
-        if rollout is not None and rollout.state is not State.PENDING:
+        rollout, bound = self._rollouts.newest, self._bound(member)
+        if rollout is not None and not rollout.ended and rollout.state is not State.PENDING:
             return rollout_fleet.goal(rollout, member, plan.weights.items(), stored_epoch, bound)
-        # Kept beside what shall serve, while it is known: what the route still names, or requests wait for.
-        kept = [name for name in (*plan.weights, *sorted(bound)) if self._catalog.knows(self._model, name)]
-        return routing.goal(self._model, plan, member, kept)
+        whole = routing.goal(self._model, plan, member, self._knows)
+        if rollout is None or not rollout.ended or member.kind is not Kind.WORKER:
+            return whole
+        return rollout_fleet.goal_after(rollout, member, whole, bound)
 
     def fleet(self, rollout: Rollout, members: Iterable[Member]) -> Fleet:
         """The members as a rollout sees them."""
@@ -80,4 +79,8 @@ class Goals:
         """The revisions that a member shall have for the sake of requests."""
         if not self._keepers or member.kind is not Kind.WORKER:
             return frozenset()
-        return frozenset(name for name, keeper in self._keepers.items() if keeper == member.id)
+        keeps = (name for name, keeper in self._keepers.items() if keeper == member.id)
+        return frozenset(name for name in keeps if self._knows(name))
+
+    def _knows(self, revision: str) -> bool:
+        return self._catalog.knows(self._model, revision)

@@ -6,6 +6,7 @@ Pure over members and the record. Must not know: the route's store, streams, tim
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from services.controller.core.member import Goal, Kind, Member, Presence
 from services.controller.core.residency import Phase, Resident
@@ -105,18 +106,35 @@ def goal(
         return Goal(rollout.spec.model, {name: epoch if name == leading else 0 for name in names}, rollout.id)
     asked = worker_goal(rollout, member.id)
     wanted, stages = asked.holds, frozenset({asked.stages} if asked.stages else ())
-    if rollout.strategy is Strategy.SWAP:
-        others = {rollout.previous, rollout.spec.revision} - wanted
-        if others & bound and not any(_is_held(member, name) for name in wanted):
-            # They end first: it takes the other revision's place when nobody waits for that any more.
-            return Goal(rollout.spec.model, dict.fromkeys(others & bound, epoch), rollout.id, stages=wanted)
-        # One copy at a time: the next is loaded when the last one's memory is free. Its files come before.
-        if any(_is_held(member, name) for name in others):
-            return Goal(rollout.spec.model, {}, rollout.id, quiet=True, stages=wanted)
     # A worker that comes back with nothing loads first what most requests wait for.
     shares = dict(weights)
     ordered = sorted(wanted, key=lambda name: (-shares.get(name, 0), name))
-    return Goal(rollout.spec.model, dict.fromkeys(ordered, epoch), rollout.id, stages=stages)
+    whole = Goal(rollout.spec.model, dict.fromkeys(ordered, epoch), rollout.id, stages=stages)
+    return _one_copy(rollout, member, whole, bound) if rollout.strategy is Strategy.SWAP else whole
+
+
+def goal_after(rollout: Rollout, member: Member, whole: Goal, bound: frozenset[str]) -> Goal:
+    """What a worker shall hold after a rollout: `whole`, which serves, and what is bound to it."""
+    if rollout.strategy is not Strategy.SWAP:
+        epoch = max(whole.holds.values())
+        return replace(whole, holds={**whole.holds, **dict.fromkeys(bound - whole.holds.keys(), epoch)})
+    if any(_is_held(member, name) for name in whole.holds):
+        return whole
+    return _one_copy(rollout, member, whole, bound)
+
+
+def _one_copy(rollout: Rollout, member: Member, whole: Goal, bound: frozenset[str]) -> Goal:
+    """A goal for a worker that has room for one revision at a time."""
+    wanted = frozenset(whole.holds)
+    others = {rollout.previous, rollout.spec.revision} - wanted
+    if others & bound and not any(_is_held(member, name) for name in wanted):
+        # They end first: it takes the other revision's place when nobody waits for that any more.
+        held = dict.fromkeys(others & bound, max(whole.holds.values()))
+        return replace(whole, holds=held, stages=wanted)
+    # The next is loaded when the last one's memory is free. Its files come before.
+    if any(_is_held(member, name) for name in others):
+        return replace(whole, holds={}, quiet=True, stages=wanted)
+    return whole
 
 
 _WEIGHTLESS = frozenset({Phase.ABSENT, Phase.STAGING, Phase.STAGED, Phase.FAILED})

@@ -6,7 +6,7 @@ so that it wins wherever it meets an older one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from services.controller.core.member import Goal, Kind, Member, Presence
@@ -81,17 +81,18 @@ def raised(plan: Plan, stored: Route | None, reported: int, now_ms: int) -> Plan
     return replace(plan, epoch=next_epoch(known, reported, now_ms))
 
 
-def goal(model: str, plan: Plan, member: Member, kept: Iterable[str]) -> Goal:
+def goal(model: str, plan: Plan, member: Member, known: Callable[[str], bool]) -> Goal:
     """What a member shall hold while no rollout is under way.
 
     Args:
         model: The model.
-        plan: The route.
+        plan: The route. What it still names is kept beside what shall serve, while it is named and known.
         member: The member.
-        kept: What it shall hold besides what shall serve.
+        known: Whether a revision is registered.
     """
     named = plan.epoch if member.kind is Kind.WORKER else 0
-    return Goal(model, {**dict.fromkeys(kept, named), plan.wanted: plan.serving_epoch})
+    holds = {name: named for name in plan.weights if known(name)}
+    return Goal(model, {**holds, plan.wanted: plan.serving_epoch})
 
 
 def agrees(plan: Plan, fence: int, stored: Route | None) -> bool:

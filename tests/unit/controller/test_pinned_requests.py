@@ -112,6 +112,36 @@ async def test_by_swap_a_worker_ends_first_what_waits_for_the_old_revision() -> 
     assert world.held == {"a": {world.new}}
 
 
+async def test_after_a_swap_a_worker_that_comes_back_runs_first_what_waits_for_the_old_revision() -> None:
+    """It was the last that had it; who serves the new one is left alone, and no worker has both."""
+    world = await fleet()
+    world.store.running.add(("b", world.old))
+    await world.start(strategy=Strategy.SWAP, bake_s=0.0)
+    await world.settle(1)
+    assert world.held == {"a": {world.new}, "b": {world.old}}
+    world.kill("b")
+    world.store.running.clear()
+    world.store.awaited = {world.old}
+    await world.settle(1)
+    assert world.rollout.state is State.COMPLETED
+    assert world.held["a"] == {world.new}
+    world.told.clear()
+    world.attach("b")
+    await world.settle(1)
+    assert world.held == {"a": {world.new}, "b": {world.old}}
+    assert not world.store.workers["b"].draining
+    world.store.awaited.clear()
+    world.store.running.add(("b", world.old))
+    await world.settle(1)
+    assert world.held["b"] == {world.old}
+    world.store.running.clear()
+    await world.settle(2)
+    assert world.held == {"a": {world.new}, "b": {world.new}}
+    assert ("a", world.old) not in {
+        (one, told.revision) for one, told in world.told if isinstance(told, SendPrepare)
+    }
+
+
 async def test_by_swap_what_is_bound_to_the_old_revision_does_not_wait_behind_its_drain() -> None:
     """Its session broke while it drained: it takes what comes back to it, for nobody else can."""
     world = await fleet("a")
