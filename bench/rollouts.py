@@ -4,11 +4,16 @@
     interlock models push MODEL_DIRECTORY --revision other --quantization none
     python -m bench.rollouts other [--rollouts 10] [--streams 16] [--strategy side-by-side]
 
+    python -m bench.rollouts other --weights-of MODEL_DIRECTORY     # no push before: it makes other weights
+
 Streams follow one another without a pause while rollouts lead from the revision that serves to the other one
 and back. Prints one JSON object: requests, failures, answers by more than one revision, the time from the
 request for a rollout to its switch and to its end, the longest pause between two events of any stream,
 in steady load and within a second of a switch, and how long requests waited for their first text: by swap, a
 lone worker's requests wait while it has neither revision. Ends with 1 where a request failed.
+
+With `--weights-of` the other revision is made of a model directory by changing each weight by a little, and
+pushed: nothing of the first one is shared then, neither files nor the quantized form, as with a new model.
 """
 
 from __future__ import annotations
@@ -19,6 +24,9 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,6 +43,9 @@ PROMPT = "Write a very long story about traveller number {number}, with many cha
 
 # An answer whose pause is counted as the switch's touches this much time around it.
 AROUND_S = 1.0
+
+# Digests and the upload of a few gigabytes on a busy disk.
+PUSH_TIMEOUT_S = 1_800.0
 
 # A worker that drains, unloads and loads on a busy laptop is done long before this.
 ROLLOUT_TIMEOUT_S = 300.0
@@ -212,6 +223,26 @@ def summary(
     }
 
 
+def push_other_weights(model: Path, revision: str) -> None:
+    """Makes a model of other weights in a temporary directory and pushes it as a revision.
+
+    Raises:
+        SystemExit: It could not be pushed; the command has said why.
+    """
+    # It imports torch, which the other runs do without.
+    from bench.other_weights import perturb  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory(prefix="interlock-weights-") as place:
+        directory = Path(place) / model.name
+        perturb(model, directory)
+        command = [sys.executable, "-m", "services.cli", "models", "push", str(directory)]
+        pushed = subprocess.run(
+            [*command, "--revision", revision], timeout=PUSH_TIMEOUT_S, check=False, stdout=subprocess.DEVNULL
+        )
+    if pushed.returncode:
+        raise SystemExit(pushed.returncode)
+
+
 def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 2), "most": round(max(values), 2)}
 
@@ -225,6 +256,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Finds the mesh by its state file, measures and prints; 1 where a request failed or was dropped."""
     parser = argparse.ArgumentParser(prog="interlock bench rollouts", description=__doc__.splitlines()[0])
     parser.add_argument("revision", help="the revision to roll to, and back from")
+    parser.add_argument(
+        "--weights-of",
+        type=Path,
+        metavar="DIRECTORY",
+        help="make the revision of this model's weights, slightly changed, and push it first",
+    )
     parser.add_argument("--rollouts", type=int, default=10)
     parser.add_argument("--streams", type=int, default=16, help="requests at once")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
@@ -232,6 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bake", type=float, default=2.0, metavar="S", help="seconds of judgement")
     parser.add_argument("--steady", type=float, default=10.0, metavar="S", help="seconds of load before")
     arguments = parser.parse_args(argv)
+    if arguments.weights_of is not None:
+        push_other_weights(arguments.weights_of.resolve(), arguments.revision)
     home = Path(os.environ.get("INTERLOCK_HOME", ".interlock"))
     state = json.loads((home / "state.json").read_text())
     address = state["http"].removeprefix("http://").rstrip("/")

@@ -92,6 +92,11 @@ class ModelKeys:
         """The gateways, by the time they were last seen."""
         return self.prefix + "gateways"
 
+    @property
+    def pins(self) -> str:
+        """The revisions that waiting jobs must go on with."""
+        return self.prefix + "pins"
+
     def worker(self, worker_id: str) -> str:
         """One worker's record."""
         return f"{self.prefix}worker:{worker_id}"

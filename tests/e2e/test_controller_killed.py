@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from tests.fixtures.mesh import MODEL, ROOT, Mesh, started
-from tests.fixtures.rollout_load import asked_all_the_time, rollout
+from tests.fixtures.rollout_load import asked_all_the_time
+from tests.fixtures.rollout_sight import revisions, rollout, serving, states, until, whole
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(480)]
 
@@ -48,48 +49,6 @@ def pair(model_path: Path, kill_file: Path) -> Iterator[Mesh]:
         pushed = mesh.run("models", "push", str(model_path), "--revision", OTHER, "--quantization", "none")
         assert pushed.returncode == 0, pushed.stderr
         yield mesh
-
-
-def until(holds: Callable[[], bool], timeout_s: float) -> float:
-    """Waits for it; returns how long it took."""
-    began_s = time.monotonic()
-    while not holds():
-        assert time.monotonic() - began_s < timeout_s, f"not within {timeout_s} s"
-        time.sleep(0.1)
-    return time.monotonic() - began_s
-
-
-def states(mesh: Mesh) -> list[str]:
-    """The way of the newest rollout; empty while no controller answers."""
-    reply = mesh.get("/v1/admin/rollouts")
-    if reply.status != 200 or not reply.json["rollouts"]:
-        return []
-    history = reply.json["rollouts"][0]["history"]
-    return [str(entered["state"]).removeprefix("ROLLOUT_STATE_") for entered in history]
-
-
-def held(mesh: Mesh) -> dict[str, set[str]]:
-    """What is inside each worker that serves; empty while no controller answers."""
-    reply = mesh.get("/v1/admin/workers")
-    if reply.status != 200:
-        return {}
-    return {
-        worker["id"]: {revision["revision"] for revision in worker["revisions"]}
-        for worker in reply.json["workers"]
-        if worker["state"] == "WORKER_STATE_SERVING"
-    }
-
-
-def serving(mesh: Mesh) -> str:
-    """The revision that answers; empty while no controller answers."""
-    reply = mesh.get("/v1/admin/models")
-    return str(reply.json["models"][0]["revision"]) if reply.status == 200 else ""
-
-
-def whole(mesh: Mesh) -> bool:
-    """Whether one revision is inside both workers, and serves."""
-    found = held(mesh)
-    return len(found) == 2 and all(revisions == {serving(mesh)} for revisions in found.values())
 
 
 KILLS = [
@@ -140,12 +99,6 @@ def test_one_revision_serves_whenever_the_controller_dies(
     assert [reply.status for reply in replies if reply.status != 200] == []
     assert {reply.revision for reply in replies} <= {before, other}
     assert {reply.revision for reply in replies if reply.asked_s > asked_s} == {serving(pair)}
-
-
-def revisions(mesh: Mesh) -> list[str]:
-    """The two revisions of the model."""
-    reply = mesh.get(f"/v1/admin/revisions?model={MODEL}")
-    return [revision["manifest"]["revision"] for revision in reply.json["revisions"]]
 
 
 def test_a_standby_takes_over_from_a_controller_that_stands_still(pair: Mesh) -> None:

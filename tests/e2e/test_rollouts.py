@@ -18,7 +18,8 @@ import pytest
 from bench import rollouts as load
 from tests.fixtures.mesh import MODEL, ROOT, Mesh, started
 from tests.fixtures.rollout_load import STREAMS as CLIENTS
-from tests.fixtures.rollout_load import asked_all_the_time, rollout
+from tests.fixtures.rollout_load import asked_all_the_time
+from tests.fixtures.rollout_sight import rollout
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.fixtures.mesh import MODEL, ROOT, Mesh, started
-from tests.fixtures.rollout_load import asked_all_the_time, rollout
+from tests.fixtures.rollout_load import asked_all_the_time
+from tests.fixtures.rollout_sight import rollout
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(480)]
 

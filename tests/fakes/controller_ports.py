@@ -34,6 +34,7 @@ class MemoryRouteStore:
         route: What gateways would read; None: nothing was written.
         workers: The records, by worker.
         running: Workers with revisions that requests run on.
+        awaited: Revisions that waiting requests must go on with.
         reachable: False: every call raises StoreUnavailable.
         calls: How many calls came, failed ones included.
         writes: The epochs of all routes that were written, in order.
@@ -48,6 +49,7 @@ class MemoryRouteStore:
         self.route: Route | None = None
         self.workers: dict[str, WorkerRecord] = {}
         self.running: set[tuple[str, str]] = set()
+        self.awaited: set[str] = set()
         self.reachable = True
         self.calls = 0
         self.writes: list[int] = []
@@ -69,6 +71,12 @@ class MemoryRouteStore:
         del model
         self._check()
         return KnownMembers(frozenset(self.workers), frozenset(self.gateways))
+
+    async def read_awaited(self, model: str) -> frozenset[str]:
+        """See `RouteStore.read_awaited`."""
+        del model
+        self._check()
+        return frozenset(self.awaited)
 
     async def write_route(self, model: str, epoch: int, fence: int, weights: Mapping[str, int]) -> None:
         """See `RouteStore.write_route`."""

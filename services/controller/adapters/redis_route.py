@@ -56,6 +56,10 @@ class RedisRouteStore:
         lately = (name for name, seen_ms in seen.items() if latest_ms - seen_ms < SEEN_MS)
         return KnownMembers(frozenset(workers), frozenset(lately))
 
+    async def read_awaited(self, model: str) -> frozenset[str]:
+        """See `RouteStore.read_awaited`."""
+        return frozenset(await self._store.fetch("SMEMBERS", ModelKeys(model).pins))
+
     async def write_route(self, model: str, epoch: int, fence: int, weights: Mapping[str, int]) -> None:
         """See `RouteStore.write_route`."""
         pairs = [value for pair in sorted(weights.items()) for value in pair]

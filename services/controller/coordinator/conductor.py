@@ -71,6 +71,11 @@ class Conductor:
         return next((one for one in self._rollouts.values() if not one.ended), None)
 
     @property
+    def newest(self) -> Rollout | None:
+        """The rollout that is under way, or the one that ended last."""
+        return next(reversed(self._rollouts.values()), None)
+
+    @property
     def all(self) -> tuple[Rollout, ...]:
         """Every rollout that is kept, newest first."""
         return tuple(reversed(self._rollouts.values()))

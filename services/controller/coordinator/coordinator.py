@@ -24,12 +24,13 @@ from services.common.errors import (
     StoreUnavailable,
 )
 from services.controller.coordinator.conductor import Conductor, as_weights
+from services.controller.coordinator.goals import Goals
 from services.controller.coordinator.judge import Judge
 from services.controller.coordinator.reunion import Reunion
 from services.controller.coordinator.roster import Roster
 from services.controller.coordinator.tenure import Tenure
 from services.controller.coordinator.worker_records import MemberKey, WorkerRecords
-from services.controller.core import membership, rollout_fleet, routing
+from services.controller.core import membership, routing
 from services.controller.core.catalog import Catalog
 from services.controller.core.commands import SendLease
 from services.controller.core.member import (
@@ -96,6 +97,7 @@ class Coordinator:
         self._rules = membership.Rules(lease_ttl_s, prepare_timeout_s, tenure.fence)
         self._judge = Judge(clock)
         self.rollouts = Conductor(self._model, catalog, records, clock)
+        self._goals = Goals(self._model, catalog, self.rollouts, store)
         self._plan: Plan | None = None
         # The epoch of the route that the store is known to hold; members hear of no later one.
         self._stored_epoch = 0
@@ -187,7 +189,8 @@ class Coordinator:
         """Raises RevisionInUse for a revision that serves, is in a rollout, or is inside a worker."""
         plan = self._led_plan()
         held = {name for member in self.members(Kind.WORKER) for name in member.residents}
-        if model == self._model and revision in {*self.rollouts.named, *plan.weights, plan.wanted, *held}:
+        used = {*self.rollouts.named, *plan.weights, plan.wanted, *held, *self._goals.awaited}
+        if model == self._model and revision in used:
             raise RevisionInUse(f"The revision {revision} serves, or is in a rollout.")
 
     async def tell_rollout(self, rollout_id: str, event: RolloutEvent) -> Rollout:
@@ -228,6 +231,8 @@ class Coordinator:
             await self._keep_lead()
             await self._keep_route()
             await self._records.keep(self._roster.members, self._tenure.fence, renew=renew)
+            if await self._goals.look(self._roster.members.values()):
+                self._tell_goal()
             await self._retire()
             if self._reunion.is_over(self._roster.members.values()):
                 await self._follow()
@@ -282,19 +287,10 @@ class Coordinator:
             self._advance(key, Tick())
 
     def _goal(self, member: Member) -> Goal | None:
-        plan, rollout = self._plan, self.rollouts.current
-        if plan is None:
-            return None
-        if rollout is not None and rollout.state is not State.PENDING:
-            return rollout_fleet.goal(rollout, member, plan.weights.items(), self._stored_epoch)
-        # What the route still names is kept beside what shall serve, for as long as it is named and known.
-        named = plan.epoch if member.kind is Kind.WORKER else 0
-        holds = {name: named for name in plan.weights if self._catalog.knows(self._model, name)}
-        return Goal(self._model, {**holds, plan.wanted: plan.serving_epoch})
+        return None if self._plan is None else self._goals.of(member, self._plan, self._stored_epoch)
 
     def _fleet(self, rollout: Rollout) -> Fleet:
-        manifest = self._catalog.revision(self._model, rollout.spec.revision).manifest
-        return rollout_fleet.fleet(rollout, self._roster.members.values(), manifest.weights_bytes)
+        return self._goals.fleet(rollout, self._roster.members.values())
 
     async def _follow(self) -> None:
         """Lets the rollout that is under way see what is, and obeys it."""

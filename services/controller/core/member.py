@@ -209,6 +209,7 @@ class Member:
         load: What it carries, as last reported.
         epoch: The highest epoch that it reported.
         quiet: Whether it gets nothing new for the sake of a rollout.
+        lost_during: The rollout that was under way when its lease ran out; empty: none.
         attached_s: When it said hello, on the monotonic clock.
         lease_end_s: When it counts as lost unless it speaks, on the monotonic clock.
     """
@@ -225,6 +226,7 @@ class Member:
     load: Load = Load()
     epoch: int = 0
     quiet: bool = False
+    lost_during: str = ""
     attached_s: float = 0.0
     lease_end_s: float = 0.0
 

@@ -54,8 +54,6 @@ RETRY_AFTER_S = (5.0, 15.0, 45.0, 120.0)
 
 _SPEECH = (LoadReport, Progress, Staged, Ready, Activated, Failed, Retired)
 
-# Where a process takes the memory that it may not have.
-_LOADING = frozenset({"load", "warm"})
 _CRASHED = "Its process ended while it loaded the revision; there may not be enough memory for it."
 
 _RevisionReport: TypeAlias = Progress | Staged | Ready | Activated | Failed | Retired
@@ -128,6 +126,8 @@ def step(member: Member, event: Event, goal: Goal | None, now_s: float, rules: R
         after = replace(after, lease_end_s=now_s + rules.lease_ttl_s)
     if isinstance(event, Hello) and goal is not None and goal.rollout_id:
         after = _note_crash(member, after, now_s, effects)
+    if isinstance(event, Silence) and goal is not None:
+        after = replace(after, lost_during=goal.rollout_id)
     if after.presence is Presence.ATTACHED:
         after = _pursue(after, goal, now_s, rules, effects)
     return Step(after, (*effects, *_listing_effects(member, after)))
@@ -191,8 +191,7 @@ def _note_crash(before: Member, after: Member, now_s: float, effects: list[Effec
     if before.incarnation == after.incarnation or before.kind is not Kind.WORKER:
         return after
     for revision, resident in before.residents.items():
-        loading = resident.phase is Phase.PREPARING and resident.step in _LOADING
-        if loading and revision not in after.residents:
+        if resident.loading and revision not in after.residents:
             failed = _fail(resident, Turn.FAIL, resident.step, _CRASHED, now_s)
             effects.append(Note("revision.failed", revision, failed.failure))
             after = _with(after, revision, failed)

@@ -37,6 +37,10 @@ class RouteStore(Protocol):
         """Who is there, as far as the store knows."""
         ...
 
+    async def read_awaited(self, model: str) -> frozenset[str]:
+        """The revisions that waiting requests must go on with: their text began there."""
+        ...
+
     async def write_route(self, model: str, epoch: int, fence: int, weights: Mapping[str, int]) -> None:
         """Replaces the route in one step; an empty `weights` routes nothing."""
         ...

@@ -111,6 +111,9 @@ TABLE = MappingProxyType(
 )
 
 
+_LOADING = frozenset({"load", "warm"})
+
+
 @dataclass(frozen=True, slots=True)
 class Resident:
     """One revision inside one member.
@@ -136,6 +139,11 @@ class Resident:
     epoch: int = 0
     attempts: int = 0
     due_s: float = 0.0
+
+    @property
+    def loading(self) -> bool:
+        """Whether it is where a process takes the memory that it may not have."""
+        return self.phase is Phase.PREPARING and self.step in _LOADING
 
     def after(self, turn: Turn) -> Resident:
         """The same revision after `turn`.

@@ -22,7 +22,7 @@ class Standing(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """One worker that is attached, as far as a rollout cares.
+    """One worker that counts, as far as a rollout cares.
 
     Attributes:
         worker_id: Its name.
@@ -41,10 +41,10 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """Who is attached now.
+    """Who is there now.
 
     Attributes:
-        workers: The workers, by name.
+        workers: The workers, by name; one whose stream broke a moment ago among them.
         gateways_pending: Live gateways that have not acknowledged the new tokenizer.
     """
 

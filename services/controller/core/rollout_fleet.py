@@ -6,12 +6,13 @@ Pure over members and the record. Must not know: the route's store, streams, tim
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from services.controller.core.member import Goal, Kind, Member, Presence
-from services.controller.core.residency import Phase
+from services.controller.core.residency import Phase, Resident
 from services.controller.core.rollout_events import Fleet, Standing, WorkerView
 from services.controller.core.rollout_goals import worker_goal
-from services.controller.core.rollout_record import Rollout, Strategy
+from services.controller.core.rollout_record import Rollout, State, Strategy
 
 # Weights are not all that a load needs: buffers of a layer on its way, and the first KV cache.
 LOAD_OVERHEAD = 1.1
@@ -29,7 +30,7 @@ _STANDINGS = {
 
 
 def fleet(rollout: Rollout, members: Iterable[Member], weights_bytes: int) -> Fleet:
-    """Who is attached, and how far each is.
+    """Who is there, and how far each is.
 
     Args:
         rollout: The rollout that looks.
@@ -39,18 +40,57 @@ def fleet(rollout: Rollout, members: Iterable[Member], weights_bytes: int) -> Fl
     views: list[WorkerView] = []
     pending = 0
     for member in members:
-        if member.presence is not Presence.ATTACHED or member.draining:
+        if member.draining:
             continue
         if member.kind is Kind.WORKER:
-            views.append(_view(rollout, member, weights_bytes))
-        else:
+            if (view := _view(rollout, member, weights_bytes)) is not None:
+                views.append(view)
+        elif member.presence is Presence.ATTACHED:
             resident = member.residents.get(rollout.spec.revision)
             # A gateway that failed must not hold up the others.
             pending += resident is None or resident.phase is Phase.PREPARING
     return Fleet(tuple(sorted(views, key=lambda view: view.worker_id)), pending)
 
 
-def goal(rollout: Rollout, member: Member, weights: Iterable[tuple[str, int]], epoch: int) -> Goal:
+def keepers(rollout: Rollout, members: Iterable[Member], awaited: frozenset[str]) -> dict[str, str]:
+    """For each revision that requests must go on with, the worker that shall have it for their sake.
+
+    What such a request has said came from it, and the worker that ran it is gone. One that has it keeps it;
+    where nobody has, one that came back with nothing comes first. One that is out of the line for a swap
+    would come back into it, so that it is chosen only where it alone has the revision.
+
+    Args:
+        rollout: The one that is under way, or that ended last.
+        members: Everybody.
+        awaited: The revisions that requests must go on with.
+    """
+    names = {rollout.previous, rollout.spec.revision}
+    able = [
+        one
+        for one in members
+        if one.kind is Kind.WORKER and one.presence is Presence.ATTACHED and not one.draining
+    ]
+    if not able:
+        return {}
+    return {name: min(able, key=lambda one: _farness(one, name, names)).id for name in awaited & names}
+
+
+def _farness(member: Member, revision: str, names: set[str]) -> tuple[bool, bool, bool, int, str]:
+    """Sorts first who serves a revision, then who is about to, then who is in line and holds the least."""
+    resident = member.residents.get(revision, Resident())
+    leaving = resident.phase in {Phase.RETIRING, Phase.ABORTING}
+    absent = leaving or not _is_held(member, revision)
+    weight = sum(_is_held(member, one) for one in names)
+    return (resident.phase is not Phase.ACTIVE, absent, member.quiet, weight, member.id)
+
+
+def goal(
+    rollout: Rollout,
+    member: Member,
+    weights: Iterable[tuple[str, int]],
+    epoch: int,
+    bound: frozenset[str] = frozenset(),
+) -> Goal:
     """What a member shall hold while the rollout lasts.
 
     Args:
@@ -58,6 +98,7 @@ def goal(rollout: Rollout, member: Member, weights: Iterable[tuple[str, int]], e
         member: The member.
         weights: The route as the store has it.
         epoch: The epoch of that route.
+        bound: Revisions that it shall have for the sake of requests; see `keepers`.
     """
     if member.kind is Kind.GATEWAY:
         leading = max(weights, key=lambda one: one[1], default=("", 0))[0]
@@ -65,12 +106,35 @@ def goal(rollout: Rollout, member: Member, weights: Iterable[tuple[str, int]], e
         return Goal(rollout.spec.model, {name: epoch if name == leading else 0 for name in names}, rollout.id)
     asked = worker_goal(rollout, member.id)
     wanted, stages = asked.holds, frozenset({asked.stages} if asked.stages else ())
-    if rollout.strategy is Strategy.SWAP:
-        others = {rollout.previous, rollout.spec.revision} - wanted
-        # One copy at a time: the next is loaded when the last one's memory is free. Its files come before.
-        if any(_is_held(member, name) for name in others):
-            return Goal(rollout.spec.model, {}, rollout.id, quiet=True, stages=wanted)
-    return Goal(rollout.spec.model, dict.fromkeys(sorted(wanted), epoch), rollout.id, stages=stages)
+    # A worker that comes back with nothing loads first what most requests wait for.
+    shares = dict(weights)
+    ordered = sorted(wanted, key=lambda name: (-shares.get(name, 0), name))
+    whole = Goal(rollout.spec.model, dict.fromkeys(ordered, epoch), rollout.id, stages=stages)
+    return _one_copy(rollout, member, whole, bound) if rollout.strategy is Strategy.SWAP else whole
+
+
+def goal_after(rollout: Rollout, member: Member, whole: Goal, bound: frozenset[str]) -> Goal:
+    """What a worker shall hold after a rollout: `whole`, which serves, and what is bound to it."""
+    if rollout.strategy is not Strategy.SWAP:
+        epoch = max(whole.holds.values())
+        return replace(whole, holds={**whole.holds, **dict.fromkeys(bound - whole.holds.keys(), epoch)})
+    if any(_is_held(member, name) for name in whole.holds):
+        return whole
+    return _one_copy(rollout, member, whole, bound)
+
+
+def _one_copy(rollout: Rollout, member: Member, whole: Goal, bound: frozenset[str]) -> Goal:
+    """A goal for a worker that has room for one revision at a time."""
+    wanted = frozenset(whole.holds)
+    others = {rollout.previous, rollout.spec.revision} - wanted
+    if others & bound and not any(_is_held(member, name) for name in wanted):
+        # They end first: it takes the other revision's place when nobody waits for that any more.
+        held = dict.fromkeys(others & bound, max(whole.holds.values()))
+        return replace(whole, holds=held, stages=wanted)
+    # The next is loaded when the last one's memory is free. Its files come before.
+    if any(_is_held(member, name) for name in others):
+        return replace(whole, holds={}, quiet=True, stages=wanted)
+    return whole
 
 
 _WEIGHTLESS = frozenset({Phase.ABSENT, Phase.STAGING, Phase.STAGED, Phase.FAILED})
@@ -82,8 +146,27 @@ def _is_held(member: Member, revision: str) -> bool:
     return resident is not None and resident.phase not in _WEIGHTLESS
 
 
-def _view(rollout: Rollout, member: Member, weights_bytes: int) -> WorkerView:
+# Who leads back waits for nobody: what is gone holds nothing that would have to go.
+_LEADS_BACK = frozenset({State.ROLLING_BACK, State.ABORTING})
+
+_FALLEN = "It was lost while it loaded the revision; there may not be enough memory for it."
+
+
+def _view(rollout: Rollout, member: Member, weights_bytes: int) -> WorkerView | None:
+    """A worker that counts; None: it does not.
+
+    One whose stream broke may be on its way back. Until its lease ends it counts as one that holds nothing:
+    the others are not the whole fleet. One that was lost in the middle of a load counts as one that failed.
+    """
     new, old = rollout.spec.revision, rollout.previous
+    if member.presence is not Presence.ATTACHED:
+        if rollout.state in _LEADS_BACK:
+            return None
+        if member.presence is Presence.DETACHED:
+            return WorkerView(member.id, fits=_fits(member, weights_bytes))
+        resident = member.residents.get(new)
+        fell = member.lost_during == rollout.id and resident is not None and resident.loading
+        return WorkerView(member.id, Standing.FAILED, Standing.FAILED, failure=_FALLEN) if fell else None
     standing = _standing(member, new)
     failure = member.residents[new].failure if standing is Standing.FAILED else ""
     return WorkerView(member.id, standing, _standing(member, old), _fits(member, weights_bytes), failure)

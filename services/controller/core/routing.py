@@ -6,10 +6,10 @@ so that it wins wherever it meets an older one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from services.controller.core.member import Kind, Member, Presence
+from services.controller.core.member import Goal, Kind, Member, Presence
 from services.controller.core.records import Route
 from services.controller.core.residency import Phase
 
@@ -79,6 +79,20 @@ def raised(plan: Plan, stored: Route | None, reported: int, now_ms: int) -> Plan
     """The same route with an epoch above what the store, the plan and the members know."""
     known = max(stored.epoch if stored else 0, plan.serving_epoch)
     return replace(plan, epoch=next_epoch(known, reported, now_ms))
+
+
+def goal(model: str, plan: Plan, member: Member, known: Callable[[str], bool]) -> Goal:
+    """What a member shall hold while no rollout is under way.
+
+    Args:
+        model: The model.
+        plan: The route. What it still names is kept beside what shall serve, while it is named and known.
+        member: The member.
+        known: Whether a revision is registered.
+    """
+    named = plan.epoch if member.kind is Kind.WORKER else 0
+    holds = {name: named for name in plan.weights if known(name)}
+    return Goal(model, {**holds, plan.wanted: plan.serving_epoch})
 
 
 def agrees(plan: Plan, fence: int, stored: Route | None) -> bool:

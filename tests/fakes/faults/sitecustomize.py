@@ -2,16 +2,21 @@
 
 A worker whose `FAULT_FILE` holds the name of a revision cannot compute with it, from one step to the next, as
 a kernel fails that meets what it was never tried with; after the word `dull` it says one and the same token.
-One whose `SHORT_FILE` holds the name of a revision gets no memory when it loads it. A controller whose
-`KILL_FILE` names a point of a rollout, as `before saved BAKING`, is killed there, once: the file is gone
-then. Others are left alone.
+One whose `SHORT_FILE` holds the name of a revision gets no memory when it loads it.
+
+A controller whose `KILL_FILE` names a point of a rollout, as `before saved BAKING`, is killed there, once:
+the file is gone then. So is the first worker that comes to the point in its `WORKER_KILL_FILE`: a phase and
+a revision, as `LOAD r2`. Where a second line has process ids, these are killed instead of who comes there.
+Others are left alone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +24,8 @@ from typing import Any
 
 # A token of most vocabularies that ends nothing.
 DULL_TOKEN = 100
+# How long a phase lasts before the worker dies in it: its reports are out by then.
+HOLD_S = 0.5
 
 
 class FaultyRunner:
@@ -76,11 +83,26 @@ def _install_shortage(file: Path) -> None:
     Preparation._load = load_short  # type: ignore[method-assign]
 
 
-def _kill_at(file: Path, point: str) -> None:
-    """Ends this process as SIGKILL does, if the file names the point."""
-    if file.exists() and file.read_text() == point:
+def _claim(file: Path, point: str) -> list[int]:
+    """The processes to end here, if the file names the point: who asks first gets them, and nobody after."""
+    try:
+        named, _, pids = file.read_text().partition("\n")
+        if named != point:
+            return []
         file.unlink()
-        os.kill(os.getpid(), signal.SIGKILL)
+    except FileNotFoundError:
+        return []
+    return [int(pid) for pid in pids.split()] or [os.getpid()]
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _kill_at(file: Path, point: str) -> None:
+    """Ends processes as SIGKILL does, if the file names the point."""
+    _kill(_claim(file, point))
 
 
 def _around(file: Path, verb: Callable[..., Awaitable[Any]], name: Callable[..., str]) -> Callable[..., Any]:
@@ -111,9 +133,47 @@ def _install_kills(file: Path) -> None:
     )
 
 
+def _install_worker_kills(file: Path) -> None:
+    from services.worker.adapters.mesh_artifacts import MeshArtifacts  # noqa: PLC0415 - in workers alone
+    from services.worker.adapters.torch_loader import TorchLoader  # noqa: PLC0415
+    from services.worker.core.revision import Phase, Residency  # noqa: PLC0415
+    from services.worker.engine.preparation import Preparation  # noqa: PLC0415
+
+    fetch, enter, prove = MeshArtifacts.fetch, Residency.enter, Preparation._prove
+
+    async def fetch_or_die(self: Any, spec: Any, progress: Any) -> Any:
+        if pids := _claim(file, f"FETCH {spec.revision}"):
+            await asyncio.sleep(HOLD_S)
+            _kill(pids)
+        return await fetch(self, spec, progress)
+
+    def in_thread(phase: str, verb: Callable[..., Any], revision: Callable[..., str]) -> Callable[..., Any]:
+        def watched(*arguments: Any) -> Any:
+            if pids := _claim(file, f"{phase} {revision(*arguments)}"):
+                time.sleep(HOLD_S)
+                _kill(pids)
+            return verb(*arguments)
+
+        return watched
+
+    def enter_or_die(self: Any, revision: str, phase: Any, **named: Any) -> None:
+        enter(self, revision, phase, **named)
+        # While a thread works on a phase there is time to tell of it; it is killed there.
+        if phase not in {Phase.VERIFY, Phase.LOAD, Phase.WARM}:
+            _kill_at(file, f"{phase.value} {revision}")
+
+    MeshArtifacts.fetch = fetch_or_die  # type: ignore[method-assign]
+    Residency.enter = enter_or_die  # type: ignore[method-assign]
+    TorchLoader.verify = in_thread("VERIFY", TorchLoader.verify, lambda _, __, spec: spec.revision)  # type: ignore[method-assign]
+    TorchLoader.load = in_thread("LOAD", TorchLoader.load, lambda _, __, spec, *___: spec.revision)  # type: ignore[method-assign]
+    Preparation._prove = in_thread("WARM", prove, lambda _, __, spec, *___: spec.revision)  # type: ignore[method-assign]
+
+
 if "services.worker" in sys.orig_argv and "FAULT_FILE" in os.environ:
     _install(Path(os.environ["FAULT_FILE"]))
 if "services.worker" in sys.orig_argv and "SHORT_FILE" in os.environ:
     _install_shortage(Path(os.environ["SHORT_FILE"]))
 if "services.controller" in sys.orig_argv and "KILL_FILE" in os.environ:
     _install_kills(Path(os.environ["KILL_FILE"]))
+if "services.worker" in sys.orig_argv and "WORKER_KILL_FILE" in os.environ:
+    _install_worker_kills(Path(os.environ["WORKER_KILL_FILE"]))
