@@ -143,6 +143,81 @@ async def test_tools(world: World) -> None:
     assert "You can call" not in prompt
 
 
+async def test_results_of_several_calls(world: World) -> None:
+    """One turn of them, each with the id that its call has too; a name that no call has is refused."""
+    worker = await world.gateway.add_worker("w1")
+    function = {"name": "weather", "arguments": "{}"}
+    calls = [{"id": name, "type": "function", "function": function} for name in "ab"]
+    results = [{"role": "tool", "tool_call_id": name, "content": f"of {name}"} for name in "ba"]
+    turns = [*ASKED["messages"], {"role": "assistant", "content": None, "tool_calls": calls}, *results]
+    await world.create(messages=[*turns, {"role": "user", "content": "so?"}])
+    made = [
+        f'<tool_call>{{"name": "weather", "arguments": {{}}, "id": "{name}"}}</tool_call>' for name in "ab"
+    ]
+    told = [
+        f'<tool_response>{{"id": "{name}", "name": "weather", "content": "of {name}"}}</tool_response>'
+        for name in "ba"
+    ]
+    expected = f"user:hi\nassistant:{made[0]}\n{made[1]}\nuser:{told[0]}\n{told[1]}\nuser:so?\n"
+    assert "".join(map(chr, worker.starts[0].prompt_ids)) == expected
+    with pytest.raises(openai.BadRequestError) as unknown:
+        await world.create(messages=[*turns, {**results[0], "tool_call_id": "c"}])
+    assert unknown.value.param == "messages[4].tool_call_id"
+
+
+async def test_what_ordinary_programs_send_is_taken(world: World) -> None:
+    """Hints and habits of frameworks, none of which a text model minds; sampling of other servers works."""
+    worker = await world.gateway.add_worker("w1", Script(answer="fine"))
+    for fields in (
+        {"verbosity": "low", "reasoning_effort": "low", "modalities": ["text"], "service_tier": "auto"},
+        {"prediction": {"type": "content", "content": "fine"}, "prompt_cache_options": {"mode": "implicit"}},
+        {"messages": [{"role": "assistant", "refusal": "No.", "content": None}, *ASKED["messages"]]},
+        {"extra_body": {"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.5}},
+    ):
+        assert (await world.create(**fields)).choices[0].message.content == "fine"
+    sampling = worker.starts[-1].sampling
+    assert (sampling.top_k, round(sampling.min_p, 3), sampling.repetition_penalty) == (7, 0.1, 1.5)
+    assert "assistant:No.\n" in "".join(map(chr, worker.starts[-2].prompt_ids))
+    made = await world.client.responses.create(
+        model=MODEL,
+        input="hi",
+        include=["reasoning.encrypted_content"],
+        max_tool_calls=3,
+        top_logprobs=0,
+        reasoning={"effort": "low", "summary": "auto"},
+        truncation="disabled",
+    )
+    assert made.output_text == "fine"
+
+
+async def test_an_answer_to_a_schema_may_be_a_call(world: World) -> None:
+    """Tools are not forgotten where the answer is held to a format; without a call it is that format."""
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
+    worker = await world.gateway.add_worker("w1", Script(answer='{"name": "weather", "arguments": {}}'))
+    for stream in (False, True):
+        made = await world.create(tools=[WEATHER], response_format=form, stream=stream)
+        choices = [c.choices[0] async for c in made] if stream else made.choices
+        calls = [call for one in choices for call in (one.delta if stream else one.message).tool_calls or ()]
+        assert [call.function.name for call in calls] == ["weather"]
+        assert choices[-1].finish_reason == "tool_calls"
+    assert "Tells the weather." in "".join(map(chr, worker.starts[0].prompt_ids))
+    worker.script = Script(answer='{"rain": true}')
+    (choice,) = (await world.create(tools=[WEATHER], response_format=form)).choices
+    assert (choice.message.content, choice.finish_reason) == ('{"rain": true}', "stop")
+    named = await world.raw(
+        "/v1/chat/completions",
+        {
+            **ASKED,
+            "tools": [WEATHER],
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "n", "schema": {"title": "x" * 70_000}},
+            },
+        },
+    )
+    assert named[2]["error"]["message"].startswith("tools or response_format.json_schema.schema: ")
+
+
 async def test_a_tool_that_must_be_called(world: World) -> None:
     """The output is held to the call's schema, and is the call."""
     answer = '{"name": "weather", "arguments": {"city": "Rome"}}'
@@ -212,6 +287,9 @@ async def test_a_response_in_events(world: World) -> None:
     ("fields", "named"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"include": ["message.output_text.logprobs"]}, "include[0]"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"context_management": [{"type": "compaction"}]}, "context_management"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"background": True}, "background"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
@@ -289,6 +367,9 @@ async def test_a_full_queue(world: World) -> None:
         ({"n": 5}, "n"),
         ({"n": 0}, "n"),
         ({"audio": {"voice": "x"}}, "audio"),
+        ({"modalities": ["text", "audio"]}, "modalities[1]"),
+        ({"moderation": {"model": "m"}}, "moderation"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"colour": "red"}, "colour"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),

@@ -219,7 +219,9 @@ def _bake(rollout: Rollout, now: _Now) -> Rollout:
     if failures and rollout.strategy is Strategy.SWAP:
         return _enter(rollout, State.ROLLING_BACK, failures[0], now)
     if not now.ready and now.old_is_ready:
-        cause = failures[0] if failures else f"No worker holds the new revision any more. {now.findings}".rstrip()
+        cause = (
+            failures[0] if failures else f"No worker holds the new revision any more. {now.findings}".rstrip()
+        )
         return _enter(rollout, State.ROLLING_BACK, cause, now)
     if rollout.strategy is Strategy.SWAP:
         rollout = _swap_one(rollout, now)

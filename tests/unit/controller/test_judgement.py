@@ -92,7 +92,10 @@ def test_reasons_are_sentences_with_the_numbers() -> None:
     assert bad.reason == "12 of 20 attempts failed, of the old one's 1.0%."
     slow = judge(took(0.5, 50), took(0.1, 50), RULES, LONG_S)
     assert slow.reason == "First tokens take 0.52 s (p50), the old one's took 0.11 s."
-    assert judge(Tally(finished=1), Tally(), RULES, LONG_S).reason == "1 attempt, 0 failed: too few to judge it by."
+    assert (
+        judge(Tally(finished=1), Tally(), RULES, LONG_S).reason
+        == "1 attempt, 0 failed: too few to judge it by."
+    )
     good = judge(took(0.1, 50), Tally(), RULES, LONG_S)
     assert good.reason == "50 attempts, 0 failed, first tokens within 0.11 s (p50) and 0.11 s (p95)."
 

@@ -164,7 +164,9 @@ async def test_nobody_asks(world: World) -> None:
     gateway.count(world.new, failed=2)
     await world.settle(7)
     assert world.rollout.state is State.COMPLETED
-    assert world.rollout.history[-1].cause == "It serves for good. 2 attempts, 2 failed: too few to judge it by."
+    assert (
+        world.rollout.history[-1].cause == "It serves for good. 2 attempts, 2 failed: too few to judge it by."
+    )
 
 
 async def test_an_operator_is_faster(world: World, gateway: Gateway) -> None:
