@@ -77,7 +77,8 @@ def test_an_answer_may_be_a_call_or_what_was_asked_for() -> None:
     schema = schema_of(call_format([WEATHER], ANSWER))
     jsonschema.validate({"name": "weather", "arguments": {"city": "Rome"}}, schema)
     jsonschema.validate({"first": GOOD}, schema)
-    for wrong in ({"name": "weather", "arguments": {}}, {"first": {}}, {}):
+    broken: list[Any] = [{"name": "weather", "arguments": {}}, {"first": {}}, {}]
+    for wrong in broken:
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(wrong, schema)
 
