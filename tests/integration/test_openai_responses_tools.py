@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_world import MODEL
@@ -28,6 +29,13 @@ ASKED: dict[str, Any] = {"model": MODEL, "input": "hi", "tools": [WEATHER]}
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     """The client before a gateway without a worker."""
     async with openai_world(tmp_path) as made:
+        yield made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def refusing(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    """One for all bodies that are refused before anybody is asked."""
+    async with openai_world(tmp_path_factory.mktemp("refusing")) as made:
         yield made
 
 
@@ -203,6 +211,7 @@ async def test_what_only_looks_like_a_call_stays_text(world: World) -> None:
     assert (cut.status, cut.output[0].status, cut.output_text) == ("incomplete", "incomplete", answer[:20])
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -233,9 +242,9 @@ async def test_what_only_looks_like_a_call_stays_text(world: World) -> None:
     ],
     ids=str,
 )
-async def test_what_tools_cannot_be_is_named(world: World, fields: dict[str, Any], named: str) -> None:
+async def test_what_tools_cannot_be_is_named(refusing: World, fields: dict[str, Any], named: str) -> None:
     """A 400 in the vendor's shape, with the field in message and `param`."""
-    status, _, body = await world.raw("/v1/responses", {**ASKED, **fields})
+    status, _, body = await refusing.raw("/v1/responses", {**ASKED, **fields})
     assert (status, body["error"]["type"]) == (400, "invalid_request_error"), body
     assert body["error"]["message"].startswith(f"{named}: ")
     assert body["error"]["param"] == named

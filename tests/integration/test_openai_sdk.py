@@ -10,6 +10,7 @@ from typing import Any
 
 import openai
 import pytest
+import pytest_asyncio
 from interlock.v1 import gateway_service_pb2 as pb
 
 from tests.fakes.scripted_worker import Script
@@ -21,6 +22,13 @@ from tests.fixtures.openai_world import ASKED, CALL, WEATHER, World, check, drai
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     """The client before a gateway without a worker."""
     async with openai_world(tmp_path) as made:
+        yield made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def refusing(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    """One for all bodies that are refused before anybody is asked."""
+    async with openai_world(tmp_path_factory.mktemp("refusing")) as made:
         yield made
 
 
@@ -283,6 +291,7 @@ async def test_a_response_in_events(world: World) -> None:
     assert "".join(event.delta for event in events[4:-4]) == "one two"
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -300,9 +309,11 @@ async def test_a_response_in_events(world: World) -> None:
     ],
     ids=str,
 )
-async def test_what_a_response_cannot_be_is_named(world: World, fields: dict[str, Any], named: str) -> None:
+async def test_what_a_response_cannot_be_is_named(
+    refusing: World, fields: dict[str, Any], named: str
+) -> None:
     """A 400 in the vendor's shape."""
-    status, _, body = await world.raw("/v1/responses", {"model": MODEL, "input": "hi", **fields})
+    status, _, body = await refusing.raw("/v1/responses", {"model": MODEL, "input": "hi", **fields})
     assert (status, body["error"]["type"]) == (400, "invalid_request_error")
     assert body["error"]["message"].startswith(named)
 
@@ -348,6 +359,16 @@ async def test_each_error_is_the_clients_own_exception(world: World) -> None:
         await world.create(max_tokens=10**6)
     assert long.value.code == "context_length_exceeded"
     check("ErrorResponse", {"error": long.value.body})
+    with pytest.raises(openai.APIStatusError) as large:
+        await world.create(messages=[{"role": "user", "content": "x" * 1_100_000}])
+    assert (large.value.status_code, large.value.type) == (413, "invalid_request_error")
+    with pytest.raises(openai.InternalServerError) as late:
+        await world.create(extra_headers={"x-interlock-deadline": "0.05"})
+    assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
+    world.gateway.reception.drain()
+    with pytest.raises(openai.InternalServerError) as gone:
+        await world.create()
+    assert (gone.value.status_code, gone.value.type) == (503, "server_error")
 
 
 async def test_a_full_queue(world: World) -> None:
@@ -361,6 +382,7 @@ async def test_a_full_queue(world: World) -> None:
     waiting.cancel()
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -388,19 +410,20 @@ async def test_a_full_queue(world: World) -> None:
     ],
     ids=str,
 )
-async def test_what_is_not_served_is_named(world: World, fields: dict[str, Any], named: str) -> None:
+async def test_what_is_not_served_is_named(refusing: World, fields: dict[str, Any], named: str) -> None:
     """A 400 in the vendor's shape, with the field in message and `param`."""
-    status, _, body = await world.raw("/v1/chat/completions", {**ASKED, **fields})
+    status, _, body = await refusing.raw("/v1/chat/completions", {**ASKED, **fields})
     error = body["error"]
     assert (status, error["type"]) == (400, "invalid_request_error")
     assert error["message"].startswith(named)
     assert set(error) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("body", [b"{", b"", b"[]", b'{"model": "a", "model": "b"}', b"[" * 100_000, b"\xff"])
-async def test_bodies_that_are_no_request(world: World, body: bytes) -> None:
+async def test_bodies_that_are_no_request(refusing: World, body: bytes) -> None:
     """A 400 in the vendor's shape."""
-    status, headers, told = await world.raw("/v1/chat/completions", body)
+    status, headers, told = await refusing.raw("/v1/chat/completions", body)
     assert (status, told["error"]["type"]) == (400, "invalid_request_error")
     assert headers["x-request-id"]
 
