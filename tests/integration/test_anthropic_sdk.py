@@ -222,6 +222,7 @@ async def test_models(world: World) -> None:
     response = await world.client.models.with_raw_response.list()
     check("ListResponse_ModelInfo_", response.http_response.json())
     model = await world.client.models.retrieve(MODEL)
+    check("ModelInfo", model.model_dump(mode="json", exclude_unset=True))
     assert (model.type, model.id) == ("model", MODEL)
     assert model.max_input_tokens > 0
     with pytest.raises(anthropic.NotFoundError):
@@ -232,6 +233,7 @@ async def test_tokens_are_counted(world: World) -> None:
     """As many as the same conversation costs."""
     await world.gateway.add_worker("w1")
     counted = await world.client.messages.count_tokens(model=MODEL, messages=ASKED["messages"], system="Hm")
+    check("CountMessageTokensResponse", counted.model_dump(exclude_unset=True))
     message = await world.create(system="Hm")
     assert counted.input_tokens == message.usage.input_tokens > 8
 
