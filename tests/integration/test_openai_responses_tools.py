@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_world import MODEL
@@ -31,12 +32,19 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         yield made
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def refusing(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    """One for all bodies that are refused before anybody is asked."""
+    async with openai_world(tmp_path_factory.mktemp("refusing")) as made:
+        yield made
+
+
 async def events_of(world: World, **fields: Any) -> list[Any]:
     """The events of a streamed response, each checked, numbered without a gap."""
     stream = await world.client.responses.create(**{**ASKED, **fields}, stream=True)
     events = [event async for event in stream]
     for event in events:
-        check("ResponseStreamEvent", event.model_dump(exclude_unset=True))
+        check("ResponseStreamEvent", event.model_dump(exclude_unset=True, by_alias=True))
     assert [event.sequence_number for event in events] == list(range(len(events)))
     return events
 
@@ -77,7 +85,7 @@ async def test_a_conversation_goes_on_with_what_a_call_came_to(world: World) -> 
 
 
 async def test_calls_and_results_beside_one_another_are_one_turn_each(world: World) -> None:
-    """Two calls of one response, and what both came to; a question behind them stays a turn of its own."""
+    """Two calls of one response, and what came of which; a question behind them stays a turn."""
     worker = await world.gateway.add_worker("w1", Script(answer="fine"))
     call = {"type": "function_call", "name": "weather", "arguments": '{"city": "Paris"}'}
     result = {"type": "function_call_output", "output": "rain"}
@@ -85,13 +93,17 @@ async def test_calls_and_results_beside_one_another_are_one_turn_each(world: Wor
         {"role": "user", "content": "hi"},
         {**call, "call_id": "a"},
         {**call, "call_id": "b"},
-        {**result, "call_id": "a"},
         {**result, "call_id": "b"},
+        {**result, "call_id": "a"},
         {"role": "user", "content": "so?"},
     ]
     await world.client.responses.create(model=MODEL, input=turns)
-    told = "<tool_response>rain</tool_response>"
-    expected = f"user:hi\nassistant:{CALL}\n{CALL}\nuser:{told}\n{told}\nuser:so?\n"
+    made = [CALL.replace("}}", f'}}, "id": "{name}"}}') for name in "ab"]
+    told = [
+        f'<tool_response>{{"id": "{name}", "name": "weather", "content": "rain"}}</tool_response>'
+        for name in "ba"
+    ]
+    expected = f"user:hi\nassistant:{made[0]}\n{made[1]}\nuser:{told[0]}\n{told[1]}\nuser:so?\n"
     assert "".join(map(chr, worker.starts[0].prompt_ids)) == expected
 
 
@@ -145,9 +157,29 @@ async def test_a_tool_that_must_be_called(world: World) -> None:
         (call,) = response.parse().output
         assert json.loads(call.arguments) == {"city": "Rome"}
         assert '"weather"' in worker.starts[-1].format.json_schema
+        # What a function is for the model has to know in any case.
+        assert "Tells the weather." in "".join(map(chr, worker.starts[-1].prompt_ids))
     events = await events_of(world, tool_choice="required")
     assert "output_text.delta" not in kinds_of(events)
     assert json.loads(events[-1].response.output[0].arguments) == {"city": "Rome"}
+
+
+async def test_an_answer_to_a_schema_may_be_a_call(world: World) -> None:
+    """Tools are not forgotten where the answer is held to a format; what is no call comes as it is made."""
+    form = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object", "required": ["x"]}}}
+    worker = await world.gateway.add_worker("w1", Script(answer=ROME))
+    made = await world.client.responses.create(**ASKED, text=form)
+    assert [item.type for item in made.output] == ["function_call"]
+    schema = worker.starts[0].format.json_schema
+    assert '"weather"' in schema
+    assert '"required": ["x"]' in schema
+    prompt = "".join(map(chr, worker.starts[0].prompt_ids))
+    assert "Tells the weather." in prompt
+    assert "<tool_call>" not in prompt
+    worker.script = Script(answer='{"x": "and so on"}', interval_s=0.001)
+    events = await events_of(world, text=form)
+    assert events[-1].response.output_text == '{"x": "and so on"}'
+    assert sum(event.type == "response.output_text.delta" for event in events) > 1
 
 
 async def test_one_call_at_a_time_where_no_more_are_wanted(world: World) -> None:
@@ -179,6 +211,7 @@ async def test_what_only_looks_like_a_call_stays_text(world: World) -> None:
     assert (cut.status, cut.output[0].status, cut.output_text) == ("incomplete", "incomplete", answer[:20])
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -197,6 +230,7 @@ async def test_what_only_looks_like_a_call_stays_text(world: World) -> None:
         ({"parallel_tool_calls": "yes"}, "parallel_tool_calls"),
         ({"input": [{"type": "function_call", "name": "a", "arguments": "{}"}]}, "input[0].call_id"),
         ({"input": [{"type": "function_call_output", "call_id": "a"}]}, "input[0].output"),
+        ({"input": [{"type": "function_call_output", "call_id": "a", "output": "x"}]}, "input[0].call_id"),
         (
             {
                 "input": [
@@ -208,9 +242,9 @@ async def test_what_only_looks_like_a_call_stays_text(world: World) -> None:
     ],
     ids=str,
 )
-async def test_what_tools_cannot_be_is_named(world: World, fields: dict[str, Any], named: str) -> None:
+async def test_what_tools_cannot_be_is_named(refusing: World, fields: dict[str, Any], named: str) -> None:
     """A 400 in the vendor's shape, with the field in message and `param`."""
-    status, _, body = await world.raw("/v1/responses", {**ASKED, **fields})
+    status, _, body = await refusing.raw("/v1/responses", {**ASKED, **fields})
     assert (status, body["error"]["type"]) == (400, "invalid_request_error"), body
     assert body["error"]["message"].startswith(f"{named}: ")
     assert body["error"]["param"] == named

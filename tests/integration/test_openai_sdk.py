@@ -10,6 +10,7 @@ from typing import Any
 
 import openai
 import pytest
+import pytest_asyncio
 from interlock.v1 import gateway_service_pb2 as pb
 
 from tests.fakes.scripted_worker import Script
@@ -21,6 +22,13 @@ from tests.fixtures.openai_world import ASKED, CALL, WEATHER, World, check, drai
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     """The client before a gateway without a worker."""
     async with openai_world(tmp_path) as made:
+        yield made
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def refusing(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    """One for all bodies that are refused before anybody is asked."""
+    async with openai_world(tmp_path_factory.mktemp("refusing")) as made:
         yield made
 
 
@@ -86,13 +94,17 @@ async def test_log_probabilities(world: World) -> None:
     """One entry a token, with as many alternatives as were asked for, whole and streamed."""
     await world.gateway.add_worker("w1", Script(answer="ab"))
     completion = await world.create(logprobs=True, top_logprobs=2)
+    check("CreateChatCompletionResponse", completion.model_dump(exclude_unset=True))
     content = completion.choices[0].logprobs.content
     assert [entry.token for entry in content] == ["a", "b"]
     assert all(len(entry.top_logprobs) <= 2 and entry.logprob <= 0 for entry in content)
     chunks = [chunk async for chunk in await world.create(stream=True, logprobs=True)]
+    for chunk in chunks:
+        check("CreateChatCompletionStreamResponse", chunk.model_dump(exclude_unset=True))
     streamed = [e.token for c in chunks if c.choices[0].logprobs for e in c.choices[0].logprobs.content]
     assert streamed == ["a", "b"]
     text = await world.client.completions.create(model=MODEL, prompt="x", logprobs=1)
+    check("CreateCompletionResponse", text.model_dump(exclude_unset=True))
     assert text.choices[0].logprobs.tokens == ["a", "b"]
     assert text.choices[0].logprobs.text_offset == [0, 1]
 
@@ -111,6 +123,14 @@ async def test_a_completion_of_a_text(world: World) -> None:
         model=MODEL, prompt="x", stream=True, stream_options={"include_usage": True}
     )
     chunks = [chunk async for chunk in stream]
+    for chunk in chunks:
+        told = chunk.model_dump(exclude_unset=True)
+        # The vendor has null here before the end; its one schema for whole and streamed answers has not.
+        told["usage"] = told["usage"] or {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+        for choice in told["choices"]:
+            choice["finish_reason"] = choice["finish_reason"] or "stop"
+        check("CreateCompletionResponse", told)
+    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == "one two"
     assert chunks[-1].usage.completion_tokens == 7
 
@@ -126,6 +146,8 @@ async def test_tools(world: World) -> None:
     check("CreateChatCompletionResponse", response.http_response.json())
     assert "weather" in "".join(map(chr, worker.starts[0].prompt_ids))
     chunks = [chunk async for chunk in await world.create(stream=True, tools=[WEATHER])]
+    for chunk in chunks:
+        check("CreateChatCompletionStreamResponse", chunk.model_dump(exclude_unset=True))
     calls = [called for chunk in chunks for called in chunk.choices[0].delta.tool_calls or ()]
     assert [called.function.name for called in calls] == ["weather"]
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
@@ -141,6 +163,81 @@ async def test_tools(world: World) -> None:
     assert CALL in prompt
     assert "<tool_response>rain</tool_response>" in prompt
     assert "You can call" not in prompt
+
+
+async def test_results_of_several_calls(world: World) -> None:
+    """One turn of them, each with the id that its call has too; a name that no call has is refused."""
+    worker = await world.gateway.add_worker("w1")
+    function = {"name": "weather", "arguments": "{}"}
+    calls = [{"id": name, "type": "function", "function": function} for name in "ab"]
+    results = [{"role": "tool", "tool_call_id": name, "content": f"of {name}"} for name in "ba"]
+    turns = [*ASKED["messages"], {"role": "assistant", "content": None, "tool_calls": calls}, *results]
+    await world.create(messages=[*turns, {"role": "user", "content": "so?"}])
+    made = [
+        f'<tool_call>{{"name": "weather", "arguments": {{}}, "id": "{name}"}}</tool_call>' for name in "ab"
+    ]
+    told = [
+        f'<tool_response>{{"id": "{name}", "name": "weather", "content": "of {name}"}}</tool_response>'
+        for name in "ba"
+    ]
+    expected = f"user:hi\nassistant:{made[0]}\n{made[1]}\nuser:{told[0]}\n{told[1]}\nuser:so?\n"
+    assert "".join(map(chr, worker.starts[0].prompt_ids)) == expected
+    with pytest.raises(openai.BadRequestError) as unknown:
+        await world.create(messages=[*turns, {**results[0], "tool_call_id": "c"}])
+    assert unknown.value.param == "messages[4].tool_call_id"
+
+
+async def test_what_ordinary_programs_send_is_taken(world: World) -> None:
+    """Hints and habits of frameworks, none of which a text model minds; sampling of other servers works."""
+    worker = await world.gateway.add_worker("w1", Script(answer="fine"))
+    for fields in (
+        {"verbosity": "low", "reasoning_effort": "low", "modalities": ["text"], "service_tier": "auto"},
+        {"prediction": {"type": "content", "content": "fine"}, "prompt_cache_options": {"mode": "implicit"}},
+        {"messages": [{"role": "assistant", "refusal": "No.", "content": None}, *ASKED["messages"]]},
+        {"extra_body": {"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.5}},
+    ):
+        assert (await world.create(**fields)).choices[0].message.content == "fine"
+    sampling = worker.starts[-1].sampling
+    assert (sampling.top_k, round(sampling.min_p, 3), sampling.repetition_penalty) == (7, 0.1, 1.5)
+    assert "assistant:No.\n" in "".join(map(chr, worker.starts[-2].prompt_ids))
+    made = await world.client.responses.create(
+        model=MODEL,
+        input="hi",
+        include=["reasoning.encrypted_content"],
+        max_tool_calls=3,
+        top_logprobs=0,
+        reasoning={"effort": "low", "summary": "auto"},
+        truncation="disabled",
+    )
+    assert made.output_text == "fine"
+
+
+async def test_an_answer_to_a_schema_may_be_a_call(world: World) -> None:
+    """Tools are not forgotten where the answer is held to a format; without a call it is that format."""
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
+    worker = await world.gateway.add_worker("w1", Script(answer='{"name": "weather", "arguments": {}}'))
+    for stream in (False, True):
+        made = await world.create(tools=[WEATHER], response_format=form, stream=stream)
+        choices = [c.choices[0] async for c in made] if stream else made.choices
+        calls = [call for one in choices for call in (one.delta if stream else one.message).tool_calls or ()]
+        assert [call.function.name for call in calls] == ["weather"]
+        assert choices[-1].finish_reason == "tool_calls"
+    assert "Tells the weather." in "".join(map(chr, worker.starts[0].prompt_ids))
+    worker.script = Script(answer='{"rain": true}')
+    (choice,) = (await world.create(tools=[WEATHER], response_format=form)).choices
+    assert (choice.message.content, choice.finish_reason) == ('{"rain": true}', "stop")
+    named = await world.raw(
+        "/v1/chat/completions",
+        {
+            **ASKED,
+            "tools": [WEATHER],
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "n", "schema": {"title": "x" * 70_000}},
+            },
+        },
+    )
+    assert named[2]["error"]["message"].startswith("tools or response_format.json_schema.schema: ")
 
 
 async def test_a_tool_that_must_be_called(world: World) -> None:
@@ -208,10 +305,14 @@ async def test_a_response_in_events(world: World) -> None:
     assert "".join(event.delta for event in events[4:-4]) == "one two"
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"include": ["message.output_text.logprobs"]}, "include[0]"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"context_management": [{"type": "compaction"}]}, "context_management"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"background": True}, "background"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
@@ -222,9 +323,11 @@ async def test_a_response_in_events(world: World) -> None:
     ],
     ids=str,
 )
-async def test_what_a_response_cannot_be_is_named(world: World, fields: dict[str, Any], named: str) -> None:
+async def test_what_a_response_cannot_be_is_named(
+    refusing: World, fields: dict[str, Any], named: str
+) -> None:
     """A 400 in the vendor's shape."""
-    status, _, body = await world.raw("/v1/responses", {"model": MODEL, "input": "hi", **fields})
+    status, _, body = await refusing.raw("/v1/responses", {"model": MODEL, "input": "hi", **fields})
     assert (status, body["error"]["type"]) == (400, "invalid_request_error")
     assert body["error"]["message"].startswith(named)
 
@@ -246,7 +349,9 @@ async def test_models(world: World) -> None:
     response = await world.client.models.with_raw_response.list()
     assert [model.id for model in response.parse().data] == [MODEL]
     check("ListModelsResponse", response.http_response.json())
-    assert (await world.client.models.retrieve(MODEL)).id == MODEL
+    one = await world.client.models.retrieve(MODEL)
+    assert one.id == MODEL
+    check("Model", one.model_dump(exclude_unset=True))
     with pytest.raises(openai.NotFoundError) as caught:
         await world.client.models.retrieve("nope")
     assert caught.value.code == "model_not_found"
@@ -270,6 +375,16 @@ async def test_each_error_is_the_clients_own_exception(world: World) -> None:
         await world.create(max_tokens=10**6)
     assert long.value.code == "context_length_exceeded"
     check("ErrorResponse", {"error": long.value.body})
+    with pytest.raises(openai.APIStatusError) as large:
+        await world.create(messages=[{"role": "user", "content": "x" * 1_100_000}])
+    assert (large.value.status_code, large.value.type) == (413, "invalid_request_error")
+    with pytest.raises(openai.InternalServerError) as late:
+        await world.create(extra_headers={"x-interlock-deadline": "0.05"})
+    assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
+    world.gateway.reception.drain()
+    with pytest.raises(openai.InternalServerError) as gone:
+        await world.create()
+    assert (gone.value.status_code, gone.value.type) == (503, "server_error")
 
 
 async def test_a_full_queue(world: World) -> None:
@@ -283,12 +398,16 @@ async def test_a_full_queue(world: World) -> None:
     waiting.cancel()
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
         ({"n": 5}, "n"),
         ({"n": 0}, "n"),
         ({"audio": {"voice": "x"}}, "audio"),
+        ({"modalities": ["text", "audio"]}, "modalities[1]"),
+        ({"moderation": {"model": "m"}}, "moderation"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"colour": "red"}, "colour"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
@@ -307,19 +426,20 @@ async def test_a_full_queue(world: World) -> None:
     ],
     ids=str,
 )
-async def test_what_is_not_served_is_named(world: World, fields: dict[str, Any], named: str) -> None:
+async def test_what_is_not_served_is_named(refusing: World, fields: dict[str, Any], named: str) -> None:
     """A 400 in the vendor's shape, with the field in message and `param`."""
-    status, _, body = await world.raw("/v1/chat/completions", {**ASKED, **fields})
+    status, _, body = await refusing.raw("/v1/chat/completions", {**ASKED, **fields})
     error = body["error"]
     assert (status, error["type"]) == (400, "invalid_request_error")
     assert error["message"].startswith(named)
     assert set(error) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("body", [b"{", b"", b"[]", b'{"model": "a", "model": "b"}', b"[" * 100_000, b"\xff"])
-async def test_bodies_that_are_no_request(world: World, body: bytes) -> None:
+async def test_bodies_that_are_no_request(refusing: World, body: bytes) -> None:
     """A 400 in the vendor's shape."""
-    status, headers, told = await world.raw("/v1/chat/completions", body)
+    status, headers, told = await refusing.raw("/v1/chat/completions", body)
     assert (status, told["error"]["type"]) == (400, "invalid_request_error")
     assert headers["x-request-id"]
 

@@ -18,6 +18,8 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from interlock.http.v1 import http_service_pb2
 
 from deploy.envoy.generate import DESCRIPTORS
+from deploy.envoy.listener import HEADERS_BYTES_MAX, HEADERS_MAX
+from deploy.envoy.replies import HEADERS_MESSAGE
 from deploy.envoy.routes import BODY_BYTES_MAX
 from services.local import probes
 from tests.fixtures.edge import Edge, started_edge
@@ -154,16 +156,16 @@ def _posted() -> list[str]:
     return sorted(re.sub(r"\{[^}]*\}", "x", binding.post) for binding in bindings if binding.post)
 
 
-def _check_shape(path: str, headers: dict[str, str], body: bytes) -> None:
+def _check_shape(path: str, headers: dict[str, str], body: bytes, *, anthropic: bool = False) -> None:
     """The error stands where the path's own clients look for it, with the caller's request id."""
     told = json.loads(body)
     assert headers["content-type"] == "application/json"
     assert headers["x-request-id"] == 'm"ine'
-    if path.startswith("/v1/messages"):
+    if path.startswith("/v1/messages") or (anthropic and path.startswith("/v1/models")):
         assert set(told) == {"type", "error", "request_id"}
         assert (told["type"], told["request_id"]) == ("error", 'm"ine')
         assert set(told["error"]) == {"type", "message"}
-    elif path.startswith(("/v1/chat/", "/v1/completions", "/v1/responses", "/v1/models")):
+    elif path.startswith(("/v1/chat/", "/v1/completions", "/v1/responses", "/v1/models", "/v1/embeddings")):
         assert set(told) == {"error"}
         assert set(told["error"]) == {"message", "type", "param", "code"}
         assert (told["error"]["param"], told["error"]["code"]) == (None, None)
@@ -182,13 +184,53 @@ def test_a_body_that_is_too_large_is_told_in_the_shape_of_its_api(edge: Edge, pa
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/chat/none", "/v1/messages/none/at/all", "/v1/models/none/x", "/v1/other", "/v1/responses/a/b"],
+    [
+        "/v1/chat/none",
+        "/v1/messages/none/at/all",
+        "/v1/models/none/x",
+        "/v1/other",
+        "/v1/responses/a/b",
+        "/v1/embeddings",
+    ],
 )
 def test_an_unknown_path_is_told_in_the_shape_of_its_api(edge: Edge, path: str) -> None:
     """404, whatever the query, and a quotation mark in the request id breaks no JSON."""
     status, headers, body = edge.ask("POST", f"{path}?a=b", b"{}", {"x-request-id": 'm"ine'})
     assert status == 404
     _check_shape(path, headers, body)
+
+
+def test_a_path_that_two_vendors_have_is_told_in_the_shape_of_who_asks(edge: Edge) -> None:
+    """One of them names its version; where only one of them has the path, that changes nothing."""
+    for path in ("/v1/models/none/x", "/v1/chat/none", "/v1/other"):
+        sent = {"x-request-id": 'm"ine', "anthropic-version": "2023-06-01"}
+        status, headers, body = edge.ask("GET", path, headers=sent)
+        assert status == 404
+        _check_shape(path, headers, body, anthropic=True)
+
+
+@pytest.mark.parametrize("path", _posted())
+def test_headers_that_are_too_large_or_too_many_are_told_in_the_shape_of_its_api(
+    edge: Edge, path: str
+) -> None:
+    """431 from one over the limits on, with the request's id; below them the gateway is asked."""
+    sent = {"x-request-id": 'm"ine', "content-type": "application/json"}
+    # HTTP/1.1 has the host among them, and this client the encoding and the length.
+    room = HEADERS_MAX - len(sent) - 3
+    status, _, _ = edge.ask("POST", path, "x", sent | {f"x-{number}": "v" for number in range(room)})
+    assert status == 200
+    for more in ({f"x-{number}": "v" for number in range(room + 9)}, {"x-large": "v" * HEADERS_BYTES_MAX}):
+        status, headers, body = edge.ask("POST", path, "x", sent | more)
+        assert status == 431
+        _check_shape(path, headers, body)
+
+
+def test_headers_of_a_grpc_call_have_the_same_bounds(edge: Edge) -> None:
+    """The call ends with words for it, and the next one is answered."""
+    with pytest.raises(grpc.RpcError) as refused:
+        edge.call(GENERATE, metadata={"x-large": "v" * HEADERS_BYTES_MAX})
+    assert refused.value.details() == HEADERS_MESSAGE
+    assert edge.call(GENERATE) == b"x"
 
 
 @pytest.mark.parametrize(
@@ -251,8 +293,9 @@ def test_headers_that_could_fool_a_server_are_dropped_or_refused(edge: Edge) -> 
     assert edge.ask("POST", "/v1/generate", "x", {"x_interlock_mesh_token": "t"})[0] == 200
     seen = edge.gateway.seen["/interlock.http.v1.GatewayHttpService/Generate"]
     assert not [name for name in seen if "mesh" in name]
-    assert edge.ask("POST", "/v1/generate", "x", {f"x-{number}": "v" for number in range(80)})[0] == 431
-    assert edge.ask("POST", "/v1/generate", "x", {"x-large": "v" * 20_000})[0] == 431
+    # What the codec refuses, it refuses before it has read anything.
+    assert edge.ask("POST", "/v1/generate", "x", {f"x-{number}": "v" for number in range(300)})[0] == 431
+    assert edge.ask("POST", "/v1/generate", "x", {"x-large": "v" * 80_000})[0] == 431
 
 
 def test_headers_that_grpc_cannot_carry_are_left_out(edge: Edge) -> None:

@@ -13,7 +13,7 @@ from typing import Self
 
 from services.common.allowance import Allowance
 from services.common.clock import Clock
-from services.common.errors import InterlockError, RequestUnknown, StoreUnavailable
+from services.common.errors import ArgumentInvalid, InterlockError, RequestUnknown, StoreUnavailable
 from services.gateway.core.events import Chunk, Event, Queued, Started
 from services.gateway.core.jobs import Outcome
 from services.gateway.core.log import Entry, Failed, LogPage
@@ -93,6 +93,7 @@ class Follower:
         Raises:
             RequestUnknown: It is not there, or was not asked to be resumable.
             RequestExists: It was asked something else than `digest` says.
+            ArgumentInvalid: It has ended, and its log is shorter than the cursor.
             StoreUnavailable: The store does not answer.
         """
         page = await self._log.read(self._model, self.job_id, self._read)
@@ -100,6 +101,9 @@ class Follower:
             raise RequestUnknown("No resumable request of that id is known for this subject.")
         if digest and page.digest != digest:
             raise exists_with_other_body()
+        if page.outcome is not None and 0 < page.end < self._read:
+            # It is whole, and never had such a position.
+            raise ArgumentInvalid(f"cursor: the log has {page.end} events.")
         self._take_page(page)
 
     def notice(self) -> None:

@@ -37,7 +37,7 @@ async def create_message(reception: Reception, request: HttpBody, context: Conte
                 answer = await whole_answer(generation)
                 await reply.begin(generation)
                 text, calls = tool_calls.read_calls(
-                    answer.text, asked.tools, _call_ids(reply), forced=asked.forced, single=asked.single
+                    answer.text, asked.tools, _call_ids(reply), bare=asked.bare, single=asked.single
                 )
                 data = anthropic.message_body(
                     _message_id(reply), answer.started.model, text, calls, answer.finished
@@ -113,9 +113,7 @@ class _MessageStream:
 
     def __init__(self, asked: MessagesRequest, reply: Reply) -> None:
         self._asked = asked
-        self._held = tool_calls.HeldText(
-            asked.tools, _call_ids(reply), forced=asked.forced, single=asked.single
-        )
+        self._held = tool_calls.HeldText(asked.tools, _call_ids(reply), bare=asked.bare, single=asked.single)
         self._opened = False
 
     def said(self, happened: Chunk | Finished) -> Iterator[bytes]:

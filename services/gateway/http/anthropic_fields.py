@@ -20,18 +20,30 @@ from services.gateway.core.params import (
     OutputFormat,
     SamplingParams,
 )
-from services.gateway.http import anthropic_tools, native_fields, tool_calls
+from services.gateway.http import anthropic_tools, native_fields, tool_calls, tool_schemas
 from services.gateway.http.anthropic_tools import Choice
 from services.gateway.http.native import check_json_type
+from services.gateway.http.told_calls import ToldCalls
 from services.gateway.http.tool_calls import Tool
 
 _SAMPLING = ("temperature", "top_p", "top_k")
 COUNTED = frozenset(
-    {"messages", "model", "system", "thinking", "output_config", "cache_control", "tools", "tool_choice"}
+    {
+        "messages",
+        "model",
+        "system",
+        "thinking",
+        "output_config",
+        "cache_control",
+        "context_management",
+        "speed",
+        "tools",
+        "tool_choice",
+    }
 )
 # Nothing to use is nothing to refuse.
 _EMPTY_OR_REFUSED = ("mcp_servers",)
-_REFUSED = ("container", "inference_geo", "context_management")
+_REFUSED = ("container", "inference_geo", "diagnostics")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +54,7 @@ class MessagesRequest:
         generation: The request itself.
         stream: Whether events are wanted rather than one message.
         tools: The names of the tools that the model may call.
-        forced: Whether it must call one.
+        bare: Whether a call is all of the answer, without marks.
         single: Whether it may call no more than one.
         names: What fields are called here, by their names inside.
     """
@@ -50,7 +62,7 @@ class MessagesRequest:
     generation: GenerationRequest
     stream: bool
     tools: frozenset[str] = frozenset()
-    forced: bool = False
+    bare: bool = False
     single: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
 
@@ -72,6 +84,7 @@ def read_messages(body: bytes, content_type: str) -> MessagesRequest:
     form = read.get("output_config")
     if forced and form is not None:
         raise ArgumentInvalid("tool_choice: an answer that must be a call cannot have output_config.format.")
+    bare = _is_bare(read)
     generation = GenerationRequest(
         request_id=None,
         model=read["model"],
@@ -81,7 +94,7 @@ def read_messages(body: bytes, content_type: str) -> MessagesRequest:
         stop=read.get("stop_sequences", ()),
         logprobs=None,
         n=None,
-        form=tool_calls.forced_format(tools) if forced else form,
+        form=tool_schemas.call_format(tools, form) if bare else form,
         priority=0,
         resumable=False,
     )
@@ -89,10 +102,12 @@ def read_messages(body: bytes, content_type: str) -> MessagesRequest:
         generation,
         stream=read.get("stream", False),
         tools=frozenset(tool.name for tool in tools),
-        forced=forced,
+        bare=bare,
         single=read.get("tool_choice", Choice()).single,
         names={
-            "format.json_schema": "tools" if forced else "output_config.format.schema",
+            "format.json_schema": tool_schemas.blamed(
+                "output_config.format.schema", forced=forced, bare=bare
+            ),
             "stop": "stop_sequences",
         },
     )
@@ -133,8 +148,14 @@ def _prompt(read: Mapping[str, Any]) -> ChatPrompt:
         turns.append(turn)
     if turns and turns[-1].role == "assistant":
         raise FeatureUnsupported("messages: the last turn must be the user's; it cannot be continued here.")
+    tools, _ = _tools(read)
+    return ChatPrompt(tuple(tool_calls.instructed(turns, tools, bare=_is_bare(read)) if tools else turns))
+
+
+def _is_bare(read: Mapping[str, Any]) -> bool:
+    """Whether a call is all of the answer: what is held to a schema has no room for marks."""
     tools, forced = _tools(read)
-    return ChatPrompt(tuple(tool_calls.instructed(turns, tools) if tools and not forced else turns))
+    return bool(tools) and (forced or read.get("output_config") is not None)
 
 
 def _tools(read: Mapping[str, Any]) -> tuple[tuple[Tool, ...], bool]:
@@ -145,10 +166,11 @@ def _messages(name: str, value: Any) -> tuple[Message, ...]:
     turns = native_fields.read_array(name, value)
     if not turns:
         raise ArgumentInvalid(f"{name}: at least one turn is needed.")
-    return tuple(_message(f"{name}[{at}]", turn) for at, turn in enumerate(turns))
+    calls = ToldCalls()
+    return tuple(_message(f"{name}[{at}]", turn, calls) for at, turn in enumerate(turns))
 
 
-def _message(name: str, value: Any) -> Message:
+def _message(name: str, value: Any, calls: ToldCalls) -> Message:
     fields = native_fields.read_map(name, value)
     for key in fields:
         if key not in {"role", "content"}:
@@ -157,32 +179,40 @@ def _message(name: str, value: Any) -> Message:
         if key not in fields:
             raise ArgumentInvalid(f"{name}.{key}: is missing.")
     role = native_fields.read_text(f"{name}.role", fields["role"])
-    if role not in {"user", "assistant"}:
-        raise ArgumentInvalid(f"{name}.role: must be user or assistant.")
-    return Message(role, _content(f"{name}.content", fields["content"], role))
+    if role not in {"user", "assistant", "system"}:
+        raise ArgumentInvalid(f"{name}.role: must be user, assistant or system.")
+    return Message(role, _content(f"{name}.content", fields["content"], role, calls))
 
 
 def _system(name: str, value: Any) -> str:
-    return _content(name, value, "system")
+    return _content(name, value, "system", ToldCalls())
 
 
-def _content(name: str, value: Any, role: str) -> str:
+def _content(name: str, value: Any, role: str, calls: ToldCalls) -> str:
     """A text, or blocks of it; blocks are lines of one text."""
     if isinstance(value, str):
         return value
-    blocks = native_fields.read_array(name, value)
-    return "\n".join(_block(f"{name}[{at}]", block, role) for at, block in enumerate(blocks))
+    blocks = [
+        (f"{name}[{at}]", native_fields.read_map(f"{name}[{at}]", block))
+        for at, block in enumerate(native_fields.read_array(name, value))
+    ]
+    alone = sum(fields.get("type") == "tool_use" for _, fields in blocks) == 1
+    said = (_block(place, fields, role, calls, alone=alone) for place, fields in blocks)
+    return "\n".join(text for text in said if text is not None)
 
 
-def _block(name: str, value: Any, role: str) -> str:
-    fields = native_fields.read_map(name, value)
+def _block(name: str, fields: Mapping[str, Any], role: str, calls: ToldCalls, *, alone: bool) -> str | None:
+    """What a block says; None: nothing to this model."""
     kind = native_fields.read_text(f"{name}.type", fields.get("type"))
     if kind == "tool_use" and role == "assistant":
-        return anthropic_tools.said_use(name, fields)
+        return calls.call(anthropic_tools.read_use(name, fields), alone=alone)
     if kind == "tool_result" and role == "user":
         content = fields.get("content")
-        text = "" if content is None else _content(f"{name}.content", content, "tool")
-        return anthropic_tools.said_result(name, fields, text)
+        text = "" if content is None else _content(f"{name}.content", content, "tool", calls)
+        return anthropic_tools.said_result(name, fields, text, calls)
+    if kind in {"thinking", "redacted_thinking"} and role == "assistant":
+        # Another model's, from before; the vendor leaves out what was thought in earlier turns as well.
+        return None
     if kind != "text":
         raise FeatureUnsupported(f"{name}.type: blocks of type {shown(kind)} are not served here.")
     for key in fields:
@@ -192,14 +222,17 @@ def _block(name: str, value: Any, role: str) -> str:
 
 
 def _thinking(name: str, value: Any) -> None:
-    if native_fields.read_map(name, value).get("type") != "disabled":
+    # The other two leave it to the model whether it thinks, and this one does not.
+    kind = native_fields.read_text(f"{name}.type", native_fields.read_map(name, value).get("type"))
+    if kind not in {"disabled", "adaptive", "between_tools"}:
         raise FeatureUnsupported(f"{name}: is not served here; leave it out or disable it.")
 
 
 def _output(name: str, value: Any) -> OutputFormat | None:
     fields = native_fields.read_map(name, value)
     for key in fields:
-        if key != "format":
+        # How much effort is a hint to other models.
+        if key not in {"format", "effort"}:
             raise FeatureUnsupported(f"{name}.{shown(key)}: is not served here.")
     if fields.get("format") is None:
         return None
@@ -209,6 +242,18 @@ def _output(name: str, value: Any) -> OutputFormat | None:
     return OutputFormat(
         FormatKind.JSON_SCHEMA, (native_fields.read_schema(f"{name}.format.schema", form["schema"]),)
     )
+
+
+def _context_management(name: str, value: Any) -> None:
+    """Asks for what is left out of a long conversation; thoughts can be, as there are none."""
+    fields = native_fields.read_map(name, value)
+    for at, edit in enumerate(
+        native_fields.read_array(f"{name}.edits", native_fields.given(fields, "edits", []))
+    ):
+        place = f"{name}.edits[{at}]"
+        kind = native_fields.read_text(f"{place}.type", native_fields.read_map(place, edit).get("type"))
+        if not kind.startswith("clear_thinking_"):
+            raise FeatureUnsupported(f"{place}.type: edits of type {shown(kind)} are not served here.")
 
 
 FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
@@ -225,7 +270,9 @@ FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "tool_choice": anthropic_tools.read_choice,
     "thinking": _thinking,
     "output_config": _output,
+    "context_management": _context_management,
     "metadata": native_fields.ignore,
     "cache_control": native_fields.ignore,
     "service_tier": native_fields.ignore,
+    "speed": native_fields.ignore,
 }

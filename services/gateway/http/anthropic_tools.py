@@ -14,7 +14,8 @@ from typing import Any
 from services.common.errors import ArgumentInvalid, FeatureUnsupported
 from services.common.strict_json import shown
 from services.gateway.http import native_fields, tool_calls
-from services.gateway.http.tool_calls import Tool
+from services.gateway.http.told_calls import ToldCalls
+from services.gateway.http.tool_calls import Tool, ToolCall
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 _ID = re.compile(r"[a-zA-Z0-9_-]{1,256}")
@@ -68,29 +69,30 @@ def read_choice(name: str, value: Any) -> Choice:
     return Choice(_CHOICES[kind], single)
 
 
-def said_use(name: str, fields: Mapping[str, Any]) -> str:
-    """A `tool_use` block of an earlier turn, in the model's words."""
+def read_use(name: str, fields: Mapping[str, Any]) -> ToolCall:
+    """A `tool_use` block of an earlier turn."""
     _refuse_others(name, fields, {"type", "id", "name", "input", "cache_control", "caller"})
-    _matching(_ID, f"{name}.id", fields.get("id"))
-    called = native_fields.read_text(f"{name}.name", fields.get("name"))
+    called = _matching(_ID, f"{name}.id", fields.get("id"))
+    function = native_fields.read_text(f"{name}.name", fields.get("name"))
     arguments = native_fields.read_map(f"{name}.input", fields.get("input"))
-    return tool_calls.said_call(called, json.dumps(arguments, ensure_ascii=False))
+    return ToolCall(called, function, json.dumps(arguments, ensure_ascii=False))
 
 
-def said_result(name: str, fields: Mapping[str, Any], text: str) -> str:
+def said_result(name: str, fields: Mapping[str, Any], text: str, calls: ToldCalls) -> str:
     """A `tool_result` block whose content is `text`, as the model is told of it."""
     _refuse_others(name, fields, {"type", "tool_use_id", "content", "is_error", "cache_control"})
-    _matching(_ID, f"{name}.tool_use_id", fields.get("tool_use_id"))
+    field = f"{name}.tool_use_id"
+    called = _matching(_ID, field, fields.get("tool_use_id"))
     failed = fields.get("is_error")
     if failed is not None and native_fields.read_boolean(f"{name}.is_error", failed):
         text = f"Error: {text}"
-    return tool_calls.said_result(text)
+    return calls.result(field, called, text)
 
 
 def _tool(name: str, value: Any) -> Tool:
     fields = native_fields.read_map(name, value)
-    if fields.get("type") not in {None, "custom"}:
-        kind = native_fields.read_text(f"{name}.type", fields["type"])
+    kind = native_fields.read_text(f"{name}.type", native_fields.given(fields, "type", "custom"))
+    if kind != "custom":
         raise FeatureUnsupported(f"{name}.type: tools of type {shown(kind)} are not served here.")
     _refuse_others(name, fields, _TOOL_FIELDS)
     return Tool(

@@ -105,7 +105,7 @@ def _chat_body(reception: Reception, reply: Reply, asked: OpenAiRequest, answer:
 
 def _chat_choice(reception: Reception, head: Head, asked: OpenAiRequest, said: Said) -> dict[str, Any]:
     ids = _call_ids(head, said.finished.sequence)
-    text, calls = tool_calls.read_calls(said.text, asked.tools, ids, forced=asked.forced, single=asked.single)
+    text, calls = tool_calls.read_calls(said.text, asked.tools, ids, bare=asked.bare, single=asked.single)
     scores = None
     if asked.generation.logprobs is not None:
         scores = openai.chat_logprobs(said.chunks, _decode(reception, head))
@@ -146,7 +146,7 @@ class _ChatChoice:
         self._asked = asked
         self._reception = reception
         ids = _call_ids(head, index)
-        self._text = tool_calls.HeldText(asked.tools, ids, forced=asked.forced, single=asked.single)
+        self._text = tool_calls.HeldText(asked.tools, ids, bare=asked.bare, single=asked.single)
 
     def said(self, happened: Chunk | Finished) -> Iterator[bytes]:
         """The chunks that follow from an event."""

@@ -1,6 +1,7 @@
 """The fields of an OpenAI request. Owns: what each means here, and which are refused by name.
 
-Fields that change nothing that could be promised (`user`, `metadata`, `store`) are accepted.
+Fields that change nothing that could be promised (`user`, `metadata`, `store`) are accepted. What messages
+say: `openai_messages`.
 Must not know: the bounds of values; `core.validation` does.
 """
 
@@ -23,14 +24,12 @@ from services.gateway.core.params import (
     SamplingParams,
     TokenPrompt,
 )
-from services.gateway.http import native_fields, tool_calls
+from services.gateway.http import native_fields, openai_messages, tool_calls, tool_schemas
 from services.gateway.http.native import check_json_type
 from services.gateway.http.tool_calls import Tool
 
 # What an absent `max_tokens` means in this API, where the context leaves as many.
 TOKENS_WHERE_ABSENT = 1_024
-
-_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ class OpenAiRequest:
         stream: Whether chunks are wanted rather than one body.
         usage: Whether a stream tells the usage at its end.
         tools: The names of the functions that the model may call.
-        forced: Whether it must call one.
+        bare: Whether a call is all of the answer, without marks.
         single: Whether it may call no more than one.
         echo: What is said again before the completion of a text.
         names: What fields are called here, by their names inside.
@@ -52,7 +51,7 @@ class OpenAiRequest:
     stream: bool = False
     usage: bool = False
     tools: frozenset[str] = frozenset()
-    forced: bool = False
+    bare: bool = False
     single: bool = False
     echo: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -73,13 +72,17 @@ def read_chat(body: bytes, content_type: str) -> OpenAiRequest:
     """
     read = _read(body, content_type, CHAT_FIELDS, _CHAT_REFUSED, ("model", "messages"))
     tools, forced = tool_calls.chosen(read.get("tools", ()), read.get("tool_choice", "auto"))
+    form = read.get("response_format")
+    # What is held to a schema has no room for marks.
+    bare = bool(tools) and (forced or form is not None)
     turns: list[Message] = list(read["messages"])
-    if tools and not forced:
-        turns = tool_calls.instructed(turns, tools)
+    if tools:
+        turns = tool_calls.instructed(turns, tools, bare=bare)
     logprobs = read.get("top_logprobs", 0) if read.get("logprobs") else None
     if logprobs is None and "top_logprobs" in read:
         raise ArgumentInvalid("top_logprobs: needs logprobs to be true.")
-    form = tool_calls.forced_format(tools) if forced else read.get("response_format")
+    if bare:
+        form = tool_schemas.call_format(tools, None if forced else form)
     max_tokens = read.get("max_completion_tokens", read.get("max_tokens"))
     generation = _generation(read, ChatPrompt(tuple(turns)), max_tokens, logprobs, form)
     return OpenAiRequest(
@@ -87,10 +90,12 @@ def read_chat(body: bytes, content_type: str) -> OpenAiRequest:
         stream=read.get("stream", False),
         usage=read.get("stream_options", False),
         tools=frozenset(tool.name for tool in tools),
-        forced=forced,
+        bare=bare,
         single=not read.get("parallel_tool_calls", True),
         names={
-            "format.json_schema": "tools" if forced else "response_format.json_schema.schema",
+            "format.json_schema": tool_schemas.blamed(
+                "response_format.json_schema.schema", forced=forced, bare=bare
+            ),
             "logprobs": "top_logprobs",
             "max_tokens": "max_completion_tokens" if "max_completion_tokens" in read else "max_tokens",
         },
@@ -163,75 +168,6 @@ def _read(
     return read
 
 
-def _messages(name: str, value: Any) -> tuple[Message, ...]:
-    turns = native_fields.read_array(name, value)
-    if not turns:
-        raise ArgumentInvalid(f"{name}: at least one message is needed.")
-    return tuple(_message(f"{name}[{at}]", turn) for at, turn in enumerate(turns))
-
-
-def _message(name: str, value: Any) -> Message:
-    fields = native_fields.read_map(name, value)
-    role = native_fields.read_text(f"{name}.role", fields.get("role"))
-    if role not in _ROLES:
-        raise ArgumentInvalid(f"{name}.role: must be system, developer, user, assistant or tool.")
-    for key, given in fields.items():
-        if key in {"audio", "function_call"} and given is not None:
-            raise FeatureUnsupported(f"{name}.{key}: is not served here.")
-        if key not in _MESSAGE_FIELDS:
-            raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of a message.")
-    calls = _said_calls(f"{name}.tool_calls", native_fields.given(fields, "tool_calls", []))
-    if fields.get("content") is None and not calls:
-        raise ArgumentInvalid(f"{name}.content: is missing.")
-    content = _content(f"{name}.content", native_fields.given(fields, "content", ""))
-    if role in {"tool", "function"}:
-        return Message("user", tool_calls.said_result(content))
-    words = "\n".join(part for part in (content, calls) if part)
-    return Message("system" if role == "developer" else role, words)
-
-
-_MESSAGE_FIELDS = frozenset(
-    {
-        "role",
-        "content",
-        "name",
-        "refusal",
-        "annotations",
-        "tool_calls",
-        "tool_call_id",
-        "audio",
-        "function_call",
-    }
-)
-
-
-def _said_calls(name: str, value: Any) -> str:
-    said = []
-    for at, call in enumerate(native_fields.read_array(name, value)):
-        function = native_fields.read_map(f"{name}[{at}]", call).get("function")
-        fields = native_fields.read_map(f"{name}[{at}].function", function)
-        called = native_fields.read_text(f"{name}[{at}].function.name", fields.get("name"))
-        arguments = native_fields.read_text(f"{name}[{at}].function.arguments", fields.get("arguments"))
-        said.append(tool_calls.said_call(called, arguments))
-    return "\n".join(said)
-
-
-def _content(name: str, value: Any) -> str:
-    """A text, or parts of it."""
-    if isinstance(value, str):
-        return value
-    parts = native_fields.read_array(name, value)
-    return "".join(_part(f"{name}[{at}]", part) for at, part in enumerate(parts))
-
-
-def _part(name: str, value: Any) -> str:
-    fields = native_fields.read_map(name, value)
-    kind = native_fields.read_text(f"{name}.type", fields.get("type"))
-    if kind not in {"text", "refusal"}:
-        raise FeatureUnsupported(f"{name}.type: parts of type {shown(kind)} are not served here.")
-    return native_fields.read_text(f"{name}.{kind}", fields.get(kind))
-
-
 def _prompt(name: str, value: Any) -> Prompt:
     if isinstance(value, str):
         return RawPrompt(value)
@@ -300,19 +236,39 @@ def _stream_options(name: str, value: Any) -> bool:
     return include is not None and native_fields.read_boolean(f"{name}.include_usage", include)
 
 
+def _modalities(name: str, value: Any) -> None:
+    for at, kind in enumerate(native_fields.read_array(name, value)):
+        if native_fields.read_text(f"{name}[{at}]", kind) != "text":
+            raise FeatureUnsupported(f"{name}[{at}]: only text is served here.")
+
+
 def _zero_seed(name: str, value: Any) -> int:
     """The vendor's seeds are signed; each of them names a seed of its own here."""
     number = native_fields.read_integer(name, value)
     return number % 2**64 if -(2**63) <= number < 2**63 else number
 
 
-_SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "logit_bias")
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "logit_bias",
+)
 
 _SHARED_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "model": native_fields.read_text,
     "max_tokens": native_fields.read_int32,
     "temperature": native_fields.read_number,
     "top_p": native_fields.read_number,
+    # The vendor has not these three; code for other servers of its API sends them beside the others.
+    "top_k": native_fields.read_int32,
+    "min_p": native_fields.read_number,
+    "repetition_penalty": native_fields.read_number,
     "presence_penalty": native_fields.read_number,
     "frequency_penalty": native_fields.read_number,
     "seed": _zero_seed,
@@ -326,7 +282,7 @@ _SHARED_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
 
 CHAT_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     **_SHARED_FIELDS,
-    "messages": _messages,
+    "messages": openai_messages.read_messages,
     "max_completion_tokens": native_fields.read_int32,
     "logprobs": native_fields.read_boolean,
     "top_logprobs": native_fields.read_int32,
@@ -334,17 +290,25 @@ CHAT_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "tools": _tools,
     "tool_choice": _tool_choice,
     "parallel_tool_calls": native_fields.read_boolean,
-    "metadata": native_fields.ignore,
-    "store": native_fields.ignore,
-    "service_tier": native_fields.ignore,
-    "safety_identifier": native_fields.ignore,
-    "prompt_cache_key": native_fields.ignore,
-    "prompt_cache_retention": native_fields.ignore,
-    "reasoning_effort": native_fields.ignore,
+    "modalities": _modalities,
+    **dict.fromkeys(
+        (
+            "metadata",
+            "store",
+            "service_tier",
+            "safety_identifier",
+            "prompt_cache_key",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            # Hints to other models, and a guess that only saves time.
+            "reasoning_effort",
+            "verbosity",
+            "prediction",
+        ),
+        native_fields.ignore,
+    ),
 }
-_CHAT_REFUSED = frozenset(
-    {"audio", "modalities", "functions", "function_call", "prediction", "web_search_options", "verbosity"}
-)
+_CHAT_REFUSED = frozenset({"audio", "functions", "function_call", "web_search_options", "moderation"})
 
 TEXT_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     **_SHARED_FIELDS,

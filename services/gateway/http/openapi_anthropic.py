@@ -36,6 +36,12 @@ _ERRORS: Mapping[int, str] = {
     529: "The queue is full.",
 }
 _NAME: Schema = {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,128}$"}
+# What it may say beside its kind is the vendor's.
+_EDIT: Schema = {
+    "type": "object",
+    "properties": {"type": {"type": "string", "pattern": "^clear_thinking_"}},
+    "required": ["type"],
+}
 _CALL_ID: Schema = {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,256}$"}
 
 
@@ -103,8 +109,11 @@ def _own_fields() -> dict[str, Schema]:
     return {
         "messages": array(any_of(*_turns(text))) | {"minItems": 1},
         "system": any_of(TEXT, array(text)),
-        "thinking": closed(type={"const": "disabled"}),
-        "output_config": with_optional(closed(), format=nullable(form)),
+        "thinking": with_optional(
+            closed(type={"enum": ["disabled", "adaptive", "between_tools"]}), display={}
+        ),
+        "output_config": with_optional(closed(), format=nullable(form), effort={}),
+        "context_management": with_optional(closed(), edits=nullable(array(_EDIT))),
         "tools": array(tool) | {"maxItems": TOOLS_MAX},
         "tool_choice": any_of(
             with_optional(closed(type={"enum": ["auto", "any", "none"]}), disable_parallel_tool_use=alone),
@@ -114,7 +123,7 @@ def _own_fields() -> dict[str, Schema]:
 
 
 def _turns(text: Schema) -> tuple[Schema, ...]:
-    """A turn of each side; the last must be the user's."""
+    """A turn of each side; the last must not be the assistant's."""
     use = with_optional(
         closed(type={"const": "tool_use"}, id=_CALL_ID, name=TEXT, input=OBJECT), cache_control={}, caller={}
     )
@@ -124,9 +133,15 @@ def _turns(text: Schema) -> tuple[Schema, ...]:
         is_error=nullable(BOOLEAN),
         cache_control={},
     )
+    thought: Schema = {
+        "type": "object",
+        "properties": {"type": {"enum": ["thinking", "redacted_thinking"]}},
+        "required": ["type"],
+    }
     return (
         closed(role={"const": "user"}, content=any_of(TEXT, array(any_of(text, result)))),
-        closed(role={"const": "assistant"}, content=any_of(TEXT, array(any_of(text, use)))),
+        closed(role={"const": "assistant"}, content=any_of(TEXT, array(any_of(text, use, thought)))),
+        closed(role={"const": "system"}, content=any_of(TEXT, array(text))),
     )
 
 

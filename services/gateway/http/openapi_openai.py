@@ -84,20 +84,27 @@ def _chat_request() -> dict[str, Any]:
         "tools": array(function) | {"maxItems": TOOLS_MAX},
         "tool_choice": any_of(_MODES, closed(type=_FUNCTION, function=_NAMED)),
         "seed": _SEED,
+        "modalities": array({"const": "text"}),
     }
     return body(openai_fields.CHAT_FIELDS, "model", "messages", own=own)
 
 
 def _turn() -> dict[str, Any]:
     parts = any_of(closed(type={"const": "text"}, text=TEXT), closed(type={"const": "refusal"}, refusal=TEXT))
-    turn = closed(
-        role={"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
-        content=any_of(TEXT, array(parts)),
-    )
-    more: dict[str, Schema] = {"name": {}, "refusal": {}, "annotations": {}, "tool_call_id": {}}
+    content = any_of(TEXT, array(parts))
+    turn = closed(role={"enum": ["system", "developer", "user", "assistant", "function"]}, content=content)
+    result = closed(role={"const": "tool"}, content=content, tool_call_id=TEXT)
+    refused = closed(role={"const": "assistant"}, refusal=TEXT)
+    told: dict[str, Schema] = {"name": {}, "refusal": {}, "annotations": {}}
+    more = {**told, "tool_call_id": {}}
     called = closed(function=closed(name=TEXT, arguments=TEXT), id=TEXT, type=_FUNCTION)
     calls = closed(role={"const": "assistant"}, tool_calls=array(called) | {"minItems": 1})
-    return any_of(with_optional(turn, **more), with_optional(calls, content=nullable(TEXT), **more))
+    return any_of(
+        with_optional(turn, **more),
+        with_optional(result, **told),
+        with_optional(calls, content=nullable(TEXT), **more),
+        with_optional(refused, content=NULL, name={}, annotations={}),
+    )
 
 
 def _json_schema() -> dict[str, Any]:
@@ -194,6 +201,7 @@ def _response_request() -> dict[str, Any]:
         "text": with_optional(closed(), format=nullable(_form(named)), verbosity={}),
         "tools": array(tool) | {"maxItems": TOOLS_MAX},
         "tool_choice": any_of(_MODES, closed(type=_FUNCTION, name=TEXT)),
+        "include": array(TEXT),
     }
     return body(responses_fields.FIELDS, "model", "input", own=own)
 

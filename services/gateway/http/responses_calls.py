@@ -36,7 +36,7 @@ async def create_response(reception: Reception, request: HttpBody, context: Cont
                 await reply.begin(generation)
                 head = _head(reply, asked, answer.started)
                 text, calls = tool_calls.read_calls(
-                    answer.text, asked.tools, _call_ids(reply), forced=asked.forced, single=asked.single
+                    answer.text, asked.tools, _call_ids(reply), bare=asked.bare, single=asked.single
                 )
                 data = responses.response_body(head, text, calls, answer.finished)
                 yield HttpBody(content_type=JSON_TYPE, data=data)
@@ -52,7 +52,7 @@ async def _stream(
     reply: Reply, asked: ResponsesRequest, events: AsyncGenerator[Event | None, None]
 ) -> Bodies:
     said: responses.Events | None = None
-    held = tool_calls.HeldText(asked.tools, _call_ids(reply), forced=asked.forced, single=asked.single)
+    held = tool_calls.HeldText(asked.tools, _call_ids(reply), bare=asked.bare, single=asked.single)
     async for happened in events:
         match happened:
             case None:

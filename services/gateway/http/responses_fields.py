@@ -20,16 +20,30 @@ from services.gateway.core.params import (
     OutputFormat,
     SamplingParams,
 )
-from services.gateway.http import native_fields, responses_tools, tool_calls
+from services.gateway.http import native_fields, responses_tools, tool_calls, tool_schemas
 from services.gateway.http.native import check_json_type
 from services.gateway.http.openai_fields import TOKENS_WHERE_ABSENT
+from services.gateway.http.told_calls import ToldCalls
 from services.gateway.http.tool_calls import Tool
 
 _REFUSED = frozenset(
-    {"previous_response_id", "conversation", "background", "prompt", "max_tool_calls", "top_logprobs"}
+    {
+        "access_programs",
+        "background",
+        "background_options",
+        "context_management",
+        "conversation",
+        "image",
+        "moderation",
+        "previous_response_id",
+        "prompt",
+        "top_logprobs",
+    }
 )
 # Nothing to use is nothing to refuse.
-_EMPTY_OR_REFUSED = frozenset({"include"})
+_ASKS_FOR_NOTHING: Mapping[str, Any] = {"background": False, "context_management": [], "top_logprobs": 0}
+# What else can be included is of tools and of thoughts, and there are none.
+_INCLUDES_REFUSED = frozenset({"message.output_text.logprobs"})
 _TEXT_PARTS = frozenset({"input_text", "output_text", "text"})
 
 
@@ -42,7 +56,7 @@ class ResponsesRequest:
         stream: Whether events are wanted rather than one body.
         told: The fields that the response repeats.
         tools: The names of the functions that the model may call.
-        forced: Whether it must call one.
+        bare: Whether a call is all of the answer, without marks.
         single: Whether it may call no more than one.
         names: What fields are called here, by their names inside.
     """
@@ -51,7 +65,7 @@ class ResponsesRequest:
     stream: bool
     told: Mapping[str, Any]
     tools: frozenset[str] = frozenset()
-    forced: bool = False
+    bare: bool = False
     single: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
 
@@ -74,14 +88,16 @@ def read_responses(body: bytes, content_type: str) -> ResponsesRequest:
     form = read.get("text")
     if forced and form is not None:
         raise ArgumentInvalid("tool_choice: an answer that must be a call cannot have text.format.")
+    # What is held to a schema has no room for marks.
+    bare = bool(tools) and (forced or form is not None)
     # The vendor samples at 1 where nothing is said.
     sampling = SamplingParams(temperature=read.get("temperature", 1.0), top_p=read.get("top_p", 1.0))
     generation = GenerationRequest(
         model=read["model"],
-        prompt=_prompt(read, () if forced else tools),
+        prompt=_prompt(read, tools, bare=bare),
         max_tokens=read.get("max_output_tokens"),
         sampling=sampling,
-        form=tool_calls.forced_format(tools) if forced else form,
+        form=tool_schemas.call_format(tools, form) if bare else form,
         tokens_where_absent=TOKENS_WHERE_ABSENT,
     )
     return ResponsesRequest(
@@ -89,21 +105,21 @@ def read_responses(body: bytes, content_type: str) -> ResponsesRequest:
         stream=read.get("stream", False),
         told=_told(given, read, sampling),
         tools=frozenset(tool.name for tool in tools),
-        forced=forced,
+        bare=bare,
         single=not read.get("parallel_tool_calls", True),
         names={
-            "format.json_schema": "tools" if forced else "text.format.schema",
+            "format.json_schema": tool_schemas.blamed("text.format.schema", forced=forced, bare=bare),
             "max_tokens": "max_output_tokens",
             "messages": "input",
         },
     )
 
 
-def _prompt(read: Mapping[str, Any], tools: Sequence[Tool]) -> ChatPrompt:
+def _prompt(read: Mapping[str, Any], tools: Sequence[Tool], *, bare: bool) -> ChatPrompt:
     turns: list[Message] = list(read["input"])
     if read.get("instructions"):
         turns.insert(0, Message("system", read["instructions"]))
-    return ChatPrompt(tuple(tool_calls.instructed(turns, tools) if tools else turns))
+    return ChatPrompt(tuple(tool_calls.instructed(turns, tools, bare=bare) if tools else turns))
 
 
 def _told(given: Mapping[str, Any], read: Mapping[str, Any], sampling: SamplingParams) -> Mapping[str, Any]:
@@ -122,11 +138,11 @@ def _told(given: Mapping[str, Any], read: Mapping[str, Any], sampling: SamplingP
 
 
 def _value(name: str, value: Any) -> Any:
-    if name in _EMPTY_OR_REFUSED and value == []:
-        return None
-    if name == "background" and value is False:
-        return None
-    if name in _REFUSED or name in _EMPTY_OR_REFUSED:
+    if name in _ASKS_FOR_NOTHING:
+        nothing = _ASKS_FOR_NOTHING[name]
+        if type(value) is type(nothing) and value == nothing:
+            return None
+    if name in _REFUSED:
         raise FeatureUnsupported(f"{name}: is not served here.")
     if name not in FIELDS:
         raise ArgumentInvalid(f"{shown(name)}: is not a field of this request.")
@@ -139,9 +155,13 @@ def _input(name: str, value: Any) -> tuple[Message, ...]:
     items = native_fields.read_array(name, value)
     if not items:
         raise ArgumentInvalid(f"{name}: at least one message is needed.")
+    read = [native_fields.read_map(f"{name}[{at}]", item) for at, item in enumerate(items)]
     turns: list[Message] = []
-    for at, item in enumerate(items):
-        turn, follows = _item(f"{name}[{at}]", item)
+    calls = ToldCalls()
+    for at, fields in enumerate(read):
+        beside = (*read[max(at - 1, 0) : at], *read[at + 1 : at + 2])
+        alone = all(other.get("type") != "function_call" for other in beside)
+        turn, follows = _item(f"{name}[{at}]", fields, calls, alone=alone)
         if follows and turns and turns[-1].role == turn.role:
             # Calls belong to what was said with them, and their results to one another.
             turn = Message(turn.role, f"{turns.pop().content}\n{turn.content}")
@@ -149,16 +169,16 @@ def _input(name: str, value: Any) -> tuple[Message, ...]:
     return tuple(turns)
 
 
-def _item(name: str, value: Any) -> tuple[Message, bool]:
+def _item(name: str, fields: Mapping[str, Any], calls: ToldCalls, *, alone: bool) -> tuple[Message, bool]:
     """What an item says, and whether it is part of the turn before, if that is of the same side."""
-    fields = native_fields.read_map(name, value)
     kind = native_fields.read_text(f"{name}.type", fields.get("type", "message"))
     if kind == "message":
         return _message(name, fields), False
     if kind == "function_call":
-        return Message("assistant", responses_tools.said_call(name, fields)), True
+        call = responses_tools.read_call(name, fields)
+        return Message("assistant", calls.call(call, alone=alone)), True
     if kind == "function_call_output":
-        return Message("user", responses_tools.said_result(name, fields, _content)), True
+        return Message("user", responses_tools.said_result(name, fields, _content, calls)), True
     raise FeatureUnsupported(f"{name}.type: items of type {shown(kind)} are not served here.")
 
 
@@ -209,6 +229,12 @@ def _text(name: str, value: Any) -> OutputFormat | None:
     )
 
 
+def _include(name: str, value: Any) -> None:
+    for at, what in enumerate(native_fields.read_array(name, value)):
+        if native_fields.read_text(f"{name}[{at}]", what) in _INCLUDES_REFUSED:
+            raise FeatureUnsupported(f"{name}[{at}]: {what} is not served here.")
+
+
 FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "model": native_fields.read_text,
     "input": _input,
@@ -218,6 +244,7 @@ FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "top_p": native_fields.read_number,
     "text": _text,
     "stream": native_fields.read_boolean,
+    "include": _include,
     "metadata": native_fields.read_map,
     "store": native_fields.read_boolean,
     "tools": responses_tools.read_tools,
@@ -228,8 +255,11 @@ FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
             "user",
             "safety_identifier",
             "prompt_cache_key",
+            "prompt_cache_options",
             "prompt_cache_retention",
             "service_tier",
+            # Of the vendor's own tools.
+            "max_tool_calls",
             "reasoning",
             "stream_options",
             "truncation",

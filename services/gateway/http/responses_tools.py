@@ -11,7 +11,8 @@ from typing import Any
 from services.common.errors import ArgumentInvalid, FeatureUnsupported
 from services.common.strict_json import shown
 from services.gateway.http import native_fields, tool_calls
-from services.gateway.http.tool_calls import Tool
+from services.gateway.http.told_calls import ToldCalls
+from services.gateway.http.tool_calls import Tool, ToolCall
 
 _TOOL_FIELDS = frozenset({"type", "name", "description", "parameters", "strict", "defer_loading"})
 _CALL_FIELDS = frozenset({"type", "id", "call_id", "name", "arguments", "status", "namespace"})
@@ -51,20 +52,24 @@ def told_tools(tools: Sequence[Tool], given: Sequence[Mapping[str, Any]]) -> lis
     ]
 
 
-def said_call(name: str, fields: Mapping[str, Any]) -> str:
-    """A `function_call` item of an earlier response, in the model's words."""
+def read_call(name: str, fields: Mapping[str, Any]) -> ToolCall:
+    """A `function_call` item of an earlier response."""
     _refuse_others(name, fields, _CALL_FIELDS)
-    native_fields.read_text(f"{name}.call_id", fields.get("call_id"))
-    called = native_fields.read_text(f"{name}.name", fields.get("name"))
-    arguments = native_fields.read_text(f"{name}.arguments", fields.get("arguments"))
-    return tool_calls.said_call(called, arguments)
+    return ToolCall(
+        native_fields.read_text(f"{name}.call_id", fields.get("call_id")),
+        native_fields.read_text(f"{name}.name", fields.get("name")),
+        native_fields.read_text(f"{name}.arguments", fields.get("arguments")),
+    )
 
 
-def said_result(name: str, fields: Mapping[str, Any], read_content: Callable[[str, Any], str]) -> str:
+def said_result(
+    name: str, fields: Mapping[str, Any], read_content: Callable[[str, Any], str], calls: ToldCalls
+) -> str:
     """A `function_call_output` item, as the model is told of it; `read_content` reads its output."""
     _refuse_others(name, fields, _RESULT_FIELDS)
-    native_fields.read_text(f"{name}.call_id", fields.get("call_id"))
-    return tool_calls.said_result(read_content(f"{name}.output", fields.get("output")))
+    field = f"{name}.call_id"
+    called = native_fields.read_text(field, fields.get("call_id"))
+    return calls.result(field, called, read_content(f"{name}.output", fields.get("output")))
 
 
 def _tool(name: str, value: Any) -> Tool:

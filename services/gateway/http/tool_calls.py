@@ -5,7 +5,7 @@ more, but none is asked: what is said here every chat model can read. Pure.
 
     <tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>
 
-A call that is forced needs no marks: the output is held to a schema, and is the call.
+A call in an answer that is held to a schema is bare: it has no marks, and is all of the answer.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from typing import Any
 from services.common.conversation import Message
 from services.common.errors import ArgumentInvalid
 from services.common.strict_json import shown
-from services.gateway.core.params import FormatKind, OutputFormat
 from services.gateway.http import native_fields
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 
 # A prompt has room for no more.
 TOOLS_MAX = 128
+
+# What may stand between the parts of the opening of a bare call.
+_SPACES_MAX = 128
 
 # What a model says of calls is read up to here; more is no call.
 CALLS_MAX = 32
@@ -69,8 +71,13 @@ def read_tools(name: str, value: Any, read_one: Callable[[str, Any], Tool]) -> t
     return tools
 
 
-def instructions(tools: Sequence[Tool]) -> str:
-    """What the model is told of its tools, in the system's words."""
+def instructions(tools: Sequence[Tool], *, bare: bool = False) -> str:
+    """What the model is told of its tools, in the system's words.
+
+    Args:
+        tools: What it may call.
+        bare: Whether a call has no marks.
+    """
     lines = "\n".join(
         json.dumps(
             {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
@@ -80,15 +87,15 @@ def instructions(tools: Sequence[Tool]) -> str:
     )
     return (
         f"You can call these functions:\n{lines}\n"
-        f"To call one, answer with {BEGIN}"
+        f"To call one, answer with {'' if bare else BEGIN}"
         '{"name": "<its name>", "arguments": {<its arguments>}}'
-        f"{END} and nothing else. Its result follows as the next message."
+        f"{'' if bare else END} and nothing else. Its result follows as the next message."
     )
 
 
-def instructed(turns: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
+def instructed(turns: Sequence[Message], tools: Sequence[Tool], *, bare: bool = False) -> list[Message]:
     """The conversation with what the model is told of its tools in the system's part of it."""
-    words = instructions(tools)
+    words = instructions(tools, bare=bare)
     if turns and turns[0].role == "system":
         return [Message("system", f"{turns[0].content}\n\n{words}"), *turns[1:]]
     return [Message("system", words), *turns]
@@ -119,13 +126,14 @@ def chosen(tools: tuple[Tool, ...], choice: str) -> tuple[tuple[Tool, ...], bool
     return named, True
 
 
-def said_call(name: str, arguments: str) -> str:
-    """A call of an earlier turn, as the model would have written it."""
+def said_call(name: str, arguments: str, call_id: str = "") -> str:
+    """A call of an earlier turn, as the model would have written it; with its id where that is told."""
     try:
         read = json.loads(arguments)
     except (ValueError, RecursionError):
         read = arguments
-    return BEGIN + json.dumps({"name": name, "arguments": read}, ensure_ascii=False) + END
+    said = {"name": name, "arguments": read, **({"id": call_id} if call_id else {})}
+    return BEGIN + json.dumps(said, ensure_ascii=False) + END
 
 
 def said_result(text: str) -> str:
@@ -133,23 +141,8 @@ def said_result(text: str) -> str:
     return f"<tool_response>{text}</tool_response>"
 
 
-def forced_format(tools: Sequence[Tool]) -> OutputFormat:
-    """The format of an answer that is a call of one of `tools`."""
-    shapes = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": tool.name}, "arguments": tool.parameters or {"type": "object"}},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-    ]
-    schema = shapes[0] if len(shapes) == 1 else {"anyOf": shapes}
-    return OutputFormat(FormatKind.JSON_SCHEMA, (json.dumps(schema, ensure_ascii=False),))
-
-
 def read_calls(
-    text: str, names: frozenset[str], id_of: str, *, forced: bool, single: bool = False
+    text: str, names: frozenset[str], id_of: str, *, bare: bool, single: bool = False
 ) -> tuple[str, list[ToolCall]]:
     """The text before the first call, and the calls of functions that exist.
 
@@ -159,19 +152,19 @@ def read_calls(
         text: The whole answer.
         names: The functions that exist; none: there are no calls.
         id_of: What the ids of calls begin with.
-        forced: Whether all of it is one call, without marks.
+        bare: Whether a call is all of the answer, without marks.
         single: Whether no more than the first call is wanted.
     """
     if not names:
         return text, []
-    found = [text] if forced else _marked(text)
+    found = [text] if bare else _marked(text)
     calls: list[ToolCall] = []
     for source in found:
         call = _read(source, names, f"{id_of}{len(calls)}")
         if call is None:
             return text, []
         calls.append(call)
-    before = "" if forced or not calls else text[: text.index(BEGIN)].rstrip()
+    before = "" if bare or not calls else text[: text.index(BEGIN)].rstrip()
     return (before, calls[:1] if single else calls) if calls else (text, [])
 
 
@@ -195,33 +188,50 @@ class HeldText:
     Args:
         names: The functions that exist; none: nothing is held.
         id_of: What the ids of calls begin with.
-        forced: Whether all of it is one call, without marks.
+        bare: Whether a call is all of the answer, without marks.
         single: Whether no more than the first call is wanted.
     """
 
-    def __init__(self, names: frozenset[str], id_of: str, *, forced: bool, single: bool = False) -> None:
+    def __init__(self, names: frozenset[str], id_of: str, *, bare: bool, single: bool = False) -> None:
         self._names = names
         self._id_of = id_of
-        self._forced = forced
+        self._bare = bare
         self._single = single
         self._held = ""
+        self._is_text = not names
 
     def add(self, text: str) -> str | None:
         """Takes in more text; returns what can be said now, None while it is held."""
         self._held += text
-        if self._forced or (self._names and may_begin_call(self._held)):
+        if self._bare and not self._is_text:
+            self._is_text = not may_be_bare_call(self._held, self._names)
+        if not self._is_text and (self._bare or may_begin_call(self._held)):
             return None
         said, self._held = self._held, ""
         return said
 
     def end(self) -> tuple[str, list[ToolCall]]:
         """The rest of the text, and the calls in it."""
-        return read_calls(self._held, self._names, self._id_of, forced=self._forced, single=self._single)
+        return read_calls(self._held, self._names, self._id_of, bare=self._bare, single=self._single)
 
 
 def may_begin_call(text: str) -> bool:
     """Whether a text that has begun so may turn out to be, or to hold, a call."""
     return BEGIN in text or any(text.endswith(BEGIN[:size]) for size in range(1, len(BEGIN)))
+
+
+def may_be_bare_call(text: str, names: frozenset[str]) -> bool:
+    """Whether an answer that has begun so may turn out to be a call of one of `names`, without marks."""
+    openings = [
+        _unspaced(json.dumps({"name": name, "arguments": {}}, ensure_ascii=False)[:-2]) for name in names
+    ]
+    # Between the parts of JSON there is white space, but not much of it.
+    begun = _unspaced(text[: 4 * max(map(len, openings)) + _SPACES_MAX])
+    return any(begun.startswith(opening) or opening.startswith(begun) for opening in openings)
+
+
+def _unspaced(text: str) -> str:
+    return "".join(text.split())
 
 
 def _read(source: str, names: frozenset[str], call_id: str) -> ToolCall | None:

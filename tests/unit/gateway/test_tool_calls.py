@@ -12,21 +12,22 @@ from services.gateway.http.tool_calls import (
     BEGIN,
     CALLS_MAX,
     END,
+    HeldText,
     Tool,
-    forced_format,
     instructions,
     may_begin_call,
     read_calls,
     said_call,
 )
+from services.gateway.http.tool_schemas import call_format
 
 NAMES = frozenset({"weather", "time"})
 CALL = said_call("weather", '{"city": "Paris"}')
 
 
-def read(text: str, *, forced: bool = False) -> tuple[str, list[tuple[str, str]]]:
+def read(text: str, *, bare: bool = False) -> tuple[str, list[tuple[str, str]]]:
     """The text and the calls, without their ids."""
-    before, calls = read_calls(text, NAMES, "c", forced=forced)
+    before, calls = read_calls(text, NAMES, "c", bare=bare)
     assert [call.id for call in calls] == [f"c{at}" for at in range(len(calls))]
     return before, [(call.name, call.arguments) for call in calls]
 
@@ -38,7 +39,7 @@ def test_calls_are_read_out_of_the_text() -> None:
     assert read(f"Let me see.\n{CALL}\n{said_call('time', '{}')}") == ("Let me see.", [city, ("time", "{}")])
     assert read(CALL.removesuffix(END)) == ("", [city])
     assert read(BEGIN + '\n{"name": "time", "parameters": {"a": 1}}\n' + END) == ("", [("time", '{"a": 1}')])
-    assert read('{"name": "time", "arguments": {}}', forced=True) == ("", [("time", "{}")])
+    assert read('{"name": "time", "arguments": {}}', bare=True) == ("", [("time", "{}")])
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_hostile_text_takes_no_time() -> None:
 def test_a_forced_call_has_a_schema_that_holds_it() -> None:
     """One of the tools with its own arguments, and nothing beside."""
     tools = [Tool("weather", parameters={"type": "object", "required": ["city"]}), Tool("time")]
-    form = forced_format(tools)
+    form = call_format(tools)
     schema = json.loads(form.texts[0])
     jsonschema.validate({"name": "weather", "arguments": {"city": "x"}}, schema)
     jsonschema.validate({"name": "time", "arguments": {}}, schema)
@@ -88,6 +89,31 @@ def test_a_model_is_told_of_each_tool() -> None:
     """By name, description and schema."""
     words = instructions([Tool("weather", "Tells the weather.", {"type": "object"})])
     assert all(part in words for part in ("weather", "Tells the weather.", '"type": "object"', BEGIN, END))
+    bare = instructions([Tool("weather")], bare=True)
+    assert "weather" in bare
+    assert BEGIN not in bare
+
+
+def held(*texts: str, names: frozenset[str] = NAMES) -> tuple[list[str | None], str, list[str]]:
+    """What is said of an answer without marks as it comes, and at its end: text and calls."""
+    text = HeldText(names, "c", bare=True)
+    said = [text.add(one) for one in texts]
+    rest, calls = text.end()
+    return said, rest, [call.name for call in calls]
+
+
+def test_an_answer_without_marks_is_held_while_it_may_be_a_call() -> None:
+    """However the model spaces it; another answer streams from where it cannot be one any more."""
+    assert held('{ "na', 'me" :\n"weather"', ', "arguments": {"city": "Pa', 'ris"}}') == (
+        [None] * 4,
+        "",
+        ["weather"],
+    )
+    assert held('{"name": "we', 'ird"}', " x") == ([None, '{"name": "weird"}', " x"], "", [])
+    assert held('{"city"', ': "{\\"name\\": 1}"}') == (['{"city"', ': "{\\"name\\": 1}"}'], "", [])
+    cut = '{"name": "weather", "arguments": {"ci'
+    assert held(cut) == ([None], cut, [])
+    assert held("{", '"name"', names=frozenset()) == (["{", '"name"'], "", [])
 
 
 def test_a_text_that_may_become_a_call_is_held() -> None:

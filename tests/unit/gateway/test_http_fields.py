@@ -1,0 +1,167 @@
+"""Bodies of every API, broken in each place: a reader says what is wrong, and never breaks itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from services.common.errors import InterlockError
+from services.gateway.http import anthropic_fields, native, openai_fields, responses_fields
+
+JSON = "application/json"
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+FORM = {"type": "json_schema", "name": "n", "schema": SCHEMA}
+FUNCTION = {"name": "weather", "description": "d", "parameters": SCHEMA, "strict": True}
+CALL = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+
+NATIVE = {
+    "messages": [{"role": "user", "content": "hi"}],
+    "stop": ["a"],
+    "format": {"choice": ["a"]},
+    "logit_bias": {"1": 1},
+    "max_tokens": 1,
+    "priority": "batch",
+}
+CHAT = {
+    "model": "m",
+    "messages": [
+        {"role": "developer", "content": [{"type": "text", "text": "t"}]},
+        {"role": "user", "name": "bob", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL, {**CALL, "id": "b"}]},
+        {"role": "tool", "tool_call_id": "b", "content": "rain"},
+        {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "sun"}]},
+        {"role": "assistant", "content": None, "refusal": "no"},
+    ],
+    "tools": [{"type": "function", "function": FUNCTION}],
+    "tool_choice": {"type": "function", "function": {"name": "weather"}},
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {"name": "n", "schema": SCHEMA, "strict": True},
+    },
+    "stream_options": {"include_usage": True},
+    "logit_bias": {"1": 1},
+    "logprobs": True,
+    "top_logprobs": 2,
+    "modalities": ["text"],
+    "stop": "a",
+}
+TEXT = {"model": "m", "prompt": ["a"], "echo": True, "logprobs": 1, "best_of": 1, "stop": ["a"]}
+RESPONSES = {
+    "model": "m",
+    "input": [
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "t"}]},
+        {"type": "function_call", "call_id": "a", "name": "weather", "arguments": "{}"},
+        {"type": "function_call", "call_id": "b", "name": "weather", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "b", "output": "rain"},
+        {"type": "function_call_output", "call_id": "a", "output": [{"type": "input_text", "text": "sun"}]},
+    ],
+    "tools": [{"type": "function", **FUNCTION}],
+    "tool_choice": {"type": "function", "name": "weather"},
+    "include": ["reasoning.encrypted_content"],
+    "metadata": {"a": "b"},
+    "top_logprobs": 0,
+    "background": False,
+}
+FORMED = {
+    "model": "m",
+    "input": "hi",
+    "text": {"format": FORM, "verbosity": "low"},
+    "tools": RESPONSES["tools"],
+}
+MESSAGES = {
+    "model": "m",
+    "max_tokens": 9,
+    "system": [{"type": "text", "text": "t", "cache_control": {"type": "ephemeral"}}],
+    "messages": [
+        {"role": "user", "content": "hi"},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "hm", "signature": "s"},
+                {"type": "text", "text": "t"},
+                {"type": "tool_use", "id": "a", "name": "weather", "input": {}},
+                {"type": "tool_use", "id": "b", "name": "weather", "input": {}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "b", "content": [{"type": "text", "text": "rain"}]},
+                {"type": "tool_result", "tool_use_id": "a", "content": "sun", "is_error": True},
+            ],
+        },
+        {"role": "system", "content": "Be brief."},
+    ],
+    "tools": [{"type": "custom", "name": "weather", "description": "d", "input_schema": SCHEMA}],
+    "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+    "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": SCHEMA}},
+    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    "thinking": {"type": "adaptive"},
+    "stop_sequences": ["a"],
+}
+COUNTED = {name: value for name, value in MESSAGES.items() if name in anthropic_fields.COUNTED}
+
+READERS: dict[str, tuple[Callable[[bytes, str], Any], dict[str, Any]]] = {
+    "native": (native.read_request, NATIVE),
+    "chat": (openai_fields.read_chat, CHAT),
+    "completions": (openai_fields.read_completion, TEXT),
+    "responses": (responses_fields.read_responses, RESPONSES),
+    "responses with a format": (responses_fields.read_responses, FORMED),
+    "messages": (anthropic_fields.read_messages, MESSAGES),
+    "count_tokens": (anthropic_fields.read_counted, COUNTED),
+}
+STRANGE: tuple[Any, ...] = (
+    {},
+    [],
+    [{}],
+    [[]],
+    {"type": {}},
+    {"type": []},
+    1,
+    -1,
+    2**70,
+    1.5,
+    "",
+    "x",
+    True,
+    None,
+)
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where something stands in a body."""
+    entries = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    for key, inner in entries:
+        yield (*at, key)
+        yield from places(inner, (*at, key))
+
+
+def broken(body: dict[str, Any], place: tuple[Any, ...], strange: Any) -> bytes:
+    """The body with something else at a place."""
+    made: Any = copy.deepcopy(body)
+    parent = made
+    for key in place[:-1]:
+        parent = parent[key]
+    parent[place[-1]] = strange
+    return json.dumps(made).encode()
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_body_that_is_broken_in_one_place(name: str) -> None:
+    """It is read, or refused; the body itself is read."""
+    read, body = READERS[name]
+    read(json.dumps(body).encode(), JSON)
+    refused = 0
+    for place in places(body):
+        for strange in STRANGE:
+            try:
+                read(broken(body, place, strange), JSON)
+            except InterlockError:
+                refused += 1
+    assert refused > len(body)
