@@ -2,7 +2,9 @@
 
 Streams wait for the prefill that shares a step with them. How long it takes depends on the machine, the
 model and the tokens before, and a short chunk costs far more than its share of a long one. So nothing is
-assumed: a chunk that took too long makes the next one shorter, and one that was quick makes it longer.
+assumed: a chunk that took too long makes the next one shorter, and one that was quick makes it longer. What
+a step takes without a chunk depends on how many streams decode in it, so it is known by their number; where
+it is not known, and now and then, a step goes without.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ GROWTH_MAX = 1.25
 # The weight of the newest decode: one step that the machine interrupted changes little.
 _NEWEST = 0.25
 
+# After so many steps with a chunk in a row one goes without: the machine may have become slower or faster.
+LOOK_STEPS = 200
+
 
 class PrefillPace:
     """Measures steps and tells the next chunk's length.
@@ -36,22 +41,46 @@ class PrefillPace:
     def __init__(self, chunk_tokens: int, shared_chunk_tokens: int) -> None:
         self._alone = _Length(chunk_tokens)
         self._shared = _Length(shared_chunk_tokens)
-        self._decode_s = 0.0
+        # By the class of their number: what a step takes in which so many streams decode, and nothing else.
+        self._decode_s: dict[int, float] = {}
+        self._looked: set[int] = set()
+        self._shared_steps = 0
 
-    def budget(self, *, shared: bool) -> int:
-        """Most prompt tokens of the next step; `shared` when it also decodes."""
-        return int((self._shared if shared else self._alone).tokens)
+    def budget(self, *, decodes: int) -> int:
+        """Most prompt tokens of the next step, in which so many streams decode; asked once a step.
+
+        0: it shall go without, so that it tells what it takes. That is never said twice of one number: who
+        does not note what steps take is not kept from his prompts.
+        """
+        if not decodes:
+            return int(self._alone.tokens)
+        if (kind := _class_of(decodes)) not in self._looked or self._shared_steps >= LOOK_STEPS:
+            self._looked.add(kind)
+            self._shared_steps = 0
+            return 0
+        return int(self._shared.tokens)
 
     def note(self, step_s: float, *, chunk_tokens: int, decodes: int) -> None:
         """Takes in how long a step took that did so much."""
-        if not chunk_tokens:
-            known = self._decode_s or step_s
-            self._decode_s = known + _NEWEST * (step_s - known)
-        elif not decodes:
+        if not decodes:
             self._alone.adapt(chunk_tokens, step_s, PREFILL_STEP_S_MAX)
-        elif self._decode_s:
-            allowed_s = (STALL_RATIO - 1) * self._decode_s
-            self._shared.adapt(chunk_tokens, step_s - self._decode_s, allowed_s)
+            return
+        kind = _class_of(decodes)
+        self._looked.add(kind)
+        if not chunk_tokens:
+            known = self._decode_s.get(kind, step_s)
+            self._decode_s[kind] = known + _NEWEST * (step_s - known)
+            self._shared_steps = 0
+        elif (decode_s := self._decode_s.get(kind)) is not None:
+            self._shared.adapt(chunk_tokens, step_s - decode_s, (STALL_RATIO - 1) * decode_s)
+            self._shared_steps += 1
+
+
+def _class_of(decodes: int) -> int:
+    """The class of a number of streams: 1, 2, 3, 4, 6, 8, 12, 16 and so on, whichever is next above."""
+    power = 1 << (decodes - 1).bit_length()
+    between = power * 3 // 4
+    return between if decodes <= between else power
 
 
 class _Length:

@@ -136,7 +136,7 @@ class Scheduler:
                 live.cached_tokens = min(live.filled, len(live.start.prompt_ids))
         self._turns.extend(newcomers)
         decoding = [live for live in self._rows.running if live.credit > 0 and live.pending == 1]
-        chunks = self._plan_chunks(shared=bool(decoding))
+        chunks = self._plan_chunks(len(decoding))
         guess = () if chunks or len(decoding) > 1 else self._guess(decoding, layout.capacity)
         decodes = tuple(_decode(live, guess) for live in decoding)
         self._planned.extend(_Planned(live, 1, draws=True, guess=guess) for live in decoding)
@@ -217,8 +217,8 @@ class Scheduler:
         if live in self._turns:
             self._turns.remove(live)
 
-    def _plan_chunks(self, *, shared: bool) -> tuple[Chunk, ...]:
-        budget = self._pace.budget(shared=shared)
+    def _plan_chunks(self, decodes: int) -> tuple[Chunk, ...]:
+        budget = self._pace.budget(decodes=decodes)
         chunks: list[Chunk] = []
         waiting: list[LiveSequence] = []
         again: list[LiveSequence] = []

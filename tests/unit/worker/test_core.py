@@ -13,7 +13,13 @@ from services.worker.adapters.job_messages import step_output
 from services.worker.core.admission import Reason, Refusal
 from services.worker.core.noise import uniform
 from services.worker.core.outbox import REFUSALS_MAX, STEP_TOKENS_MAX, Outbox, OutboxFull
-from services.worker.core.pace import CHUNK_TOKENS_MIN, PREFILL_STEP_S_MAX, STALL_RATIO, PrefillPace
+from services.worker.core.pace import (
+    CHUNK_TOKENS_MIN,
+    LOOK_STEPS,
+    PREFILL_STEP_S_MAX,
+    STALL_RATIO,
+    PrefillPace,
+)
 from services.worker.core.revision import NEXT, Phase, Residency
 from services.worker.core.sequence import Finish, Output, SequenceKey, TokenScore
 
@@ -119,14 +125,14 @@ def test_unread_refusals_are_bounded() -> None:
 def test_slow_prefill_steps_shorten_chunks_and_fast_ones_lengthen_them() -> None:
     """A chunk takes about the time that it may; what the machine does decides its length."""
     pace = PrefillPace(chunk_tokens=512, shared_chunk_tokens=128)
-    assert pace.budget(shared=False) == 512
+    assert pace.budget(decodes=0) == 512
     pace.note(PREFILL_STEP_S_MAX * 2, chunk_tokens=512, decodes=0)
-    assert pace.budget(shared=False) == 256
+    assert pace.budget(decodes=0) == 256
     pace.note(PREFILL_STEP_S_MAX / 10, chunk_tokens=40, decodes=0)
-    assert pace.budget(shared=False) == 256
+    assert pace.budget(decodes=0) == 256
     for _ in range(4):
-        pace.note(PREFILL_STEP_S_MAX / 10, chunk_tokens=pace.budget(shared=False), decodes=0)
-    assert pace.budget(shared=False) == 512
+        pace.note(PREFILL_STEP_S_MAX / 10, chunk_tokens=pace.budget(decodes=0), decodes=0)
+    assert pace.budget(decodes=0) == 512
 
 
 def test_a_shared_chunk_is_paced_by_the_decode_beside_it() -> None:
@@ -136,8 +142,38 @@ def test_a_shared_chunk_is_paced_by_the_decode_beside_it() -> None:
         for _ in range(30):
             pace.note(decode_s, chunk_tokens=0, decodes=8)
         for _ in range(30):
-            tokens = pace.budget(shared=True)
+            tokens = pace.budget(decodes=8)
             # A chunk has a cost of its own, whatever its length.
             pace.note(decode_s + 0.02 + 0.001 * tokens, chunk_tokens=tokens, decodes=8)
         wanted = ((STALL_RATIO - 1) * decode_s - 0.02) / 0.001
-        assert pace.budget(shared=True) == pytest.approx(max(CHUNK_TOKENS_MIN, wanted), abs=2)
+        assert pace.budget(decodes=8) == pytest.approx(max(CHUNK_TOKENS_MIN, wanted), abs=2)
+
+
+def test_a_chunk_beside_many_streams_is_not_paced_by_what_few_take() -> None:
+    """The first step with so many goes without a chunk, and what it took counts for as many alone."""
+    pace = PrefillPace(chunk_tokens=512, shared_chunk_tokens=128)
+    for decodes, decode_s in ((1, 0.02), (32, 0.08)):
+        assert pace.budget(decodes=decodes) == 0
+        pace.note(decode_s, chunk_tokens=0, decodes=decodes)
+    for _ in range(30):
+        tokens = pace.budget(decodes=32)
+        pace.note(0.08 + 0.001 * tokens, chunk_tokens=tokens, decodes=32)
+    assert pace.budget(decodes=32) == pytest.approx((STALL_RATIO - 1) * 0.08 / 0.001, abs=2)
+    assert pace.budget(decodes=26) > 0
+    for decodes in (20, 33):
+        assert pace.budget(decodes=decodes) == 0
+        # Whatever became of that step: prompts do not wait for ever.
+        assert pace.budget(decodes=decodes) > 0
+
+
+def test_now_and_then_a_step_goes_without_a_chunk() -> None:
+    """Prompts that never end do not hide that the machine has become slower."""
+    pace = PrefillPace(chunk_tokens=512, shared_chunk_tokens=128)
+    pace.note(0.01, chunk_tokens=0, decodes=8)
+    for _ in range(LOOK_STEPS):
+        tokens = pace.budget(decodes=8)
+        assert tokens > 0
+        pace.note(0.05, chunk_tokens=tokens, decodes=8)
+    assert pace.budget(decodes=8) == 0
+    pace.note(0.04, chunk_tokens=0, decodes=8)
+    assert pace.budget(decodes=8) > 0
