@@ -33,12 +33,12 @@ from services.common.errors import (
     UploadConflict,
 )
 from services.common.threads import in_thread, to_its_end
-from services.controller.adapters import revision_directories
 from services.controller.adapters.blob_intake import Chunk
 from services.controller.adapters.blobs import PROMISE_KEPT_S, Blobs
 from services.controller.adapters.contents import Contents
 from services.controller.adapters.manifest_checks import check_manifest
 from services.controller.adapters.revision_directories import RevisionDirectories
+from services.controller.adapters.revision_records import encode
 from services.controller.adapters.tokenizer_process import try_tokenizer
 from services.controller.adapters.while_leading import StillLeading, WhileLeading, nobody_else_leads
 from services.controller.core.catalog import Catalog, Manifest, ModelFile, Revision
@@ -253,7 +253,7 @@ class Uploads:
         total = sum(file.size_bytes for file in checked.files)
         if total > self._bytes_max:
             raise QuotaExceeded(f"The revision has {total} bytes; the controller keeps {self._bytes_max}.")
-        revision_directories.encode(checked, self._clock.now())
+        encode(checked, self._clock.now())
         return checked
 
     def _known(self, manifest: Manifest) -> Revision | None:
