@@ -152,12 +152,19 @@ class RevisionDirectories:
         """Has a directory say that its revision is kept at our home too."""
         (Path(revision.local_path) / HOME_NAME).write_text(self._home)
 
-    def set_aside(self, revision: Revision) -> str:
-        """Takes a revision's name from a directory that is kept for an operator; returns its new name."""
-        path = self._path(revision.manifest.model, revision.manifest.revision)
+    def make_way(self, manifest: Manifest) -> None:
+        """Takes a name from a directory that is not this revision's; one that is no copy is kept, aside."""
+        path = self._path(manifest.model, manifest.revision)
+        if not path.exists():
+            return
+        if self.is_copy(Revision(manifest, str(path), 0.0)):
+            _bury(path)
+            return
         aside = path.with_name(f"{path.name}.aside-{secrets.token_hex(4)}")
         path.rename(aside)
-        return aside.name
+        logs.get_logger().error(
+            "revision.name_taken", model=manifest.model, revision=manifest.revision, kept_as=aside.name
+        )
 
     def clear(self) -> None:
         """Removes what was buried, now and before; what cannot be removed is logged, for the next time."""
