@@ -36,7 +36,7 @@ class CachedRevisionFiles:
         """See `RevisionFiles.read`. While a file is fetched nothing of it is yielded but empty pieces."""
         found, file = asked_file(self._catalog, model, revision, path, offset)
         source: Path | None = await in_thread(_here, found, file)
-        if source is None and self._cache.offers(file.sha256):
+        if source is None and file.sha256 in self._cache.offered:
             fetching = asyncio.ensure_future(self._fetched(file))
             try:
                 while not (await asyncio.wait({fetching}, timeout=SIGN_OF_LIFE_S))[0]:

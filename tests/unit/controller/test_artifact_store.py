@@ -27,12 +27,6 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ArtifactSt
     MemoryFileSystem.store.clear()
 
 
-@pytest.fixture
-def faults() -> Faults:
-    """An empty store that can fail."""
-    return faulty_store.begin()
-
-
 def faulty(**settings: float) -> ArtifactStore:
     """The store that can fail, with two repetitions at once."""
     return ArtifactStore("faulty://bucket/base", pauses_s=(0.0, 0.0), **settings)
@@ -68,7 +62,9 @@ async def test_a_name_is_given_once(store: ArtifactStore) -> None:
     assert await store.read("a/name", 0, 5) == b"first"
 
 
-async def test_ranges_come_in_order(store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_ranges_come_in_order(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Several are on their way at once; from an offset on, and no byte twice."""
     monkeypatch.setattr(artifact_store, "RANGE_BYTES", 7)
     data = bytes(range(250))

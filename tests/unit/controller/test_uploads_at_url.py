@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -12,69 +10,15 @@ from fsspec.implementations.memory import MemoryFileSystem
 from structlog.testing import capture_logs
 
 from services.common.errors import NotLeader, QuotaExceeded, RevisionInUse, RevisionUnknown, StoreUnavailable
-from services.controller.adapters.artifact_home import ArtifactHome
-from services.controller.adapters.artifact_store import ArtifactStore
 from services.controller.adapters.blobs import ORPHAN_KEPT_S
 from services.controller.adapters.revision_directories import RevisionDirectories
 from tests.fakes import faulty_store
 from tests.fakes.faulty_store import FaultyFileSystem, Faults
+from tests.fixtures.machines import RECORD, Machines, blob, downloaded, names, until
 from tests.fixtures.upload_world import CONTENT, DIGEST, Place, digest_of, manifest, push, read, weights
 
 OTHER = {**CONTENT, "model.safetensors": weights(data=b"\2" * 8)}
 OTHER_DIGEST = digest_of(OTHER["model.safetensors"])
-RECORD = "/bucket/m/revisions/v2.json"
-
-
-def blob(digest: str) -> str:
-    """Where a content is at the URL."""
-    return f"/bucket/m/blobs/sha256/{digest[:2]}/{digest}"
-
-
-@pytest.fixture
-def faults() -> Faults:
-    """An empty store that can fail."""
-    return faulty_store.begin()
-
-
-class Machines:
-    """Controllers on machines of their own, over one URL."""
-
-    def __init__(self, directory: Path, url: str = "faulty://bucket") -> None:
-        self._directory, self._url = directory, url
-        self.all: list[Place] = []
-
-    async def start(self, name: str, *, url: str | None = None, bytes_max: int = 1 << 20) -> Place:
-        """A controller on this machine begins to lead; those before do not any more."""
-        for place in self.all:
-            place.leading = False
-            place.uploads.close()
-        where = self._url if url is None else url
-        home = ArtifactHome(ArtifactStore(where, pauses_s=()), "m") if where else None
-        place = Place(self._directory / name, home=home, bytes_max=bytes_max)
-        await place.uploads.load()
-        self.all.append(place)
-        return place
-
-
-@pytest.fixture
-async def machines(tmp_path: Path, faults: Faults) -> AsyncIterator[Machines]:
-    """No machine yet."""
-    found = Machines(tmp_path)
-    yield found
-    faults.fail = lambda _call, _name: None
-    for place in found.all:
-        place.uploads.close()
-    await asyncio.sleep(0)
-
-
-def names(place: Place) -> list[str]:
-    """The registered revisions, newest first."""
-    return [one.manifest.revision for one in place.catalog.revisions("m")]
-
-
-async def downloaded(place: Place, revision: str = "v2", path: str = "model.safetensors", at: int = 0) -> bytes:
-    """What a worker gets."""
-    return b"".join([data async for data in place.uploads.files.read("m", revision, path, at)])
 
 
 @pytest.mark.parametrize("protocol", ["file", "memory"])
@@ -208,12 +152,7 @@ async def test_a_damaged_record_is_passed_over_and_mended(machines: Machines) ->
     FaultyFileSystem().pipe_file(RECORD, b"")
     first = await machines.start("first")
     assert names(first) == ["v2", "v1"]
-    await asyncio.wait_for(_until(lambda: faulty_store.objects()[RECORD] != b""), 5)
-
-
-async def _until(holds: object) -> None:
-    while not holds():  # type: ignore[operator]
-        await asyncio.sleep(0.005)
+    await until(lambda: faulty_store.objects()[RECORD] != b"")
 
 
 async def test_a_deleted_revision_goes_from_both(machines: Machines) -> None:
@@ -329,7 +268,7 @@ async def test_what_only_a_machine_has_is_taken_to_the_url(machines: Machines, f
     with capture_logs() as logged:
         first = await machines.start("first")
         assert names(first) == ["v3", "v2", "v1"]
-        await asyncio.wait_for(_until(lambda: "artifacts.swept" in [one["event"] for one in logged]), 5)
+        await until(lambda: "artifacts.swept" in [one["event"] for one in logged])
     found = [(one["event"], one["revision"]) for one in logged if one["event"].startswith("revision.")]
     assert sorted(found) == [("revision.adopted", "v2"), ("revision.damaged", "v3")]
     assert blob(OTHER_DIGEST) not in faulty_store.objects()
@@ -352,7 +291,7 @@ async def test_without_the_url_a_directory_is_what_it_was(machines: Machines) ->
     moved = await machines.start("first", url="faulty://elsewhere")
     assert names(moved) == ["v2", "v1"]
     name = "/elsewhere/m/revisions/v2.json"
-    await asyncio.wait_for(_until(lambda: name in faulty_store.objects()), 5)
+    await until(lambda: name in faulty_store.objects())
 
 
 async def test_a_directory_of_another_content_is_kept_aside(machines: Machines) -> None:
