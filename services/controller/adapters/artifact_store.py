@@ -275,6 +275,10 @@ def _with_parents(fs: Any, target: str, write: Callable[[], object]) -> None:
     try:
         write()
     except FileNotFoundError:
+        # Object stores, which are the ones that are called asynchronously, have none: a mistyped bucket
+        # would be made, and filled.
+        if fs.async_impl:
+            raise
         fs.makedirs(target.rpartition("/")[0], exist_ok=True)
         write()
 
