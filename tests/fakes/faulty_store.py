@@ -24,7 +24,7 @@ class Faults:
     """
 
     calls: list[tuple[str, str]] = field(default_factory=list)
-    fail: Callable[[str, str], None] = lambda call, name: None  # noqa: E731, ARG005 - nothing goes wrong
+    fail: Callable[[str, str], None] = lambda call, name: None  # noqa: ARG005 - nothing goes wrong
     changed: dict[str, bytes] = field(default_factory=dict)
 
     def made(self, *kinds: str) -> list[tuple[str, str]]:

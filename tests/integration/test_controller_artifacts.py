@@ -1,4 +1,4 @@
-"""Controllers whose uploads have their home at a URL, over real gRPC: one machine is lost, another one leads."""
+"""Controllers whose uploads live at a URL, over real gRPC: one machine is lost, and another one leads."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def test_a_revision_outlives_the_machine_that_took_it_in(tmp_path: Path) -
     async with started(tmp_path / "second", MemoryRouteStore(), artifacts_url=url) as controller:
         await controller.serving()
         listed = await controller.stub.ListRevisions(pb.ListRevisionsRequest(model="m"), metadata=ADMIN)
-        assert [one.manifest.revision for one in listed.revisions][0] == "v2"
+        assert listed.revisions[0].manifest.revision == "v2"
         for path, data in CONTENT.items():
             assert await downloaded(controller, path) == data
         await controller.stub.DeleteRevision(

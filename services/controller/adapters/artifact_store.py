@@ -103,7 +103,7 @@ class ArtifactStore:
         return await self._call("list", work)
 
     async def all_below(self, directory: str) -> dict[str, StoredObject]:
-        """The objects below `directory`, at any depth; implementations may leave out what they cannot list."""
+        """The objects below `directory`, at any depth; what cannot be listed may be left out."""
 
         def work(fs: Any, root: str) -> dict[str, StoredObject]:
             found = fs.find(f"{root}/{directory}", detail=True)

@@ -64,8 +64,15 @@ class RevisionDirectories:
         manifest = revision.manifest
         return Path(revision.local_path) == self._path(manifest.model, manifest.revision).resolve()
 
-    def compose(self, manifest: Manifest, blob_of: Callable[[ModelFile], Path]) -> Composed:
+    def compose(
+        self, manifest: Manifest, blob_of: Callable[[ModelFile], Path], *, create_time_s: float | None = None
+    ) -> Composed:
         """Makes the revision's directory, and reads everything but its tokenizer; it has no name yet.
+
+        Args:
+            manifest: The revision.
+            blob_of: Where each file's content is.
+            create_time_s: When it was registered, in seconds since the epoch; None: now.
 
         Raises:
             ArtifactInvalid: A header or a configuration breaks a rule.
@@ -79,7 +86,8 @@ class RevisionDirectories:
             for file in manifest.files:
                 _link(blob_of(file), fresh / file.path, file)
             _check_content(fresh, manifest)
-            revision = Revision(manifest, str(final.resolve()), self._clock.now())
+            create_time_s = self._clock.now() if create_time_s is None else create_time_s
+            revision = Revision(manifest, str(final.resolve()), create_time_s)
             with (fresh / RECORD_NAME).open("wb") as stream:
                 stream.write(encode(manifest, revision.create_time_s))
                 stream.flush()
@@ -140,6 +148,10 @@ class RevisionDirectories:
     def path_of(self, manifest: Manifest) -> str:
         """Where a revision's directory is, or would be."""
         return str(self._path(manifest.model, manifest.revision).resolve())
+
+    def has(self, manifest: Manifest) -> bool:
+        """Whether a directory bears a revision's name, whatever is in it."""
+        return self._path(manifest.model, manifest.revision).exists()
 
     def is_copy(self, revision: Revision) -> bool:
         """Whether a directory says that its revision is kept at our home too: then it is a copy."""

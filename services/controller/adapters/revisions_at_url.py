@@ -19,7 +19,7 @@ from pathlib import Path
 
 from services.common import logs
 from services.common.clock import Clock
-from services.common.errors import RevisionInUse, StoreUnavailable
+from services.common.errors import ArtifactInvalid, RevisionInUse, StoreUnavailable
 from services.common.known_digests import KnownDigests
 from services.common.threads import in_thread
 from services.controller.adapters.artifact_home import ArtifactHome, digests_of
@@ -141,7 +141,24 @@ class RevisionsAtUrl:
             except BaseException:
                 with contextlib.suppress(OSError):
                     await in_thread(self._directories.bury, revision)
+                await in_thread(self._directories.clear)
                 raise
+
+    async def complete(self, revision: Revision) -> None:
+        """Makes the copy of a revision that exists, once each of its contents was fetched; else does nothing.
+
+        A leader that begins while the store is away knows it by that, and a worker on this machine reads it.
+        """
+        name = revision.manifest.revision
+        async with self._lock:
+            there = self._there.get(name)
+            if there is None or not self._catalog.knows(self._model, name):
+                return
+            try:
+                await in_thread(self._copy, there)
+            except (OSError, ArtifactInvalid) as error:
+                # It is served from the cache as it is.
+                logs.get_logger().warning("revision.uncopied", revision=name, reason=str(error))
 
     async def remove(self, revision: Revision) -> None:
         """Has a revision exist no more; without effect where it does not. Its contents stay.
@@ -221,6 +238,22 @@ class RevisionsAtUrl:
         self._offer()
         self._is_joined = True
         return sorted(found, key=lambda one: (one.create_time_s, one.manifest.revision))
+
+    def _copy(self, revision: Revision) -> None:
+        """Blocks."""
+        manifest = revision.manifest
+        found = {file.path: self._blobs.whole(file.sha256, file.size_bytes) for file in manifest.files}
+        blobs = {path: blob for path, blob in found.items() if blob is not None}
+        if len(blobs) < len(found) or self._directories.has(manifest):
+            return
+        composed = self._directories.compose(
+            manifest, lambda file: blobs[file.path], create_time_s=revision.create_time_s
+        )
+        try:
+            self._directories.place(composed)
+        except BaseException:
+            self._directories.discard(composed)
+            raise
 
     def _copies(self) -> set[str]:
         return {name for name, one in self._local.items() if self._directories.is_copy(one)}

@@ -101,7 +101,9 @@ class Uploads:
             else None
         )
         self.files: RevisionFiles = (
-            CachedRevisionFiles(catalog, cache) if cache else LocalRevisionFiles(catalog)
+            CachedRevisionFiles(catalog, cache, self._at_url.complete)
+            if cache and self._at_url
+            else LocalRevisionFiles(catalog)
         )
         self._following: asyncio.Task[None] | None = None
         self._read_tokenizer = read_tokenizer

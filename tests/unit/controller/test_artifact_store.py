@@ -115,7 +115,7 @@ async def test_a_store_that_is_away_is_told_with_what_to_do(faults: Faults) -> N
 
 
 async def test_a_store_that_hangs_is_left(faults: Faults) -> None:
-    """The loop goes on, callers are told in time, and no more threads wait than may; then all is well again."""
+    """The loop goes on, callers are told in time, and no more threads wait than may; then all is well."""
     go_on = threading.Event()
 
     def hang(_call: str, _name: str) -> None:

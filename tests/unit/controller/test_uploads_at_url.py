@@ -9,13 +9,20 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from structlog.testing import capture_logs
 
-from services.common.errors import NotLeader, QuotaExceeded, RevisionInUse, RevisionUnknown, StoreUnavailable
+from services.common.errors import (
+    ArtifactInvalid,
+    NotLeader,
+    QuotaExceeded,
+    RevisionInUse,
+    RevisionUnknown,
+    StoreUnavailable,
+)
 from services.controller.adapters.blobs import ORPHAN_KEPT_S
 from services.controller.adapters.revision_directories import RevisionDirectories
 from tests.fakes import faulty_store
-from tests.fakes.faulty_store import FaultyFileSystem, Faults
+from tests.fakes.faulty_store import Faults, FaultyFileSystem
 from tests.fixtures.machines import RECORD, Machines, blob, downloaded, names, until
-from tests.fixtures.upload_world import CONTENT, DIGEST, Place, digest_of, manifest, push, read, weights
+from tests.fixtures.upload_world import CONTENT, DIGEST, digest_of, manifest, push, read, weights
 
 OTHER = {**CONTENT, "model.safetensors": weights(data=b"\2" * 8)}
 OTHER_DIGEST = digest_of(OTHER["model.safetensors"])
@@ -23,7 +30,7 @@ OTHER_DIGEST = digest_of(OTHER["model.safetensors"])
 
 @pytest.mark.parametrize("protocol", ["file", "memory"])
 async def test_another_machine_finds_what_was_uploaded(tmp_path: Path, protocol: str) -> None:
-    """It starts with nothing, lists every revision in its order, and gives workers each file, from any byte."""
+    """It starts with nothing, lists every revision in its order, and gives each file, from any byte."""
     MemoryFileSystem.store.clear()
     machines = Machines(tmp_path, f"file://{tmp_path}/remote" if protocol == "file" else "memory://bucket")
     first = await machines.start("first")
@@ -48,8 +55,8 @@ async def test_another_machine_finds_what_was_uploaded(tmp_path: Path, protocol:
 async def test_contents_come_before_the_record(machines: Machines, faults: Faults) -> None:
     """Nothing is written before all was checked, and the record is the last that is."""
     place = await machines.start("first")
-    with pytest.raises(Exception, match="header"):
-        broken = {**CONTENT, "model.safetensors": b"\0" * 16}
+    broken = {**CONTENT, "model.safetensors": b"\0" * 16}
+    with pytest.raises(ArtifactInvalid, match="header"):
         await push(place, manifest(broken), broken)
     assert faults.made("put_file") == []
     await push(place, manifest(CONTENT), CONTENT)
@@ -73,6 +80,7 @@ async def test_a_crash_before_the_record_leaves_contents_that_go_after_a_day(
         await push(place, manifest(CONTENT), CONTENT)
     assert names(place) == ["v1"]
     assert RECORD not in faulty_store.objects()
+    assert list((place.directory / "data" / "revisions" / "m").iterdir()) == []
     later = await machines.start("first")
     assert names(later) == ["v1"]
     assert not (later.directory / "data" / "revisions" / "m" / "v2").exists()
@@ -86,7 +94,7 @@ async def test_a_crash_before_the_record_leaves_contents_that_go_after_a_day(
     assert not [name for name in faulty_store.objects() if "blobs" in name]
 
 
-async def test_the_sweep_spares_what_is_named_or_counted_on(machines: Machines, faults: Faults) -> None:
+async def test_the_sweep_spares_what_is_named_or_counted_on(machines: Machines) -> None:
     """By a record, by an upload under way, or, while a record cannot be read, by nobody knows what."""
     place = await machines.start("first")
     await push(place, manifest(CONTENT), CONTENT)
@@ -124,7 +132,7 @@ async def test_what_another_revision_has_is_fetched_and_not_sent(machines: Machi
 
 
 async def test_a_name_is_given_once(machines: Machines, tmp_path: Path) -> None:
-    """A leader that did not see the record finds it: the same content is the same revision, another is refused."""
+    """A leader that did not see the record finds it: equal content is the same revision, other is refused."""
     first = await machines.start("first")
     apart = Machines(tmp_path / "apart")
     (tmp_path / "apart").mkdir()
