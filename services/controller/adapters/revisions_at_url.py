@@ -111,7 +111,7 @@ class RevisionsAtUrl:
         """
         while not self._is_joined:
             await asyncio.sleep(LOOK_AGAIN_S)
-            with contextlib.suppress(StoreUnavailable):
+            with contextlib.suppress(StoreUnavailable, OSError):
                 for revision in await self._join(is_late=True):
                     restore(revision)
                 logs.get_logger().info("artifacts.back", revisions=len(self._there))

@@ -361,6 +361,10 @@ def _plan_of(manifest: Manifest) -> str:
 
 
 async def _until_over(work: Awaitable[None]) -> None:
-    """Waits for work that ends with the lead."""
-    with contextlib.suppress(NotLeader):
+    """Waits for work that ends with the lead; a defect in it is told, and takes nothing else with it."""
+    try:
         await work
+    except NotLeader:
+        return
+    except Exception as error:  # noqa: BLE001 - nobody else awaits it
+        logs.get_logger().error("artifacts.unfollowed", exc_info=error)
