@@ -16,7 +16,7 @@ from services.common.errors import StoreUnavailable
 from services.controller.adapters import artifact_store
 from services.controller.adapters.artifact_store import CALLS_AT_ONCE_MAX, ArtifactStore
 from tests.fakes import faulty_store
-from tests.fakes.faulty_store import Faults
+from tests.fakes.faulty_store import Faults, FaultyFileSystem
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -193,3 +193,27 @@ def test_a_url_that_cannot_be_used_stops_the_start(url: str, named: str) -> None
     with pytest.raises(ConfigInvalid, match=named) as caught:
         ArtifactStore(url)
     assert "word" not in str(caught.value)
+
+
+@pytest.mark.parametrize("is_object_store", [True, False])
+async def test_a_bucket_is_never_made(
+    faults: Faults,
+    monkeypatch: pytest.MonkeyPatch,
+    is_object_store: bool,  # noqa: FBT001
+) -> None:
+    """A mistyped one would be filled; directories of a file system are made."""
+    made: list[str] = []
+    monkeypatch.setattr(FaultyFileSystem, "async_impl", is_object_store)
+    monkeypatch.setattr(FaultyFileSystem, "makedirs", lambda _, path, **__: made.append(path))
+
+    def missing(call: str, name: str) -> None:
+        if call == "pipe_file" and not made:
+            raise FileNotFoundError(name)
+
+    faults.fail = missing
+    if is_object_store:
+        with pytest.raises(StoreUnavailable):
+            await faulty().create("a/b", b"1")
+    else:
+        assert await faulty().create("a/b", b"1")
+    assert made == ([] if is_object_store else ["/bucket/base/a"])

@@ -205,12 +205,12 @@ async def test_what_was_fetched_whole_is_known_while_the_store_is_away(
     await push(await machines.start("first"), manifest(CONTENT), CONTENT)
     second = await machines.start("second")
     made = second.catalog.revision("m", "v2")
+    second.clock.seconds += 5
     for path in ("config.json", "tokenizer.json"):
         await downloaded(second, path=path)
     assert not (second.directory / "data" / "revisions" / "m" / "v2").exists()
     await downloaded(second)
     assert read(Path(made.local_path)) == CONTENT
-    second.clock.seconds += 5
     faults.fail = away
     again = await machines.start("second")
     assert again.catalog.revision("m", "v2") == made
