@@ -1,14 +1,17 @@
 """Work in threads. Owns: that nobody goes on beside a thread whose caller was cancelled.
 
 A thread cannot be stopped. Who is cancelled while one writes a file must not release the file's lock, close
-it or remove it before the thread has ended.
+it or remove it before the thread has ended. Only what touches nothing of ours may be left behind: a call to
+somebody else, who may never answer (`MayHang`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
+import threading
 from collections.abc import Awaitable, Callable
 from typing import ParamSpec, TypeVar
 
@@ -38,3 +41,50 @@ async def to_its_end(work: Awaitable[T]) -> T:
             task.exception()
         raise asyncio.CancelledError
     return task.result()
+
+
+class MayHang:
+    """Calls that may never return, each in a thread that is left behind when it takes too long.
+
+    A thread that is left behind keeps its place until it ends, so that there are never more than so many, and
+    does not keep the process from ending. What is called must touch nothing that its caller changes later.
+
+    Args:
+        at_once: Most calls at a time.
+    """
+
+    def __init__(self, at_once: int) -> None:
+        self._places = asyncio.Semaphore(at_once)
+
+    async def call(self, timeout_s: float, function: Callable[[], T]) -> T:
+        """What `function` returns or raises.
+
+        Raises:
+            TimeoutError: It took longer, the wait for a place included; it may still have its effect.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def ended(result: T | None, error: BaseException | None) -> None:
+            self._places.release()
+            if future.done():
+                return
+            if error is None:
+                future.set_result(result)  # type: ignore[arg-type]
+            else:
+                future.set_exception(error)
+
+        def work() -> None:
+            result, failure = None, None
+            try:
+                result = function()
+            except BaseException as error:  # noqa: BLE001 - it is raised where the call is awaited
+                failure = error
+            # Where the loop is closed nobody waits any more.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(ended, result, failure)
+
+        async with asyncio.timeout(timeout_s):
+            await self._places.acquire()
+            threading.Thread(target=work, name="may-hang", daemon=True).start()
+            return await future

@@ -18,8 +18,10 @@ from services.common.system_clock import SystemClock
 from services.common.tokens import SecretWeak
 from services.common.trust import Trust
 from services.controller import http_servicer, servicer
+from services.controller.adapters.artifact_home import ArtifactHome
+from services.controller.adapters.artifact_store import ArtifactStore
 from services.controller.adapters.file_rollouts import FileRolloutRecords
-from services.controller.adapters.local_revisions import LocalRevisionFiles, read_revision
+from services.controller.adapters.local_revisions import read_revision
 from services.controller.adapters.prometheus_controller import ControllerCollector
 from services.controller.adapters.redis_breakers import RedisBreakerFleet
 from services.controller.adapters.redis_lead import RedisLead
@@ -55,11 +57,13 @@ async def run(
 
     Raises:
         ArtifactInvalid: The model's directory cannot be served.
-        ConfigInvalid: The URL of Redis is of no known form, or no key for tokens can be used.
+        ConfigInvalid: A URL is of no known form, or needs a package that is missing, or no key for tokens can
+            be used.
         PortTaken: The address cannot be bound.
         SecretWeak: The JWT secret is too short.
     """
     clock = clock or SystemClock()
+    home = _home(settings)
     redis = redis_client.connect(settings.redis_url.get_secret_value())
     try:
         tokens = trust.build(settings, clock, redis if store is None else None)
@@ -72,6 +76,7 @@ async def run(
             ),
             breakers or RedisBreakerFleet(redis),
             clock,
+            home,
         )
         await _serve(settings, first, world, tokens, wait)
     finally:
@@ -86,6 +91,13 @@ class _World:
     lead: Lead
     breakers: BreakerFleet
     clock: Clock
+    home: ArtifactHome | None
+
+
+def _home(settings: ControllerConfig) -> ArtifactHome | None:
+    """Where uploaded revisions are kept, if not on this machine alone."""
+    url = settings.artifacts_url.get_secret_value()
+    return ArtifactHome(ArtifactStore(url), settings.model_name) if url else None
 
 
 async def _first_revision(settings: ControllerConfig, clock: Clock) -> Revision:
@@ -125,6 +137,7 @@ async def _begin(
         world.clock,
         bytes_max=settings.uploads_bytes,
         still_leading=still_leading,
+        home=world.home,
     )
     await uploads.load()
     coordinator = Coordinator(
@@ -136,7 +149,7 @@ async def _begin(
         lease_ttl_s=settings.lease_ttl_s,
         prepare_timeout_s=settings.prepare_timeout_s,
     )
-    return servicer.ControllerTerm(coordinator, catalog, LocalRevisionFiles(catalog), uploads)
+    return servicer.ControllerTerm(coordinator, catalog, uploads.files, uploads)
 
 
 async def _serve(

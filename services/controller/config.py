@@ -12,6 +12,7 @@ from services.common.credential import MESH_TOKEN_CHARS_MIN
 from services.common.token_settings import TokenSettings
 
 REDIS_URL_DEFAULT = SecretStr("redis://127.0.0.1:6379/0")
+ARTIFACTS_URL_DEFAULT = SecretStr("")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,13 @@ class ControllerConfig(TokenSettings):
     data_dir: Annotated[Path, Field(description="Where rollouts and uploads are kept.")] = Path(
         ".interlock/controller"
     )
+    artifacts_url: Annotated[
+        SecretStr,
+        Field(
+            description="Where uploaded revisions are kept, as fsspec reads it, such as s3://bucket/prefix;"
+            " data_dir is a cache of it then. Empty: in data_dir alone."
+        ),
+    ] = ARTIFACTS_URL_DEFAULT
     uploads_bytes: Annotated[
         int,
         Field(

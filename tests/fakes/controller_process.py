@@ -74,6 +74,7 @@ async def started(
     lease_ttl_s: float = LEASE_TTL_S,
     lead: Lead | None = None,
     breakers: BreakerFleet | None = None,
+    artifacts_url: str = "",
 ) -> AsyncIterator[Controller]:
     """A controller process's `run`, in this process."""
     model = write_model(tmp_path / "model")
@@ -88,6 +89,7 @@ async def started(
         data_dir=tmp_path / "data",
         context_tokens=context_tokens,
         lease_ttl_s=lease_ttl_s,
+        artifacts_url=SecretStr(artifacts_url),
     )
     bound = asyncio.Event()
     if isinstance(store, MemoryRouteStore):

@@ -895,7 +895,7 @@ class DownloadRevisionResponse(_message.Message):
 
     DATA_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """At most 1 MiB."""
+    """At most 1 MiB. Empty: the controller fetches the file itself still, and is at work."""
     def __init__(
         self,
         *,

@@ -154,8 +154,20 @@ class Blobs:
         for sha256 in digests:
             self._remove(self.path(sha256))
 
-    def make_room(self, sizes: Mapping[str, int], named: Collection[str]) -> None:
+    def is_promised(self, sha256: str) -> bool:
+        """Whether somebody counts on a content. Does not block."""
+        now = self._clock.monotonic()
+        return any(until > now and sha256 in digests for until, digests in self._promises.values())
+
+    def make_room(
+        self, sizes: Mapping[str, int], named: Collection[str], *, elsewhere: Mapping[str, int] | None = None
+    ) -> None:
         """Sees that the contents of `sizes` can be taken in; what nobody counts on gives way, oldest first.
+
+        Args:
+            sizes: The contents.
+            named: The digests that are never removed.
+            elsewhere: Contents that count as kept here although they may not be: they can be asked for.
 
         Raises:
             QuotaExceeded: There is no room for them, and what could go would not be enough.
@@ -163,7 +175,9 @@ class Blobs:
         make_directory(self._directory)
         # What is on its way of `sizes` will be what `sizes` says.
         others = [entry for entry in self._all() if _digest_of(entry.path) not in sizes]
-        excess = sum(entry.size_bytes for entry in others) + sum(sizes.values()) - self._bytes_max
+        here = sizes.keys() | {entry.path.name for entry in others}
+        absent = sum(size_bytes for one, size_bytes in (elsewhere or {}).items() if one not in here)
+        excess = absent + sum(entry.size_bytes for entry in others) + sum(sizes.values()) - self._bytes_max
         if excess <= 0:
             return
         free = [entry for entry in others if self._is_free(entry.path, named)]
@@ -200,9 +214,7 @@ class Blobs:
             links = path.stat().st_nlink
         except OSError:
             return False
-        now, sha256 = self._clock.monotonic(), _digest_of(path)
-        promised = any(until > now and sha256 in digests for until, digests in self._promises.values())
-        return links == 1 and path.name not in named and not promised
+        return links == 1 and path.name not in named and not self.is_promised(_digest_of(path))
 
     def _received_bytes(self, sha256: str, size_bytes: int) -> int:
         """How much of a content is here that is still on its way; more than there can be counts as none."""

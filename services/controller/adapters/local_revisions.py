@@ -91,22 +91,42 @@ class LocalRevisionFiles:
 
     async def read(self, model: str, revision: str, path: str, offset: int) -> AsyncIterator[bytes]:
         """See `RevisionFiles.read`. Only names of the manifest are opened, so no path can lead elsewhere."""
-        found = self._catalog.revision(model, revision)
-        file = next((file for file in found.manifest.files if file.path == path), None)
-        if file is None:
-            raise ArgumentInvalid(f"The revision has no file {path[:255]!a}.")
-        if offset > file.size_bytes:
-            raise ArgumentInvalid(
-                f"The file has {file.size_bytes} bytes; the offset {offset} is behind them."
-            )
-        left = file.size_bytes - offset
-        stream = await asyncio.to_thread(_open_at, Path(found.local_path) / path, offset)
-        try:
-            while left and (chunk := await asyncio.to_thread(stream.read, min(left, CHUNK_BYTES_MAX))):
-                left -= len(chunk)
-                yield chunk
-        finally:
-            stream.close()
+        found, file = asked_file(self._catalog, model, revision, path, offset)
+        async for data in read_file(Path(found.local_path) / path, file.size_bytes, offset):
+            yield data
+
+
+def asked_file(
+    catalog: Catalog, model: str, revision: str, path: str, offset: int
+) -> tuple[Revision, ModelFile]:
+    """What a download asks for.
+
+    Raises:
+        ModelUnknown, RevisionUnknown, ArgumentInvalid: See `RevisionFiles.read`.
+    """
+    found = catalog.revision(model, revision)
+    file = next((file for file in found.manifest.files if file.path == path), None)
+    if file is None:
+        raise ArgumentInvalid(f"The revision has no file {path[:255]!a}.")
+    if offset > file.size_bytes:
+        raise ArgumentInvalid(f"The file has {file.size_bytes} bytes; the offset {offset} is behind them.")
+    return found, file
+
+
+async def read_file(path: Path, size_bytes: int, offset: int) -> AsyncIterator[bytes]:
+    """Yields a file from `offset` on, in pieces of at most 1 MiB, and no more than `size_bytes` of it.
+
+    Raises:
+        ArtifactInvalid: It is gone.
+    """
+    left = size_bytes - offset
+    stream = await asyncio.to_thread(_open_at, path, offset)
+    try:
+        while left and (chunk := await asyncio.to_thread(stream.read, min(left, CHUNK_BYTES_MAX))):
+            left -= len(chunk)
+            yield chunk
+    finally:
+        stream.close()
 
 
 def _open_at(path: Path, offset: int) -> IO[bytes]:

@@ -1,6 +1,6 @@
 """Directories of revisions that were uploaded. Owns: how one appears whole, is read again, and goes.
 
-    MODEL/REVISION/          the files by name, and manifest.json
+    MODEL/REVISION/          the files by name, and manifest.json; .home where it is kept elsewhere too
     MODEL/.REVISION.N.new    one on its way in
     MODEL/.REVISION.N.gone   one on its way out
 
@@ -13,43 +13,26 @@ Must not know: the catalog, or how bytes arrive. Everything blocks where nothing
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
 import stat
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-
-from pydantic import TypeAdapter, ValidationError
 
 from services.common import artifacts, logs, safetensors_files
 from services.common.clock import Clock
 from services.common.errors import ArgumentInvalid, ArtifactInvalid
 from services.common.partial_file import PartialFile, make_directory, sync_directory
 from services.controller.adapters.local_revisions import CHUNK_BYTES_MAX, context_tokens_of
-from services.controller.adapters.manifest_checks import RECORD_NAME, check_manifest
+from services.controller.adapters.manifest_checks import RECORD_NAME
+from services.controller.adapters.revision_records import RECORD_BYTES_MAX, decode, encode
 from services.controller.core.catalog import Manifest, ModelFile, Revision
 
-# A thousand files with long names are 400 KB, and golden prompts of the longest kind half as much again.
-RECORD_BYTES_MAX = 1 << 20
-# The last second that the contract's timestamps can say.
-_TIME_MAX_S = 253_402_300_799.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """What stands beside the files; `content` is the name that the manifest's content gives, or empty."""
-
-    manifest: Manifest
-    create_time_s: float
-    local_path: str = ""
-    content: str = ""
-
-
-_RECORDS = TypeAdapter(_Record)
+# Stands in a directory whose revision is kept elsewhere too: where. No file of a manifest is named so.
+HOME_NAME = ".home"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +49,13 @@ class RevisionDirectories:
     Args:
         directory: Where they are; made when the first one comes.
         clock: The time.
+        home: Where the revisions are kept that are made here: a name of that place; empty: here alone.
     """
 
-    def __init__(self, directory: Path, clock: Clock) -> None:
+    def __init__(self, directory: Path, clock: Clock, *, home: str = "") -> None:
         self._directory = directory
         self._clock = clock
+        self._home = home
         # Two that remove one directory trip over one another.
         self._clearing = threading.Lock()
 
@@ -79,8 +64,15 @@ class RevisionDirectories:
         manifest = revision.manifest
         return Path(revision.local_path) == self._path(manifest.model, manifest.revision).resolve()
 
-    def compose(self, manifest: Manifest, blob_of: Callable[[ModelFile], Path]) -> Composed:
+    def compose(
+        self, manifest: Manifest, blob_of: Callable[[ModelFile], Path], *, create_time_s: float | None = None
+    ) -> Composed:
         """Makes the revision's directory, and reads everything but its tokenizer; it has no name yet.
+
+        Args:
+            manifest: The revision.
+            blob_of: Where each file's content is.
+            create_time_s: When it was registered, in seconds since the epoch; None: now.
 
         Raises:
             ArtifactInvalid: A header or a configuration breaks a rule.
@@ -94,11 +86,14 @@ class RevisionDirectories:
             for file in manifest.files:
                 _link(blob_of(file), fresh / file.path, file)
             _check_content(fresh, manifest)
-            revision = Revision(manifest, str(final.resolve()), self._clock.now())
+            create_time_s = self._clock.now() if create_time_s is None else create_time_s
+            revision = Revision(manifest, str(final.resolve()), create_time_s)
             with (fresh / RECORD_NAME).open("wb") as stream:
                 stream.write(encode(manifest, revision.create_time_s))
                 stream.flush()
                 os.fsync(stream.fileno())
+            if self._home:
+                (fresh / HOME_NAME).write_text(self._home)
             # What was answered for is there after the power fails: first what is inside, then its name.
             sync_directory(fresh)
         except BaseException:
@@ -150,6 +145,39 @@ class RevisionDirectories:
         """
         _bury(self._path(revision.manifest.model, revision.manifest.revision))
 
+    def path_of(self, manifest: Manifest) -> str:
+        """Where a revision's directory is, or would be."""
+        return str(self._path(manifest.model, manifest.revision).resolve())
+
+    def has(self, manifest: Manifest) -> bool:
+        """Whether a directory bears a revision's name, whatever is in it."""
+        return self._path(manifest.model, manifest.revision).exists()
+
+    def is_copy(self, revision: Revision) -> bool:
+        """Whether a directory says that its revision is kept at our home too: then it is a copy."""
+        try:
+            return bool(self._home) and (Path(revision.local_path) / HOME_NAME).read_text() == self._home
+        except (OSError, UnicodeDecodeError):
+            return False
+
+    def mark_copy(self, revision: Revision) -> None:
+        """Has a directory say that its revision is kept at our home too."""
+        (Path(revision.local_path) / HOME_NAME).write_text(self._home)
+
+    def make_way(self, manifest: Manifest) -> None:
+        """Takes a name from a directory that is not this revision's; one that is no copy is kept, aside."""
+        path = self._path(manifest.model, manifest.revision)
+        if not path.exists():
+            return
+        if self.is_copy(Revision(manifest, str(path), 0.0)):
+            _bury(path)
+            return
+        aside = path.with_name(f"{path.name}.aside-{secrets.token_hex(4)}")
+        path.rename(aside)
+        logs.get_logger().error(
+            "revision.name_taken", model=manifest.model, revision=manifest.revision, kept_as=aside.name
+        )
+
     def clear(self) -> None:
         """Removes what was buried, now and before; what cannot be removed is logged, for the next time."""
         with self._clearing:
@@ -158,21 +186,6 @@ class RevisionDirectories:
 
     def _path(self, model: str, revision: str) -> Path:
         return self._directory / model / revision
-
-
-def encode(manifest: Manifest, create_time_s: float) -> bytes:
-    """The record of a revision.
-
-    Raises:
-        ArtifactInvalid: It would be too long to be read again.
-    """
-    record = _Record(manifest, create_time_s, content=manifest.named().revision)
-    text = json.dumps(asdict(record), ensure_ascii=False).encode()
-    if len(text) > RECORD_BYTES_MAX:
-        raise ArtifactInvalid(
-            f"The manifest has {len(text)} bytes; at most {RECORD_BYTES_MAX}. Send fewer golden prompts."
-        )
-    return text
 
 
 def _read(directory: Path) -> Revision:
@@ -185,21 +198,13 @@ def _read(directory: Path) -> Revision:
         facts = (directory / RECORD_NAME).lstat()
         if not stat.S_ISREG(facts.st_mode) or facts.st_size > RECORD_BYTES_MAX:
             raise ArtifactInvalid(f"{RECORD_NAME}: no file of at most {RECORD_BYTES_MAX} bytes.")
-        record = _RECORDS.validate_json((directory / RECORD_NAME).read_bytes())
+        text = (directory / RECORD_NAME).read_bytes()
     except OSError:
         raise ArtifactInvalid(f"{RECORD_NAME}: missing, or cannot be read.") from None
-    except ValidationError:
-        raise ArtifactInvalid(f"{RECORD_NAME}: is no record of a revision.") from None
-    manifest = record.manifest
-    if (manifest.model, manifest.revision) != (directory.parent.name, directory.name):
-        raise ArtifactInvalid(f"{RECORD_NAME}: is the record of another revision.")
-    if record.content not in {"", manifest.named().revision} or check_manifest(manifest) != manifest:
-        raise ArtifactInvalid(f"{RECORD_NAME}: is not what was taken in under this name.")
-    if not 0 <= record.create_time_s <= _TIME_MAX_S:
-        raise ArtifactInvalid(f"{RECORD_NAME}: has no time that can be told.")
+    manifest, create_time_s = decode(text, directory.parent.name, directory.name)
     for file in manifest.files:
         _check_whole(directory / file.path, file)
-    return Revision(manifest, str(directory.resolve()), record.create_time_s)
+    return Revision(manifest, str(directory.resolve()), create_time_s)
 
 
 def _check_whole(path: Path, file: ModelFile) -> None:

@@ -20,6 +20,9 @@ GRACE_S = 10.0
 # A traceback's end names the error.
 TRACE_CHARS_MAX = 2_000
 
+# Credentials of the artifacts' store are in the environment too, by names that only its library knows.
+_PASSED_ON = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ")
+
 _PROGRAM = "services.controller.adapters.tokenizer_trial"
 
 
@@ -61,6 +64,6 @@ async def try_tokenizer(directory: Path) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """What the child needs: where we find modules, one thread, and none of our settings."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("INTERLOCK_")}
+    """What the child needs: where we find modules, one thread, and nothing that anybody could misuse."""
+    ours = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     return {**ours, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "RAYON_NUM_THREADS": "1"}

@@ -6,6 +6,8 @@ needs and another one has already is not sent again.
     blobs/                       the contents
     revisions/MODEL/REVISION/    the files by name, and manifest.json
 
+Where revisions have their home at a URL, what is here is a copy of it (see `revisions_at_url`).
+
 Each time of leading has an object of its own over the same directory, and an earlier one may go on for a
 while: in a process that stood still and has not noticed, or in a thread. It spoils nothing. What it writes is
 its own file, which the next one takes over only when it is closed (see `blobs`). A revision's name is given
@@ -17,9 +19,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 
 from services.common import logs
@@ -28,20 +29,29 @@ from services.common.errors import (
     ArgumentInvalid,
     ArtifactInvalid,
     InternalError,
+    NotLeader,
     QuotaExceeded,
     RevisionInUse,
+    StoreUnavailable,
     UploadConflict,
 )
 from services.common.threads import in_thread, to_its_end
-from services.controller.adapters import revision_directories
+from services.controller.adapters.artifact_home import ArtifactHome
+from services.controller.adapters.blob_cache import BlobCache
 from services.controller.adapters.blob_intake import Chunk
 from services.controller.adapters.blobs import PROMISE_KEPT_S, Blobs
+from services.controller.adapters.cached_revisions import CachedRevisionFiles
 from services.controller.adapters.contents import Contents
+from services.controller.adapters.disk_told import disk_told
+from services.controller.adapters.local_revisions import LocalRevisionFiles
 from services.controller.adapters.manifest_checks import check_manifest
 from services.controller.adapters.revision_directories import RevisionDirectories
+from services.controller.adapters.revision_records import encode
+from services.controller.adapters.revisions_at_url import RevisionsAtUrl
 from services.controller.adapters.tokenizer_process import try_tokenizer
 from services.controller.adapters.while_leading import StillLeading, WhileLeading, nobody_else_leads
 from services.controller.core.catalog import Catalog, Manifest, ModelFile, Revision
+from services.controller.core.ports import RevisionFiles
 
 # For whom contents are kept while they are taken in; one upload is under way at a time.
 _UNDER_WAY = "an upload"
@@ -58,6 +68,10 @@ class Uploads:
             system has no hard links: then a revision takes its size once more.
         still_leading: Asks whether we lead, before anything that other controllers read is changed.
         read_tokenizer: Reads the tokenizer of a directory; raises ArtifactInvalid where nobody could.
+        home: Where revisions are kept; None: in the directory alone.
+
+    Attributes:
+        files: The content of the registered revisions.
     """
 
     def __init__(
@@ -69,23 +83,44 @@ class Uploads:
         bytes_max: int,
         still_leading: StillLeading = nobody_else_leads,
         read_tokenizer: Callable[[Path], Awaitable[None]] = try_tokenizer,
+        home: ArtifactHome | None = None,
     ) -> None:
         self._catalog = catalog
         self._blobs = Blobs(directory / "blobs", clock, bytes_max=bytes_max)
-        self._contents = Contents(self._blobs, clock)
-        self._directories = RevisionDirectories(directory / "revisions", clock)
+        self._directories = RevisionDirectories(
+            directory / "revisions", clock, home=home.identity if home else ""
+        )
         self._clock = clock
         self._bytes_max = bytes_max
         self._leading = WhileLeading(still_leading)
+        cache = BlobCache(home, self._blobs, self._named, self._leading.run) if home else None
+        self._contents = Contents(self._blobs, clock, cache)
+        self._at_url = (
+            RevisionsAtUrl(home, cache, self._blobs, self._directories, self._leading, catalog, clock)
+            if home and cache
+            else None
+        )
+        self.files: RevisionFiles = (
+            CachedRevisionFiles(catalog, cache, self._at_url.complete)
+            if cache and self._at_url
+            else LocalRevisionFiles(catalog)
+        )
+        self._following: asyncio.Task[None] | None = None
         self._read_tokenizer = read_tokenizer
         # One upload at a time.
         self._lock = asyncio.Lock()
 
     async def load(self) -> None:
         """Registers what was taken in before; what is damaged is named in the log and passed over."""
-        for revision in await in_thread(self._directories.read_all):
+        found = await in_thread(self._directories.read_all)
+        if self._at_url is not None:
+            found = await self._at_url.load(found)
+        for revision in found:
             self._restore(revision)
         await in_thread(self._blobs.collect, self._named())
+        if self._at_url is not None:
+            following = self._leading.run(self._at_url.follow(self._restore))
+            self._following = asyncio.create_task(_until_over(following), name="uploads.following")
 
     def close(self) -> None:
         """Ends the upload under way with NotLeader, and refuses what comes: another controller may lead."""
@@ -97,14 +132,15 @@ class Uploads:
         Raises:
             ArtifactInvalid, ArgumentInvalid, ModelUnknown, QuotaExceeded, RevisionInUse: It cannot be taken.
             NotLeader: Another controller leads.
+            StoreUnavailable: The revisions' home has not answered yet.
         """
-        self._leading.check()
+        self._check_ready()
         checked = self._check(manifest)
         if self._known(checked) is not None:
             return ()
         sizes = _sizes(checked)
         self._blobs.promise(_plan_of(checked), sizes, PROMISE_KEPT_S)
-        with _disk_told():
+        with disk_told():
             # An upload under way may write to them, and settles what it needs by itself.
             missing = await self._contents.missing(
                 sizes, self._revisions(), may_settle=lambda: not self._lock.locked()
@@ -123,9 +159,9 @@ class Uploads:
             QuotaExceeded: There is no room for it, or the disk is full.
             ArgumentInvalid, ModelUnknown, RevisionInUse: It cannot be taken.
             NotLeader: Another controller leads, or does by now; what came is kept for it.
-            StoreUnavailable: Nobody can say who leads.
+            StoreUnavailable: Nobody can say who leads, or the revisions' home does not answer.
         """
-        self._leading.check()
+        self._check_ready()
         checked = self._check(manifest)
         if (known := self._known(checked)) is not None:
             return known
@@ -137,7 +173,7 @@ class Uploads:
     async def _take_in(self, manifest: Manifest, chunks: AsyncIterator[Chunk]) -> Revision:
         self._blobs.promise(_UNDER_WAY, _sizes(manifest), math.inf)
         try:
-            with _disk_told():
+            with disk_told():
                 await self._leading.confirm()
                 await self._fill(manifest, chunks)
                 return await to_its_end(self._register(manifest))
@@ -164,26 +200,58 @@ class Uploads:
             RevisionInUse: It was not uploaded: the mesh was started with it.
             InternalError: Its directory cannot be removed; it stays registered.
             NotLeader: Another controller leads.
-            StoreUnavailable: Nobody can say who leads.
+            StoreUnavailable: Nobody can say who leads, or the revisions' home does not answer.
         """
-        self._leading.check()
+        self._check_ready()
         self._deletable(model, name)
         await self._leading.confirm()
         # Others had their turn meanwhile: a rollout may have begun with it, or somebody else deleted it.
         deleted = self._deletable(model, name)
         if check_unused is not None:
             check_unused(model, name)
+        if self._at_url is not None:
+            await to_its_end(self._leading.run(self._remove_at_url(deleted, self._at_url)))
+        self._bury(deleted)
+        if self._at_url is None:
+            self._catalog.forget(model, name)
+        digests = _sizes(deleted.manifest).keys() - self._named()
+        await in_thread(self._free, digests)
+        logs.get_logger().info("revision.deleted", model=model, revision=name)
+        if self._at_url is not None:
+            # What stays for want of the store goes with the next sweep.
+            with contextlib.suppress(StoreUnavailable, NotLeader):
+                await self._at_url.free(digests)
+
+    async def _remove_at_url(self, revision: Revision, at_url: RevisionsAtUrl) -> None:
+        """Nobody can begin to use it while its home is asked; where that fails it is there as before."""
+        manifest = revision.manifest
+        place = self._catalog.forget(manifest.model, manifest.revision)
         try:
-            # Both at once, before anybody else has a turn: no rollout begins with what is half gone.
-            self._directories.bury(deleted)
+            await at_url.remove(revision)
+        except BaseException:
+            if not self._catalog.knows(manifest.model, manifest.revision):
+                self._catalog.put_back(revision, place)
+            raise
+
+    def _bury(self, revision: Revision) -> None:
+        """Takes its name from a directory in this very turn: no rollout begins with what is half gone."""
+        model, name = revision.manifest.model, revision.manifest.revision
+        try:
+            self._directories.bury(revision)
         except FileNotFoundError:
-            logs.get_logger().warning("revision.gone", model=model, revision=name)
+            if self._at_url is None:
+                logs.get_logger().warning("revision.gone", model=model, revision=name)
         except OSError as error:
             logs.get_logger().error("revision.undeleted", model=model, revision=name, exc_info=error)
-            raise InternalError("The revision cannot be deleted now, and stays; delete it again.") from None
-        self._catalog.forget(model, name)
-        await in_thread(self._free, _sizes(deleted.manifest).keys() - self._named())
-        logs.get_logger().info("revision.deleted", model=model, revision=name)
+            if self._at_url is None:
+                raise InternalError(
+                    "The revision cannot be deleted now, and stays; delete it again."
+                ) from None
+
+    def _check_ready(self) -> None:
+        self._leading.check()
+        if self._at_url is not None:
+            self._at_url.check()
 
     def _deletable(self, model: str, name: str) -> Revision:
         found = self._catalog.revision(model, name)
@@ -222,8 +290,11 @@ class Uploads:
         revision = composed.revision
         try:
             await self._read_tokenizer(composed.directory)
-            await self._leading.confirm()
-            await in_thread(self._directories.place, composed)
+            if self._at_url is not None:
+                revision = await self._at_url.take_in(composed, self._blob_of)
+            else:
+                await self._leading.confirm()
+                await in_thread(self._directories.place, composed)
         except BaseException:
             await in_thread(self._directories.discard, composed)
             raise
@@ -253,7 +324,7 @@ class Uploads:
         total = sum(file.size_bytes for file in checked.files)
         if total > self._bytes_max:
             raise QuotaExceeded(f"The revision has {total} bytes; the controller keeps {self._bytes_max}.")
-        revision_directories.encode(checked, self._clock.now())
+        encode(checked, self._clock.now())
         return checked
 
     def _known(self, manifest: Manifest) -> Revision | None:
@@ -289,16 +360,11 @@ def _plan_of(manifest: Manifest) -> str:
     return f"{manifest.revision} {manifest.named().revision}"
 
 
-@contextlib.contextmanager
-def _disk_told() -> Iterator[None]:
-    """Says of a full disk what to do about it."""
+async def _until_over(work: Awaitable[None]) -> None:
+    """Waits for work that ends with the lead; a defect in it is told, and takes nothing else with it."""
     try:
-        yield
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-            raise
-        logs.get_logger().error("upload.disk_full", error=error.strerror)
-        raise QuotaExceeded(
-            "The controller's disk is full; what came so far is kept."
-            " Make room or delete a revision, plan again and go on."
-        ) from None
+        await work
+    except NotLeader:
+        return
+    except Exception as error:  # noqa: BLE001 - nobody else awaits it
+        logs.get_logger().error("artifacts.unfollowed", exc_info=error)

@@ -149,12 +149,20 @@ class Catalog:
         """
         return self.revisions(model)[-1].manifest.revision
 
-    def forget(self, model: str, name: str) -> None:
-        """Removes a revision.
+    def forget(self, model: str, name: str) -> int:
+        """Removes a revision; returns its place, for `put_back`.
 
         Raises:
             ModelUnknown: No such model is registered.
             RevisionUnknown: The model has no such revision.
         """
         self.revision(model, name)
+        place = list(self._revisions[model]).index(name)
         del self._revisions[model][name]
+        return place
+
+    def put_back(self, revision: Revision, place: int) -> None:
+        """Adds a revision again where it was."""
+        found = list(self._revisions[revision.manifest.model].values())
+        found.insert(place, revision)
+        self._revisions[revision.manifest.model] = {one.manifest.revision: one for one in found}

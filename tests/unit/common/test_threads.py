@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from services.common.threads import in_thread, to_its_end
+from services.common.threads import MayHang, in_thread, to_its_end
 
 
 async def test_a_result_and_an_error_come_back() -> None:
@@ -53,3 +53,21 @@ async def test_a_timeout_is_told_as_one() -> None:
         async with asyncio.timeout(0.01):
             await to_its_end(work())
     assert done.is_set()
+
+
+async def test_a_call_that_may_hang_answers_or_is_left() -> None:
+    """Its result, its exception, or the end of patience; one that is left keeps its place until it ends."""
+    calls, go_on = MayHang(1), threading.Event()
+
+    def fails() -> None:
+        raise KeyError("why")
+
+    assert await calls.call(5, lambda: 7) == 7
+    with pytest.raises(KeyError, match="why"):
+        await calls.call(5, fails)
+    with pytest.raises(TimeoutError):
+        await calls.call(0.01, lambda: go_on.wait(10))
+    with pytest.raises(TimeoutError):
+        await calls.call(0.01, lambda: 7)
+    go_on.set()
+    assert await calls.call(5, lambda: 8) == 8

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.fixtures.machines import faults, machines
 from tests.fixtures.upload_world import Place
+
+__all__ = ["faults", "machines", "place"]
 
 
 @pytest.fixture

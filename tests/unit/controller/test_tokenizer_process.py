@@ -47,6 +47,17 @@ async def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         await try_tokenizer(write(tmp_path, chat_template__jinja="{% if %}"))
 
 
+async def test_the_child_has_no_credential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither ours nor those of the artifacts' store: what it reads was sent by somebody."""
+    given = ("AWS_SECRET_ACCESS_KEY", "FSSPEC_S3_SECRET", "INTERLOCK_JWT_SECRET")
+    for name in given:
+        monkeypatch.setenv(name, "secret")
+    child = tokenizer_process._environment()
+    assert "secret" not in child.values()
+    assert child["PATH"]
+    await try_tokenizer(write(tmp_path))
+
+
 async def test_the_controller_goes_on_while_a_large_one_is_read(tmp_path: Path) -> None:
     """In a thread of ours the same file lets nobody else run for as long as it takes."""
     trial, turns = asyncio.create_task(try_tokenizer(write(tmp_path, words(200_000)))), 0

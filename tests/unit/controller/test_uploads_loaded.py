@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from services.common.errors import RevisionInUse
 from services.controller.adapters.blob_intake import Chunk
-from services.controller.adapters.revision_directories import RECORD_BYTES_MAX
+from services.controller.adapters.revision_records import RECORD_BYTES_MAX
 from services.controller.core.catalog import Revision
 from tests.fixtures.upload_world import CONTENT, DIGEST, WEIGHTS, Place, manifest, push, read, sent
 
