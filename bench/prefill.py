@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -170,12 +169,12 @@ def _ms(seconds: float) -> float:
 
 def _load(arguments: argparse.Namespace) -> ModelRunner:
     # As in the worker: the libraries read their environment when they are imported.
-    library_environment.prepare()
+    cores = library_environment.prepare()
     from services.worker.adapters import torch_compute  # noqa: PLC0415 - see above
     from services.worker.adapters.torch_loader import TorchLoader, TorchSettings  # noqa: PLC0415 - as above
 
     device = torch_compute.choose_device(arguments.device)
-    threads = arguments.threads or len(os.sched_getaffinity(0))
+    threads = arguments.threads or cores
     loader = TorchLoader(TorchSettings(device, threads, 2 * STREAMS, lambda: arguments.kv_bytes))
     directory: Path = arguments.model
     files = tuple(RevisionFile(path.name, path.stat().st_size, "") for path in directory.iterdir())

@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -200,12 +199,12 @@ def _start_library(arguments: argparse.Namespace) -> dict[str, float]:
     """What a plain program does: import, load, and compute one token."""
     watch = Stopwatch()
     watch.turn_to("import")
-    library_environment.prepare()
+    cores = library_environment.prepare()
     import torch  # noqa: PLC0415 - its import is measured
     import transformers  # noqa: PLC0415 - as above
 
     factory: Any = transformers.AutoModelForCausalLM
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cores)
     watch.turn_to("load")
     module = factory.from_pretrained(arguments.model, dtype="auto")
     watch.turn_to("warm")
@@ -217,12 +216,11 @@ def _start_library(arguments: argparse.Namespace) -> dict[str, float]:
 
 def _loader(arguments: argparse.Namespace, watch: Stopwatch) -> Any:
     watch.turn_to("import")
-    library_environment.prepare()
+    threads = library_environment.prepare()
     from services.worker.adapters import torch_compute  # noqa: PLC0415 - its import is measured
     from services.worker.adapters.stored_forms import StoredForms  # noqa: PLC0415 - as above
     from services.worker.adapters.torch_loader import TorchLoader, TorchSettings  # noqa: PLC0415 - as above
 
-    threads = len(os.sched_getaffinity(0))
     forms = StoredForms(arguments.forms, FORMS_BYTES)
     device = torch_compute.choose_device("cpu")
     # As `interlock up --workers` has it: weights that are packed for the processor are not shared.

@@ -51,12 +51,15 @@ class Compute:
 
 def torch_compute(config: WorkerConfig) -> Compute:
     """Compute by torch. Blocks for seconds: it imports torch, which nothing else here does."""
-    library_environment.prepare(all_cores=config.threads == 0)
+    allowed = os.sched_getaffinity(0)
+    cores = library_environment.prepare(all_cores=config.threads == 0)
     from services.worker.adapters import torch_compute as adapter  # noqa: PLC0415 - as said
     from services.worker.adapters.llguidance_formats import LlguidanceLibrary  # noqa: PLC0415 - it is large
 
     device = adapter.choose_device(config.device)
-    loader = adapter.make_loader(config, device)
+    loader = adapter.make_loader(config, device, config.threads or cores)
+    # This thread, which the import has bound, does other things later.
+    os.sched_setaffinity(0, allowed)
     kind, name, total_bytes = adapter.describe_device(device)
     memory_bytes = min(config.memory_bytes or total_bytes, total_bytes)
     return Compute(((kind, name, memory_bytes),), loader, LlguidanceLibrary())

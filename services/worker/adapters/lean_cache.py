@@ -2,6 +2,9 @@
 
 A layer keeps `[2, rows, heads, capacity, head_dim]`: keys, then values. Rows and heads are neighbours, so a
 piece of the cache is one batch of matrices without a copy. Knows positions, never tokens or requests.
+
+In a host's memory the tensors have all rows that the budget allows, and take pages where something was
+written alone: rows cost nothing until they are used, and no stream waits while the cache grows by some.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from services.worker.adapters.torch_cache import grown
+from services.worker.adapters.lazy_memory import lazy_zeros
+from services.worker.adapters.torch_cache import GROWTH_TOKENS, Rows, grown
 from services.worker.core.kv_budget import bucketed
 
 
@@ -31,14 +35,14 @@ class Place:
     """A piece of the cache that a pass reads and writes: several tokens of one row, or one token of each row.
 
     Attributes:
-        rows: The rows as a slice where they are contiguous, else as an index tensor.
+        rows: The rows.
         row_ids: The row of each token, `[tokens]`.
         positions: The position of each token, `[tokens]`.
         length: Positions that attention reads.
         shared: Whether all tokens belong to one row (prefill); else each has a row of its own.
     """
 
-    rows: slice | torch.Tensor
+    rows: Rows
     row_ids: torch.Tensor
     positions: torch.Tensor
     length: int
@@ -66,6 +70,8 @@ class LeanCache:
         self.area_tokens = area_tokens
         self.shape = shape
         self._layers: list[torch.Tensor] = []
+        # Of each row: how many positions were written since it was last cleared. Zeros lie beyond.
+        self._filled: list[int] = []
 
     @property
     def bytes_per_token(self) -> int:
@@ -75,7 +81,7 @@ class LeanCache:
 
     @property
     def held_bytes(self) -> int:
-        """Memory of what exists now."""
+        """Memory that the rows may come to take without growing."""
         return sum(tensor.nbytes for tensor in self._layers)
 
     def look(self, rows: Sequence[int], positions: Sequence[int], tokens: int) -> Place:
@@ -87,14 +93,14 @@ class LeanCache:
             tokens: Tokens of each row.
         """
         device = self.shape.device
+        for row, position in zip(rows, positions, strict=True):
+            self._filled[row] = max(self._filled[row], position + tokens)
         length = min(bucketed(max(positions) + tokens), self.capacity)
         row_ids = torch.tensor(rows, device=device)
         places = torch.tensor(positions, device=device)
         if tokens > 1:
             row_ids, places = row_ids.expand(tokens), places + torch.arange(tokens, device=device)
-        contiguous = rows[-1] - rows[0] == len(rows) - 1
-        chosen = slice(rows[0], rows[-1] + 1) if contiguous else row_ids
-        return Place(chosen, row_ids, places, length, shared=len(rows) == 1)
+        return Place(Rows.of(rows, device), row_ids, places, length, shared=len(rows) == 1)
 
     def targets(self, places: Sequence[Place]) -> torch.Tensor:
         """Where `write` puts the states of all tokens of these places; it is the same in every layer."""
@@ -112,11 +118,7 @@ class LeanCache:
 
     def read(self, layer: int, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a place's rows, each `[rows * heads, length, head_dim]`."""
-        tensor = self._layers[layer]
-        if isinstance(place.rows, slice):
-            tensor = tensor[:, place.rows, :, : place.length]
-        else:
-            tensor = tensor[:, :, :, : place.length].index_select(1, place.rows)
+        tensor = place.rows.taken(self._layers[layer][:, :, :, : place.length], 1)
         keys, values = tensor.flatten(1, 2).unbind(0)
         return keys, values
 
@@ -124,29 +126,56 @@ class LeanCache:
         """Grows to at least so many rows and positions; whatever is beyond them may be given up."""
         if rows <= self.rows and capacity <= self.capacity:
             return
-        before = (self.rows, self.capacity)
-        self.rows, self.capacity = grown(before, (rows, capacity), self.area_tokens)
+        before, lazy = (self.rows, self.capacity), self.shape.device.type == "cpu"
+        size = spread if lazy else grown
+        self.rows, self.capacity = size(before, (rows, capacity), self.area_tokens)
+        filled = [min(count, self.capacity) for count in self._filled[: self.rows]]
+        self._filled = filled + [0] * (self.rows - len(filled))
+        kept_rows = 1 + max((row for row, count in enumerate(filled) if count), default=-1)
+        kept = max(filled, default=0)
         old, self._layers = self._layers, []
         for layer in range(self.shape.layers):
             tensor = self._empty()
-            if old:
-                kept_rows, kept = min(self.rows, before[0]), min(self.capacity, before[1])
+            if old and lazy:
+                for row, count in enumerate(filled[:kept_rows]):
+                    tensor[:, row, :, :count] = old[layer][:, row, :, :count]
+            elif old:
                 tensor[:, :kept_rows, :, :kept] = old[layer][:, :kept_rows, :, :kept]
+            if old:
                 old[layer] = tensor.new_empty(0)
             self._layers.append(tensor)
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copies the first positions of one row over another row."""
+        self._filled[target] = max(self._filled[target], tokens)
         for tensor in self._layers:
             tensor[:, target, :, :tokens] = tensor[:, source, :, :tokens]
 
     def clear(self, row: int) -> None:
         """Overwrites a row with zeros: what is not finite there would reach the row's next sequence."""
+        count, self._filled[row] = self._filled[row], 0
         for tensor in self._layers:
-            tensor[:, row].zero_()
+            tensor[:, row, :, :count] = 0
 
     def _empty(self) -> torch.Tensor:
         shape = self.shape
         # Zeros, not whatever memory holds: a masked NaN would still spoil the sum.
         size = (2, self.rows, shape.heads, self.capacity, shape.head_dim)
+        if shape.device.type == "cpu":
+            return lazy_zeros(size, shape.dtype)
         return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+
+
+def spread(present: tuple[int, int], needed: tuple[int, int], area_tokens: int) -> tuple[int, int]:
+    """Rows and positions of a cache whose rows cost nothing until they are used: all that the budget has.
+
+    Positions double, so that a longer sequence seldom makes the cache anew; they are halved while the rows
+    that are needed have no room.
+    """
+    rows, capacity = needed
+    wide = max(present[1], GROWTH_TOKENS)
+    while wide < capacity:
+        wide *= 2
+    while wide > capacity and rows * wide > area_tokens:
+        wide = max(capacity, bucketed(wide // 2))
+    return max(rows, area_tokens // wide), wide

@@ -10,18 +10,24 @@ import os
 PRIMITIVES_MAX = 256
 
 
-def prepare(*, all_cores: bool = True) -> None:
+def prepare(*, all_cores: bool = True) -> int:
     """Sets what the libraries read when they are imported; what the user has set stays.
 
     Args:
         all_cores: Whether the model's threads are as many as the cores.
+
+    Returns:
+        How many cores this process may use. It is to be asked here: a bound OpenMP takes the thread that
+        imports torch for its first one, and leaves it a single core.
     """
+    cores = len(os.sched_getaffinity(0))
     # Nothing is fetched from anywhere but the controller.
     os.environ["HF_HUB_OFFLINE"] = "1"
     # OpenMP threads that spin for milliseconds starve the mesh's other processes on the same cores, and
-    # are starved by them. Beside one busy process on two cores, 8 rows decoded 26 tokens/s with the
-    # library's spin and 69 with this one; alone 285 and 270.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    # are starved by them: beside one busy process on two cores, 8 rows decoded 26 tokens/s with the
+    # library's spin, and about 80 with this one or a fifth of it. Threads that sleep take long to wake: alone,
+    # one row decodes 52 tokens/s with this, 35 with a fifth of it, 8 rows 211 and 165.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # Threads that wander between cores while gateway and Envoy run there lose each other at barriers. Bound
     # to their cores, a mesh on two cores gave 61 tokens/s for one stream and 328 for 16, else 46 and 269.
     # With fewer threads than cores, several workers would all be bound to the first ones.
@@ -30,3 +36,4 @@ def prepare(*, all_cores: bool = True) -> None:
     # Weights on large pages stream a few per cent faster, and one row does little else.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES_MAX))
+    return cores

@@ -49,19 +49,50 @@ class RowCache(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a tensor, ascending: all between the first and the last, or some of them.
+
+    Attributes:
+        first: The first one.
+        span: Rows from there to the last one, both included.
+        picks: Which of them, counted from the first; None: all, and nothing is copied.
+    """
+
+    first: int
+    span: int
+    picks: torch.Tensor | None
+
+    @classmethod
+    def of(cls, rows: Sequence[int], device: torch.device) -> Rows:
+        """These rows."""
+        first, span = rows[0], rows[-1] - rows[0] + 1
+        picks = None if span == len(rows) else torch.tensor(rows, device=device) - first
+        return cls(first, span, picks)
+
+    def taken(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """The rows of a tensor along `dim`.
+
+        What a library picks from it first makes contiguous, to the last row: so it is given no more than lies
+        between the first and the last that are picked.
+        """
+        part = tensor.narrow(dim, self.first, self.span)
+        return part if self.picks is None else part.index_select(dim, self.picks)
+
+
 @dataclass(slots=True)
 class _View:
     """The piece of the cache that the pass under way reads and writes.
 
     Attributes:
-        rows: The rows as a slice where they are contiguous, else as an index tensor of shape `[batch]`.
+        rows: The rows.
         row_ids: The same rows as an index tensor, for writing.
         positions: For decode: the position of each row's token, shape `[batch]`.
         start: For prefill: the position of the first token.
         length: Positions that attention reads.
     """
 
-    rows: slice | torch.Tensor
+    rows: Rows
     row_ids: torch.Tensor
     positions: torch.Tensor
     start: int
@@ -151,7 +182,7 @@ class SlotCache(Cache):
         # What rows times capacity may come to; the first passes, which measure, need little.
         self.area_tokens = 2 * GROWTH_TOKENS
         self._device = device
-        self.view = _View(slice(0, 0), torch.empty(0), torch.empty(0), 0, 0)
+        self.view = _View(Rows(0, 0, None), torch.empty(0), torch.empty(0), 0, 0)
 
     @property
     def bytes_per_token(self) -> int:
@@ -174,10 +205,8 @@ class SlotCache(Cache):
         """
         length = min(bucketed(max(positions) + tokens), self.capacity)
         row_ids = torch.tensor(rows, device=self._device)
-        contiguous = rows[-1] - rows[0] == len(rows) - 1
-        chosen = slice(rows[0], rows[-1] + 1) if contiguous else row_ids
         places = torch.tensor(positions, device=self._device)
-        self.view = _View(chosen, row_ids, places, positions[0], length)
+        self.view = _View(Rows.of(rows, self._device), row_ids, places, positions[0], length)
         return length
 
     def ensure(self, rows: int, capacity: int) -> None:
@@ -220,13 +249,11 @@ def grown(present: tuple[int, int], needed: tuple[int, int], area_tokens: int) -
 
 def _write(cache: torch.Tensor, states: torch.Tensor, view: _View) -> torch.Tensor:
     batch, _, tokens, _ = states.shape
-    if batch == 1 and isinstance(view.rows, slice):
-        cache[view.rows.start, :, view.start : view.start + tokens] = states[0]
+    if batch == 1:
+        cache[view.rows.first, :, view.start : view.start + tokens] = states[0]
     else:
         cache[view.row_ids, :, view.positions] = states[:, :, 0]
-    if isinstance(view.rows, slice):
-        return cache[view.rows, :, : view.length]
-    return cache[:, :, : view.length].index_select(0, view.rows)
+    return view.rows.taken(cache[:, :, : view.length], 0)
 
 
 def _resized(tensor: torch.Tensor, rows: int, capacity: int) -> torch.Tensor:

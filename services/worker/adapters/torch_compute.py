@@ -37,8 +37,8 @@ def describe_device(device: torch.device) -> tuple[str, str, int]:
     return device.type, _processor(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def make_loader(config: WorkerConfig, device: torch.device) -> TorchLoader:
-    """The loader for this worker's settings."""
+def make_loader(config: WorkerConfig, device: torch.device, threads: int) -> TorchLoader:
+    """The loader for this worker's settings; `threads` are those of a forward pass on a CPU."""
 
     def kv_bytes() -> int:
         if config.kv_cache_bytes:
@@ -46,7 +46,6 @@ def make_loader(config: WorkerConfig, device: torch.device) -> TorchLoader:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
         return int(free) // KV_CACHE_SHARE
 
-    threads = config.threads or len(os.sched_getaffinity(0))
     forms = None
     if config.cache_forms_bytes:
         forms = StoredForms(config.cache_dir / "forms", config.cache_forms_bytes)
