@@ -25,8 +25,8 @@ def prepare(*, all_cores: bool = True) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     # OpenMP threads that spin for milliseconds starve the mesh's other processes on the same cores, and
     # are starved by them: beside one busy process on two cores, 8 rows decoded 26 tokens/s with the
-    # library's spin, and about 80 with this one or a fifth of it. Threads that sleep take long to wake: alone,
-    # one row decodes 52 tokens/s with this, 35 with a fifth of it, 8 rows 211 and 165.
+    # library's spin, and about 80 with this one or a fifth of it. Threads that sleep take long to wake:
+    # alone, one row decodes 52 tokens/s with this, 35 with a fifth of it, 8 rows 211 and 165.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # Threads that wander between cores while gateway and Envoy run there lose each other at barriers. Bound
     # to their cores, a mesh on two cores gave 61 tokens/s for one stream and 328 for 16, else 46 and 269.
