@@ -169,12 +169,11 @@ def _ms(seconds: float) -> float:
 
 def _load(arguments: argparse.Namespace) -> ModelRunner:
     # As in the worker: the libraries read their environment when they are imported.
-    cores = library_environment.prepare()
+    threads = library_environment.prepare(arguments.threads)
     from services.worker.adapters import torch_compute  # noqa: PLC0415 - see above
     from services.worker.adapters.torch_loader import TorchLoader, TorchSettings  # noqa: PLC0415 - as above
 
     device = torch_compute.choose_device(arguments.device)
-    threads = arguments.threads or cores
     loader = TorchLoader(TorchSettings(device, threads, 2 * STREAMS, lambda: arguments.kv_bytes))
     directory: Path = arguments.model
     files = tuple(RevisionFile(path.name, path.stat().st_size, "") for path in directory.iterdir())

@@ -52,12 +52,12 @@ class Compute:
 def torch_compute(config: WorkerConfig) -> Compute:
     """Compute by torch. Blocks for seconds: it imports torch, which nothing else here does."""
     allowed = os.sched_getaffinity(0)
-    cores = library_environment.prepare(all_cores=config.threads == 0)
+    threads = library_environment.prepare(config.threads)
     from services.worker.adapters import torch_compute as adapter  # noqa: PLC0415 - as said
     from services.worker.adapters.llguidance_formats import LlguidanceLibrary  # noqa: PLC0415 - it is large
 
     device = adapter.choose_device(config.device)
-    loader = adapter.make_loader(config, device, config.threads or cores)
+    loader = adapter.make_loader(config, device, threads)
     # This thread, which the import has bound, does other things later.
     os.sched_setaffinity(0, allowed)
     kind, name, total_bytes = adapter.describe_device(device)
