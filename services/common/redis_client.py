@@ -30,7 +30,8 @@ Client: TypeAlias = Redis | RedisCluster
 
 # Redis answers within a millisecond or two; after a second it is gone, and callers must learn that.
 SOCKET_TIMEOUT_S = 1.0
-# A call with its one repetition on a fresh connection, and its wait for a connection, ends within this.
+# A command with its one repetition on a fresh connection, and its wait for a connection, ends within this; a
+# script that Redis does not know takes two.
 CALL_TIMEOUT_S = 2.0
 # Redis runs one call after another anyway; more connections only lengthen the line inside it.
 CALLS_AT_ONCE_MAX = 32

@@ -72,8 +72,9 @@ class Conductor:
 
     @property
     def newest(self) -> Rollout | None:
-        """The rollout that is under way, or the one that ended last."""
-        return next(reversed(self._rollouts.values()), None)
+        """The rollout that has begun, or the one that ended last."""
+        begun = (one for one in reversed(self._rollouts.values()) if one.state is not State.PENDING)
+        return next(begun, None)
 
     @property
     def all(self) -> tuple[Rollout, ...]:

@@ -15,7 +15,7 @@ from services.controller.core.catalog import Catalog
 from services.controller.core.member import Goal, Kind, Member
 from services.controller.core.ports import RouteStore
 from services.controller.core.rollout_events import Fleet
-from services.controller.core.rollout_record import Rollout, State
+from services.controller.core.rollout_record import Rollout
 from services.controller.core.routing import Plan
 
 
@@ -63,7 +63,7 @@ class Goals:
             stored_epoch: The epoch of the route that the store is known to hold.
         """
         rollout, bound = self._rollouts.newest, self._bound(member)
-        if rollout is not None and not rollout.ended and rollout.state is not State.PENDING:
+        if rollout is not None and not rollout.ended:
             return rollout_fleet.goal(rollout, member, plan.weights.items(), stored_epoch, bound)
         whole = routing.goal(self._model, plan, member, self._knows)
         if rollout is None or not rollout.ended or member.kind is not Kind.WORKER:

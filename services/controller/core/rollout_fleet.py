@@ -126,7 +126,8 @@ def goal_after(rollout: Rollout, member: Member, whole: Goal, bound: frozenset[s
 def _one_copy(rollout: Rollout, member: Member, whole: Goal, bound: frozenset[str]) -> Goal:
     """A goal for a worker that has room for one revision at a time."""
     wanted = frozenset(whole.holds)
-    others = {rollout.previous, rollout.spec.revision} - wanted
+    # One that an earlier rollout left for the sake of requests counts, too.
+    others = ({rollout.previous, rollout.spec.revision} | member.residents.keys()) - wanted
     if others & bound and not any(_is_held(member, name) for name in wanted):
         # They end first: it takes the other revision's place when nobody waits for that any more.
         held = dict.fromkeys(others & bound, max(whole.holds.values()))

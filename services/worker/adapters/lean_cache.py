@@ -16,7 +16,7 @@ import torch
 
 from services.worker.adapters.lazy_memory import lazy_zeros
 from services.worker.adapters.torch_cache import GROWTH_TOKENS, Rows, grown
-from services.worker.core.kv_budget import bucketed
+from services.worker.core.kv_budget import BUCKET_TOKENS, bucketed
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +131,26 @@ class LeanCache:
         self.rows, self.capacity = size(before, (rows, capacity), self.area_tokens)
         filled = [min(count, self.capacity) for count in self._filled[: self.rows]]
         self._filled = filled + [0] * (self.rows - len(filled))
-        kept_rows = 1 + max((row for row, count in enumerate(filled) if count), default=-1)
-        kept = max(filled, default=0)
         old, self._layers = self._layers, []
+        try:
+            self._lay_out(old, filled, row_by_row=lazy)
+        except BaseException:
+            # Half of it is of no use: the next step begins with nothing, as its sequences do.
+            self.rows = self.capacity = 0
+            self._filled, self._layers = [], []
+            raise
+
+    def _lay_out(self, old: list[torch.Tensor], filled: Sequence[int], *, row_by_row: bool) -> None:
+        """Makes all layers with what was written in the old ones, which are given up one by one."""
+        rows = 1 + max((row for row, count in enumerate(filled) if count), default=-1)
+        longest = max(filled, default=0)
         for layer in range(self.shape.layers):
             tensor = self._empty()
-            if old and lazy:
-                for row, count in enumerate(filled[:kept_rows]):
+            if old and row_by_row:
+                for row, count in enumerate(filled[:rows]):
                     tensor[:, row, :, :count] = old[layer][:, row, :, :count]
             elif old:
-                tensor[:, :kept_rows, :, :kept] = old[layer][:, :kept_rows, :, :kept]
+                tensor[:, :rows, :, :longest] = old[layer][:, :rows, :, :longest]
             if old:
                 old[layer] = tensor.new_empty(0)
             self._layers.append(tensor)
@@ -169,13 +179,14 @@ class LeanCache:
 def spread(present: tuple[int, int], needed: tuple[int, int], area_tokens: int) -> tuple[int, int]:
     """Rows and positions of a cache whose rows cost nothing until they are used: all that the budget has.
 
-    Positions double, so that a longer sequence seldom makes the cache anew; they are halved while the rows
-    that are needed have no room.
+    Positions double, so that a longer sequence seldom makes the cache anew. Where so many have no room, there
+    are a quarter more than needed, as far as the budget goes.
     """
     rows, capacity = needed
     wide = max(present[1], GROWTH_TOKENS)
     while wide < capacity:
         wide *= 2
-    while wide > capacity and rows * wide > area_tokens:
-        wide = max(capacity, bucketed(wide // 2))
+    if rows * wide > area_tokens:
+        rest = area_tokens // rows // BUCKET_TOKENS * BUCKET_TOKENS
+        wide = max(capacity, min(rest, bucketed(capacity + capacity // 4)))
     return max(rows, area_tokens // wide), wide

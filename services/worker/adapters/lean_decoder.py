@@ -158,9 +158,12 @@ class LeanDecoder:
         width = self.embedding.shape[1]
         layer = self.layers[0]
         for rows in counts(REHEARSED_ROWS):
+            # Zeros alone: what a bias makes of them might pass for outliers, whose columns are kept.
             x = torch.zeros((rows, width), dtype=self.dtype, device=self.embedding.device)
-            layer.output(layer.qkv(x)[:, : self.heads.queries * self.heads.dim].to(self.dtype))
-            layer.down(layer.gate_up(x).chunk(2, dim=1)[0])
+            layer.qkv(x)
+            layer.output(x.new_zeros((rows, self.heads.queries * self.heads.dim)))
+            inner = layer.gate_up(x).shape[1] // 2
+            layer.down(x.new_zeros((rows, inner)))
             if rows <= REHEARSED_DRAWS:
                 self.head(x)
 

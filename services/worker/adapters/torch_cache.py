@@ -217,6 +217,11 @@ class SlotCache(Cache):
         for layer in self._slot_layers:
             layer.resize(self.rows, self.capacity)
 
+    def give_up(self) -> None:
+        """Frees the memory now: cache and layers refer to each other, and collections are far between."""
+        for layer in self._slot_layers:
+            layer.keys = layer.values = None
+
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copies the first positions of one row over another row."""
         for tensor in self._tensors():

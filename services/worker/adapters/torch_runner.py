@@ -112,6 +112,7 @@ class TorchRunner:
 
     def close(self) -> None:
         """See `ModelRunner.close`."""
+        self._slots.give_up()
         self._cache = self._slots = SlotCache(0, self._model.device)
         self._model = DecoderModel(
             None, 0, frozenset(), 0, self._model.device, self._model.dtype, self._model.threads

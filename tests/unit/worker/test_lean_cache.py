@@ -51,13 +51,44 @@ def test_rows_come_before_length_where_both_have_no_room() -> None:
     area = 4 * GROWTH_TOKENS
     assert spread((0, 0), (1, 10), area) == (4, GROWTH_TOKENS)
     assert spread((4, GROWTH_TOKENS), (2, GROWTH_TOKENS + 1), area) == (2, 2 * GROWTH_TOKENS)
-    assert spread((4, GROWTH_TOKENS), (9, 64), area) == (16, 64)
+    assert spread((4, GROWTH_TOKENS), (9, 64), area) == (12, 80)
     for rows in range(1, 40):
         for capacity in range(16, area // rows + 1, 16):
             tall, wide = spread((4, GROWTH_TOKENS), (rows, capacity), area)
             assert tall >= rows
             assert wide >= capacity
             assert tall * wide <= area
+
+
+def test_many_long_sequences_make_it_anew_a_few_times() -> None:
+    """Not at each bucket that they grow by, up to the last that the budget has."""
+    for rows, area in ((16, 43_008), (33, 65_536), (5, 4_096)):
+        size, made = (0, 0), 0
+        for length in range(16, area // rows + 1, 16):
+            if rows > size[0] or length > size[1]:
+                size, made = spread(size, (rows, length), area), made + 1
+        assert made <= 16
+
+
+def test_a_failed_allocation_leaves_an_empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step fails, and the next one begins with nothing instead of half a cache."""
+    cache = LeanCache(SHAPE, 8 * GROWTH_TOKENS)
+    cache.ensure(2, 16)
+    given = iter([lazy_zeros((2, 4, 3, 512, 4), torch.float32)])
+
+    def short(_: LeanCache) -> torch.Tensor:
+        if (tensor := next(given, None)) is None:
+            raise MemoryError
+        return tensor
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LeanCache, "_empty", short)
+        with pytest.raises(MemoryError):
+            cache.ensure(2, 2 * GROWTH_TOKENS)
+    assert (cache.rows, cache.held_bytes) == (0, 0)
+    cache.ensure(2, 16)
+    write(cache, 1, 16, 1.0)
+    assert torch.all(read(cache, 1, 16) == 1.0)
 
 
 def test_a_cleared_row_is_all_zeros() -> None:
