@@ -100,6 +100,7 @@ async def stream(
     """One request to its end."""
     request = pb.GenerateRequest(text=PROMPT.format(number=number), max_tokens=tokens, resumable=True)
     revisions: set[str] = set()
+    current = ""
     began_s, last_s = time.perf_counter(), 0.0
     finished = False
     try:
@@ -110,7 +111,10 @@ async def stream(
             elif event.HasField("chunk"):
                 seen.waits.append((now_s, now_s - began_s))
             if event.HasField("started"):
-                revisions.add(event.started.revision)
+                current = event.started.revision
+            if event.HasField("chunk"):
+                # A worker that is lost before it says anything has no part in the answer.
+                revisions.add(current)
             # Waiting in the queue is no pause of a stream.
             last_s = now_s if event.HasField("chunk") else last_s
             finished = finished or event.HasField("finished")

@@ -11,7 +11,7 @@ CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 # oneDNN keeps a program of some 70 KB for each shape that it has multiplied, 1,024 of them unless told: a
 # worker that saw batches of every size grew by 170 MB. A step has about five shapes for each number of rows,
 # of which there are some forty, see `row_counts`: one that is forgotten costs 5 ms when it comes again.
-PRIMITIVES_MAX = 256
+PRIMITIVES_MAX = 512
 
 
 def prepare(threads: int = 0) -> int:
