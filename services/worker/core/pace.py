@@ -46,14 +46,16 @@ class PrefillPace:
         self._looked: set[int] = set()
         self._shared_steps = 0
 
-    def budget(self, *, decodes: int) -> int:
+    def budget(self, *, decodes: int, beside: bool = False) -> int:
         """Most prompt tokens of the next step, in which so many streams decode; asked once a step.
 
+        `beside`: streams of another revision wait for it; what they take is not known here, and a chunk is no
+        longer than one that shares its step.
         0: it shall go without, so that it tells what it takes. That is never said twice of one number: who
         does not note what steps take is not kept from his prompts.
         """
         if not decodes:
-            return int(self._alone.tokens)
+            return int(min(self._alone.tokens, self._shared.tokens) if beside else self._alone.tokens)
         if (kind := _class_of(decodes)) not in self._looked or self._shared_steps >= LOOK_STEPS:
             self._looked.add(kind)
             self._shared_steps = 0

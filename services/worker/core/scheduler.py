@@ -124,8 +124,12 @@ class Scheduler:
         self._release(live, keep=finish is not Finish.ERROR)
         return (Output(key, live.emitted, finish=finish),)
 
-    def schedule(self) -> Batch | None:
-        """Plans the next step; None when there is nothing to do."""
+    def schedule(self, *, beside: bool = False) -> Batch | None:
+        """Plans the next step; None when there is nothing to do.
+
+        Args:
+            beside: Whether streams of another revision wait for the step, too.
+        """
         if not self.has_work:
             return None
         self._make_room()
@@ -136,7 +140,7 @@ class Scheduler:
                 live.cached_tokens = min(live.filled, len(live.start.prompt_ids))
         self._turns.extend(newcomers)
         decoding = [live for live in self._rows.running if live.credit > 0 and live.pending == 1]
-        chunks = self._plan_chunks(len(decoding))
+        chunks = self._plan_chunks(self._pace.budget(decodes=len(decoding), beside=beside))
         guess = () if chunks or len(decoding) > 1 else self._guess(decoding, layout.capacity)
         decodes = tuple(_decode(live, guess) for live in decoding)
         self._planned.extend(_Planned(live, 1, draws=True, guess=guess) for live in decoding)
@@ -217,8 +221,7 @@ class Scheduler:
         if live in self._turns:
             self._turns.remove(live)
 
-    def _plan_chunks(self, decodes: int) -> tuple[Chunk, ...]:
-        budget = self._pace.budget(decodes=decodes)
+    def _plan_chunks(self, budget: int) -> tuple[Chunk, ...]:
         chunks: list[Chunk] = []
         waiting: list[LiveSequence] = []
         again: list[LiveSequence] = []

@@ -226,7 +226,8 @@ class Stepper:
                     scheduler.end(key, Finish.CANCELLED)
 
     def _step(self, revision: str, one: _Loaded) -> tuple[Event, ...]:
-        batch = one.scheduler.schedule()
+        beside = any(other.scheduler.has_work for other in self._loaded.values() if other is not one)
+        batch = one.scheduler.schedule(beside=beside)
         if batch is None:
             return ()
         self._steps += 1

@@ -177,3 +177,12 @@ def test_now_and_then_a_step_goes_without_a_chunk() -> None:
     assert pace.budget(decodes=8) == 0
     pace.note(0.04, chunk_tokens=0, decodes=8)
     assert pace.budget(decodes=8) > 0
+
+
+def test_a_prompt_alone_in_its_revision_is_short_beside_another_ones_streams() -> None:
+    """They wait for its step as well; where nobody does, it may be long."""
+    pace = PrefillPace(chunk_tokens=512, shared_chunk_tokens=128)
+    assert pace.budget(decodes=0, beside=True) == 128
+    assert pace.budget(decodes=0) == 512
+    pace.note(PREFILL_STEP_S_MAX * 8, chunk_tokens=512, decodes=0)
+    assert pace.budget(decodes=0, beside=True) == 64
