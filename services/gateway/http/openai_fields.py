@@ -130,7 +130,9 @@ def _generation(
     form: OutputFormat | None,
 ) -> GenerationRequest:
     # The vendor samples at 1 where nothing is said.
-    sampling = {"temperature": 1.0} | {name: read[name] for name in _SAMPLING if name in read}
+    sampling = {"temperature": 1.0} | {
+        name: read[name] for name in native_fields.SAMPLING_FIELDS if name in read
+    }
     return GenerationRequest(
         model=read["model"],
         prompt=prompt,
@@ -247,18 +249,6 @@ def _zero_seed(name: str, value: Any) -> int:
     number = native_fields.read_integer(name, value)
     return number % 2**64 if -(2**63) <= number < 2**63 else number
 
-
-_SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "logit_bias",
-)
 
 _SHARED_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "model": native_fields.read_text,

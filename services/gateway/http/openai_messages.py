@@ -5,6 +5,7 @@ A call of an earlier turn is told to the model as it would have written it, a re
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from services.common.conversation import Message
@@ -13,6 +14,8 @@ from services.common.strict_json import shown
 from services.gateway.http import native_fields
 from services.gateway.http.told_calls import ToldCalls
 from services.gateway.http.tool_calls import ToolCall, said_result
+
+_PARTS = {"text": "text", "refusal": "refusal"}
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -68,7 +71,7 @@ def _message(name: str, value: Any, calls: ToldCalls) -> Message:
     said = native_fields.given(fields, "content", fields.get("refusal") if role == "assistant" else None)
     if said is None and not called:
         raise ArgumentInvalid(f"{name}.content: is missing.")
-    content = _content(f"{name}.content", "" if said is None else said)
+    content = read_content(f"{name}.content", "" if said is None else said, _PARTS)
     if role == "tool":
         field = f"{name}.tool_call_id"
         call_id = native_fields.read_text(field, fields.get("tool_call_id"))
@@ -94,17 +97,27 @@ def _call(name: str, value: Any) -> ToolCall:
     )
 
 
-def _content(name: str, value: Any) -> str:
-    """A text, or parts of it."""
+def read_content(name: str, value: Any, kinds: Mapping[str, str]) -> str:
+    """A text, or parts of it, put together.
+
+    Args:
+        name: What errors call it.
+        value: What the caller sent.
+        kinds: The types of parts that are served, and the field of each that holds its text.
+
+    Raises:
+        ArgumentInvalid: It is neither, or a part of it is not well-formed.
+        FeatureUnsupported: A part is of another type.
+    """
     if isinstance(value, str):
         return value
     parts = native_fields.read_array(name, value)
-    return "".join(_part(f"{name}[{at}]", part) for at, part in enumerate(parts))
+    return "".join(_part(f"{name}[{at}]", part, kinds) for at, part in enumerate(parts))
 
 
-def _part(name: str, value: Any) -> str:
+def _part(name: str, value: Any, kinds: Mapping[str, str]) -> str:
     fields = native_fields.read_map(name, value)
     kind = native_fields.read_text(f"{name}.type", fields.get("type"))
-    if kind not in {"text", "refusal"}:
+    if kind not in kinds:
         raise FeatureUnsupported(f"{name}.type: parts of type {shown(kind)} are not served here.")
-    return native_fields.read_text(f"{name}.{kind}", fields.get(kind))
+    return native_fields.read_text(f"{name}.{kinds[kind]}", fields.get(kinds[kind]))

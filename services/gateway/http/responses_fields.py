@@ -23,6 +23,7 @@ from services.gateway.core.params import (
 from services.gateway.http import native_fields, responses_tools, tool_calls, tool_schemas
 from services.gateway.http.native import check_json_type
 from services.gateway.http.openai_fields import TOKENS_WHERE_ABSENT
+from services.gateway.http.openai_messages import read_content
 from services.gateway.http.told_calls import ToldCalls
 from services.gateway.http.tool_calls import Tool
 
@@ -44,7 +45,7 @@ _REFUSED = frozenset(
 _ASKS_FOR_NOTHING: Mapping[str, Any] = {"background": False, "context_management": [], "top_logprobs": 0}
 # What else can be included is of tools and of thoughts, and there are none.
 _INCLUDES_REFUSED = frozenset({"message.output_text.logprobs"})
-_TEXT_PARTS = frozenset({"input_text", "output_text", "text"})
+_TEXT_PARTS = dict.fromkeys(("input_text", "output_text", "text"), "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,24 +190,12 @@ def _message(name: str, fields: Mapping[str, Any]) -> Message:
     role = native_fields.read_text(f"{name}.role", fields.get("role"))
     if role not in {"user", "assistant", "system", "developer"}:
         raise ArgumentInvalid(f"{name}.role: must be user, assistant, system or developer.")
-    return Message(
-        "system" if role == "developer" else role, _content(f"{name}.content", fields.get("content"))
-    )
+    content = _content(f"{name}.content", fields.get("content"))
+    return Message("system" if role == "developer" else role, content)
 
 
 def _content(name: str, value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    parts = native_fields.read_array(name, value)
-    return "".join(_part(f"{name}[{at}]", part) for at, part in enumerate(parts))
-
-
-def _part(name: str, value: Any) -> str:
-    fields = native_fields.read_map(name, value)
-    kind = native_fields.read_text(f"{name}.type", fields.get("type"))
-    if kind not in _TEXT_PARTS:
-        raise FeatureUnsupported(f"{name}.type: parts of type {shown(kind)} are not served here.")
-    return native_fields.read_text(f"{name}.text", fields.get("text"))
+    return read_content(name, value, _TEXT_PARTS)
 
 
 def _text(name: str, value: Any) -> OutputFormat | None:
