@@ -43,6 +43,46 @@ async def to_its_end(work: Awaitable[T]) -> T:
     return task.result()
 
 
+def begin_in_daemon(
+    work: Callable[[], T], name: str, on_end: Callable[[], None] = lambda: None
+) -> asyncio.Future[T]:
+    """Begins `work` in a thread of its own, which ends with the process if it has not before.
+
+    Args:
+        work: What is called there.
+        name: The thread's name.
+        on_end: Is called on the loop when the thread is done, whether or not anybody still waits.
+
+    Returns:
+        What `work` returns or raises; who cancels it leaves the thread behind.
+    """
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[T] = loop.create_future()
+
+    def settle(found: T | None, error: BaseException | None) -> None:
+        on_end()
+        if outcome.done():
+            return
+        if error is None:
+            outcome.set_result(found)  # type: ignore[arg-type] # without an error it is what `work` returned
+        else:
+            outcome.set_exception(error)
+
+    def body() -> None:
+        found: T | None = None
+        failure: BaseException | None = None
+        try:
+            found = work()
+        except BaseException as error:  # noqa: BLE001 - it is raised where the work is awaited
+            failure = error
+        # A loop that is closed has nobody who waits.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, found, failure)
+
+    threading.Thread(target=body, name=name, daemon=True).start()
+    return outcome
+
+
 class MayHang:
     """Calls that may never return, each in a thread that is left behind when it takes too long.
 
@@ -62,29 +102,6 @@ class MayHang:
         Raises:
             TimeoutError: It took longer, the wait for a place included; it may still have its effect.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def ended(result: T | None, error: BaseException | None) -> None:
-            self._places.release()
-            if future.done():
-                return
-            if error is None:
-                future.set_result(result)  # type: ignore[arg-type]
-            else:
-                future.set_exception(error)
-
-        def work() -> None:
-            result, failure = None, None
-            try:
-                result = function()
-            except BaseException as error:  # noqa: BLE001 - it is raised where the call is awaited
-                failure = error
-            # Where the loop is closed nobody waits any more.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(ended, result, failure)
-
         async with asyncio.timeout(timeout_s):
             await self._places.acquire()
-            threading.Thread(target=work, name="may-hang", daemon=True).start()
-            return await future
+            return await begin_in_daemon(function, "may-hang", self._places.release)

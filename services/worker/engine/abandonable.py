@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import threading
 from collections.abc import Callable
 from typing import TypeVar
+
+from services.common.threads import begin_in_daemon
 
 T = TypeVar("T")
 
@@ -22,30 +23,11 @@ async def in_thread(work: Callable[[], T], name: str) -> T:
     thread, and what a library starts for it, gives way to others that want the same cores: running streams
     come before a model that is being prepared.
     """
-    loop = asyncio.get_running_loop()
-    outcome: asyncio.Future[T] = loop.create_future()
 
-    def settle(found: T | None, error: BaseException | None) -> None:
-        if outcome.cancelled():
-            return
-        if error is None:
-            outcome.set_result(found)  # type: ignore[arg-type] # without an error it is what `work` returned
-        else:
-            outcome.set_exception(error)
-
-    def body() -> None:
-        found: T | None = None
-        failure: BaseException | None = None
+    def body() -> T:
         # Linux counts threads where others count processes, and refuse.
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        try:
-            found = work()
-        except BaseException as error:  # noqa: BLE001 - it is raised where the work is awaited
-            failure = error
-        # A loop that is closed has nobody who waits.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(settle, found, failure)
+        return work()
 
-    threading.Thread(target=body, name=name, daemon=True).start()
-    return await outcome
+    return await begin_in_daemon(body, name)
