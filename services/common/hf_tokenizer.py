@@ -50,7 +50,7 @@ class HfTokenizer:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        self._literal = Tokenizer.from_str(tokenizer.to_str())
+        self._literal = _twin(tokenizer)
         self._literal.encode_special_tokens = True
         self._specials = _special_ids(tokenizer)
         # Longest first, so that `<|end|>` wins over a `<|` that is a token too.
@@ -175,6 +175,24 @@ class HfTokenizer:
     def _encode_literal(self, text: str, guard: str) -> Sequence[int]:
         plain = text.replace(guard, "")
         return self._literal.encode(plain, add_special_tokens=False).ids if plain else ()
+
+
+def _twin(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer with settings of its own.
+
+    The two share their model: reading megabytes of merges again would keep the interpreter from everybody
+    else, for the library does not let go of it meanwhile.
+    """
+    twin = Tokenizer(tokenizer.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (value := getattr(tokenizer, part)) is not None:
+            setattr(twin, part, value)
+    added = tokenizer.get_added_tokens_decoder()
+    twin.add_tokens([added[token_id] for token_id in sorted(added)])
+    if twin.get_added_tokens_decoder() == added:
+        return twin
+    # Tokens that were added with gaps between their ids cannot be added so again.
+    return Tokenizer.from_str(tokenizer.to_str())
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:

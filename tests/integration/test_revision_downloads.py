@@ -310,3 +310,22 @@ async def test_a_gateway_fetches_on_over_a_takeover(tmp_path: Path, monkeypatch:
         assert [message.WhichOneof("event") for message in first.heard] == ["hello"]
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_revisions_with_one_tokenizer_share_it(tmp_path: Path) -> None:
+    """Reading one holds up every stream, so it is read once; another one is read, too."""
+    same, other = (
+        write_tokenizer(tmp_path / "same"),
+        write_tokenizer(tmp_path / "other", template="{{ 'a' }}"),
+    )
+    catalog = Catalog()
+    member = gateway_link.Membership("g", "i", "127.0.0.1:1", MESH_TOKEN, (), tmp_path / "cache")
+    link = gateway_link.ControllerLink(member, catalog, Tallies())
+    found = []
+    async with connect("127.0.0.1:1") as nobody:
+        for epoch, (name, source) in enumerate({"r1": same, "r2": same, "r3": other}.items(), start=1):
+            manifest = manifest_of(source, model="m", revision=name, local_path=str(source))
+            assert (await link.prepare(manifest, nobody)).ready.revision == name
+            link.activate(pb.Activate(model="m", revision=name, epoch=epoch))
+            found.append(catalog.find("m").tokenizer)
+    assert found[0] is found[1] is not found[2]

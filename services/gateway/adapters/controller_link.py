@@ -12,6 +12,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import grpc
 from interlock.v1 import (
@@ -83,6 +84,9 @@ class ControllerLink:
         self._catalog = catalog
         self._tallies = tallies
         self._prepared: dict[tuple[str, str], CatalogEntry] = {}
+        # By their digest, while anything serves with them: reading one holds the interpreter, and with it
+        # every stream, for as long as it takes, and revisions of one model mostly share theirs.
+        self._tokenizers = WeakValueDictionary[str, HfTokenizer]()
         self._fence = 0
         self._attached_once = False
 
@@ -201,15 +205,19 @@ class ControllerLink:
             return connection
 
         download = RevisionDownload(manifest.model, manifest.revision, self._membership.mesh_token, connected)
+        # The digest, not the name: two revisions with one tokenizer share it, and no name is a path.
+        digest = artifacts.tokenizer_digest(files)
         directory = await artifacts.fetch(
             wanted,
             local_path=manifest.local_path,
             download=download.read,
-            # The digest, not the name: two revisions with one tokenizer share it, and no name is a path.
-            directory=self._membership.cache_dir / "tokenizers" / artifacts.tokenizer_digest(files),
+            directory=self._membership.cache_dir / "tokenizers" / digest,
             on_progress=_ignore_progress,
         )
-        tokenizer = await asyncio.to_thread(HfTokenizer.load, directory)
+        tokenizer = self._tokenizers.get(digest)
+        if tokenizer is None:
+            tokenizer = await asyncio.to_thread(HfTokenizer.load, directory)
+            self._tokenizers[digest] = tokenizer
         return CatalogEntry(
             model=manifest.model,
             revision=manifest.revision,

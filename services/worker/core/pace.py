@@ -20,6 +20,10 @@ PREFILL_STEP_S_MAX = 0.5
 # Chunks never get shorter than this; below it, reading the weights costs more than the tokens.
 CHUNK_TOKENS_MIN = 16
 
+# The first chunk that streams wait for: as long as nothing is known of a model, a part is enough, for a
+# hundred tokens of one that is not quantized take a large part of a second.
+SHARED_TOKENS_FIRST = 32
+
 # How fast chunks get longer again, for each step that was quicker than it had to be.
 GROWTH_MAX = 1.25
 
@@ -39,8 +43,8 @@ class PrefillPace:
     """
 
     def __init__(self, chunk_tokens: int, shared_chunk_tokens: int) -> None:
-        self._alone = _Length(chunk_tokens)
-        self._shared = _Length(shared_chunk_tokens)
+        self._alone = _Length(chunk_tokens, first=chunk_tokens)
+        self._shared = _Length(shared_chunk_tokens, first=min(SHARED_TOKENS_FIRST, shared_chunk_tokens))
         # By the class of their number: what a step takes in which so many streams decode, and nothing else.
         self._decode_s: dict[int, float] = {}
         self._looked: set[int] = set()
@@ -88,10 +92,10 @@ def _class_of(decodes: int) -> int:
 class _Length:
     """A length of chunks that follows what chunks take."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, first: int) -> None:
         self._most = most
         self._least = min(CHUNK_TOKENS_MIN, most)
-        self.tokens = float(most)
+        self.tokens = float(first)
 
     def adapt(self, chunk_tokens: int, took_s: float, allowed_s: float) -> None:
         """Moves towards the length that takes as long as it may."""

@@ -100,6 +100,19 @@ def test_the_literal_twin_is_a_copy(tokenizer: HfTokenizer) -> None:
     assert END not in tokenizer._literal.encode("<|end|>", add_special_tokens=False).ids
 
 
+def test_the_twin_of_a_tokenizer_with_gaps_between_its_tokens_has_them_too(directory: Path) -> None:
+    """They cannot be added one after the other; without gaps both are the same to the letter, in any case."""
+    written = json.loads((directory / "tokenizer.json").read_text())
+    for gap in (0, 5):
+        content = json.loads(json.dumps(written))
+        for number, token in enumerate(content["added_tokens"]):
+            token["id"] += gap * number
+        made = Tokenizer.from_str(json.dumps(content))
+        literal = HfTokenizer(made, None)._literal
+        assert literal.get_added_tokens_decoder() == made.get_added_tokens_decoder()
+        assert json.loads(literal.to_str()) == json.loads(made.to_str())
+
+
 @pytest.mark.parametrize(
     "source",
     [

@@ -17,6 +17,7 @@ from services.worker.core.pace import (
     CHUNK_TOKENS_MIN,
     LOOK_STEPS,
     PREFILL_STEP_S_MAX,
+    SHARED_TOKENS_FIRST,
     STALL_RATIO,
     PrefillPace,
 )
@@ -182,7 +183,19 @@ def test_now_and_then_a_step_goes_without_a_chunk() -> None:
 def test_a_prompt_alone_in_its_revision_is_short_beside_another_ones_streams() -> None:
     """They wait for its step as well; where nobody does, it may be long."""
     pace = PrefillPace(chunk_tokens=512, shared_chunk_tokens=128)
-    assert pace.budget(decodes=0, beside=True) == 128
+    assert pace.budget(decodes=0, beside=True) == SHARED_TOKENS_FIRST
     assert pace.budget(decodes=0) == 512
-    pace.note(PREFILL_STEP_S_MAX * 8, chunk_tokens=512, decodes=0)
-    assert pace.budget(decodes=0, beside=True) == 64
+    pace.note(PREFILL_STEP_S_MAX * 32, chunk_tokens=512, decodes=0)
+    assert pace.budget(decodes=0, beside=True) == CHUNK_TOKENS_MIN
+
+
+def test_the_first_chunk_beside_streams_is_short() -> None:
+    """A model of which nothing is known keeps nobody waiting; a quick one is soon at its longest."""
+    pace = PrefillPace(chunk_tokens=512, shared_chunk_tokens=128)
+    pace.note(0.05, chunk_tokens=0, decodes=4)
+    lengths = []
+    for _ in range(8):
+        lengths.append(pace.budget(decodes=4))
+        pace.note(0.06, chunk_tokens=lengths[-1], decodes=4)
+    assert lengths[0] == SHARED_TOKENS_FIRST
+    assert lengths[-1] == 128
