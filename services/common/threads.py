@@ -1,4 +1,4 @@
-"""Work in threads. Owns: that nobody goes on beside a thread whose caller was cancelled.
+"""Work in threads. Owns: that nobody goes on beside a thread whose caller was cancelled, and who gives way.
 
 A thread cannot be stopped. Who is cancelled while one writes a file must not release the file's lock, close
 it or remove it before the thread has ended. Only what touches nothing of ours may be left behind: a call to
@@ -11,12 +11,31 @@ import asyncio
 import contextlib
 import contextvars
 import functools
+import os
 import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def let_helpers_give_way() -> None:
+    """No thread of this process but the main one interrupts another thread, of whichever process, any more.
+
+    gRPC's own threads wake a dozen times a request, for a few microseconds each. Where every core is busy,
+    each time somebody is stopped for them: mostly the event loop that they work for. As `SCHED_BATCH` they
+    have the same share of the processor and wait for their turn. Call it once they exist; threads that they
+    begin later are like them. Where the system has no such thing, nothing changes.
+    """
+    if not hasattr(os, "SCHED_BATCH"):
+        return
+    for thread in (int(task.name) for task in Path("/proc/self/task").iterdir()):
+        if thread != os.getpid():
+            # One that has just ended, or a sandbox without the call.
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

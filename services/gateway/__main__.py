@@ -14,6 +14,7 @@ from interlock.v1 import gateway_service_pb2_grpc
 from services.common import announce, config, heap, ids, logs, metrics, redis_client, server, trust
 from services.common.clock import Clock
 from services.common.system_clock import SystemClock
+from services.common.threads import let_helpers_give_way
 from services.common.tokens import SecretWeak
 from services.common.trust import Trust
 from services.gateway.adapters.breakers import Breakers
@@ -153,6 +154,7 @@ async def _serve(
     )
     # The library's health servicer starts out with SERVING.
     await serving.start()
+    let_helpers_give_way()
     exposition = metrics.expose(
         settings.metrics_bind,
         GatewayCollector(lambda: dispatcher.live, lambda: dispatcher.store_reachable, breakers.reports),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 
 import pytest
@@ -71,3 +73,35 @@ async def test_a_call_that_may_hang_answers_or_is_left() -> None:
         await calls.call(0.01, lambda: 7)
     go_on.set()
     assert await calls.call(5, lambda: 8) == 8
+
+
+HELPERS = """
+import asyncio, os, threading, time
+import grpc
+from services.common.threads import let_helpers_give_way
+
+async def main():
+    server = grpc.aio.server()
+    server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    let_helpers_give_way()
+    async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
+        channel.get_state(try_to_connect=True)
+        await asyncio.sleep(0.1)
+    policies = {}
+    for thread in map(int, os.listdir("/proc/self/task")):
+        policies.setdefault(thread == os.getpid(), set()).add(os.sched_getscheduler(thread))
+    print(policies == {True: {os.SCHED_OTHER}, False: {os.SCHED_BATCH}})
+    await server.stop(None)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="the system knows no SCHED_BATCH")
+async def test_grpc_and_what_it_begins_later_give_way_to_the_loop() -> None:
+    """In a process of its own, for threads keep what they were told."""
+    command = (sys.executable, "-c", HELPERS)
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    told, _ = await process.communicate()
+    assert told == b"True\n"
