@@ -67,9 +67,15 @@ up: $(RUNTIME) ## Start the whole mesh; Ctrl-C stops it
 down: $(RUNTIME) ## Stop the mesh
 	@exec $(BIN)/interlock down
 
+# Two tests at a time where none needs the machine for itself; a whole mesh does.
 .PHONY: test
-test: $(DEV) ## Run every test
+test: $(DEV) ## Run every test, or those that ARGS name
+ifeq ($(strip $(ARGS)),)
+	$(BIN)/pytest --numprocesses 2 tests/unit tests/contract tests/integration
+	$(BIN)/pytest tests/e2e tests/cuda
+else
 	$(BIN)/pytest $(ARGS)
+endif
 
 .PHONY: soak
 soak: $(DEV) ## Random histories of the queue and the engine, an absent or killed controller, what dies in a rollout, requests of the OpenAPI document, rollouts: longer than in `make test`
