@@ -1,13 +1,15 @@
 """JSON without surprises. Owns: which bytes count as one JSON object, and how the rest is told.
 
 Two readers of one body must never see two things: duplicate keys, NaN, and bytes that are no UTF-8 are
-refused, and so is nesting that would exhaust a parser.
+refused, and so are halves of surrogate pairs, which nobody could write down again, and nesting that would
+exhaust a parser.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from services.common.errors import ArgumentInvalid, MessageTooLarge
@@ -20,6 +22,9 @@ DEPTH_MAX = 32
 # Strings are skipped whole, so that brackets inside them do not count. Nothing is tried twice, and a string
 # that never ends matches too: otherwise each quote inside it would be tried as the beginning of another.
 _STRUCTURE = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+
+# Only an escape can spell one: UTF-8 has none.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_object(body: bytes) -> dict[str, Any]:
@@ -49,6 +54,8 @@ def read_object(body: bytes) -> dict[str, Any]:
         raise ArgumentInvalid("The body is not JSON that this server reads.") from None
     if not isinstance(value, dict):
         raise ArgumentInvalid("The body is JSON, but not an object; send {...}.")
+    if _SURROGATE.search(text):
+        _check_halves(value)
     return value
 
 
@@ -62,6 +69,16 @@ def _check_depth(text: str) -> None:
                 raise ArgumentInvalid(f"The body is nested deeper than {DEPTH_MAX} levels.")
         elif mark in "]}":
             depth -= 1
+
+
+def _check_halves(fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        try:
+            json.dumps([name, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ArgumentInvalid(
+                f"{shown(name)}: is not valid Unicode text; it has half of a surrogate pair."
+            ) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -171,6 +171,25 @@ async def test_an_error_without_a_byte_keeps_its_status(gateway: GatewayWorld) -
     assert reply.json["error"]["retry_after_ms"] >= 1
 
 
+async def test_a_body_that_cannot_be_made_keeps_its_status(
+    gateway: GatewayWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is replaced while it answers, and its tokens have no text: an error, and not a 200."""
+    await gateway.add_worker("w1")
+    monkeypatch.setattr(gateway.reception, "decoder", lambda _: None)
+    for method, prompt in (
+        (
+            gateway.http.CreateChatCompletion,
+            {"messages": [{"role": "user", "content": "hi"}], "logprobs": True},
+        ),
+        (gateway.http.CreateCompletion, {"prompt": "hi", "logprobs": 1}),
+    ):
+        data = json.dumps({"model": MODEL, **prompt}).encode()
+        reply = await read_reply(method(HttpBody(data=data), metadata=bearer()))
+        assert (reply.status, reply.content_type) == (500, "application/json")
+        assert reply.json["error"]["type"] == "server_error"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_deadline_in_the_queue_is_504(gateway: GatewayWorld, stream: bool) -> None:  # noqa: FBT001 - a parameter of the test
     """Nobody answers in time: the status says so, streamed or not."""

@@ -13,7 +13,7 @@ from services.gateway.core.events import Chunk, Event, Finished, Started
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, MODELS_SCOPE, Reception
 from services.gateway.http import anthropic, anthropic_fields, tool_calls
 from services.gateway.http.anthropic_fields import MessagesRequest
-from services.gateway.http.reply import JSON_TYPE, Reply, event, timely_events, whole_answer
+from services.gateway.http.reply import Reply, event, timely_events, whole_answer
 
 Bodies = AsyncGenerator[HttpBody, None]
 
@@ -35,14 +35,13 @@ async def create_message(reception: Reception, request: HttpBody, context: Conte
         async with aclosing(generation):
             if not asked.stream:
                 answer = await whole_answer(generation)
-                await reply.begin(generation)
                 text, calls = tool_calls.read_calls(
                     answer.text, asked.tools, _call_ids(reply), bare=asked.bare, single=asked.single
                 )
                 data = anthropic.message_body(
                     _message_id(reply), answer.started.model, text, calls, answer.finished
                 )
-                yield HttpBody(content_type=JSON_TYPE, data=data)
+                yield await reply.whole(data, generation)
                 return
             async with aclosing(timely_events(generation, reply)) as events:
                 async for body in _stream(events, asked, reply, generation.prompt_tokens or 0):

@@ -19,7 +19,7 @@ from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http import openai, openai_fields, tool_calls
 from services.gateway.http.openai import Head
 from services.gateway.http.openai_fields import OpenAiRequest
-from services.gateway.http.reply import JSON_TYPE, Reply, event, timely_events, whole_answer
+from services.gateway.http.reply import Reply, event, timely_events, whole_answer
 from services.gateway.http.whole import Answer, Said
 
 Bodies = AsyncGenerator[HttpBody, None]
@@ -34,8 +34,7 @@ async def create_chat_completion(reception: Reception, request: HttpBody, contex
         async with aclosing(generation):
             if not asked.stream:
                 answer = await whole_answer(generation)
-                await reply.begin(generation)
-                yield _json(_chat_body(reception, reply, asked, answer))
+                yield await reply.whole(_chat_body(reception, reply, asked, answer), generation)
                 return
             async with aclosing(timely_events(generation, reply)) as events:
                 async for body in _chat_stream(reception, reply, asked, events):
@@ -52,8 +51,7 @@ async def create_completion(reception: Reception, request: HttpBody, context: Co
         async with aclosing(generation):
             if not asked.stream:
                 answer = await whole_answer(generation)
-                await reply.begin(generation)
-                yield _json(_completion_body(reception, reply, asked, answer))
+                yield await reply.whole(_completion_body(reception, reply, asked, answer), generation)
                 return
             async with aclosing(timely_events(generation, reply)) as events:
                 async for body in _completion_stream(reception, reply, asked, events):
@@ -245,7 +243,3 @@ def _now_s() -> int:
 
 def _metadata(context: Context) -> tuple[tuple[str, str | bytes], ...]:
     return tuple(context.invocation_metadata() or ())
-
-
-def _json(data: bytes) -> HttpBody:
-    return HttpBody(content_type=JSON_TYPE, data=data)

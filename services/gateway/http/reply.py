@@ -74,10 +74,10 @@ class Reply:
         own = self._shape.headers(self.request_id)
         await self._context.send_initial_metadata((*known, *own, *more))
 
-    async def whole(self, data: bytes, content_type: str = JSON_TYPE) -> HttpBody:
-        """Sends the headers of a reply that owes nothing to a generation, and returns its body."""
-        await self.begin()
-        return HttpBody(content_type=content_type, data=data)
+    async def whole(self, data: bytes, generation: AnswerStream | None = None) -> HttpBody:
+        """Sends the headers of a reply whose body is whole, and returns it: what fails has failed before."""
+        await self.begin(generation)
+        return HttpBody(content_type=JSON_TYPE, data=data)
 
     async def failed(self, error: Exception) -> HttpBody:
         """Returns the body that tells of `error`, in the way that is still open."""

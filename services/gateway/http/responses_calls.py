@@ -13,7 +13,7 @@ from services.common.grpc_types import Context
 from services.gateway.core.events import Chunk, Event, Finished, Started
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, Reception
 from services.gateway.http import responses, responses_fields, tool_calls
-from services.gateway.http.reply import JSON_TYPE, Reply, event, timely_events, whole_answer
+from services.gateway.http.reply import Reply, event, timely_events, whole_answer
 from services.gateway.http.responses_fields import ResponsesRequest
 
 Bodies = AsyncGenerator[HttpBody, None]
@@ -33,13 +33,12 @@ async def create_response(reception: Reception, request: HttpBody, context: Cont
         async with aclosing(generation):
             if not asked.stream:
                 answer = await whole_answer(generation)
-                await reply.begin(generation)
                 head = _head(reply, asked, answer.started)
                 text, calls = tool_calls.read_calls(
                     answer.text, asked.tools, _call_ids(reply), bare=asked.bare, single=asked.single
                 )
                 data = responses.response_body(head, text, calls, answer.finished)
-                yield HttpBody(content_type=JSON_TYPE, data=data)
+                yield await reply.whole(data, generation)
                 return
             async with aclosing(timely_events(generation, reply)) as events:
                 async for body in _stream(reply, asked, events):

@@ -168,8 +168,7 @@ def _metadata(context: Context) -> Metadata:
 async def _whole(generation: AnswerStream, reply: Reply) -> AsyncGenerator[HttpBody, None]:
     """Waits for the end; the headers wait with it."""
     answer = await whole_answer(generation)
-    await reply.begin(generation)
-    yield HttpBody(content_type=native.JSON_TYPE, data=native.result_body(answer))
+    yield await reply.whole(native.result_body(answer), generation)
 
 
 async def _stream(generation: AnswerStream, reply: Reply) -> AsyncGenerator[HttpBody, None]:

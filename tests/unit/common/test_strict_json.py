@@ -44,6 +44,22 @@ def test_brackets_in_strings_are_no_nesting() -> None:
         read_object(b'{"a":' + b"[" * DEPTH_MAX + b"]" * DEPTH_MAX + b"}")
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"a": 1, "b": "x\ud800"}',
+        rb'{"b": "\uDE00\uD83D"}',
+        rb'{"b": {"deep": ["\ud83d\ud83d\ude00"]}}',
+        rb'{"b": {"\udfff": 1}}',
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused_by_the_name_of_its_field(body: bytes) -> None:
+    """Wherever it stands: nobody could write it down again; whole pairs and their like in text are taken."""
+    with pytest.raises(ArgumentInvalid, match=r"^b: is not valid Unicode"):
+        read_object(body)
+    assert read_object(rb'{"\ud83d\ude00": "\\ud800 \uD83D\uDE00"}') == {"😀": "\\ud800 😀"}
+
+
 @pytest.mark.parametrize("body", [b'"' + b'\\"' * 900_000, b'"' * 1_900_000, b'{"' + b"\\" * 1_900_000])
 def test_a_string_that_never_ends_costs_linear_time(body: bytes) -> None:
     """Two megabytes of quotes are refused at once; a quadratic reader would take hours."""
