@@ -109,6 +109,23 @@ async def test_log_probabilities(world: World) -> None:
     assert text.choices[0].logprobs.text_offset == [0, 1]
 
 
+async def test_a_reply_of_megabytes_is_one_body(world: World) -> None:
+    """More than Envoy or gRPC takes in one message arrives whole, in each API that tells scores."""
+    await world.gateway.add_worker("w1", Script(answer="😀" * 480, batch=60))
+    response = await world.client.chat.completions.with_raw_response.create(
+        **ASKED, n=4, logprobs=True, top_logprobs=20
+    )
+    assert int(response.http_response.num_bytes_downloaded) > 2 << 20
+    assert response.headers["content-type"] == "application/json"
+    choices = response.parse().choices
+    assert [len(choice.logprobs.content) for choice in choices] == [480] * 4
+    status, headers, native = await world.raw(
+        "/v1/generate", {"text": "hi", "max_tokens": 480, "n": 4, "logprobs": 20}
+    )
+    assert (status, headers["content-type"]) == (200, "application/json")
+    assert [len(one["logprobs"]) for one in native["sequences"]] == [480] * 4
+
+
 async def test_a_completion_of_a_text(world: World) -> None:
     """The prompt is not wrapped into a conversation; token ids are taken as they are."""
     worker = await world.gateway.add_worker("w1", Script(answer="one two"))

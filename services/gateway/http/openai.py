@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from services.common import http_errors
@@ -161,7 +162,7 @@ def completion_logprobs(chunks: Iterable[Chunk], decode: Decode, offset: int) ->
     """The scores of some tokens; `offset` is where the first of them begins in the text."""
     scored = [pair for chunk in chunks for pair in zip(chunk.token_ids, chunk.logprobs, strict=False)]
     tokens = [decode([token_id]) for token_id, _ in scored]
-    offsets = [offset + sum(map(len, tokens[:at])) for at in range(len(tokens))]
+    *offsets, _ = accumulate(map(len, tokens), initial=offset)
     return {
         "tokens": tokens,
         "token_logprobs": [score.logprob for _, score in scored],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from google.api.httpbody_pb2 import HttpBody
@@ -17,6 +18,7 @@ from services.gateway.core.params import Decode
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, MODELS_SCOPE, Reception
 from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http import openai, openai_fields, tool_calls
+from services.gateway.http.bodies import written
 from services.gateway.http.openai import Head
 from services.gateway.http.openai_fields import OpenAiRequest
 from services.gateway.http.reply import Reply, event, timely_events, whole_answer
@@ -34,7 +36,8 @@ async def create_chat_completion(reception: Reception, request: HttpBody, contex
         async with aclosing(generation):
             if not asked.stream:
                 answer = await whole_answer(generation)
-                yield await reply.whole(_chat_body(reception, reply, asked, answer), generation)
+                data = await written(answer, partial(_chat_body, reception, reply, asked))
+                yield await reply.whole(data, generation)
                 return
             async with aclosing(timely_events(generation, reply)) as events:
                 async for body in _chat_stream(reception, reply, asked, events):
@@ -51,7 +54,8 @@ async def create_completion(reception: Reception, request: HttpBody, context: Co
         async with aclosing(generation):
             if not asked.stream:
                 answer = await whole_answer(generation)
-                yield await reply.whole(_completion_body(reception, reply, asked, answer), generation)
+                data = await written(answer, partial(_completion_body, reception, reply, asked))
+                yield await reply.whole(data, generation)
                 return
             async with aclosing(timely_events(generation, reply)) as events:
                 async for body in _completion_stream(reception, reply, asked, events):

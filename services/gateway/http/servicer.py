@@ -19,6 +19,7 @@ from services.gateway.core.readiness import Readiness
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, Metadata, Reception
 from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http import anthropic_calls, console, native, openai_calls, openapi, responses_calls
+from services.gateway.http.bodies import in_parts, written
 from services.gateway.http.reply import Reply, event, timely_events, whole_answer
 
 LAST_EVENT_KEY = "last-event-id"
@@ -40,7 +41,8 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
                 bodies = _stream(generation, reply) if asked.stream else _whole(generation, reply)
                 async with aclosing(bodies):
                     async for body in bodies:
-                        yield body
+                        for part in in_parts(body):
+                            yield part
         except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
             yield await reply.failed(error)
 
@@ -51,7 +53,8 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
             generation = await self._open_again(request, context, reply)
             async with aclosing(generation), aclosing(_stream(generation, reply)) as bodies:
                 async for body in bodies:
-                    yield body
+                    for part in in_parts(body):
+                        yield part
         except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
             yield await reply.failed(error)
 
@@ -72,19 +75,22 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
         calls = openai_calls.create_chat_completion(self._reception, request, context)
         async with aclosing(calls) as bodies:
             async for body in bodies:
-                yield body
+                for part in in_parts(body):
+                    yield part
 
     async def CreateCompletion(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """The OpenAI API: one completion of a text, or its chunks."""
         async with aclosing(openai_calls.create_completion(self._reception, request, context)) as bodies:
             async for body in bodies:
-                yield body
+                for part in in_parts(body):
+                    yield part
 
     async def CreateResponse(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """OpenAI's Responses API: one response, or its events."""
         async with aclosing(responses_calls.create_response(self._reception, request, context)) as bodies:
             async for body in bodies:
-                yield body
+                for part in in_parts(body):
+                    yield part
 
     async def ListModels(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """The models that can be asked, in the shape of the vendor whose client asks."""
@@ -92,26 +98,30 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
         vendor = anthropic_calls if anthropic_calls.is_asked(context) else openai_calls
         async with aclosing(vendor.list_models(self._reception, context)) as bodies:
             async for body in bodies:
-                yield body
+                for part in in_parts(body):
+                    yield part
 
     async def GetModel(self, request: pb.OneModel, context: Context) -> AsyncIterator[HttpBody]:
         """One model."""
         vendor = anthropic_calls if anthropic_calls.is_asked(context) else openai_calls
         async with aclosing(vendor.get_model(self._reception, request.model, context)) as bodies:
             async for body in bodies:
-                yield body
+                for part in in_parts(body):
+                    yield part
 
     async def CreateMessage(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """The Anthropic API: one message, or its events."""
         async with aclosing(anthropic_calls.create_message(self._reception, request, context)) as bodies:
             async for body in bodies:
-                yield body
+                for part in in_parts(body):
+                    yield part
 
     async def CountMessageTokens(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """The Anthropic API: the tokens of a conversation."""
         async with aclosing(anthropic_calls.count_tokens(self._reception, request, context)) as bodies:
             async for body in bodies:
-                yield body
+                for part in in_parts(body):
+                    yield part
 
     async def Console(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """The console page; it holds nothing that a token would have to protect."""
@@ -168,7 +178,7 @@ def _metadata(context: Context) -> Metadata:
 async def _whole(generation: AnswerStream, reply: Reply) -> AsyncGenerator[HttpBody, None]:
     """Waits for the end; the headers wait with it."""
     answer = await whole_answer(generation)
-    yield await reply.whole(native.result_body(answer), generation)
+    yield await reply.whole(await written(answer, native.result_body), generation)
 
 
 async def _stream(generation: AnswerStream, reply: Reply) -> AsyncGenerator[HttpBody, None]:

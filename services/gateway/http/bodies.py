@@ -1,0 +1,32 @@
+"""Bodies on their way. Owns: in which pieces they go, and what is too much for the loop. Knows no API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from google.api.httpbody_pb2 import HttpBody
+
+from services.common.threads import in_thread
+from services.gateway.http.whole import Answer
+
+# Envoy's transcoder ends a reply with a message over 1 MiB, and gRPC sends none over 4 MiB. What is far
+# smaller it passes on as it comes.
+PART_BYTES_MAX = 1 << 18
+
+
+async def written(answer: Answer, write: Callable[[Answer], bytes]) -> bytes:
+    """The body that `write` makes of an answer; in a thread where it has scores, which take a second."""
+    if any(chunk.logprobs for said in answer.sequences for chunk in said.chunks):
+        return await in_thread(write, answer)
+    return write(answer)
+
+
+def in_parts(body: HttpBody) -> Iterable[HttpBody]:
+    """A body as messages that pass every limit on its way; a client sees their bytes as one body."""
+    data = body.data
+    if len(data) <= PART_BYTES_MAX:
+        return (body,)
+    return (
+        HttpBody(content_type=body.content_type, data=data[at : at + PART_BYTES_MAX])
+        for at in range(0, len(data), PART_BYTES_MAX)
+    )
