@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from google.api.httpbody_pb2 import HttpBody
 
@@ -12,6 +13,20 @@ from services.gateway.http.whole import Answer
 # Envoy's transcoder ends a reply with a message over 1 MiB, and gRPC sends none over 4 MiB. What is far
 # smaller it passes on as it comes.
 PART_BYTES_MAX = 1 << 18
+
+# What is read on the loop. It takes some milliseconds at worst; a body at Envoy's limit would take a tenth of
+# a second, in which no stream gets its tokens.
+LOOP_BYTES_MAX = 1 << 16
+
+T = TypeVar("T")
+
+
+async def read_body(body: HttpBody, read: Callable[[bytes, str], T]) -> T:
+    """What `read` makes of a body and its content type; of a large one in a thread. Raises what it raises."""
+    data = body.data
+    if len(data) > LOOP_BYTES_MAX:
+        return await in_thread(read, data, body.content_type)
+    return read(data, body.content_type)
 
 
 async def written(answer: Answer, write: Callable[[Answer], bytes]) -> bytes:

@@ -18,7 +18,7 @@ from services.gateway.core.params import Decode
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, MODELS_SCOPE, Reception
 from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http import openai, openai_fields, tool_calls
-from services.gateway.http.bodies import written
+from services.gateway.http.bodies import read_body, written
 from services.gateway.http.openai import Head
 from services.gateway.http.openai_fields import OpenAiRequest
 from services.gateway.http.reply import Reply, event, timely_events, whole_answer
@@ -91,7 +91,7 @@ async def _open(
 ) -> tuple[OpenAiRequest, AnswerStream]:
     metadata = _metadata(context)
     principal = reception.authenticate(metadata, GENERATE_SCOPE)
-    asked = read(request.data, request.content_type)
+    asked = await read_body(request, read)
     reply.names = asked.names
     logs.annotate(request_id=reply.request_id, subject=principal.subject)
     timeout_s = reception.timeout_s(metadata, context.time_remaining())

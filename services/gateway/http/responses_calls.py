@@ -13,6 +13,7 @@ from services.common.grpc_types import Context
 from services.gateway.core.events import Chunk, Event, Finished, Started
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, Reception
 from services.gateway.http import responses, responses_fields, tool_calls
+from services.gateway.http.bodies import read_body
 from services.gateway.http.reply import Reply, event, timely_events, whole_answer
 from services.gateway.http.responses_fields import ResponsesRequest
 
@@ -25,7 +26,7 @@ async def create_response(reception: Reception, request: HttpBody, context: Cont
     try:
         metadata = tuple(context.invocation_metadata() or ())
         principal = reception.authenticate(metadata, GENERATE_SCOPE)
-        asked = responses_fields.read_responses(request.data, request.content_type)
+        asked = await read_body(request, responses_fields.read_responses)
         reply.names = asked.names
         logs.annotate(request_id=reply.request_id, subject=principal.subject)
         timeout_s = reception.timeout_s(metadata, context.time_remaining())

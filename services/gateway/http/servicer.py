@@ -19,7 +19,7 @@ from services.gateway.core.readiness import Readiness
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, Metadata, Reception
 from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http import anthropic_calls, console, native, openai_calls, openapi, responses_calls
-from services.gateway.http.bodies import in_parts, written
+from services.gateway.http.bodies import in_parts, read_body, written
 from services.gateway.http.reply import Reply, event, timely_events, whole_answer
 
 LAST_EVENT_KEY = "last-event-id"
@@ -153,7 +153,7 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
     ) -> tuple[native.NativeRequest, AnswerStream]:
         metadata = _metadata(context)
         principal = self._reception.authenticate(metadata, GENERATE_SCOPE)
-        asked = native.read_request(request.data, request.content_type)
+        asked = await read_body(request, native.read_request)
         reply.request_id = self._reception.request_id(asked.generation.request_id or reply.request_id)
         logs.annotate(request_id=reply.request_id, subject=principal.subject)
         timeout_s = self._reception.timeout_s(metadata, context.time_remaining())

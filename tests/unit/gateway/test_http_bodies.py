@@ -1,15 +1,31 @@
-"""Replies by HTTP: what is cut into parts, and what is said of scores."""
+"""Bodies by HTTP: where they are read, what is cut into parts, and what is said of scores."""
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
 from google.api.httpbody_pb2 import HttpBody
 
+from services.common.errors import ArgumentInvalid
 from services.gateway.core.events import Chunk, TokenLogprob
-from services.gateway.http import openai
-from services.gateway.http.bodies import PART_BYTES_MAX, in_parts
+from services.gateway.http import openai, openai_fields
+from services.gateway.http.bodies import LOOP_BYTES_MAX, PART_BYTES_MAX, in_parts, read_body
+
+
+async def test_a_large_body_is_read_beside_the_loop() -> None:
+    """It would stop every stream for as long; a small one costs no thread. Errors arrive either way."""
+
+    def read(data: bytes, content_type: str) -> tuple[int, str, threading.Thread]:
+        return len(data), content_type, threading.current_thread()
+
+    for size, beside in ((LOOP_BYTES_MAX, False), (LOOP_BYTES_MAX + 1, True)):
+        body = HttpBody(content_type="text/plain", data=b" " * size)
+        length, kind, thread = await read_body(body, read)
+        assert (length, kind, thread is not threading.main_thread()) == (size, "text/plain", beside)
+        with pytest.raises(ArgumentInvalid):
+            await read_body(body, openai_fields.read_chat)
 
 
 @pytest.mark.parametrize("size", [0, 1, PART_BYTES_MAX, PART_BYTES_MAX + 1, 5 * PART_BYTES_MAX + 7])
