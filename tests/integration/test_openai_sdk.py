@@ -12,6 +12,7 @@ import openai
 import pytest
 import pytest_asyncio
 from interlock.v1 import gateway_service_pb2 as pb
+from interlock.v1 import worker_service_pb2
 
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_world import MODEL, bearer, make_token
@@ -285,6 +286,13 @@ async def test_a_format(world: World) -> None:
     assert json.loads(worker.starts[-1].format.json_schema) == {"type": "object"}
     await world.create(response_format={"type": "text"})
     assert not worker.starts[-1].HasField("format")
+    refusals = [worker_service_pb2.REFUSAL_REASON_INVALID] * 2
+    worker.script = Script(refusals=refusals, message="format.json_schema: has no end")
+    with pytest.raises(openai.BadRequestError, match=r"response_format\.json_schema\.schema: has no end"):
+        await world.create(response_format=form, stream=True)
+    text = {"format": {"type": "json_schema", "name": "n", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match=r"text\.format\.schema: has no end"):
+        await world.client.responses.create(model=MODEL, input="hi", text=text, stream=True)
 
 
 async def test_a_response(world: World) -> None:

@@ -44,7 +44,8 @@ async def create_message(reception: Reception, request: HttpBody, context: Conte
                 )
                 yield await reply.whole(data, generation)
                 return
-            async with aclosing(timely_events(generation, reply)) as events:
+            formed = asked.generation.form is not None
+            async with aclosing(timely_events(generation, reply, formed=formed)) as events:
                 async for body in _stream(events, asked, reply, generation.prompt_tokens or 0):
                     yield body
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status

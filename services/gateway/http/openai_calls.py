@@ -39,7 +39,8 @@ async def create_chat_completion(reception: Reception, request: HttpBody, contex
                 data = await written(answer, partial(_chat_body, reception, reply, asked))
                 yield await reply.whole(data, generation)
                 return
-            async with aclosing(timely_events(generation, reply)) as events:
+            formed = asked.generation.form is not None
+            async with aclosing(timely_events(generation, reply, formed=formed)) as events:
                 async for body in _chat_stream(reception, reply, asked, events):
                     yield body
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status

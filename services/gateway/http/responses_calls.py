@@ -41,7 +41,8 @@ async def create_response(reception: Reception, request: HttpBody, context: Cont
                 data = responses.response_body(head, text, calls, answer.finished)
                 yield await reply.whole(data, generation)
                 return
-            async with aclosing(timely_events(generation, reply)) as events:
+            formed = asked.generation.form is not None
+            async with aclosing(timely_events(generation, reply, formed=formed)) as events:
                 async for body in _stream(reply, asked, events):
                     yield body
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status

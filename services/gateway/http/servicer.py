@@ -38,7 +38,10 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
         try:
             asked, generation = await self._open(request, context, reply)
             async with aclosing(generation):
-                bodies = _stream(generation, reply) if asked.stream else _whole(generation, reply)
+                formed = asked.generation.form is not None
+                bodies = (
+                    _stream(generation, reply, formed=formed) if asked.stream else _whole(generation, reply)
+                )
                 async with aclosing(bodies):
                     async for body in bodies:
                         for part in in_parts(body):
@@ -181,9 +184,11 @@ async def _whole(generation: AnswerStream, reply: Reply) -> AsyncGenerator[HttpB
     yield await reply.whole(await written(answer, native.result_body), generation)
 
 
-async def _stream(generation: AnswerStream, reply: Reply) -> AsyncGenerator[HttpBody, None]:
+async def _stream(
+    generation: AnswerStream, reply: Reply, *, formed: bool = False
+) -> AsyncGenerator[HttpBody, None]:
     """Sends each event as it comes, and a heartbeat where none does."""
-    async with aclosing(timely_events(generation, reply)) as events:
+    async with aclosing(timely_events(generation, reply, formed=formed)) as events:
         async for happened in events:
             if happened is None:
                 yield event(native.heartbeat_body())
