@@ -110,6 +110,20 @@ async def test_log_probabilities(world: World) -> None:
     assert text.choices[0].logprobs.text_offset == [0, 1]
 
 
+@pytest.mark.parametrize("answer", ["a < b <t", "<", f"So: {CALL}", CALL, "", "a"])
+async def test_scores_of_what_may_be_a_call(world: World, answer: str) -> None:
+    """A text that is held back loses none: streamed there are as many, in the same order, as whole."""
+    await world.gateway.add_worker("w1", Script(answer=answer, interval_s=0.001))
+    asked = {"tools": [WEATHER], "logprobs": True, "top_logprobs": 1}
+    (whole,) = (await world.create(**asked)).choices
+    assert [entry.token for entry in whole.logprobs.content] == list(answer)
+    choices = [chunk.choices[0] async for chunk in await world.create(**asked, stream=True)]
+    scored = [entry for one in choices if one.logprobs for entry in one.logprobs.content]
+    assert scored == whole.logprobs.content
+    assert "".join(one.delta.content or "" for one in choices).rstrip() == (whole.message.content or "")
+    assert sum(len(one.delta.tool_calls or ()) for one in choices) == len(whole.message.tool_calls or ())
+
+
 async def test_a_reply_of_megabytes_is_one_body(world: World) -> None:
     """More than Envoy or gRPC takes in one message arrives whole, in each API that tells scores."""
     await world.gateway.add_worker("w1", Script(answer="😀" * 480, batch=60))

@@ -90,10 +90,12 @@ def chat_text(head: Head, index: int, text: str, logprobs: dict[str, Any] | None
     return _chat_chunk(head, index, {"content": text}, logprobs=logprobs, usage=usage)
 
 
-def chat_calls(head: Head, index: int, calls: Sequence[ToolCall], *, usage: bool) -> bytes:
-    """A chunk with tool calls."""
+def chat_calls(
+    head: Head, index: int, calls: Sequence[ToolCall], logprobs: dict[str, Any] | None, *, usage: bool
+) -> bytes:
+    """A chunk with tool calls, and with the scores of what they were said with."""
     deltas = [{"index": at, **_call(call)} for at, call in enumerate(calls)]
-    return _chat_chunk(head, index, {"tool_calls": deltas}, usage=usage)
+    return _chat_chunk(head, index, {"tool_calls": deltas}, logprobs=logprobs, usage=usage)
 
 
 def chat_end(head: Head, finished: Finished, *, calls: bool, usage: bool) -> bytes:

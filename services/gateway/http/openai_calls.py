@@ -150,6 +150,8 @@ class _ChatChoice:
         self._reception = reception
         ids = _call_ids(head, index)
         self._text = tool_calls.HeldText(asked.tools, ids, bare=asked.bare, single=asked.single)
+        # What no scores were told of yet: those of a text that is held are held with it.
+        self._unscored: list[Chunk] = []
 
     def said(self, happened: Chunk | Finished) -> Iterator[bytes]:
         """The chunks that follow from an event."""
@@ -157,22 +159,29 @@ class _ChatChoice:
             yield from self._end(happened)
             return
         text = self._text.add(happened.text)
+        if self._asked.generation.logprobs is not None:
+            self._unscored.append(happened)
         if text is None:
             return
-        scores = None
-        if self._asked.generation.logprobs is not None:
-            scores = openai.chat_logprobs([happened], _decode(self._reception, self.head))
+        scores = self._scores()
         if text or scores:
             yield openai.chat_text(self.head, self.index, text, scores, usage=self._asked.usage)
 
     def _end(self, finished: Finished) -> Iterator[bytes]:
         asked, head = self._asked, self.head
         text, calls = self._text.end()
-        if text:
-            yield openai.chat_text(head, self.index, text, None, usage=asked.usage)
+        scores = self._scores()
+        if text or (scores and not calls):
+            yield openai.chat_text(head, self.index, text, scores, usage=asked.usage)
+            scores = None
         if calls:
-            yield openai.chat_calls(head, self.index, calls, usage=asked.usage)
+            yield openai.chat_calls(head, self.index, calls, scores, usage=asked.usage)
         yield openai.chat_end(head, finished, calls=bool(calls), usage=asked.usage)
+
+    def _scores(self) -> dict[str, Any] | None:
+        """Those of the tokens since the last ones; None where there are none, or they were not asked for."""
+        chunks, self._unscored = self._unscored, []
+        return openai.chat_logprobs(chunks, _decode(self._reception, self.head)) if chunks else None
 
 
 def _completion_body(reception: Reception, reply: Reply, asked: OpenAiRequest, answer: Answer) -> bytes:
