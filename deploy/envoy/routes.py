@@ -48,28 +48,56 @@ _REST = (
 BODY_BYTES_MAX = 1_048_576
 ENVELOPED_BODY_BYTES_MAX = BODY_BYTES_MAX + 65_536
 
-# What a page may send: the bearer token in either form, gRPC-Web's own, and the contract's headers.
+# What a page may send: the bearer token in either form, gRPC-Web's own, the contract's headers, and what the
+# vendors' libraries say of themselves. Each has to be named: `*` would leave out `authorization`.
 _CORS_REQUEST_HEADERS = (
+    "anthropic-beta",
+    "anthropic-dangerous-direct-browser-access",
+    "anthropic-user-profile-id",
+    "anthropic-version",
+    "anthropic-workspace-id",
     "authorization",
     "content-type",
     "grpc-timeout",
+    "idempotency-key",
     "last-event-id",
+    "openai-beta",
+    "openai-organization",
+    "openai-project",
+    "user-agent",
     "x-api-key",
     "x-grpc-web",
     "x-interlock-deadline",
     "x-request-id",
+    "x-stainless-arch",
+    "x-stainless-helper",
+    "x-stainless-helper-method",
+    "x-stainless-lang",
+    "x-stainless-os",
+    "x-stainless-package-version",
+    "x-stainless-retry-count",
+    "x-stainless-runtime",
+    "x-stainless-runtime-version",
+    "x-stainless-timeout",
     "x-user-agent",
 )
-# What a page may read: a status and its reason, delays, and who answered.
+# What a page may read: a status and its reason, delays, what is left to it, who answered, and the request's
+# id by the name that each vendor's library knows.
 _CORS_RESPONSE_HEADERS = (
     "grpc-message",
     "grpc-status",
     "grpc-status-details-bin",
     "interlock-reason",
+    "request-id",
     "retry-after",
     "retry-after-ms",
     "x-interlock-revision",
     "x-interlock-worker",
+    "x-ratelimit-limit-requests",
+    "x-ratelimit-limit-tokens",
+    "x-ratelimit-remaining-requests",
+    "x-ratelimit-remaining-tokens",
+    "x-ratelimit-reset-tokens",
     "x-request-id",
 )
 

@@ -1,13 +1,15 @@
 """JSON without surprises. Owns: which bytes count as one JSON object, and how the rest is told.
 
 Two readers of one body must never see two things: duplicate keys, NaN, and bytes that are no UTF-8 are
-refused, and so is nesting that would exhaust a parser.
+refused, and so are halves of surrogate pairs, which nobody could write down again, and nesting that would
+exhaust a parser.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from services.common.errors import ArgumentInvalid, MessageTooLarge
@@ -17,9 +19,19 @@ BODY_BYTES_MAX = 2 << 20
 # The API's own objects are four levels deep.
 DEPTH_MAX = 32
 
-# Strings are skipped whole, so that brackets inside them do not count. Nothing is tried twice, and a string
-# that never ends matches too: otherwise each quote inside it would be tried as the beginning of another.
-_STRUCTURE = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
+# A conversation of a thousand turns with tools has some thousands. Each costs a hundred times the two bytes
+# that spell it.
+NODES_MAX = 1 << 16
+
+# Strings are skipped whole, so that brackets inside them do not count, and runs of them at once. Nothing is
+# tried twice, and a string that never ends matches too: otherwise each quote inside it would be tried as the
+# beginning of another.
+_STRINGS = re.compile(rb'(?:"(?:[^"\\]++|\\.)*+"?[^"\[\]{}]*+)++', re.DOTALL)
+_AS_BRACKETS = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+# Only an escape can spell one: UTF-8 has none.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_object(body: bytes) -> dict[str, Any]:
@@ -37,7 +49,7 @@ def read_object(body: bytes) -> dict[str, Any]:
         text = body.decode()
     except UnicodeDecodeError:
         raise ArgumentInvalid("The body is not UTF-8 text.") from None
-    _check_depth(text)
+    _check_nesting(body)
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
@@ -49,19 +61,36 @@ def read_object(body: bytes) -> dict[str, Any]:
         raise ArgumentInvalid("The body is not JSON that this server reads.") from None
     if not isinstance(value, dict):
         raise ArgumentInvalid("The body is JSON, but not an object; send {...}.")
+    if _SURROGATE.search(text):
+        _check_halves(value)
     return value
 
 
-def _check_depth(text: str) -> None:
-    depth = 0
-    for match in _STRUCTURE.finditer(text):
-        mark = match.group()[0]
-        if mark in "[{":
-            depth += 1
-            if depth > DEPTH_MAX:
-                raise ArgumentInvalid(f"The body is nested deeper than {DEPTH_MAX} levels.")
-        elif mark in "]}":
-            depth -= 1
+def _check_nesting(body: bytes) -> None:
+    """Refuses what nests too deeply or holds too much. There is no loop over brackets: a body has many."""
+    if body.count(b"[") + body.count(b"{") <= DEPTH_MAX:
+        return
+    brackets = _STRINGS.sub(b"", body).translate(_AS_BRACKETS, _NO_BRACKETS)
+    nodes = brackets.count(b"[")
+    for _ in range(DEPTH_MAX):
+        # Without the innermost pairs it is one level less deep; of what is well-formed nothing is left.
+        brackets, before = brackets.replace(b"[]", b""), len(brackets)
+        if len(brackets) == before:
+            break
+    if b"[]" in brackets or brackets.count(b"[") > DEPTH_MAX:
+        raise ArgumentInvalid(f"The body is nested deeper than {DEPTH_MAX} levels.")
+    if nodes > NODES_MAX:
+        raise ArgumentInvalid(f"The body has more than {NODES_MAX} arrays and objects.")
+
+
+def _check_halves(fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        try:
+            json.dumps([name, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ArgumentInvalid(
+                f"{shown(name)}: is not valid Unicode text; it has half of a surrogate pair."
+            ) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import pytest_asyncio
 import yaml
 from anthropic import AsyncAnthropic
 from interlock.v1 import gateway_service_pb2 as pb
+from interlock.v1 import worker_service_pb2
 
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.dispatcher.limits import GenerationLimits
@@ -400,6 +401,10 @@ async def test_an_answer_to_a_schema_may_be_a_call(world: World) -> None:
     async with world.client.messages.stream(**asked) as stream:
         (block,) = (await stream.get_final_message()).content
     assert block.text == '{"rain": true}'
+    refusals = [worker_service_pb2.REFUSAL_REASON_INVALID]
+    worker.script = Script(refusals=refusals, message="format.json_schema: has no end")
+    with pytest.raises(anthropic.BadRequestError, match="schema: has no end"):
+        await world.create(**asked, stream=True)
 
 
 async def test_harmless_fields_are_accepted(world: World) -> None:

@@ -81,6 +81,7 @@ BODIES: Mapping[str, tuple[Any, str]] = {
     "infinity": (lambda api: with_more(api, '"temperature": -Infinity'), "Infinity"),
     "thousands of digits": (lambda api: with_more(api, f'"max_tokens": {"9" * 5_000}'), "not JSON"),
     "half a character": (lambda api: api.with_text("\\ud800"), "Unicode"),
+    "half a character within": (lambda api: with_more(api, '"metadata": {"a": "\\ud800"}'), "metadata: "),
     "an unknown field": (lambda api: with_more(api, '"colour": "red"'), "colour"),
     "a field with controls": (lambda api: with_more(api, '"\\u0000\\u001b[31m": 1'), "\\x00\\x1b"),
 }

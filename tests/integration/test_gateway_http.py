@@ -131,16 +131,25 @@ async def test_logprobs_are_one_entry_a_token(gateway: GatewayWorld) -> None:
     assert "logprobs" not in (await gateway.post(BODY)).json
 
 
-async def test_what_a_worker_cannot_make_sense_of_is_the_callers(gateway: GatewayWorld) -> None:
-    """INVALID is 400 with the worker's words, not a retry; the next request works."""
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"stream": True}, {"stream": True, "resumable": True}],
+    ids=["whole", "streamed", "resumable"],
+)
+async def test_what_a_worker_cannot_make_sense_of_is_the_callers(
+    gateway: GatewayWorld, more: dict[str, Any]
+) -> None:
+    """INVALID is 400 with the worker's words, not a retry, streamed too; the next request works."""
     invalid = worker_service_pb2.REFUSAL_REASON_INVALID
     script = Script(answer="fine", refusals=[invalid], message="format.regex: unclosed class")
     worker = await gateway.add_worker("w1", script)
-    reply = await gateway.post(BODY | {"format": {"regex": "["}})
+    reply = await gateway.post(BODY | {"format": {"regex": "["}} | more)
     assert (reply.status, reply.json["error"]["reason"]) == (400, "ERROR_REASON_ARGUMENT_INVALID")
     assert reply.json["error"]["message"] == "format.regex: unclosed class"
     assert len(worker.starts) == 1
     assert (await gateway.post(BODY)).json["result"] == "fine"
+    formed = await gateway.post(BODY | {"format": {"regex": "f.*"}} | more)
+    assert (formed.status, formed.headers["x-interlock-worker"]) == (200, "w1")
 
 
 async def test_an_error_after_the_first_byte_is_an_event(gateway: GatewayWorld) -> None:
@@ -169,6 +178,25 @@ async def test_an_error_without_a_byte_keeps_its_status(gateway: GatewayWorld) -
     assert reply.status == 503
     assert int(reply.headers["retry-after"]) >= 1
     assert reply.json["error"]["retry_after_ms"] >= 1
+
+
+async def test_a_body_that_cannot_be_made_keeps_its_status(
+    gateway: GatewayWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is replaced while it answers, and its tokens have no text: an error, and not a 200."""
+    await gateway.add_worker("w1")
+    monkeypatch.setattr(gateway.reception, "decoder", lambda _: None)
+    for method, prompt in (
+        (
+            gateway.http.CreateChatCompletion,
+            {"messages": [{"role": "user", "content": "hi"}], "logprobs": True},
+        ),
+        (gateway.http.CreateCompletion, {"prompt": "hi", "logprobs": 1}),
+    ):
+        data = json.dumps({"model": MODEL, **prompt}).encode()
+        reply = await read_reply(method(HttpBody(data=data), metadata=bearer()))
+        assert (reply.status, reply.content_type) == (500, "application/json")
+        assert reply.json["error"]["type"] == "server_error"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -114,6 +114,22 @@ async def test_a_waiting_stream_has_heartbeats(
     assert rest.events[-1]["event"] == "finished"
 
 
+async def test_a_stream_with_a_format_waits_no_longer_than_for_a_grant(
+    gateway: GatewayWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker says nothing yet: the stream begins with the worker's name, and comments fill it."""
+    monkeypatch.setattr(http_reply, "GRANT_WAIT_S", 0.2)
+    monkeypatch.setattr(http_reply, "HEARTBEAT_S", 0.02)
+    await gateway.add_worker("w1", Script(stall_at=0))
+    for more in (b"", b', "resumable": true'):
+        data = b'{"text": "hi", "stream": true, "format": {"choice": ["a"]}%s}' % more
+        call = gateway.http.Generate(HttpBody(data=data), metadata=bearer())
+        bodies = [(await call.read()).data for _ in range(4)]
+        assert b": waiting\n\n" in bodies
+        assert dict(await call.initial_metadata())["x-interlock-worker"] == "w1"
+        call.cancel()
+
+
 async def test_the_console_is_one_page_that_runs_nothing_foreign(gateway: GatewayWorld) -> None:
     """Its policy names its own script and style by digest, and it refers to nothing elsewhere."""
     reply = await read_reply(gateway.http.Console(HttpBody()))

@@ -12,6 +12,7 @@ import pytest
 from interlock.v1 import gateway_service_pb2 as pb
 
 from tests.fakes.scripted_worker import Script
+from tests.fixtures.edge import ask
 from tests.fixtures.gateway_world import MODEL, bearer, make_token
 from tests.fixtures.javascript import EXAMPLES, ROOT, Node
 from tests.fixtures.openai_world import CALL, WEATHER, World, openai_world
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.timeout(400)
 TURNS = [{"role": "user", "content": "hi"}]
 CHAT: dict[str, Any] = {"model": MODEL, "messages": TURNS}
 MESSAGE: dict[str, Any] = {**CHAT, "max_tokens": 100}
+# What every page may send unasked.
+SAFE = {"accept"}
 SCHEMA = {"type": "object", "properties": {"rain": {"type": "boolean"}}, "required": ["rain"]}
 
 
@@ -31,16 +34,24 @@ class Clients:
     def __init__(self, world: World, process: asyncio.subprocess.Process) -> None:
         self.gateway = world.gateway
         self._process = process
+        asked = {"origin": "http://localhost:3000", "access-control-request-method": "POST"}
+        _, headers, _ = ask(world.url.removeprefix("http://"), "OPTIONS", "/v1/messages", headers=asked)
+        self._allowed = set(headers["access-control-allow-headers"].split(", "))
 
     async def ask(self, client: str, method: str, *args: Any) -> Any:
-        """What a call came to: its `value`, the `chunks` of its stream, and the `error` that it raised."""
+        """What a call came to: its `value`, the `chunks` of its stream, and the `error` that it raised.
+
+        Whatever it sent is what a page may send, which a browser asks before.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(
             json.dumps({"client": client, "method": method, "args": args}).encode() + b"\n"
         )
         line = await asyncio.wait_for(self._process.stdout.readline(), 20)
-        return json.loads(line)
+        told = json.loads(line)
+        assert set(told["sent"]) - SAFE <= self._allowed, set(told["sent"]) - self._allowed
+        return told
 
     async def check_errors(
         self, client: str, method: str, asked: dict[str, Any], *, late: str, full: str

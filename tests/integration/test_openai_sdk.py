@@ -12,6 +12,7 @@ import openai
 import pytest
 import pytest_asyncio
 from interlock.v1 import gateway_service_pb2 as pb
+from interlock.v1 import worker_service_pb2
 
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_world import MODEL, bearer, make_token
@@ -107,6 +108,37 @@ async def test_log_probabilities(world: World) -> None:
     check("CreateCompletionResponse", text.model_dump(exclude_unset=True))
     assert text.choices[0].logprobs.tokens == ["a", "b"]
     assert text.choices[0].logprobs.text_offset == [0, 1]
+
+
+@pytest.mark.parametrize("answer", ["a < b <t", "<", f"So: {CALL}", CALL, "", "a"])
+async def test_scores_of_what_may_be_a_call(world: World, answer: str) -> None:
+    """A text that is held back loses none: streamed there are as many, in the same order, as whole."""
+    await world.gateway.add_worker("w1", Script(answer=answer, interval_s=0.001))
+    asked = {"tools": [WEATHER], "logprobs": True, "top_logprobs": 1}
+    (whole,) = (await world.create(**asked)).choices
+    assert [entry.token for entry in whole.logprobs.content] == list(answer)
+    choices = [chunk.choices[0] async for chunk in await world.create(**asked, stream=True)]
+    scored = [entry for one in choices if one.logprobs for entry in one.logprobs.content]
+    assert scored == whole.logprobs.content
+    assert "".join(one.delta.content or "" for one in choices).rstrip() == (whole.message.content or "")
+    assert sum(len(one.delta.tool_calls or ()) for one in choices) == len(whole.message.tool_calls or ())
+
+
+async def test_a_reply_of_megabytes_is_one_body(world: World) -> None:
+    """More than Envoy or gRPC takes in one message arrives whole, in each API that tells scores."""
+    await world.gateway.add_worker("w1", Script(answer="😀" * 480, batch=60))
+    response = await world.client.chat.completions.with_raw_response.create(
+        **ASKED, n=4, logprobs=True, top_logprobs=20
+    )
+    assert int(response.http_response.num_bytes_downloaded) > 2 << 20
+    assert response.headers["content-type"] == "application/json"
+    choices = response.parse().choices
+    assert [len(choice.logprobs.content) for choice in choices] == [480] * 4
+    status, headers, native = await world.raw(
+        "/v1/generate", {"text": "hi", "max_tokens": 480, "n": 4, "logprobs": 20}
+    )
+    assert (status, headers["content-type"]) == (200, "application/json")
+    assert [len(one["logprobs"]) for one in native["sequences"]] == [480] * 4
 
 
 async def test_a_completion_of_a_text(world: World) -> None:
@@ -268,6 +300,13 @@ async def test_a_format(world: World) -> None:
     assert json.loads(worker.starts[-1].format.json_schema) == {"type": "object"}
     await world.create(response_format={"type": "text"})
     assert not worker.starts[-1].HasField("format")
+    refusals = [worker_service_pb2.REFUSAL_REASON_INVALID] * 2
+    worker.script = Script(refusals=refusals, message="format.json_schema: has no end")
+    with pytest.raises(openai.BadRequestError, match=r"response_format\.json_schema\.schema: has no end"):
+        await world.create(response_format=form, stream=True)
+    text = {"format": {"type": "json_schema", "name": "n", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match=r"text\.format\.schema: has no end"):
+        await world.client.responses.create(model=MODEL, input="hi", text=text, stream=True)
 
 
 async def test_a_response(world: World) -> None:

@@ -21,6 +21,8 @@ from deploy.envoy.generate import DESCRIPTORS
 from deploy.envoy.listener import HEADERS_BYTES_MAX, HEADERS_MAX
 from deploy.envoy.replies import HEADERS_MESSAGE
 from deploy.envoy.routes import BODY_BYTES_MAX
+from services.common import allowance
+from services.common.allowance import Allowance
 from services.local import probes
 from tests.fixtures.edge import Edge, started_edge
 
@@ -269,23 +271,68 @@ def test_grpc_web_is_spoken(edge: Edge) -> None:
     assert b"grpc-status:0" in body
 
 
-@pytest.mark.parametrize("path", ["/v1/generate", GENERATE])
+# What clients in a browser send beside what every page may: gRPC-Web's, and the vendors' libraries for it.
+_STAINLESS = [
+    f"x-stainless-{name}"
+    for name in (
+        "arch",
+        "lang",
+        "os",
+        "package-version",
+        "retry-count",
+        "runtime",
+        "runtime-version",
+        "timeout",
+    )
+]
+SENT = {
+    GENERATE: ["authorization", "content-type", "grpc-timeout", "x-grpc-web", "x-user-agent"],
+    "/v1/generate": ["authorization", "content-type", "last-event-id", "x-interlock-deadline"],
+    "/v1/chat/completions": [
+        "authorization",
+        "content-type",
+        "idempotency-key",
+        "openai-organization",
+        "openai-project",
+        "x-stainless-helper-method",
+        *_STAINLESS,
+    ],
+    "/v1/messages?beta=true": [
+        "anthropic-beta",
+        "anthropic-dangerous-direct-browser-access",
+        "anthropic-version",
+        "content-type",
+        "idempotency-key",
+        "user-agent",
+        "x-api-key",
+        "x-stainless-helper",
+        *_STAINLESS,
+    ],
+}
+
+
+@pytest.mark.parametrize("path", SENT)
 def test_pages_of_the_machine_may_call_and_others_may_not(edge: Edge, path: str) -> None:
-    """A preflight is answered for localhost on any port, with the headers that clients need."""
-    ask = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
-    status, headers, _ = edge.ask("OPTIONS", path, headers={"origin": "http://localhost:3000", **ask})
+    """A preflight is answered for localhost on any port, with every header that clients send, by name."""
+    asked = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": ",".join(SENT[path]),
+    }
+    status, headers, _ = edge.ask("OPTIONS", path, headers={"origin": "http://localhost:3000", **asked})
     assert status == 200
     assert headers["access-control-allow-origin"] == "http://localhost:3000"
-    assert "authorization" in headers["access-control-allow-headers"]
-    _, headers, _ = edge.ask("OPTIONS", path, headers={"origin": "http://localhost.evil.example", **ask})
+    assert set(SENT[path]) <= set(headers["access-control-allow-headers"].split(", "))
+    _, headers, _ = edge.ask("OPTIONS", path, headers={"origin": "http://localhost.evil.example", **asked})
     assert "access-control-allow-origin" not in headers
 
 
 def test_a_page_may_read_the_reply(edge: Edge) -> None:
-    """The reply to a page names its origin and exposes the status and its reason."""
+    """The reply to a page names its origin and exposes status, reason, ids, delays and what is left."""
     _, headers, _ = edge.ask("POST", "/v1/generate", "x", {"origin": "http://127.0.0.1:5173"})
     assert headers["access-control-allow-origin"] == "http://127.0.0.1:5173"
-    assert "interlock-reason" in headers["access-control-expose-headers"]
+    left = (name for name, _ in allowance.headers(Allowance(9, 9, 1.0, 9, 9)))
+    exposed = set(headers["access-control-expose-headers"].split(", "))
+    assert {"interlock-reason", "request-id", "x-request-id", "retry-after", *left} <= exposed
 
 
 def test_headers_that_could_fool_a_server_are_dropped_or_refused(edge: Edge) -> None:

@@ -64,6 +64,17 @@ class DirectStream:
             return None
         return self.started
 
+    async def first_output(self, timeout_s: float) -> None:
+        """See `AnswerStream.first_output`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._outbox.has_output and not self._generation.ended:
+                    await self._outbox.wait()
+        except TimeoutError:
+            return
+        if self.error is not None and not self._outbox.has_output:
+            raise self.error
+
     async def ready(self, timeout_s: float) -> bool:
         """See `AnswerStream.ready`."""
         self._return()

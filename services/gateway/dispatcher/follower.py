@@ -14,7 +14,7 @@ from typing import Self
 from services.common.allowance import Allowance
 from services.common.clock import Clock
 from services.common.errors import ArgumentInvalid, InterlockError, RequestUnknown, StoreUnavailable
-from services.gateway.core.events import Chunk, Event, Queued, Started
+from services.gateway.core.events import Chunk, Event, Finished, Queued, Started
 from services.gateway.core.jobs import Outcome
 from services.gateway.core.log import Entry, Failed, LogPage
 from services.gateway.core.log_errors import lost_log
@@ -131,6 +131,19 @@ class Follower:
             return None
         return self.started
 
+    async def first_output(self, timeout_s: float) -> None:
+        """See `AnswerStream.first_output`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (output := self._first_output()) is None and not self._ended:
+                    await self._fill()
+        except TimeoutError:
+            return
+        if isinstance(output, Failed):
+            raise output.error
+        if output is None and self._error is not None:
+            raise self._error
+
     async def ready(self, timeout_s: float) -> bool:
         """See `AnswerStream.ready`."""
         try:
@@ -169,6 +182,11 @@ class Follower:
     @property
     def _has_news(self) -> bool:
         return bool(self._entries) or self._unsaid is not None or self._ended
+
+    def _first_output(self) -> Chunk | Finished | Failed | None:
+        """The first of what was read that is text or an end."""
+        events = (entry.event for entry in self._entries)
+        return next((event for event in events if isinstance(event, Chunk | Finished | Failed)), None)
 
     def _take(self, entry: Entry) -> Event:
         event = entry.event

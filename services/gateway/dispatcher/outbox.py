@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from services.gateway.core.detokenizer import Piece
-from services.gateway.core.events import Chunk, Event, Queued, Started
+from services.gateway.core.events import Chunk, Event, Finished, Queued, Started
 
 
 @dataclass(slots=True)
@@ -47,6 +47,11 @@ class Outbox:
 
     def __len__(self) -> int:
         return len(self._events)
+
+    @property
+    def has_output(self) -> bool:
+        """Whether there is text, or an end, that nobody took yet."""
+        return any(isinstance(event, Chunk | Finished) for event in self._events)
 
     def first_credit_tokens(self) -> int:
         """What a new attempt may send of a sequence at once: the window, less what was not read yet."""

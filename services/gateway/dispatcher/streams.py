@@ -45,6 +45,14 @@ class AnswerStream(Protocol):
         """Returns what is known of the worker once one is granted; None when that takes longer."""
         ...
 
+    async def first_output(self, timeout_s: float) -> None:
+        """Returns once there is text to be read, or an end, and when that takes longer.
+
+        Raises:
+            InterlockError: What the request ended with before there was any.
+        """
+        ...
+
     async def ready(self, timeout_s: float) -> bool:
         """Whether, within `timeout_s`, asking for the next event will answer at once."""
         ...

@@ -13,7 +13,8 @@ from services.gateway.core.events import Chunk, Event, Finished, Started
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, MODELS_SCOPE, Reception
 from services.gateway.http import anthropic, anthropic_fields, tool_calls
 from services.gateway.http.anthropic_fields import MessagesRequest
-from services.gateway.http.reply import JSON_TYPE, Reply, event, timely_events, whole_answer
+from services.gateway.http.bodies import read_body
+from services.gateway.http.reply import Reply, event, timely_events, whole_answer
 
 Bodies = AsyncGenerator[HttpBody, None]
 
@@ -27,7 +28,7 @@ async def create_message(reception: Reception, request: HttpBody, context: Conte
     try:
         metadata = tuple(context.invocation_metadata() or ())
         principal = reception.authenticate(metadata, GENERATE_SCOPE)
-        asked = anthropic_fields.read_messages(request.data, request.content_type)
+        asked = await read_body(request, anthropic_fields.read_messages)
         reply.names = asked.names
         logs.annotate(request_id=reply.request_id, subject=principal.subject)
         timeout_s = reception.timeout_s(metadata, context.time_remaining())
@@ -35,16 +36,16 @@ async def create_message(reception: Reception, request: HttpBody, context: Conte
         async with aclosing(generation):
             if not asked.stream:
                 answer = await whole_answer(generation)
-                await reply.begin(generation)
                 text, calls = tool_calls.read_calls(
                     answer.text, asked.tools, _call_ids(reply), bare=asked.bare, single=asked.single
                 )
                 data = anthropic.message_body(
                     _message_id(reply), answer.started.model, text, calls, answer.finished
                 )
-                yield HttpBody(content_type=JSON_TYPE, data=data)
+                yield await reply.whole(data, generation)
                 return
-            async with aclosing(timely_events(generation, reply)) as events:
+            formed = asked.generation.form is not None
+            async with aclosing(timely_events(generation, reply, formed=formed)) as events:
                 async for body in _stream(events, asked, reply, generation.prompt_tokens or 0):
                     yield body
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
@@ -56,7 +57,7 @@ async def count_tokens(reception: Reception, request: HttpBody, context: Context
     reply = Reply(context, anthropic)
     try:
         reception.authenticate(tuple(context.invocation_metadata() or ()), GENERATE_SCOPE)
-        model, prompt = anthropic_fields.read_counted(request.data, request.content_type)
+        model, prompt = await read_body(request, anthropic_fields.read_counted)
         count = await reception.count(model, prompt)
         yield await reply.whole(anthropic.count_body(count.prompt_tokens))
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status

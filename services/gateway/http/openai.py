@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from services.common import http_errors
@@ -89,10 +90,12 @@ def chat_text(head: Head, index: int, text: str, logprobs: dict[str, Any] | None
     return _chat_chunk(head, index, {"content": text}, logprobs=logprobs, usage=usage)
 
 
-def chat_calls(head: Head, index: int, calls: Sequence[ToolCall], *, usage: bool) -> bytes:
-    """A chunk with tool calls."""
+def chat_calls(
+    head: Head, index: int, calls: Sequence[ToolCall], logprobs: dict[str, Any] | None, *, usage: bool
+) -> bytes:
+    """A chunk with tool calls, and with the scores of what they were said with."""
     deltas = [{"index": at, **_call(call)} for at, call in enumerate(calls)]
-    return _chat_chunk(head, index, {"tool_calls": deltas}, usage=usage)
+    return _chat_chunk(head, index, {"tool_calls": deltas}, logprobs=logprobs, usage=usage)
 
 
 def chat_end(head: Head, finished: Finished, *, calls: bool, usage: bool) -> bytes:
@@ -161,7 +164,7 @@ def completion_logprobs(chunks: Iterable[Chunk], decode: Decode, offset: int) ->
     """The scores of some tokens; `offset` is where the first of them begins in the text."""
     scored = [pair for chunk in chunks for pair in zip(chunk.token_ids, chunk.logprobs, strict=False)]
     tokens = [decode([token_id]) for token_id, _ in scored]
-    offsets = [offset + sum(map(len, tokens[:at])) for at in range(len(tokens))]
+    *offsets, _ = accumulate(map(len, tokens), initial=offset)
     return {
         "tokens": tokens,
         "token_logprobs": [score.logprob for _, score in scored],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from google.api.httpbody_pb2 import HttpBody
@@ -17,9 +18,10 @@ from services.gateway.core.params import Decode
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, MODELS_SCOPE, Reception
 from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http import openai, openai_fields, tool_calls
+from services.gateway.http.bodies import read_body, written
 from services.gateway.http.openai import Head
 from services.gateway.http.openai_fields import OpenAiRequest
-from services.gateway.http.reply import JSON_TYPE, Reply, event, timely_events, whole_answer
+from services.gateway.http.reply import Reply, event, timely_events, whole_answer
 from services.gateway.http.whole import Answer, Said
 
 Bodies = AsyncGenerator[HttpBody, None]
@@ -34,10 +36,11 @@ async def create_chat_completion(reception: Reception, request: HttpBody, contex
         async with aclosing(generation):
             if not asked.stream:
                 answer = await whole_answer(generation)
-                await reply.begin(generation)
-                yield _json(_chat_body(reception, reply, asked, answer))
+                data = await written(answer, partial(_chat_body, reception, reply, asked))
+                yield await reply.whole(data, generation)
                 return
-            async with aclosing(timely_events(generation, reply)) as events:
+            formed = asked.generation.form is not None
+            async with aclosing(timely_events(generation, reply, formed=formed)) as events:
                 async for body in _chat_stream(reception, reply, asked, events):
                     yield body
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
@@ -52,8 +55,8 @@ async def create_completion(reception: Reception, request: HttpBody, context: Co
         async with aclosing(generation):
             if not asked.stream:
                 answer = await whole_answer(generation)
-                await reply.begin(generation)
-                yield _json(_completion_body(reception, reply, asked, answer))
+                data = await written(answer, partial(_completion_body, reception, reply, asked))
+                yield await reply.whole(data, generation)
                 return
             async with aclosing(timely_events(generation, reply)) as events:
                 async for body in _completion_stream(reception, reply, asked, events):
@@ -89,7 +92,7 @@ async def _open(
 ) -> tuple[OpenAiRequest, AnswerStream]:
     metadata = _metadata(context)
     principal = reception.authenticate(metadata, GENERATE_SCOPE)
-    asked = read(request.data, request.content_type)
+    asked = await read_body(request, read)
     reply.names = asked.names
     logs.annotate(request_id=reply.request_id, subject=principal.subject)
     timeout_s = reception.timeout_s(metadata, context.time_remaining())
@@ -147,6 +150,8 @@ class _ChatChoice:
         self._reception = reception
         ids = _call_ids(head, index)
         self._text = tool_calls.HeldText(asked.tools, ids, bare=asked.bare, single=asked.single)
+        # What no scores were told of yet: those of a text that is held are held with it.
+        self._unscored: list[Chunk] = []
 
     def said(self, happened: Chunk | Finished) -> Iterator[bytes]:
         """The chunks that follow from an event."""
@@ -154,22 +159,29 @@ class _ChatChoice:
             yield from self._end(happened)
             return
         text = self._text.add(happened.text)
+        if self._asked.generation.logprobs is not None:
+            self._unscored.append(happened)
         if text is None:
             return
-        scores = None
-        if self._asked.generation.logprobs is not None:
-            scores = openai.chat_logprobs([happened], _decode(self._reception, self.head))
+        scores = self._scores()
         if text or scores:
             yield openai.chat_text(self.head, self.index, text, scores, usage=self._asked.usage)
 
     def _end(self, finished: Finished) -> Iterator[bytes]:
         asked, head = self._asked, self.head
         text, calls = self._text.end()
-        if text:
-            yield openai.chat_text(head, self.index, text, None, usage=asked.usage)
+        scores = self._scores()
+        if text or (scores and not calls):
+            yield openai.chat_text(head, self.index, text, scores, usage=asked.usage)
+            scores = None
         if calls:
-            yield openai.chat_calls(head, self.index, calls, usage=asked.usage)
+            yield openai.chat_calls(head, self.index, calls, scores, usage=asked.usage)
         yield openai.chat_end(head, finished, calls=bool(calls), usage=asked.usage)
+
+    def _scores(self) -> dict[str, Any] | None:
+        """Those of the tokens since the last ones; None where there are none, or they were not asked for."""
+        chunks, self._unscored = self._unscored, []
+        return openai.chat_logprobs(chunks, _decode(self._reception, self.head)) if chunks else None
 
 
 def _completion_body(reception: Reception, reply: Reply, asked: OpenAiRequest, answer: Answer) -> bytes:
@@ -245,7 +257,3 @@ def _now_s() -> int:
 
 def _metadata(context: Context) -> tuple[tuple[str, str | bytes], ...]:
     return tuple(context.invocation_metadata() or ())
-
-
-def _json(data: bytes) -> HttpBody:
-    return HttpBody(content_type=JSON_TYPE, data=data)

@@ -24,7 +24,8 @@ from services.gateway.servicer import REQUEST_ID_KEY, note_worker, response_meta
 JSON_TYPE = "application/json"
 EVENTS_TYPE = "text/event-stream"
 
-# Status and headers wait this long for the grant, so that most responses name revision and worker.
+# Status and headers wait this long for the grant, so that most responses name revision and worker; with a
+# format for the first text, so that one that is none has its status.
 GRANT_WAIT_S = 5.0
 # Proxies give up on connections that are silent for a minute; some sooner.
 HEARTBEAT_S = 10.0
@@ -74,10 +75,10 @@ class Reply:
         own = self._shape.headers(self.request_id)
         await self._context.send_initial_metadata((*known, *own, *more))
 
-    async def whole(self, data: bytes, content_type: str = JSON_TYPE) -> HttpBody:
-        """Sends the headers of a reply that owes nothing to a generation, and returns its body."""
-        await self.begin()
-        return HttpBody(content_type=content_type, data=data)
+    async def whole(self, data: bytes, generation: AnswerStream | None = None) -> HttpBody:
+        """Sends the headers of a reply whose body is whole, and returns it: what fails has failed before."""
+        await self.begin(generation)
+        return HttpBody(content_type=JSON_TYPE, data=data)
 
     async def failed(self, error: Exception) -> HttpBody:
         """Returns the body that tells of `error`, in the way that is still open."""
@@ -126,14 +127,23 @@ async def whole_answer(generation: AnswerStream) -> Answer:
     return Answer(generation.started, tuple(said))
 
 
-async def timely_events(generation: AnswerStream, reply: Reply) -> AsyncGenerator[Event | None, None]:
+async def timely_events(
+    generation: AnswerStream, reply: Reply, *, formed: bool = False
+) -> AsyncGenerator[Event | None, None]:
     """Begins the reply, then gives each event as it comes, and None where none does: a heartbeat is due.
+
+    Args:
+        generation: The request.
+        reply: Where its events go.
+        formed: Whether its answer has a format. Only a worker finds out that one cannot be compiled, so the
+            headers wait for the first text, and no longer than they would for the grant.
 
     Raises:
         InterlockError: What the request ended with; before the first byte it still has its status.
     """
-    started = await generation.first_grant(GRANT_WAIT_S)
-    if started is None and generation.error is not None:
+    if formed:
+        await generation.first_output(GRANT_WAIT_S)
+    elif await generation.first_grant(GRANT_WAIT_S) is None and generation.error is not None:
         raise generation.error
     await reply.begin(generation)
     while True:

@@ -13,7 +13,8 @@ from services.common.grpc_types import Context
 from services.gateway.core.events import Chunk, Event, Finished, Started
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, Reception
 from services.gateway.http import responses, responses_fields, tool_calls
-from services.gateway.http.reply import JSON_TYPE, Reply, event, timely_events, whole_answer
+from services.gateway.http.bodies import read_body
+from services.gateway.http.reply import Reply, event, timely_events, whole_answer
 from services.gateway.http.responses_fields import ResponsesRequest
 
 Bodies = AsyncGenerator[HttpBody, None]
@@ -25,7 +26,7 @@ async def create_response(reception: Reception, request: HttpBody, context: Cont
     try:
         metadata = tuple(context.invocation_metadata() or ())
         principal = reception.authenticate(metadata, GENERATE_SCOPE)
-        asked = responses_fields.read_responses(request.data, request.content_type)
+        asked = await read_body(request, responses_fields.read_responses)
         reply.names = asked.names
         logs.annotate(request_id=reply.request_id, subject=principal.subject)
         timeout_s = reception.timeout_s(metadata, context.time_remaining())
@@ -33,15 +34,15 @@ async def create_response(reception: Reception, request: HttpBody, context: Cont
         async with aclosing(generation):
             if not asked.stream:
                 answer = await whole_answer(generation)
-                await reply.begin(generation)
                 head = _head(reply, asked, answer.started)
                 text, calls = tool_calls.read_calls(
                     answer.text, asked.tools, _call_ids(reply), bare=asked.bare, single=asked.single
                 )
                 data = responses.response_body(head, text, calls, answer.finished)
-                yield HttpBody(content_type=JSON_TYPE, data=data)
+                yield await reply.whole(data, generation)
                 return
-            async with aclosing(timely_events(generation, reply)) as events:
+            formed = asked.generation.form is not None
+            async with aclosing(timely_events(generation, reply, formed=formed)) as events:
                 async for body in _stream(reply, asked, events):
                     yield body
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status

@@ -19,6 +19,7 @@ from services.gateway.core.readiness import Readiness
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, Metadata, Reception
 from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http import anthropic_calls, console, native, openai_calls, openapi, responses_calls
+from services.gateway.http.bodies import in_parts, read_body, written
 from services.gateway.http.reply import Reply, event, timely_events, whole_answer
 
 LAST_EVENT_KEY = "last-event-id"
@@ -37,10 +38,14 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
         try:
             asked, generation = await self._open(request, context, reply)
             async with aclosing(generation):
-                bodies = _stream(generation, reply) if asked.stream else _whole(generation, reply)
+                formed = asked.generation.form is not None
+                bodies = (
+                    _stream(generation, reply, formed=formed) if asked.stream else _whole(generation, reply)
+                )
                 async with aclosing(bodies):
                     async for body in bodies:
-                        yield body
+                        for part in in_parts(body):
+                            yield part
         except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
             yield await reply.failed(error)
 
@@ -51,7 +56,8 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
             generation = await self._open_again(request, context, reply)
             async with aclosing(generation), aclosing(_stream(generation, reply)) as bodies:
                 async for body in bodies:
-                    yield body
+                    for part in in_parts(body):
+                        yield part
         except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
             yield await reply.failed(error)
 
@@ -72,19 +78,22 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
         calls = openai_calls.create_chat_completion(self._reception, request, context)
         async with aclosing(calls) as bodies:
             async for body in bodies:
-                yield body
+                for part in in_parts(body):
+                    yield part
 
     async def CreateCompletion(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """The OpenAI API: one completion of a text, or its chunks."""
         async with aclosing(openai_calls.create_completion(self._reception, request, context)) as bodies:
             async for body in bodies:
-                yield body
+                for part in in_parts(body):
+                    yield part
 
     async def CreateResponse(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """OpenAI's Responses API: one response, or its events."""
         async with aclosing(responses_calls.create_response(self._reception, request, context)) as bodies:
             async for body in bodies:
-                yield body
+                for part in in_parts(body):
+                    yield part
 
     async def ListModels(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """The models that can be asked, in the shape of the vendor whose client asks."""
@@ -92,26 +101,30 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
         vendor = anthropic_calls if anthropic_calls.is_asked(context) else openai_calls
         async with aclosing(vendor.list_models(self._reception, context)) as bodies:
             async for body in bodies:
-                yield body
+                for part in in_parts(body):
+                    yield part
 
     async def GetModel(self, request: pb.OneModel, context: Context) -> AsyncIterator[HttpBody]:
         """One model."""
         vendor = anthropic_calls if anthropic_calls.is_asked(context) else openai_calls
         async with aclosing(vendor.get_model(self._reception, request.model, context)) as bodies:
             async for body in bodies:
-                yield body
+                for part in in_parts(body):
+                    yield part
 
     async def CreateMessage(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """The Anthropic API: one message, or its events."""
         async with aclosing(anthropic_calls.create_message(self._reception, request, context)) as bodies:
             async for body in bodies:
-                yield body
+                for part in in_parts(body):
+                    yield part
 
     async def CountMessageTokens(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """The Anthropic API: the tokens of a conversation."""
         async with aclosing(anthropic_calls.count_tokens(self._reception, request, context)) as bodies:
             async for body in bodies:
-                yield body
+                for part in in_parts(body):
+                    yield part
 
     async def Console(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """The console page; it holds nothing that a token would have to protect."""
@@ -143,7 +156,7 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
     ) -> tuple[native.NativeRequest, AnswerStream]:
         metadata = _metadata(context)
         principal = self._reception.authenticate(metadata, GENERATE_SCOPE)
-        asked = native.read_request(request.data, request.content_type)
+        asked = await read_body(request, native.read_request)
         reply.request_id = self._reception.request_id(asked.generation.request_id or reply.request_id)
         logs.annotate(request_id=reply.request_id, subject=principal.subject)
         timeout_s = self._reception.timeout_s(metadata, context.time_remaining())
@@ -168,13 +181,14 @@ def _metadata(context: Context) -> Metadata:
 async def _whole(generation: AnswerStream, reply: Reply) -> AsyncGenerator[HttpBody, None]:
     """Waits for the end; the headers wait with it."""
     answer = await whole_answer(generation)
-    await reply.begin(generation)
-    yield HttpBody(content_type=native.JSON_TYPE, data=native.result_body(answer))
+    yield await reply.whole(await written(answer, native.result_body), generation)
 
 
-async def _stream(generation: AnswerStream, reply: Reply) -> AsyncGenerator[HttpBody, None]:
+async def _stream(
+    generation: AnswerStream, reply: Reply, *, formed: bool = False
+) -> AsyncGenerator[HttpBody, None]:
     """Sends each event as it comes, and a heartbeat where none does."""
-    async with aclosing(timely_events(generation, reply)) as events:
+    async with aclosing(timely_events(generation, reply, formed=formed)) as events:
         async for happened in events:
             if happened is None:
                 yield event(native.heartbeat_body())

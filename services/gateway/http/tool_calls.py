@@ -133,7 +133,7 @@ def said_call(name: str, arguments: str, call_id: str = "") -> str:
     except (ValueError, RecursionError):
         read = arguments
     said = {"name": name, "arguments": read, **({"id": call_id} if call_id else {})}
-    return BEGIN + json.dumps(said, ensure_ascii=False) + END
+    return BEGIN + _whole_characters(json.dumps(said, ensure_ascii=False)) + END
 
 
 def said_result(text: str) -> str:
@@ -237,11 +237,18 @@ def _unspaced(text: str) -> str:
 def _read(source: str, names: frozenset[str], call_id: str) -> ToolCall | None:
     try:
         fields = json.loads(source)
+        if not isinstance(fields, dict):
+            return None
+        name, arguments = fields.get("name"), fields.get("arguments", fields.get("parameters", {}))
+        if not isinstance(name, str) or name not in names or not isinstance(arguments, dict):
+            return None
+        # What Python reads and JSON does not have, as NaN, is no argument.
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(fields, dict):
-        return None
-    name, arguments = fields.get("name"), fields.get("arguments", fields.get("parameters", {}))
-    if not isinstance(name, str) or name not in names or not isinstance(arguments, dict):
-        return None
-    return ToolCall(call_id, name, json.dumps(arguments, ensure_ascii=False))
+    return ToolCall(call_id, name, _whole_characters(written))
+
+
+def _whole_characters(text: str) -> str:
+    """The same with halves of surrogate pairs replaced: a model can spell one, and nobody can write it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import ArgumentInvalid
-from services.common.strict_json import DEPTH_MAX, read_object
+from services.common.strict_json import DEPTH_MAX, NODES_MAX, read_object
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -42,6 +42,65 @@ def test_brackets_in_strings_are_no_nesting() -> None:
     assert read_object(nested)
     with pytest.raises(ArgumentInvalid, match="nested"):
         read_object(b'{"a":' + b"[" * DEPTH_MAX + b"]" * DEPTH_MAX + b"}")
+
+
+SHAPES = st.recursive(
+    st.sampled_from([[], {}, 1, "[{", '"]}\\']),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from("a[}"), inner, max_size=3),
+    max_leaves=30,
+)
+
+
+def depth_of(value: Any) -> int:
+    """How deeply arrays and objects nest."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(depth_of, inner), default=0)
+
+
+@given(SHAPES, SHAPES, st.integers(DEPTH_MAX - 8, DEPTH_MAX))
+def test_depth_is_counted_whatever_stands_beside_it(inner: Any, beside: Any, levels: int) -> None:
+    """What is at the limit is read, and one level more is refused."""
+    for _ in range(levels):
+        inner = [beside, inner] if levels % 2 else {"a": inner, "b": beside}
+    value = {"a": beside, "b": inner}
+    body = json.dumps(value).encode()
+    if depth_of(value) <= DEPTH_MAX:
+        assert read_object(body) == value
+        return
+    with pytest.raises(ArgumentInvalid, match="nested"):
+        read_object(body)
+
+
+@pytest.mark.parametrize("empty", ["[]", "{}"])
+def test_a_body_has_so_many_arrays_and_objects(empty: str) -> None:
+    """Each costs memory and time far beyond its bytes; those in strings are none."""
+    at_limit = ",".join([empty] * (NODES_MAX - 2))
+    assert read_object(f'{{"a": [{at_limit}], "b": "{"[" * NODES_MAX}"}}'.encode())
+    with pytest.raises(ArgumentInvalid, match=str(NODES_MAX)):
+        read_object(f'{{"a": [{at_limit},[]]}}'.encode())
+
+
+@pytest.mark.parametrize("body", [b'{"a": [1, 2}', b'{"a": ' + b"]" * 100 + b"}", b"{" * 9 + b"]" * 40])
+def test_brackets_that_do_not_match_are_told_as_such(body: bytes) -> None:
+    """They are no nesting."""
+    with pytest.raises(ArgumentInvalid, match="not JSON"):
+        read_object(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"a": 1, "b": "x\ud800"}',
+        rb'{"b": "\uDE00\uD83D"}',
+        rb'{"b": {"deep": ["\ud83d\ud83d\ude00"]}}',
+        rb'{"b": {"\udfff": 1}}',
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused_by_the_name_of_its_field(body: bytes) -> None:
+    """Wherever it stands: nobody could write it down again; whole pairs and their like in text are taken."""
+    with pytest.raises(ArgumentInvalid, match=r"^b: is not valid Unicode"):
+        read_object(body)
+    assert read_object(rb'{"\ud83d\ude00": "\\ud800 \uD83D\uDE00"}') == {"😀": "\\ud800 😀"}
 
 
 @pytest.mark.parametrize("body", [b'"' + b'\\"' * 900_000, b'"' * 1_900_000, b'{"' + b"\\" * 1_900_000])

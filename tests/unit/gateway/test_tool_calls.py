@@ -42,6 +42,15 @@ def test_calls_are_read_out_of_the_text() -> None:
     assert read('{"name": "time", "arguments": {}}', bare=True) == ("", [("time", "{}")])
 
 
+def test_half_of_a_character_in_arguments_is_replaced() -> None:
+    """A model can spell half of a surrogate pair, which no reply can carry; whole ones stay."""
+    call = BEGIN + r'{"name": "time", "arguments": {"a": "\ud83d!", "b": "\ud83d\ude00"}}' + END
+    ((_, arguments),) = read(call)[1]
+    assert json.loads(arguments) == {"a": "\N{REPLACEMENT CHARACTER}!", "b": "😀"}
+    arguments.encode()
+    assert "\N{REPLACEMENT CHARACTER}!" in said_call("time", r'{"a": "\ud83d!"}')
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -55,8 +64,10 @@ def test_calls_are_read_out_of_the_text() -> None:
         BEGIN + "not JSON" + END,
         BEGIN + "[" * 200_000 + END,
         f"{CALL} {BEGIN}broken{END}",
+        BEGIN + '{"name": "time", "arguments": {"a": NaN}}' + END,
+        BEGIN + '{"name": "time", "arguments": {"a": 1e999}}' + END,
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_what_is_no_call_stays_text(text: str) -> None:
     """As the model said it, to the letter."""

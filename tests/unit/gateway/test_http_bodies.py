@@ -1,0 +1,49 @@
+"""Bodies by HTTP: where they are read, what is cut into parts, and what is said of scores."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from google.api.httpbody_pb2 import HttpBody
+
+from services.common.errors import ArgumentInvalid
+from services.gateway.core.events import Chunk, TokenLogprob
+from services.gateway.http import openai, openai_fields
+from services.gateway.http.bodies import LOOP_BYTES_MAX, PART_BYTES_MAX, in_parts, read_body
+
+
+async def test_a_large_body_is_read_beside_the_loop() -> None:
+    """It would stop every stream for as long; a small one costs no thread. Errors arrive either way."""
+
+    def read(data: bytes, content_type: str) -> tuple[int, str, threading.Thread]:
+        return len(data), content_type, threading.current_thread()
+
+    for size, beside in ((LOOP_BYTES_MAX, False), (LOOP_BYTES_MAX + 1, True)):
+        body = HttpBody(content_type="text/plain", data=b" " * size)
+        length, kind, thread = await read_body(body, read)
+        assert (length, kind, thread is not threading.main_thread()) == (size, "text/plain", beside)
+        with pytest.raises(ArgumentInvalid):
+            await read_body(body, openai_fields.read_chat)
+
+
+@pytest.mark.parametrize("size", [0, 1, PART_BYTES_MAX, PART_BYTES_MAX + 1, 5 * PART_BYTES_MAX + 7])
+def test_the_parts_of_a_body_are_its_bytes(size: int) -> None:
+    """None is over the limit, each has the type, and there are no more than are needed."""
+    data = bytes(at % 251 for at in range(size))
+    parts = list(in_parts(HttpBody(content_type="text/plain", data=data)))
+    assert b"".join(part.data for part in parts) == data
+    assert all(part.content_type == "text/plain" and len(part.data) <= PART_BYTES_MAX for part in parts)
+    assert len(parts) == max(1, -(-size // PART_BYTES_MAX))
+
+
+def test_the_offsets_of_many_tokens_take_linear_time() -> None:
+    """Each token begins where the ones before it end; a sum over all of them for each would take a minute."""
+    ids = tuple(range(97, 123)) * 2_000
+    chunks = [Chunk(0, "", ids, (TokenLogprob(-1.0),) * len(ids))]
+    began_s = time.monotonic()
+    scores = openai.completion_logprobs(chunks, lambda given: "".join(map(chr, given)) * 2, 7)
+    assert time.monotonic() - began_s < 10
+    assert scores["text_offset"] == list(range(7, 7 + 2 * len(ids), 2))
+    assert openai.completion_logprobs([], str, 7)["text_offset"] == []
