@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import TypeVar
 
 from google.api.httpbody_pb2 import HttpBody
@@ -36,12 +37,16 @@ async def written(answer: Answer, write: Callable[[Answer], bytes]) -> bytes:
     return write(answer)
 
 
-def in_parts(body: HttpBody) -> Iterable[HttpBody]:
-    """A body as messages that pass every limit on its way; a client sees their bytes as one body."""
-    data = body.data
-    if len(data) <= PART_BYTES_MAX:
-        return (body,)
-    return (
-        HttpBody(content_type=body.content_type, data=data[at : at + PART_BYTES_MAX])
-        for at in range(0, len(data), PART_BYTES_MAX)
-    )
+async def in_parts(bodies: AsyncGenerator[HttpBody, None]) -> AsyncGenerator[HttpBody, None]:
+    """The bodies as messages that pass every limit on their way; a client sees the bytes of each as one body.
+
+    Whoever closes it closes `bodies`.
+    """
+    async with aclosing(bodies):
+        async for body in bodies:
+            data = body.data
+            if len(data) <= PART_BYTES_MAX:
+                yield body
+                continue
+            for at in range(0, len(data), PART_BYTES_MAX):
+                yield HttpBody(content_type=body.content_type, data=data[at : at + PART_BYTES_MAX])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import AsyncGenerator
 
 import pytest
 from google.api.httpbody_pb2 import HttpBody
@@ -29,10 +30,14 @@ async def test_a_large_body_is_read_beside_the_loop() -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, PART_BYTES_MAX, PART_BYTES_MAX + 1, 5 * PART_BYTES_MAX + 7])
-def test_the_parts_of_a_body_are_its_bytes(size: int) -> None:
+async def test_the_parts_of_a_body_are_its_bytes(size: int) -> None:
     """None is over the limit, each has the type, and there are no more than are needed."""
     data = bytes(at % 251 for at in range(size))
-    parts = list(in_parts(HttpBody(content_type="text/plain", data=data)))
+
+    async def bodies() -> AsyncGenerator[HttpBody, None]:
+        yield HttpBody(content_type="text/plain", data=data)
+
+    parts = [part async for part in in_parts(bodies())]
     assert b"".join(part.data for part in parts) == data
     assert all(part.content_type == "text/plain" and len(part.data) <= PART_BYTES_MAX for part in parts)
     assert len(parts) == max(1, -(-size // PART_BYTES_MAX))
