@@ -33,6 +33,14 @@ class WorkerConfig:
     cache_forms_bytes: Annotated[
         int, Field(ge=0, description="Most bytes of weights in their final layout; 0: none are stored.")
     ] = 64 << 30
+    # The same of files as they come, before they are quantized. Those that are local are not copied.
+    cache_revisions_bytes: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Most bytes of downloaded revisions; beyond it those go that no worker uses.",
+        ),
+    ] = 64 << 30
     mesh_token: Annotated[
         SecretStr, Field(min_length=MESH_TOKEN_CHARS_MIN, description="Join token of the mesh.")
     ]
