@@ -137,9 +137,40 @@ def tokenizer_files(files: Iterable[FileDigest]) -> tuple[FileDigest, ...]:
 
 def tokenizer_digest(files: Iterable[FileDigest]) -> str:
     """SHA-256 over tokenizer and chat template, in hexadecimal: equal digests mean equal token ids."""
-    chosen = sorted(tokenizer_files(files), key=lambda file: file.path)
-    lines = "".join(f"{file.path}\0{file.sha256}\n" for file in chosen)
+    return files_digest(tokenizer_files(files))
+
+
+def files_digest(files: Iterable[FileDigest]) -> str:
+    """SHA-256 over names and contents, in hexadecimal: equal digests mean the same files, in any order."""
+    ordered = sorted(files, key=lambda file: file.path)
+    lines = "".join(f"{file.path}\0{file.sha256}\n" for file in ordered)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+async def find(
+    files: Iterable[FileDigest], local_path: str, on_progress: Progress, known: KnownDigests
+) -> Path | None:
+    """Returns `local_path` where that is a directory that holds every one of `files`, else None.
+
+    Args:
+        files: What is wanted.
+        local_path: A directory that may have it; empty: none.
+        on_progress: Is told that all bytes are there, if they are.
+        known: What was read before and has not been touched since is not read again.
+
+    Raises:
+        ArtifactInvalid: A file breaks a rule.
+    """
+    wanted = tuple(files)
+    check_files(wanted)
+    if not local_path:
+        return None
+    local = Path(local_path)
+    if not await asyncio.to_thread(_has_all, local, wanted, known):
+        return None
+    total = sum(file.size_bytes for file in wanted)
+    on_progress(total, total)
+    return local
 
 
 async def fetch(
@@ -171,17 +202,12 @@ async def fetch(
         InternalError: The disk is full.
     """
     wanted = tuple(files)
-    check_files(wanted)
-    total = sum(file.size_bytes for file in wanted)
     known = known or KnownDigests()
-    if local_path:
-        local = Path(local_path)
-        complete = await asyncio.to_thread(_has_all, local, wanted, known)
-        if complete:
-            on_progress(total, total)
-            return local
+    if local := await find(wanted, local_path, on_progress, known):
+        return local
+    total = sum(file.size_bytes for file in wanted)
     await asyncio.to_thread(lambda: directory.mkdir(parents=True, exist_ok=True))
-    async with _exclusive(directory):
+    async with exclusive(directory):
         done = 0
         for file in wanted:
             start = done
@@ -233,7 +259,7 @@ async def _fetch_file(
 
 
 @contextlib.asynccontextmanager
-async def _exclusive(directory: Path) -> AsyncIterator[None]:
+async def exclusive(directory: Path) -> AsyncIterator[None]:
     """Holds the directory's advisory lock, which ends with the process and leaves no file behind."""
     with directory_descriptor(directory) as descriptor:
         while True:

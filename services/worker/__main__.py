@@ -21,6 +21,7 @@ from services.worker.adapters import library_environment
 from services.worker.adapters.controller_link import ControllerLink, Membership
 from services.worker.adapters.mesh_artifacts import MeshArtifacts
 from services.worker.adapters.prometheus_engine import EngineCollector
+from services.worker.adapters.revision_cache import RevisionCache
 from services.worker.config import WorkerConfig
 from services.worker.core.ports import FormatLibrary, RevisionLoader
 from services.worker.core.revision import Residency
@@ -136,7 +137,8 @@ class _Process:
             devices=compute.devices,
         )
         link = ControllerLink(member, self.residency, lambda: self.engine.pulse, self.refuse_new_work)
-        store = MeshArtifacts(self.config.cache_dir, token, link.connected)
+        cache = RevisionCache(self.config.cache_dir / "revisions", self.config.cache_revisions_bytes)
+        store = MeshArtifacts(cache, token, link.connected)
         preparation = Preparation(
             self.engine,
             self.residency,

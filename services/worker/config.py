@@ -33,6 +33,14 @@ class WorkerConfig:
     cache_forms_bytes: Annotated[
         int, Field(ge=0, description="Most bytes of weights in their final layout; 0: none are stored.")
     ] = 64 << 30
+    # The same of files as they come, before they are quantized. Those that are local are not copied.
+    cache_revisions_bytes: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Most bytes of downloaded revisions; beyond it those go that no worker uses.",
+        ),
+    ] = 64 << 30
     mesh_token: Annotated[
         SecretStr, Field(min_length=MESH_TOKEN_CHARS_MIN, description="Join token of the mesh.")
     ]
@@ -54,8 +62,13 @@ class WorkerConfig:
     prefill_chunk_shared_tokens: Annotated[
         int, Field(ge=16, le=65_536, description="Most prompt tokens in a step that also decodes.")
     ] = 128
+    # Two at once while one revision replaces another: pages are taken only where something is written.
     kv_cache_bytes: Annotated[
-        int, Field(ge=0, description="Memory of the KV cache; 0: a share of what is free.")
+        int,
+        Field(
+            ge=0,
+            description="Memory of a revision's KV cache; 0: a quarter of what the first load leaves free.",
+        ),
     ] = 0
     # Kept rows yield at once to sequences that need room, so the share bounds memory, not service. The rest
     # stays free of them: a sequence that begins finds rows that need not be copied away first.

@@ -151,19 +151,30 @@ class FakeCompiler:
 
 
 class FakeStore:
-    """A store that has everything; `error` is raised instead when set."""
+    """A store that has everything; `error` is raised instead when set.
+
+    Attributes:
+        fetched: What was asked for.
+        held: Revisions whose files were fetched and not released.
+    """
 
     def __init__(self) -> None:
         self.error: Exception | None = None
         self.fetched: list[RevisionSpec] = []
+        self.held: set[str] = set()
 
     async def fetch(self, spec: RevisionSpec, progress: Progress) -> Path:
         """See `ArtifactStore.fetch`."""
         self.fetched.append(spec)
+        self.held.add(spec.revision)
         if self.error is not None:
             raise self.error
         progress(10, 10)
         return Path("/nowhere")
+
+    def release(self, revision: str) -> None:
+        """See `ArtifactStore.release`."""
+        self.held.discard(revision)
 
 
 class FakeLoader:

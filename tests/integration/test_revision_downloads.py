@@ -24,6 +24,7 @@ from services.gateway.core.catalog import Catalog
 from services.gateway.core.tallies import Tallies
 from services.worker.adapters.controller_link import ControllerLink, Membership
 from services.worker.adapters.mesh_artifacts import MeshArtifacts
+from services.worker.adapters.revision_cache import RevisionCache
 from services.worker.core.revision import Residency, RevisionFile, RevisionSpec
 from services.worker.core.stepper import Pulse
 from tests.fakes.scripted_controller import ScriptedController, manifest_of, scripted_controller
@@ -281,7 +282,7 @@ async def test_a_worker_fetches_on_over_a_takeover(tmp_path: Path, monkeypatch: 
         link = ControllerLink(member, Residency(), Pulse, lambda: None)
         running = asyncio.create_task(link.run(Deaf()))
         files = tuple(RevisionFile(one.path, one.size_bytes, one.sha256) for one in manifest.files)
-        store = MeshArtifacts(tmp_path / "cache", MESH_TOKEN, link.connected)
+        store = MeshArtifacts(RevisionCache(tmp_path / "cache", 1 << 30), MESH_TOKEN, link.connected)
         fetching = asyncio.create_task(
             store.fetch(RevisionSpec("m", "r1", files), lambda _done, _total: None)
         )
@@ -290,6 +291,8 @@ async def test_a_worker_fetches_on_over_a_takeover(tmp_path: Path, monkeypatch: 
         await first.commands.put(None)
         directory = await fetching
         assert (directory / "model.safetensors").read_bytes() == DATA
+        # Another revision of the same files finds them.
+        assert await store.fetch(RevisionSpec("m", "r2", files), lambda _done, _total: None) == directory
         assert second.downloads == ["model.safetensors"]
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)

@@ -177,6 +177,11 @@ async def test_signs_of_life_come_without_work(service: Service) -> None:
             "repetition_penalty",
         ),
         (
+            {"sampling": generation_pb2.SamplingParams(repetition_penalty=1e-38)},
+            "INVALID",
+            "repetition_penalty",
+        ),
+        (
             {"sampling": generation_pb2.SamplingParams(temperature=float("nan"), seed=1)},
             "INVALID",
             "temperature",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -253,3 +254,13 @@ def test_no_secret_is_in_a_file() -> None:
     # Workers check no token and reach no store: they are given neither.
     assert "INTERLOCK_JWT_SECRET" not in environment("interlock-worker")
     assert {"jwt_secret", "redis_url"} <= set(SHARED_FIELDS)
+
+
+def test_a_workers_caches_fit_its_volume() -> None:
+    """Downloads, forms, and one more while it is made: else rollouts end at a full disk."""
+    found = settings("worker", environment("interlock-worker"))
+    (claim,) = _workload("interlock-worker")["spec"]["volumeClaimTemplates"]
+    volume = claim["spec"]["resources"]["requests"]["storage"]
+    volume_bytes = int(volume.removesuffix("Gi")) << 30
+    assert found.cache_dir == Path("/var/cache/interlock")
+    assert found.cache_revisions_bytes + 2 * found.cache_forms_bytes < volume_bytes

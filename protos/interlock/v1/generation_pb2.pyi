@@ -190,7 +190,7 @@ class SamplingParams(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """Divides the logits; 0..2. Absent or 0: greedy, the most likely token."""
+    """Divides the logits; 0..2. Absent, 0 or below 0.00001: greedy, the most likely token."""
     top_p: _builtins.float
     """Keeps the smallest set of tokens with at least this probability mass; over 0, at most 1. Absent: 1."""
     top_k: _builtins.int
@@ -198,7 +198,7 @@ class SamplingParams(_message.Message):
     min_p: _builtins.float
     """Keeps tokens at least this many times as likely as the likeliest; 0..1. Absent: 0."""
     repetition_penalty: _builtins.float
-    """Divides the scores of tokens seen in prompt or output; over 0, at most 10. Absent: 1."""
+    """Divides the scores of tokens seen in prompt or output; 0.01..10. Absent: 1."""
     presence_penalty: _builtins.float
     """Subtracted once for tokens seen in the output; -2..2. Absent: 0."""
     frequency_penalty: _builtins.float

@@ -72,8 +72,13 @@ class Goals:
 
     def fleet(self, rollout: Rollout, members: Iterable[Member]) -> Fleet:
         """The members as a rollout sees them."""
-        manifest = self._catalog.revision(self._model, rollout.spec.revision).manifest
-        return rollout_fleet.fleet(rollout, members, manifest.weights_bytes)
+        names = (rollout.spec.revision, rollout.previous)
+        sizes = {
+            name: self._catalog.revision(self._model, name).manifest.weights_bytes
+            for name in names
+            if self._knows(name)
+        }
+        return rollout_fleet.fleet(rollout, members, sizes)
 
     def _bound(self, member: Member) -> frozenset[str]:
         """The revisions that a member shall have for the sake of requests."""

@@ -5,7 +5,7 @@ Pure over members and the record. Must not know: the route's store, streams, tim
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from services.controller.core.member import Goal, Kind, Member, Presence
@@ -29,13 +29,13 @@ _STANDINGS = {
 }
 
 
-def fleet(rollout: Rollout, members: Iterable[Member], weights_bytes: int) -> Fleet:
+def fleet(rollout: Rollout, members: Iterable[Member], sizes: Mapping[str, int]) -> Fleet:
     """Who is there, and how far each is.
 
     Args:
         rollout: The rollout that looks.
         members: Workers and gateways, those that are gone included.
-        weights_bytes: Memory that the new revision will take, as far as its files tell.
+        sizes: Bytes of weights that the new revision and the previous one will take, as far as files tell.
     """
     views: list[WorkerView] = []
     pending = 0
@@ -43,7 +43,7 @@ def fleet(rollout: Rollout, members: Iterable[Member], weights_bytes: int) -> Fl
         if member.draining:
             continue
         if member.kind is Kind.WORKER:
-            if (view := _view(rollout, member, weights_bytes)) is not None:
+            if (view := _view(rollout, member, sizes)) is not None:
                 views.append(view)
         elif member.presence is Presence.ATTACHED:
             resident = member.residents.get(rollout.spec.revision)
@@ -153,7 +153,7 @@ _LEADS_BACK = frozenset({State.ROLLING_BACK, State.ABORTING})
 _FALLEN = "It was lost while it loaded the revision; there may not be enough memory for it."
 
 
-def _view(rollout: Rollout, member: Member, weights_bytes: int) -> WorkerView | None:
+def _view(rollout: Rollout, member: Member, sizes: Mapping[str, int]) -> WorkerView | None:
     """A worker that counts; None: it does not.
 
     One whose stream broke may be on its way back. Until its lease ends it counts as one that holds nothing:
@@ -164,13 +164,13 @@ def _view(rollout: Rollout, member: Member, weights_bytes: int) -> WorkerView | 
         if rollout.state in _LEADS_BACK:
             return None
         if member.presence is Presence.DETACHED:
-            return WorkerView(member.id, fits=_fits(member, weights_bytes))
+            return WorkerView(member.id, fits=_fits(rollout, member, sizes))
         resident = member.residents.get(new)
         fell = member.lost_during == rollout.id and resident is not None and resident.loading
         return WorkerView(member.id, Standing.FAILED, Standing.FAILED, failure=_FALLEN) if fell else None
     standing = _standing(member, new)
     failure = member.residents[new].failure if standing is Standing.FAILED else ""
-    return WorkerView(member.id, standing, _standing(member, old), _fits(member, weights_bytes), failure)
+    return WorkerView(member.id, standing, _standing(member, old), _fits(rollout, member, sizes), failure)
 
 
 def _standing(member: Member, revision: str) -> Standing:
@@ -178,7 +178,14 @@ def _standing(member: Member, revision: str) -> Standing:
     return Standing.ABSENT if resident is None else _STANDINGS.get(resident.phase, Standing.ABSENT)
 
 
-def _fits(member: Member, weights_bytes: int) -> bool:
-    """Whether the new revision fits beside what a worker holds, by what it reported."""
+def _fits(rollout: Rollout, member: Member, sizes: Mapping[str, int]) -> bool:
+    """Whether the new revision fits beside the weights that a worker holds, by what it has measured.
+
+    What its process takes says nothing: libraries and KV cache are no weights, and those may lie elsewhere.
+    One that came back with nothing will hold the previous revision again.
+    """
+    new, old = rollout.spec.revision, rollout.previous
     total = sum(device.memory_bytes for device in member.devices)
-    return not total or member.load.memory_bytes + weights_bytes * LOAD_OVERHEAD <= total
+    held = {name: one.weights_bytes for name, one in member.residents.items() if name != new}
+    held[old] = held.get(old) or sizes.get(old, 0)
+    return not total or sum(held.values()) + sizes.get(new, 0) * LOAD_OVERHEAD <= total

@@ -50,7 +50,7 @@ class SamplingParams:
     """How tokens are chosen; None: the caller said nothing.
 
     Attributes:
-        temperature: Divides the logits; 0: greedy.
+        temperature: Divides the logits; 0, or below 0.00001: greedy.
         top_p: Probability mass that is kept.
         top_k: Number of tokens that are kept.
         min_p: Smallest probability that is kept, relative to the likeliest.

@@ -11,6 +11,7 @@ import math
 from services.common.conversation import Message
 from services.common.errors import ArgumentInvalid, ContextExceeded, ScopeMissing
 from services.common.ids import is_valid_id
+from services.common.sampling_bounds import REPETITION_PENALTY_MIN
 from services.gateway.core.jobs import Band, Principal
 from services.gateway.core.params import (
     MAX_TOKENS_DEFAULT,
@@ -50,7 +51,7 @@ RANGES: tuple[tuple[str, float, bool, float], ...] = (
     ("temperature", 0.0, True, 2.0),
     ("top_p", 0.0, False, 1.0),
     ("min_p", 0.0, True, 1.0),
-    ("repetition_penalty", 0.0, False, 10.0),
+    ("repetition_penalty", REPETITION_PENALTY_MIN, True, 10.0),
     ("presence_penalty", -2.0, True, 2.0),
     ("frequency_penalty", -2.0, True, 2.0),
 )

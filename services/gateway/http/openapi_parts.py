@@ -98,7 +98,8 @@ _SCORED: Schema = {"minimum": 0, "maximum": validation.LOGPROBS_MAX}
 # The bounds of numbers, which are the same in every API.
 _BOUNDS: Mapping[str, Schema] = {
     **{
-        name: {"minimum" if inclusive else "exclusiveMinimum": lowest, "maximum": highest}
+        # As a person would write it: a bound in single precision has digits that say nothing.
+        name: {"minimum" if inclusive else "exclusiveMinimum": float(f"{lowest:g}"), "maximum": highest}
         for name, lowest, inclusive, highest in validation.RANGES
     },
     "max_tokens": _AT_LEAST_ONE,

@@ -66,7 +66,7 @@ class MappedProduct:
             sums = torch.cat([product(row, self._turned) for row in torch.split(integers, 1)])
         else:
             sums = product(integers, self._turned)
-        return sums[: rows.shape[0]].float().mul_(self._scales)
+        return _unfilled(sums, rows).float().mul_(self._scales)
 
     @property
     def bytes(self) -> int:
@@ -111,7 +111,7 @@ class PackedProduct:
             [],
             "",
         )
-        return product[: rows.shape[0]]
+        return _unfilled(product, rows)
 
     @property
     def bytes(self) -> int:
@@ -120,11 +120,20 @@ class PackedProduct:
 
 
 def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
-    """The rows as int8, in a tensor of as many as they are filled up to."""
+    """The rows as int8, in a new tensor of as many as they are filled up to."""
     count = rows.shape[0]
-    whole = torch.empty((filled(count), rows.shape[1]), dtype=torch.int8, device=rows.device)
+    if (wanted := filled(count)) == count:
+        # Where few rows decode, each operation is noticed.
+        return rows.to(torch.int8, memory_format=torch.contiguous_format)
+    whole = torch.empty((wanted, rows.shape[1]), dtype=torch.int8, device=rows.device)
     whole[:count] = rows
     return whole
+
+
+def _unfilled(products: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The products of the rows themselves."""
+    count = rows.shape[0]
+    return products if products.shape[0] == count else products[:count]
 
 
 def packs() -> bool:

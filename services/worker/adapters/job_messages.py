@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from interlock.v1 import generation_pb2, worker_service_pb2
 
+from services.common.sampling_bounds import is_greedy
 from services.worker.core.admission import JobStart, Refusal
 from services.worker.core.format import Format, FormatKind
 from services.worker.core.sequence import Output, Sampling, SequenceKey, SequenceStart, TokenScore
@@ -26,7 +27,7 @@ def unserved(start: worker_service_pb2.StartJob) -> str | None:
         "emitted": _is_muddled(start),
         "format": start.HasField("format") and start.format.WhichOneof("format") is None,
         "sampling.top_k": sampling.HasField("top_k") and sampling.top_k < 1,
-        "sampling.seed": sampling.temperature != 0 and not sampling.HasField("seed"),
+        "sampling.seed": not is_greedy(sampling.temperature) and not sampling.HasField("seed"),
     }
     fields = [name for name, wrong in asked.items() if wrong]
     return f"Not served by this worker: {', '.join(fields)}." if fields else None

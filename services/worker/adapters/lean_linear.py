@@ -146,7 +146,7 @@ class Int8Linear:
         """See `Linear`."""
         values = x if norm is None else norm(x)
         size = _largest(values)
-        if size.max().item() > self._threshold:
+        if (size if size.numel() == 1 else size.max()).item() > self._threshold:
             products = self._split(values, size)
         else:
             products = self._product(values, size)

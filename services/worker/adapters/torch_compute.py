@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from pathlib import Path
@@ -40,6 +41,9 @@ def describe_device(device: torch.device) -> tuple[str, str, int]:
 def make_loader(config: WorkerConfig, device: torch.device, threads: int) -> TorchLoader:
     """The loader for this worker's settings; `threads` are those of a forward pass on a CPU."""
 
+    # Once: a later revision is loaded while the one before it still holds weights and cache, and would have
+    # less for as long as it serves. So prompts that fit before a rollout fit after it.
+    @functools.cache
     def kv_bytes() -> int:
         if config.kv_cache_bytes:
             return config.kv_cache_bytes

@@ -58,7 +58,7 @@ class TorchSettings:
         device: Where they compute.
         threads: CPU threads of a forward pass.
         slots: Sequences at once: no more KV cache than they can fill is used.
-        kv_bytes: Tells the budget of the KV cache at the moment of loading, in bytes.
+        kv_bytes: Tells the budget of each revision's KV cache in bytes, after its load.
         lean: Whether the lean forward runs what it can; without it, everything runs as modules.
         forms: Where weights are stored in their final layout; None: each load makes its own.
         packed: Whether int8 weights are copied into the processor's own order where it has one.

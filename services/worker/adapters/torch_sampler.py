@@ -55,6 +55,7 @@ def _choice(logits: torch.Tensor, draws: Sequence[Draw], row: int, token: int) -
 
 
 def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """The token of each row; NO_TOKEN where what the filters keep has no mass to draw from."""
     column = _column([draw.sampling.temperature for draw in draws], logits)
     # Double precision: the smallest tail must not be lost in the sum over the vocabulary.
     kept = torch.softmax(logits / column, dim=-1, dtype=torch.float64)
@@ -66,7 +67,9 @@ def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     total = cumulative[:, -1:]
     # Rounding may lift the product to the total itself, behind the last token.
     target = torch.minimum(noise * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    chosen = torch.searchsorted(cumulative, target, right=True)
+    # Among numbers that are not, the search would end behind the vocabulary, and the next step with it.
+    return torch.where(total.isfinite() & (total > 0), chosen, NO_TOKEN).squeeze(1)
 
 
 def _keep_top_k(kept: torch.Tensor, limits: Sequence[int]) -> torch.Tensor:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from services.common.sampling_bounds import REPETITION_PENALTY_MIN
 from services.worker.core.format import Format, format_flaw
 from services.worker.core.kv_budget import KvBudget
 from services.worker.core.revision import ModelFacts, Phase, Residency
@@ -132,8 +133,9 @@ def _sampling_flaw(sampling: Sampling) -> str | None:
 
 
 def _adjustment_flaw(sampling: Sampling, facts: ModelFacts) -> str | None:
-    if not 0 < sampling.repetition_penalty <= REPETITION_PENALTY_MAX:
-        return f"repetition_penalty must be over 0 and at most {REPETITION_PENALTY_MAX:g}."
+    if not REPETITION_PENALTY_MIN <= sampling.repetition_penalty <= REPETITION_PENALTY_MAX:
+        low, high = REPETITION_PENALTY_MIN, REPETITION_PENALTY_MAX
+        return f"repetition_penalty must be within {low:g} and {high:g}."
     for name in ("presence_penalty", "frequency_penalty"):
         if not abs(getattr(sampling, name)) <= PENALTY_MAX:
             return f"{name} must be within -{PENALTY_MAX:g} and {PENALTY_MAX:g}."

@@ -75,9 +75,15 @@ class ArtifactStore(Protocol):
     async def fetch(self, spec: RevisionSpec, progress: Progress) -> Path:
         """Returns a directory that holds the revision's files, every digest checked.
 
+        They stay there until they are released, also where this raises or is cancelled.
+
         Raises:
             InterlockError: They cannot be had, or break a rule.
         """
+        ...
+
+    def release(self, revision: str) -> None:
+        """The revision is not resident any more: its files may go where room is needed."""
         ...
 
 

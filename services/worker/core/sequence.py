@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from services.common.sampling_bounds import is_greedy
 from services.worker.core.format import Constraint
 from services.worker.core.lookup import PromptLookup
 
@@ -29,7 +30,8 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: Divides the logits; 0 is greedy, and then no filter and no seed matters.
+        temperature: Divides the logits; 0 is greedy, as is what is too small to divide by, and then no filter
+            and no seed matters.
         top_k: Keeps the k most likely tokens; 0 keeps all.
         top_p: Keeps the smallest set with at least this mass; 1 keeps all.
         min_p: Keeps tokens at least this many times as likely as the likeliest; 0 keeps all.
@@ -54,7 +56,7 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken."""
-        return self.temperature == 0.0
+        return is_greedy(self.temperature)
 
     @property
     def adjusts(self) -> bool:

@@ -160,7 +160,7 @@ class Preparation:
             return
         known = self._residency.find(revision)
         if known is not None and known.phase is Phase.STAGED:
-            self._residency.remove(revision)
+            self._drop(revision)
         self._report(BecameRetired(revision))
 
     async def stop(self) -> bool:
@@ -178,6 +178,11 @@ class Preparation:
         task = asyncio.create_task(work, name=f"revision-{revision}")
         self._tasks[revision] = task
         task.add_done_callback(lambda done: self._forget(revision, done))
+
+    def _drop(self, revision: str) -> None:
+        """The revision is not resident any more, and its files may go."""
+        self._residency.remove(revision)
+        self._store.release(revision)
 
     def _forget(self, revision: str, task: asyncio.Task[None]) -> None:
         if self._tasks.get(revision) is task:
@@ -202,7 +207,7 @@ class Preparation:
             async with self._one_at_a_time:
                 return await work()
         except asyncio.CancelledError:
-            self._residency.remove(spec.revision)
+            self._drop(spec.revision)
             self._report(BecameRetired(spec.revision))
             raise
         except Exception as error:  # noqa: BLE001 - whatever it was, the controller must hear of it
@@ -323,11 +328,12 @@ class Preparation:
             "revision.failed", revision=spec.revision, phase=phase.value, reason=reason, exc_info=error
         )
         self._residency.enter(spec.revision, Phase.FAILED, failure=reason)
+        self._store.release(spec.revision)
         self._report(PreparationFailed(spec.revision, phase, reason))
 
     async def _retire(self, revision: str) -> None:
         await self._engine.unload(revision)
-        self._residency.remove(revision)
+        self._drop(revision)
         logs.get_logger().info("revision.retired", revision=revision)
         self._report(BecameRetired(revision))
 

@@ -43,7 +43,7 @@ def worker(step_name: str = "load", phase: Phase = Phase.PREPARING) -> Member:
 
 def seen(member: Member, state: State = State.PREPARING) -> tuple[WorkerView, ...]:
     """How a rollout sees it."""
-    return fleet(rollout(state), [member], 0).workers
+    return fleet(rollout(state), [member], {}).workers
 
 
 @pytest.mark.parametrize("state", [State.PENDING, State.PREPARING, State.READY, State.BAKING])
@@ -70,7 +70,7 @@ def test_a_worker_that_is_lost_while_it_loads_counts_as_failed(step_name: str) -
     assert (view.new, view.old) == (Standing.FAILED, Standing.FAILED)
     assert "lost while it loaded" in view.failure
     later = Rollout(id="s", spec=Spec(model="m", revision="new"), previous="old", state=State.PREPARING)
-    assert fleet(later, [lost], 0).workers == ()
+    assert fleet(later, [lost], {}).workers == ()
 
 
 def test_a_worker_that_leaves_or_had_loaded_does_not_fail_when_it_is_lost() -> None:

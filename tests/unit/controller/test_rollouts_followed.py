@@ -308,12 +308,22 @@ async def test_a_swap_that_fails_loads_the_old_revision_again() -> None:
     assert world.store.workers["a"].ready == {world.old}
 
 
-@pytest.mark.parametrize(("memory_bytes", "taken"), [(2_000, Strategy.SWAP), (4_000, Strategy.SIDE_BY_SIDE)])
-async def test_auto_takes_swap_where_two_copies_do_not_fit(memory_bytes: int, taken: Strategy) -> None:
-    """By the memory that workers report: half of it is in use, and the new weights take 1,000 bytes."""
+@pytest.mark.parametrize(
+    ("memory_bytes", "process_bytes", "taken"),
+    [
+        # The memory is a graphics card's, of which the process takes none.
+        (2_000, 10, Strategy.SWAP),
+        # The process has libraries and a KV cache, which are no weights.
+        (4_000, 3_900, Strategy.SIDE_BY_SIDE),
+    ],
+)
+async def test_auto_takes_swap_where_two_copies_do_not_fit(
+    memory_bytes: int, process_bytes: int, taken: Strategy
+) -> None:
+    """By the memory that workers have for weights, and by weights alone: each revision's take 1,000 bytes."""
     world = World(weights_bytes=1_000)
     await world.settle()
-    world.attach("a", memory_bytes)
+    world.attach("a", memory_bytes, process_bytes)
     await world.settle()
     await world.start(bake_s=0.0)
     await world.settle(3)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from interlock.v1 import generation_pb2
 
 from services.common.conversation import Message
 from services.common.errors import (
@@ -33,6 +34,8 @@ from tests.fakes.gateway_ports import FakeTokenizer
 
 TEXT = TextPrompt("hi")
 HUGE = "x" * (validation.PROMPT_BYTES_MAX + 1)
+# What a client that speaks protobuf sends for 0.01.
+SINGLE = generation_pb2.SamplingParams(repetition_penalty=0.01).repetition_penalty
 
 
 @pytest.mark.parametrize(
@@ -42,7 +45,7 @@ HUGE = "x" * (validation.PROMPT_BYTES_MAX + 1)
         ("top_p", [0.01, 1.0], [0.0, 1.1]),
         ("top_k", [1, 2**31 - 1], [0, -1, 2**31]),
         ("min_p", [0.0, 1.0], [-0.1, 1.1]),
-        ("repetition_penalty", [1.0, 10.0], [0.0, 10.1]),
+        ("repetition_penalty", [0.01, SINGLE, 1.0, 10.0], [0.0, 1e-38, 0.0099, 10.1]),
         ("presence_penalty", [-2.0, 2.0], [-2.1, 2.1]),
         ("frequency_penalty", [-2.0, 2.0], [-2.1, 2.1]),
         ("seed", [0, 2**64 - 1], [-1, 2**64]),

@@ -10,13 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interlock.v1 import generation_pb2
 
 from services.worker.adapters.torch_adjustment import adjusted, score
 from services.worker.adapters.torch_sampler import sample
+from services.worker.core.admission import find_flaw
 from services.worker.core.batch import Choice, Draw
 from services.worker.core.format import ConstraintBroken
+from services.worker.core.revision import ModelFacts
 from services.worker.core.scheduler import NO_TOKEN
-from services.worker.core.sequence import Sampling
+from services.worker.core.sequence import Sampling, SequenceKey, SequenceStart
 
 VOCABULARY = 40
 
@@ -111,6 +114,52 @@ def test_neighbours_do_not_matter(together: list[Draw], seed: int) -> None:
     found = sample(logits, together)
     assert torch.equal(logits, before)
     assert found == [sample(logits[row : row + 1], [draw])[0] for row, draw in enumerate(together)]
+
+
+# The ends of what may be asked, as they arrive: in single precision.
+SMALLEST = generation_pb2.SamplingParams(temperature=1e-5, repetition_penalty=0.01)
+extremes = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 1e-45, 2e-38, 9.9e-6, SMALLEST.temperature, 1e-4, 2.0]),
+    top_k=st.sampled_from([0, 1]),
+    top_p=st.sampled_from([1.0, 1e-38]),
+    min_p=st.sampled_from([0.0, 1e-38, 1.0]),
+    seed=st.integers(0, 99),
+    repetition_penalty=st.sampled_from([SMALLEST.repetition_penalty, 1.0, 10.0]),
+    presence_penalty=st.sampled_from([-2.0, 0.0, 2.0]),
+    frequency_penalty=st.sampled_from([-2.0, 0.0, 2.0]),
+    logit_bias=st.dictionaries(st.integers(0, VOCABULARY - 1), st.sampled_from([-100.0, 100.0])).map(
+        lambda entries: tuple(sorted(entries.items()))
+    ),
+)
+
+
+@given(extremes, histories, st.integers(1, 50_000), st.sampled_from([0.1, 10.0, 1e4]), st.integers(0, 99))
+@settings(max_examples=150, deadline=None)
+def test_whatever_is_allowed_has_a_token(
+    sampling: Sampling, history: list[int], repeated: int, scale: float, seed: int
+) -> None:
+    """The extremes together, over answers of any length: numbers stay finite, and what is greedy is so."""
+    facts = ModelFacts(VOCABULARY, 64, frozenset(), 64, 1)
+    start = SequenceStart(SequenceKey(1, "j"), (1,), 1, sampling=sampling)
+    assert find_flaw(start, facts) is None
+    said = history + history[-1:] * repeated
+    draw = Draw(sampling, 0, len(said), said, 1)
+    logits = logits_of(seed) * scale
+    values = adjusted(logits[0], draw)
+    (choice,) = sample(logits, [draw])
+    assert torch.isfinite(values).all()
+    assert 0 <= choice.token_id < VOCABULARY
+    if sampling.temperature <= 9.9e-6 and sampling.adjusts:
+        assert choice.token_id == int(values.argmax())
+
+
+def test_what_is_too_small_to_divide_by_is_refused() -> None:
+    """A repetition penalty of 0.01 is allowed as it arrives, and one just below it is not."""
+    facts = ModelFacts(VOCABULARY, 64, frozenset(), 64, 1)
+    for penalty, allowed in ((SMALLEST.repetition_penalty, True), (0.0099, False), (1e-38, False)):
+        start = SequenceStart(SequenceKey(1, "j"), (1,), 1, sampling=Sampling(repetition_penalty=penalty))
+        assert (find_flaw(start, facts) is None) is allowed
 
 
 def test_a_plain_row_costs_nothing_more() -> None:

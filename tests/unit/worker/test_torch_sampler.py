@@ -51,6 +51,8 @@ def test_frequencies_are_the_probabilities() -> None:
         (Sampling(1.0, min_p=0.45), {1, 2, 3}),
         (Sampling(1.0, top_k=3, top_p=0.7), {1, 2}),
         (Sampling(0.01), {1}),
+        (Sampling(1e-4), {1}),
+        (Sampling(2e-38), {1}),
     ],
 )
 def test_filters_keep_what_they_name(sampling: Sampling, kept: set[int]) -> None:
@@ -92,3 +94,13 @@ def test_a_row_that_is_not_finite_has_no_token() -> None:
     draws = [Draw(one, 0, 0) for one in (Sampling(), drawn, drawn, Sampling())]
     tokens = tokens_of(torch.stack([bad, bad, infinite, LOGITS]), draws)
     assert tokens == [NO_TOKEN, NO_TOKEN, NO_TOKEN, 1]
+
+
+def test_a_row_without_mass_has_no_token() -> None:
+    """A quotient that overflows leaves nothing to draw from, and no id outside the vocabulary."""
+    huge = LOGITS.clone()
+    huge[2] = 3e38
+    drawn = Sampling(0.1, seed=1)
+    tokens = tokens_of(torch.stack([huge, LOGITS]), [Draw(drawn, 0, 0), Draw(drawn, 0, 0)])
+    assert tokens[0] == NO_TOKEN
+    assert 0 <= tokens[1] < len(LOGITS)
