@@ -219,8 +219,9 @@ def _hear(
         effects.append(Note(f"revision.{_PAST[resident.phase]}", event.revision, resident.failure))
     if isinstance(event, Activated):
         member = replace(member, epoch=max(member.epoch, event.epoch))
-    if isinstance(event, Retired) and before.phase not in _LEAVING:
-        # Nobody asked for it: the member is leaving, and asking it to prepare again would hold it up.
+    if isinstance(event, Retired) and before.phase in _HELD:
+        # Nobody asked for it: the member is leaving, and asking it to prepare again would hold it up. Of what
+        # it prepares it may say so for an abort that our next request has overtaken; then it is asked again.
         effects.append(Note("member.draining"))
         member = replace(member, drain_grace_s=0.0)
     return _with(member, event.revision, resident)
@@ -243,8 +244,6 @@ def _resident_after(before: Resident, event: _RevisionReport, now_s: float) -> R
         case _:
             return before.after(Turn.RETIRED)
 
-
-_LEAVING = frozenset({Phase.RETIRING, Phase.ABORTING, Phase.FAILED})
 
 _PAST = {
     Phase.ABSENT: "retired",
