@@ -9,7 +9,7 @@ Must not know: members' streams, the route's store, wires.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from services.common import logs
 from services.common.clock import Clock
@@ -135,8 +135,13 @@ class Conductor:
         newest = next(completed, None)
         return asked if newest is None else newest.spec.revision
 
-    async def create(self, rollout_id: str, spec: Spec, serving: str) -> Rollout:
+    async def create(self, rollout_id: str, spec: Spec, wanted: Callable[[], str]) -> Rollout:
         """Puts a rollout on record; it begins with the next look at the fleet.
+
+        Args:
+            rollout_id: Its id.
+            spec: What was asked for.
+            wanted: Tells the revision that shall serve; asked once no rollout can end any more meanwhile.
 
         Raises:
             ArgumentInvalid: The revision has another tokenizer than the one that serves.
@@ -146,7 +151,7 @@ class Conductor:
             RolloutConflict: Another rollout of the model is under way.
         """
         async with self._lock:
-            revision = self._catalog.revision(spec.model, spec.revision)
+            serving, revision = wanted(), self._catalog.revision(spec.model, spec.revision)
             if (current := self.current) is not None:
                 raise RolloutConflict(
                     f"The rollout {current.id} of {spec.model} is {current.state}; "

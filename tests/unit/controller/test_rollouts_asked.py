@@ -1,0 +1,75 @@
+"""What is asked of rollouts: what is refused, and what a caller leaves behind who asks at a bad moment."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from services.controller.core.catalog import Manifest, Revision
+from services.controller.core.rollout_events import Promoted
+from services.controller.core.rollout_record import Rollout, Spec, State
+from tests.fixtures.rollout_world import World
+
+
+@pytest.fixture
+async def world() -> World:
+    """Two workers that serve the old revision."""
+    world = World()
+    await world.settle()
+    for name in "ab":
+        world.attach(name)
+    await world.settle()
+    return world
+
+
+async def test_one_that_is_asked_for_while_another_ends_follows_that_one(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It replaces the revision that serves by then, and not the one that served when it was asked for."""
+    manifest = Manifest("m", "", (), "nf4", "auto", 64, "t").named()
+    world.catalog.register(Revision(manifest, "", 0.0))
+    await world.start(bake_s=0.0)
+    saving, go_on = asyncio.Event(), asyncio.Event()
+    save = world.records.save
+
+    async def slowly(rollout: Rollout) -> None:
+        if rollout.state is State.COMPLETED:
+            saving.set()
+            await go_on.wait()
+        await save(rollout)
+
+    monkeypatch.setattr(world.records, "save", slowly)
+    settling = asyncio.create_task(world.settle(2))
+    async with asyncio.timeout(10):
+        await saving.wait()
+    spec = Spec(model="m", revision=manifest.revision)
+    next_one = asyncio.create_task(world.coordinator.start_rollout("next", spec))
+    await asyncio.sleep(0)
+    go_on.set()
+    assert (await next_one).previous == world.new
+    await settling
+
+
+async def test_what_is_on_record_is_obeyed_though_nobody_waits_for_the_answer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that is gone while its promotion is written has promoted: the old revision stays away."""
+    await world.start(bake_s=600.0)
+    await world.settle(2)
+    saving, save = asyncio.Event(), world.records.save
+
+    async def slowly(rollout: Rollout) -> None:
+        saving.set()
+        await asyncio.sleep(0.01)
+        await save(rollout)
+
+    monkeypatch.setattr(world.records, "save", slowly)
+    asking = asyncio.create_task(world.coordinator.tell_rollout("r", Promoted()))
+    await saving.wait()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    await world.settle(3)
+    assert (world.rollout.state, world.route) == (State.COMPLETED, {world.new: 100})
+    assert world.held == {"a": {world.new}, "b": {world.new}}
