@@ -22,7 +22,7 @@ from services.common.errors import (
 )
 from services.common.threads import to_its_end
 from services.controller.core import rollout as table
-from services.controller.core.catalog import Catalog
+from services.controller.core.catalog import Catalog, Manifest
 from services.controller.core.judgement import Finding, Verdict
 from services.controller.core.ports import RolloutRecords
 from services.controller.core.rollout_events import (
@@ -144,7 +144,7 @@ class Conductor:
             wanted: Tells the revision that shall serve; asked once no rollout can end any more meanwhile.
 
         Raises:
-            ArgumentInvalid: The revision has another tokenizer than the one that serves.
+            ArgumentInvalid: The revision has another tokenizer than the one that serves, or less context.
             ModelUnknown: No such model is registered.
             RevisionInUse: The revision serves already.
             RevisionUnknown: The model has no such revision.
@@ -159,12 +159,7 @@ class Conductor:
                 )
             if spec.revision == serving:
                 raise RevisionInUse(f"The revision {spec.revision} serves already.")
-            before = self._catalog.revision(spec.model, serving)
-            if before.manifest.tokenizer_sha256 != revision.manifest.tokenizer_sha256:
-                raise ArgumentInvalid(
-                    "revision: it has another tokenizer or chat template than the one that serves, and "
-                    "running requests could not go on with it. Register it as a model of its own."
-                )
+            _check_takes_over(self._catalog.revision(spec.model, serving).manifest, revision.manifest)
             made = create(rollout_id, spec, serving, self._now_ms(), self._catalog.wanted(spec.model))
             self._making = (serving, spec.revision)
             try:
@@ -238,6 +233,21 @@ class Conductor:
 
     def _now_ms(self) -> int:
         return int(self._clock.now() * 1000)
+
+
+def _check_takes_over(before: Manifest, after: Manifest) -> None:
+    """Raises ArgumentInvalid where requests that `before` was good for could not be answered by `after`."""
+    if before.tokenizer_sha256 != after.tokenizer_sha256:
+        raise ArgumentInvalid(
+            "revision: it has another tokenizer or chat template than the one that serves, and "
+            "running requests could not go on with it. Register it as a model of its own."
+        )
+    if after.context_tokens < before.context_tokens:
+        raise ArgumentInvalid(
+            f"revision: its context holds {after.context_tokens} tokens, that of the one that serves "
+            f"{before.context_tokens}, and requests that were accepted could be too long for it. Push it "
+            "with as much, or as a model of its own."
+        )
 
 
 def _events(rollout: Rollout, written: Weights | None, verdict: Verdict | None) -> Sequence[Event]:

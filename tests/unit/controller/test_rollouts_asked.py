@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from services.common.errors import ArgumentInvalid
 from services.controller.core.catalog import Manifest, Revision
 from services.controller.core.rollout_events import Promoted
 from services.controller.core.rollout_record import Rollout, Spec, State
@@ -21,6 +22,19 @@ async def world() -> World:
         world.attach(name)
     await world.settle()
     return world
+
+
+@pytest.mark.parametrize(("tokens", "refused"), [(63, True), (64, False), (65, False)])
+async def test_a_shorter_context_is_refused(world: World, tokens: int, *, refused: bool) -> None:
+    """Gateways have accepted requests by the one that serves, and workers would refuse some of them."""
+    manifest = Manifest("m", "", (), "nf4", "auto", tokens, "t").named()
+    world.catalog.register(Revision(manifest, "", 0.0))
+    if not refused:
+        assert (await world.start(revision=manifest.revision)).state is State.PENDING
+        return
+    with pytest.raises(ArgumentInvalid, match=r"holds 63 tokens, .* 64, .* model of its own"):
+        await world.start(revision=manifest.revision)
+    assert world.coordinator.rollouts.current is None
 
 
 async def test_one_that_is_asked_for_while_another_ends_follows_that_one(
