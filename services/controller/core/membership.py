@@ -87,7 +87,7 @@ class Rules:
 
     Attributes:
         lease_ttl_s: How long a member may be silent.
-        prepare_timeout_s: How long one preparation may take.
+        prepare_timeout_s: How long one preparation may take; a goal may allow more.
         fence: Fencing number of this controller.
     """
 
@@ -120,6 +120,8 @@ def step(member: Member, event: Event, goal: Goal | None, now_s: float, rules: R
     presence = TABLE.get((member.presence, type(event)))
     if presence is None:
         raise EventIllegal(f"A member that is {member.presence} cannot send {type(event).__name__!r}.")
+    if goal is not None and goal.prepare_timeout_s > rules.prepare_timeout_s:
+        rules = replace(rules, prepare_timeout_s=goal.prepare_timeout_s)
     effects: list[Effect] = []
     after = _apply(replace(member, presence=presence), event, now_s, rules, effects)
     if isinstance(event, (Hello, *_SPEECH)):

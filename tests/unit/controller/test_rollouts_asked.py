@@ -8,6 +8,8 @@ import pytest
 
 from services.common.errors import ArgumentInvalid
 from services.controller.core.catalog import Manifest, Revision
+from services.controller.core.commands import SendAbort
+from services.controller.core.member import Hello, Kind
 from services.controller.core.rollout_events import Promoted
 from services.controller.core.rollout_record import Rollout, Spec, State
 from tests.fixtures.rollout_world import World
@@ -35,6 +37,24 @@ async def test_a_shorter_context_is_refused(world: World, tokens: int, *, refuse
     with pytest.raises(ArgumentInvalid, match=r"holds 63 tokens, .* 64, .* model of its own"):
         await world.start(revision=manifest.revision)
     assert world.coordinator.rollouts.current is None
+
+
+async def test_a_load_may_take_as_long_as_the_rollout_allows(world: World) -> None:
+    """The controller's own patience, of 600 s, is for what no rollout asks for; a reconnection keeps it."""
+    world.lazy = {"b"}
+    await world.start(prepare_timeout_s=3_000.0, bake_s=600.0)
+    await world.settle(2)
+    for _ in range(2):
+        world.clock.seconds += 1_000.0
+        await world.settle(2)
+        residents = world.coordinator.members(Kind.WORKER)[1].residents
+        hello = Hello(Kind.WORKER, "b", "again", "h:1", 8, residents=residents)
+        world.coordinator.attach(hello, world.workers["b"])
+    assert not any(isinstance(command, SendAbort) for _, command in world.told)
+    assert world.rollout.state is State.PREPARING
+    world.clock.seconds += 1_000.0
+    await world.settle(2)
+    assert world.rollout.history[-1].cause == "It was not ready within 3000 s."
 
 
 async def test_one_that_is_asked_for_while_another_ends_follows_that_one(
