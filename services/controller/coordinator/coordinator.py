@@ -106,7 +106,7 @@ class Coordinator:
         self._records = WorkerRecords(self._model, store)
         self.changed = asyncio.Event()
         self._roster = Roster(self._model, clock, self._mark)
-        self._reunion = Reunion(self._model, store, clock, lease_ttl_s)
+        self._reunion = Reunion(self._model, store, clock, lease_ttl_s, self._mark)
         self.led = asyncio.Event()
         self.deposed = asyncio.Event()
         self.store_lost = False

@@ -102,6 +102,26 @@ async def test_nobody_is_waited_for_without_end(monkeypatch: pytest.MonkeyPatch)
     assert heir.rollout.state is State.BAKING
 
 
+async def test_who_was_lost_while_nobody_led_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no lease that could run out with the new leader; one that came late is as it says."""
+    world = await pair()
+    world.attach("c")
+    await world.settle()
+    assert set(world.store.workers) == {"a", "b", "c"}
+    heir = heir_of(world)
+    monkeypatch.setattr(heir.coordinator._reunion, "_patience_s", 10.0)
+    await heir.settle()
+    come(heir, "a", ready=False)
+    await heir.settle(9)
+    assert set(world.store.workers) == {"a", "b", "c"}
+    come(heir, "b", ready=False)
+    await heir.settle(2)
+    assert set(world.store.workers) == {"a", "b"}
+    come(heir, "c", ready=False)
+    await heir.settle(1)
+    assert set(world.store.workers) == {"a", "b", "c"}
+
+
 async def test_auto_is_not_decided_before_anybody_is_there() -> None:
     """Two copies do not fit; an empty fleet would not object to them."""
     world = await pair(weights_bytes=60, memory_bytes=100)
