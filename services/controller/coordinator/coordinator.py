@@ -360,7 +360,7 @@ class Coordinator:
         """Reads the route, and writes it where it is not what it shall be."""
         stored = await self._store.read_route(self._model)
         if self._plan is None:
-            wanted = self.rollouts.serving(self._catalog.wanted(self._model))
+            wanted = self.rollouts.serving(self._catalog.wanted(self._model), stored)
             self._plan = routing.claim(wanted, stored, 0, self._now_ms())
             if self.rollouts.current is not None:
                 self._obey(self.rollouts.current)
