@@ -273,11 +273,11 @@ def _rollouts(commands: _Commands) -> None:
         type=_count_of(100),
         default=100,
         metavar="PERCENT",
-        help="share while judged (%(default)s)",
+        help="share while judged (%(default)s); by swap always 100",
     )
     start.add_argument("--bake", type=_duration_s, default="60s", help="how long it is judged (%(default)s)")
     start.add_argument(
-        "--quorum", type=_count_of(10_000), metavar="N", help="workers that must be ready (all)"
+        "--quorum", type=_count_of(10_000), metavar="N", help="workers that must be ready; at most all (all)"
     )
     start.add_argument(
         "--max-failed",

@@ -22,6 +22,7 @@ from services.controller.adapters.artifact_home import ArtifactHome
 from services.controller.adapters.artifact_store import ArtifactStore
 from services.controller.adapters.file_rollouts import FileRolloutRecords
 from services.controller.adapters.local_revisions import read_revision
+from services.controller.adapters.mirrored_rollouts import MirroredRolloutRecords
 from services.controller.adapters.prometheus_controller import ControllerCollector
 from services.controller.adapters.redis_breakers import RedisBreakerFleet
 from services.controller.adapters.redis_lead import RedisLead
@@ -140,16 +141,18 @@ async def _begin(
         home=world.home,
     )
     await uploads.load()
+    local = FileRolloutRecords(settings.data_dir / "rollouts")
+    records = local if world.home is None else MirroredRolloutRecords(local, world.home, tenure.keep)
     coordinator = Coordinator(
         catalog,
         world.store,
-        FileRolloutRecords(settings.data_dir / "rollouts"),
+        records,
         world.clock,
         tenure,
         lease_ttl_s=settings.lease_ttl_s,
         prepare_timeout_s=settings.prepare_timeout_s,
     )
-    return servicer.ControllerTerm(coordinator, catalog, uploads.files, uploads)
+    return servicer.ControllerTerm(coordinator, catalog, uploads.files, uploads, records)
 
 
 async def _serve(

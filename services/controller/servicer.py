@@ -31,7 +31,7 @@ from services.controller.adapters.uploads import Uploads
 from services.controller.coordinator import Coordinator, Leadership, MemberKey
 from services.controller.core.catalog import Catalog
 from services.controller.core.member import Kind
-from services.controller.core.ports import BreakerFleet, RevisionFiles
+from services.controller.core.ports import BreakerFleet, RevisionFiles, RolloutRecords
 from services.controller.core.records import BreakerRecord
 from services.controller.core.residency import EventIllegal
 from services.controller.core.rollout_events import Cancelled, Event, Paused, Promoted, Resumed, TakenBack
@@ -63,16 +63,19 @@ class ControllerTerm:
         catalog: The registered revisions.
         files: Their content.
         uploads: Takes revisions in.
+        records: What the coordinator keeps of rollouts.
     """
 
     coordinator: Coordinator
     catalog: Catalog
     files: RevisionFiles
     uploads: Uploads
+    records: RolloutRecords
 
     def close(self) -> None:
         """See `Term.close`."""
         self.uploads.close()
+        self.records.close()
 
 
 class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):

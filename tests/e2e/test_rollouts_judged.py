@@ -70,16 +70,15 @@ def test_golden_prompts_are_answered_before_the_switch(model_path: Path, tmp_pat
     """
     fault = tmp_path / "fault"
     environment = {"PYTHONPATH": str(FAULTS), "FAULT_FILE": str(fault)}
-    asked = {"text": "What is the capital of France?", "max_tokens": 12}
+    asked = {"text": "What is the capital of France?"}
     with started(model_path, **environment) as mesh:
         for revision, expected in (("knows", "Paris"), ("does-not", "Atlantis"), ("forgets", "Paris")):
             file = tmp_path / f"{revision}.json"
-            file.write_text(json.dumps([{**asked, "expected": expected}]))
             # Equal manifests would be one revision.
-            tokens = "4096" if revision == "forgets" else "8192"
+            tokens = 13 if revision == "forgets" else 12
+            file.write_text(json.dumps([{**asked, "expected": expected, "max_tokens": tokens}]))
             pushed = mesh.run(
-                *("models", "push", str(model_path), "--revision", revision),
-                *("--golden", str(file), "--context-tokens", tokens),
+                "models", "push", str(model_path), "--revision", revision, "--golden", str(file)
             )
             assert pushed.returncode == 0, pushed.stderr
         before = mesh.post("/v1/generate", {"text": "hi", "max_tokens": 2}).json["revision"]

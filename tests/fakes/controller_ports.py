@@ -191,6 +191,7 @@ class MemoryRolloutRecords:
         fence: That of the last claim.
         writable: False: every save raises StoreUnavailable.
         taken_over: True: every save raises FenceStale.
+        is_partial: Whether there may be more records than these.
     """
 
     def __init__(self) -> None:
@@ -198,13 +199,13 @@ class MemoryRolloutRecords:
         self.fence = 0
         self.writable = True
         self.taken_over = False
+        self.is_partial = False
 
     async def claim(self, model: str, fence: int) -> Claimed:
         """See `RolloutRecords.claim`."""
         self.fence = max(fence, self.fence + 1)
-        return Claimed(
-            self.fence, tuple(record for record in self.records.values() if record.spec.model == model)
-        )
+        found = tuple(record for record in self.records.values() if record.spec.model == model)
+        return Claimed(self.fence, found, self.is_partial)
 
     async def save(self, rollout: Rollout) -> None:
         """See `RolloutRecords.save`."""
@@ -213,6 +214,9 @@ class MemoryRolloutRecords:
         if self.taken_over:
             raise FenceStale
         self.records[rollout.id] = rollout
+
+    def close(self) -> None:
+        """See `RolloutRecords.close`."""
 
 
 class FakeClock:

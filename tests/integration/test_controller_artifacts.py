@@ -7,12 +7,14 @@ from pathlib import Path
 import grpc
 import pytest
 from interlock.v1 import controller_service_pb2 as pb
-from interlock.v1 import model_pb2
+from interlock.v1 import model_pb2, rollout_pb2
 
 from services.common.config import ConfigInvalid
 from services.common.credential import mesh_metadata
 from services.common.errors import RevisionUnknown
 from services.common.status import read_error
+from services.controller.adapters.file_rollouts import encode
+from services.controller.core.rollout_record import Spec, create
 from tests.fakes.controller_ports import MemoryRouteStore
 from tests.fakes.controller_process import MESH_TOKEN, Controller, bearer, started
 from tests.fixtures.upload_world import CONTENT, digest_of
@@ -43,13 +45,19 @@ async def downloaded(controller: Controller, path: str) -> bytes:
 
 
 async def test_a_revision_outlives_the_machine_that_took_it_in(tmp_path: Path) -> None:
-    """The next controller has an empty disk: it lists the revision, gives its files, and deletes it."""
+    """The next controller has an empty disk: it lists the revision, gives its files, and deletes it.
+
+    It knows what rollouts there were, too, and says so to the one after it.
+    """
     url = f"file://{tmp_path}/remote"
     for name in ("first", "second", "third"):
         (tmp_path / name).mkdir()
     async with started(tmp_path / "first", MemoryRouteStore(), artifacts_url=url) as controller:
         await controller.serving()
         await pushed(controller)
+    left_off = create("r", Spec(model="m", revision="v2"), "v0", 1)
+    (tmp_path / "remote" / "m" / "rollouts").mkdir()
+    (tmp_path / "remote" / "m" / "rollouts" / "r.41.json").write_bytes(encode(left_off))
     async with started(tmp_path / "second", MemoryRouteStore(), artifacts_url=url) as controller:
         await controller.serving()
         listed = await controller.stub.ListRevisions(pb.ListRevisionsRequest(model="m"), metadata=ADMIN)
@@ -59,8 +67,11 @@ async def test_a_revision_outlives_the_machine_that_took_it_in(tmp_path: Path) -
         await controller.stub.DeleteRevision(
             pb.DeleteRevisionRequest(model="m", revision="v2"), metadata=ADMIN
         )
+        (rollout,) = (await controller.stub.ListRollouts(pb.ListRolloutsRequest(), metadata=ADMIN)).rollouts
+        # The revision before it is nowhere.
+        assert rollout.state == rollout_pb2.ROLLOUT_STATE_ABORTED
     left = [path.name for path in (tmp_path / "remote").rglob("*") if path.is_file()]
-    assert left == ["format.json"]
+    assert sorted(left) == ["format.json", "r.42.json"]
     async with started(tmp_path / "third", MemoryRouteStore(), artifacts_url=url) as controller:
         await controller.serving()
         with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -129,9 +129,12 @@ class RolloutSpec(_message.Message):
     strategy: Global___RolloutStrategy.ValueType
     """How it takes the old one's place. Absent: AUTO."""
     canary_percent: _builtins.int
-    """Percentage of new requests while it is judged, 1..100; then it gets all. Absent: 100."""
+    """Percentage of new requests while it is judged, 1..100; then it gets all. By swap a worker holds one revision,
+    so that it gets all at once: with SWAP, less than 100 is INVALID_ARGUMENT; where AUTO becomes swap, the
+    transition to PREPARING says so. Absent: 100.
+    """
     quorum: _builtins.int
-    """Workers that must be ready before the switch, 1..all. Absent: all."""
+    """Workers that must be ready before the switch, 1 to 10,000; more than there are is all. Absent: all."""
     failed_percent_max: _builtins.int
     """Percentage of the new revision's attempts that may fail beyond the old one's, 0..100; 100: any. Absent: 5."""
     ttft_ratio_max: _builtins.int
@@ -146,7 +149,7 @@ class RolloutSpec(_message.Message):
 
     @_builtins.property
     def prepare_timeout(self) -> _duration_pb2.Duration:
-        """Most time until the quorum is ready. Absent: 10 minutes."""
+        """Most time until the quorum is ready, 1 s to a day; a worker's load may take as long. Absent: 10 minutes."""
 
     @_builtins.property
     def drain_timeout(self) -> _duration_pb2.Duration:

@@ -3,6 +3,7 @@
     MODEL/format.json                    says that this is such a home, and of which layout
     MODEL/blobs/sha256/ab/abcdef...      each content once
     MODEL/revisions/REVISION.json        the record of a revision: by it alone the revision exists
+    MODEL/rollouts/ID.NUMBER.json        a rollout, as the controller with this fencing number left it
 
 A mesh leads one model, by a lease of that model; so what lies below MODEL is changed by the holder of that
 lease, and by nobody else. Must not know: leases, or what this machine has of it.
@@ -116,6 +117,29 @@ class ArtifactHome:
                     found.append(one)
         order = sorted(found, key=lambda one: (one.create_time_s, one.manifest.revision))
         return Records(tuple(order), frozenset(unreadable))
+
+    async def check(self) -> None:
+        """Raises StoreUnavailable where nothing is, as below a directory that is not mounted."""
+        if await self._store.size(f"{self.model}/format.json") is None:
+            raise StoreUnavailable("Nothing is at the artifacts' URL that has held revisions.")
+
+    async def rollouts(self) -> Mapping[str, StoredObject]:
+        """What there is of rollouts, by the names of the objects."""
+        await self.check()
+        return await self._store.names(f"{self.model}/rollouts")
+
+    async def read_rollout(self, name: str, size_bytes: int) -> bytes | None:
+        """One of them; None: it is gone."""
+        return await self._store.read(f"{self.model}/rollouts/{name}", 0, size_bytes)
+
+    async def put_rollout(self, name: str, text: bytes) -> None:
+        """Writes one of them."""
+        await self.check()
+        await self._store.replace(f"{self.model}/rollouts/{name}", text)
+
+    async def drop_rollout(self, name: str) -> None:
+        """Removes one of them; without effect where it is gone."""
+        await self._store.remove(f"{self.model}/rollouts/{name}")
 
     async def keep(self, contents: Mapping[str, Path]) -> None:
         """Sees that each of these contents is there whole; by their digests, with a file that has each.

@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
@@ -63,9 +63,16 @@ class FileRolloutRecords:
         """See `RolloutRecords.claim`. A file that is no record is named in the log, passed over and kept."""
         return await _told(lambda: self._claim(model, fence))
 
+    async def known(self, model: str) -> tuple[int, frozenset[str]]:
+        """The number of the newest claim, 0 where there was none, and the rollouts that it has."""
+        return await _told(lambda: self._known(model))
+
     async def save(self, rollout: Rollout) -> None:
         """See `RolloutRecords.save`."""
         await _told(lambda: self._save(rollout))
+
+    def close(self) -> None:
+        """See `RolloutRecords.close`: nothing runs between calls."""
 
     def _claim(self, model: str, fence: int) -> Claimed:
         place = self._directory / model
@@ -89,6 +96,13 @@ class FileRolloutRecords:
         for old in known:
             shutil.rmtree(place / str(old), ignore_errors=True)
         return Claimed(number, rollouts)
+
+    def _known(self, model: str) -> tuple[int, frozenset[str]]:
+        place = self._directory / model
+        number = _numbers(place)[-1:] if place.is_dir() else []
+        if not number:
+            return 0, frozenset()
+        return number[0], frozenset(file.stem for file in (place / str(number[0])).glob("*.json"))
 
     def _save(self, rollout: Rollout) -> None:
         place = self._directory / rollout.spec.model
@@ -133,6 +147,37 @@ def _sweep(place: Path) -> None:
                 shutil.rmtree(entry, ignore_errors=True)
 
 
+def encode(rollout: Rollout) -> bytes:
+    """A record as it is kept."""
+    return json.dumps(asdict(rollout)).encode()
+
+
+def decode(text: bytes, name: str) -> Rollout | None:
+    """A record that was kept under `name`; None, and the log says so: it is none."""
+    try:
+        record = _RECORD.validate_json(text)
+    except ValidationError:
+        logs.get_logger().error("rollout.unreadable", file=name)
+        return None
+    return record if record.history else None
+
+
+def in_order(found: Iterable[Rollout]) -> list[Rollout]:
+    """Oldest first."""
+    return sorted(found, key=lambda record: (record.history[0].time_ms, record.id))
+
+
+def worth_keeping(found: Sequence[Rollout]) -> set[str]:
+    """Of rollouts in order the latest, and what must not be forgotten."""
+    return {record.id for record in found[-HISTORY_MAX:]} | needed(found)
+
+
+def needed(found: Sequence[Rollout]) -> set[str]:
+    """Of rollouts in order those under way, and the last that was completed from each revision of a start."""
+    serving = {record.origin: record.id for record in found if record.state is State.COMPLETED}
+    return {record.id for record in found if not record.ended} | set(serving.values())
+
+
 def _take_over(old: Path, fresh: Path) -> tuple[Rollout, ...]:
     """Takes the records of `old` into `fresh`, those that cannot be read as well: a later version may.
 
@@ -142,20 +187,12 @@ def _take_over(old: Path, fresh: Path) -> tuple[Rollout, ...]:
     for file in old.iterdir():
         if file.suffix == ".json":
             _link(file, fresh / file.name)
-    found = [record for file in fresh.glob("*.json") if (record := _read(file)) is not None]
-    found.sort(key=lambda record: (record.history[0].time_ms, record.id))
-    kept = _worth_keeping(found)
+    found = in_order(record for file in fresh.glob("*.json") if (record := _read(file)) is not None)
+    kept = worth_keeping(found)
     for record in found:
         if record.id not in kept:
             (fresh / f"{record.id}.json").unlink(missing_ok=True)
     return tuple(record for record in found if record.id in kept)
-
-
-def _worth_keeping(found: Sequence[Rollout]) -> set[str]:
-    """The latest, those under way, and the last that was completed from each revision of a start."""
-    serving = {record.origin: record.id for record in found if record.state is State.COMPLETED}
-    live = {record.id for record in found if not record.ended}
-    return {record.id for record in found[-HISTORY_MAX:]} | live | set(serving.values())
 
 
 def _link(old: Path, new: Path) -> None:
@@ -169,8 +206,8 @@ def _link(old: Path, new: Path) -> None:
 
 
 def _write(file: Path, rollout: Rollout) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        json.dump(asdict(rollout), stream)
+    with file.open("wb") as stream:
+        stream.write(encode(rollout))
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -196,10 +233,4 @@ def _give_name(fresh: Path, place: Path, number: int, known: Sequence[int]) -> N
 def _read(file: Path) -> Rollout | None:
     with file.open("rb") as stream:
         # A longer one is cut, and so no JSON.
-        text = stream.read(RECORD_BYTES_MAX)
-    try:
-        record = _RECORD.validate_json(text)
-    except ValidationError:
-        logs.get_logger().error("rollout.unreadable", file=file.name)
-        return None
-    return record if record.history else None
+        return decode(stream.read(RECORD_BYTES_MAX), file.name)

@@ -55,6 +55,11 @@ def read_spec(spec: pb.RolloutSpec) -> Spec:
     percent = spec.canary_percent if spec.HasField("canary_percent") else SHARE_ALL
     if not 1 <= percent <= SHARE_ALL:
         raise ArgumentInvalid("spec.canary_percent: must be 1 to 100.")
+    if percent < SHARE_ALL and _STRATEGIES[spec.strategy] is Strategy.SWAP:
+        raise ArgumentInvalid(
+            "spec.canary_percent: by swap a worker holds one revision, so the new one gets all requests."
+            " Leave it out, or ask for side by side where memory holds both."
+        )
     quorum = spec.quorum if spec.HasField("quorum") else None
     if quorum is not None and not 1 <= quorum <= QUORUM_MAX:
         raise ArgumentInvalid(f"spec.quorum: must be 1 to {QUORUM_MAX}.")

@@ -9,7 +9,7 @@ Must not know: members' streams, the route's store, wires.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from services.common import logs
 from services.common.clock import Clock
@@ -19,12 +19,14 @@ from services.common.errors import (
     RolloutConflict,
     RolloutRefused,
     RolloutUnknown,
+    StoreUnavailable,
 )
 from services.common.threads import to_its_end
 from services.controller.core import rollout as table
-from services.controller.core.catalog import Catalog
+from services.controller.core.catalog import Catalog, Manifest
 from services.controller.core.judgement import Finding, Verdict
 from services.controller.core.ports import RolloutRecords
+from services.controller.core.records import Route
 from services.controller.core.rollout_events import (
     Begun,
     Event,
@@ -55,6 +57,7 @@ class Conductor:
         self._rollouts: dict[str, Rollout] = {}
         self._lock = asyncio.Lock()
         self._loaded = False
+        self._is_partial = False
         self._changed = asyncio.Event()
         # What a rollout names whose record is on its way.
         self._making: tuple[str, ...] = ()
@@ -114,19 +117,34 @@ class Conductor:
                 return fence
             claimed = await self._records.claim(self._model, fence)
             self._rollouts = {one.id: one for one in claimed.rollouts}
-            for one in claimed.rollouts:
-                missing = [name for name in (one.spec.revision, one.previous) if not self._has(name)]
-                if missing and not one.ended:
-                    cause = f"The revision {missing[0]} is not registered any more."
+            self._is_partial = claimed.is_partial
+            live = [one for one in claimed.rollouts if not one.ended]
+            for one in live:
+                if cause := self._obstacle(one, live[-1]):
                     await to_its_end(self._keep(forsaken(one, cause, self._now_ms())))
             self._loaded = True
             return claimed.fence
 
-    def serving(self, asked: str) -> str:
+    def serving(self, asked: str, stored: Route | None) -> str:
         """The revision that shall serve when the mesh was started with `asked`.
 
         What a rollout put in its place stays, over restarts, until the mesh is started with another one.
+
+        Args:
+            asked: The revision that the mesh was started with.
+            stored: The route that the controller before has left.
+
+        Raises:
+            StoreUnavailable: The route says that there is a record which cannot be read now.
         """
+        if self._is_partial and stored is not None:
+            named = {name for one in self.all for name in (one.previous, one.spec.revision)}
+            if unknown := sorted(stored.weights.keys() - named - {asked}):
+                raise StoreUnavailable(
+                    f"Requests go to the revision {unknown[0]}, and no record here says why. This controller"
+                    " does not lead until the store at the artifacts' URL answers; to have it lead sooner,"
+                    " share data_dir with the controller before, or bring its data_dir/rollouts along."
+                )
         completed = (
             one
             for one in self.all
@@ -135,18 +153,23 @@ class Conductor:
         newest = next(completed, None)
         return asked if newest is None else newest.spec.revision
 
-    async def create(self, rollout_id: str, spec: Spec, serving: str) -> Rollout:
+    async def create(self, rollout_id: str, spec: Spec, wanted: Callable[[], str]) -> Rollout:
         """Puts a rollout on record; it begins with the next look at the fleet.
 
+        Args:
+            rollout_id: Its id.
+            spec: What was asked for.
+            wanted: Tells the revision that shall serve; asked once no rollout can end any more meanwhile.
+
         Raises:
-            ArgumentInvalid: The revision has another tokenizer than the one that serves.
+            ArgumentInvalid: The revision has another tokenizer than the one that serves, or less context.
             ModelUnknown: No such model is registered.
             RevisionInUse: The revision serves already.
             RevisionUnknown: The model has no such revision.
             RolloutConflict: Another rollout of the model is under way.
         """
         async with self._lock:
-            revision = self._catalog.revision(spec.model, spec.revision)
+            serving, revision = wanted(), self._catalog.revision(spec.model, spec.revision)
             if (current := self.current) is not None:
                 raise RolloutConflict(
                     f"The rollout {current.id} of {spec.model} is {current.state}; "
@@ -154,12 +177,7 @@ class Conductor:
                 )
             if spec.revision == serving:
                 raise RevisionInUse(f"The revision {spec.revision} serves already.")
-            before = self._catalog.revision(spec.model, serving)
-            if before.manifest.tokenizer_sha256 != revision.manifest.tokenizer_sha256:
-                raise ArgumentInvalid(
-                    "revision: it has another tokenizer or chat template than the one that serves, and "
-                    "running requests could not go on with it. Register it as a model of its own."
-                )
+            _check_takes_over(self._catalog.revision(spec.model, serving).manifest, revision.manifest)
             made = create(rollout_id, spec, serving, self._now_ms(), self._catalog.wanted(spec.model))
             self._making = (serving, spec.revision)
             try:
@@ -210,6 +228,13 @@ class Conductor:
         """Returns after the next change of any rollout."""
         await self._changed.wait()
 
+    def _obstacle(self, rollout: Rollout, latest: Rollout) -> str:
+        """Why one that was under way cannot go on; empty: it can."""
+        names = (rollout.spec.revision, rollout.previous)
+        if missing := [name for name in names if not self._has(name)]:
+            return f"The revision {missing[0]} is not registered any more."
+        return "" if rollout is latest else "A controller that did not know of it began another one."
+
     def _has(self, revision: str) -> bool:
         return self._catalog.knows(self._model, revision)
 
@@ -233,6 +258,21 @@ class Conductor:
 
     def _now_ms(self) -> int:
         return int(self._clock.now() * 1000)
+
+
+def _check_takes_over(before: Manifest, after: Manifest) -> None:
+    """Raises ArgumentInvalid where requests that `before` was good for could not be answered by `after`."""
+    if before.tokenizer_sha256 != after.tokenizer_sha256:
+        raise ArgumentInvalid(
+            "revision: it has another tokenizer or chat template than the one that serves, and "
+            "running requests could not go on with it. Register it as a model of its own."
+        )
+    if after.context_tokens < before.context_tokens:
+        raise ArgumentInvalid(
+            f"revision: its context holds {after.context_tokens} tokens, that of the one that serves "
+            f"{before.context_tokens}, and requests that were accepted could be too long for it. Push it "
+            "with as much, or as a model of its own."
+        )
 
 
 def _events(rollout: Rollout, written: Weights | None, verdict: Verdict | None) -> Sequence[Event]:

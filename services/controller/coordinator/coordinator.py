@@ -23,6 +23,7 @@ from services.common.errors import (
     RolloutRefused,
     StoreUnavailable,
 )
+from services.common.threads import to_its_end
 from services.controller.coordinator.conductor import Conductor, as_weights
 from services.controller.coordinator.goals import Goals
 from services.controller.coordinator.judge import Judge
@@ -105,7 +106,7 @@ class Coordinator:
         self._records = WorkerRecords(self._model, store)
         self.changed = asyncio.Event()
         self._roster = Roster(self._model, clock, self._mark)
-        self._reunion = Reunion(self._model, store, clock, lease_ttl_s)
+        self._reunion = Reunion(self._model, store, clock, lease_ttl_s, self._mark)
         self.led = asyncio.Event()
         self.deposed = asyncio.Event()
         self.store_lost = False
@@ -179,9 +180,8 @@ class Coordinator:
             StoreUnavailable: We do not lead, or it cannot be recorded now.
             ArgumentInvalid, ModelUnknown, RevisionInUse, RevisionUnknown, RolloutConflict: See `Conductor`.
         """
-        plan = self._led_plan()
         with self._led_on():
-            made = await self.rollouts.create(rollout_id, spec, plan.wanted)
+            made = await self.rollouts.create(rollout_id, spec, lambda: self._led_plan().wanted)
         self.changed.set()
         return made
 
@@ -205,9 +205,8 @@ class Coordinator:
             raise RolloutRefused(f"The rollout is over: it is {known.state}.")
         self._led_plan()
         with self._led_on():
-            after = await self.rollouts.tell(rollout_id, event, self._fleet(known))
-        self._obey(after)
-        return after
+            # What is on record is obeyed, also where whoever asked for it has left meanwhile.
+            return await to_its_end(self._tell(rollout_id, event, known))
 
     def close(self, reason: str) -> None:
         """Ends every stream; the members attach again, here or elsewhere."""
@@ -292,6 +291,11 @@ class Coordinator:
     def _fleet(self, rollout: Rollout) -> Fleet:
         return self._goals.fleet(rollout, self._roster.members.values())
 
+    async def _tell(self, rollout_id: str, event: RolloutEvent, known: Rollout) -> Rollout:
+        after = await self.rollouts.tell(rollout_id, event, self._fleet(known))
+        self._obey(after)
+        return after
+
     async def _follow(self) -> None:
         """Lets the rollout that is under way see what is, and obeys it."""
         while (rollout := self.rollouts.current) is not None:
@@ -306,8 +310,7 @@ class Coordinator:
         """Brings plan and members to what a rollout says."""
         plan = self._plan
         assert plan is not None
-        wanted = rollout.spec.revision if rollout.state is State.COMPLETED else plan.wanted
-        plan = replace(plan, wanted=wanted)
+        plan = replace(plan, wanted=rollout.spec.revision) if rollout.state is State.COMPLETED else plan
         if as_weights(plan.weights) != rollout.route:
             plan = routing.raised(replace(plan, weights=dict(rollout.route)), None, 0, self._now_ms())
             self._plan_stored = False
@@ -357,7 +360,7 @@ class Coordinator:
         """Reads the route, and writes it where it is not what it shall be."""
         stored = await self._store.read_route(self._model)
         if self._plan is None:
-            wanted = self.rollouts.serving(self._catalog.wanted(self._model))
+            wanted = self.rollouts.serving(self._catalog.wanted(self._model), stored)
             self._plan = routing.claim(wanted, stored, 0, self._now_ms())
             if self.rollouts.current is not None:
                 self._obey(self.rollouts.current)

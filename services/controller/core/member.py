@@ -183,6 +183,7 @@ class Goal:
         rollout_id: The rollout that asks for it; empty: none.
         quiet: Whether a worker shall get nothing new: what it holds is about to go.
         stages: Revisions whose files it shall have, and not load yet.
+        prepare_timeout_s: How long one preparation may take, where that is longer than usual.
     """
 
     model: str
@@ -190,6 +191,7 @@ class Goal:
     rollout_id: str = ""
     quiet: bool = False
     stages: frozenset[str] = frozenset()
+    prepare_timeout_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ class Rules:
 
     Attributes:
         lease_ttl_s: How long a member may be silent.
-        prepare_timeout_s: How long one preparation may take.
+        prepare_timeout_s: How long one preparation may take; a goal may allow more.
         fence: Fencing number of this controller.
     """
 
@@ -120,6 +120,8 @@ def step(member: Member, event: Event, goal: Goal | None, now_s: float, rules: R
     presence = TABLE.get((member.presence, type(event)))
     if presence is None:
         raise EventIllegal(f"A member that is {member.presence} cannot send {type(event).__name__!r}.")
+    if goal is not None and goal.prepare_timeout_s > rules.prepare_timeout_s:
+        rules = replace(rules, prepare_timeout_s=goal.prepare_timeout_s)
     effects: list[Effect] = []
     after = _apply(replace(member, presence=presence), event, now_s, rules, effects)
     if isinstance(event, (Hello, *_SPEECH)):
@@ -219,8 +221,9 @@ def _hear(
         effects.append(Note(f"revision.{_PAST[resident.phase]}", event.revision, resident.failure))
     if isinstance(event, Activated):
         member = replace(member, epoch=max(member.epoch, event.epoch))
-    if isinstance(event, Retired) and before.phase not in _LEAVING:
-        # Nobody asked for it: the member is leaving, and asking it to prepare again would hold it up.
+    if isinstance(event, Retired) and before.phase in _HELD:
+        # Nobody asked for it: the member is leaving, and asking it to prepare again would hold it up. Of what
+        # it prepares it may say so for an abort that our next request has overtaken; then it is asked again.
         effects.append(Note("member.draining"))
         member = replace(member, drain_grace_s=0.0)
     return _with(member, event.revision, resident)
@@ -243,8 +246,6 @@ def _resident_after(before: Resident, event: _RevisionReport, now_s: float) -> R
         case _:
             return before.after(Turn.RETIRED)
 
-
-_LEAVING = frozenset({Phase.RETIRING, Phase.ABORTING, Phase.FAILED})
 
 _PAST = {
     Phase.ABSENT: "retired",

@@ -119,6 +119,10 @@ class RolloutRecords(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Ends what runs for it. Does not wait."""
+        ...
+
 
 class BreakerFleet(Protocol):
     """The breakers of all gateways. Methods raise StoreUnavailable when they cannot be reached."""

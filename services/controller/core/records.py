@@ -100,7 +100,9 @@ class Claimed:
     Attributes:
         fence: The fencing number of the claim.
         rollouts: Every rollout, oldest first.
+        is_partial: Whether there may be more, where nobody could look now.
     """
 
     fence: int
     rollouts: tuple[Rollout, ...]
+    is_partial: bool = False

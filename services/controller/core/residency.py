@@ -51,6 +51,8 @@ class Turn(StrEnum):
 TABLE = MappingProxyType(
     {
         (Phase.ABSENT, Turn.STAGE): Phase.STAGING,
+        # We stopped waiting for it and then wanted it no more.
+        (Phase.ABSENT, Turn.RETIRED): Phase.ABSENT,
         (Phase.STAGING, Turn.PROGRESS): Phase.STAGING,
         (Phase.STAGING, Turn.STAGED): Phase.STAGED,
         (Phase.STAGING, Turn.READY): Phase.READY,
@@ -61,6 +63,8 @@ TABLE = MappingProxyType(
         (Phase.STAGED, Turn.PREPARE): Phase.PREPARING,
         (Phase.STAGED, Turn.STAGED): Phase.STAGED,
         (Phase.STAGED, Turn.ABORT): Phase.ABORTING,
+        # It was staged after all when it read that it shall stop; it is asked again.
+        (Phase.STAGED, Turn.RETIRED): Phase.ABSENT,
         (Phase.ABSENT, Turn.PREPARE): Phase.PREPARING,
         (Phase.PREPARING, Turn.PROGRESS): Phase.PREPARING,
         # It had not yet read that it shall be loaded: it is asked again.

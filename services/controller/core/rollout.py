@@ -132,6 +132,8 @@ def _begin(rollout: Rollout, _: Begun, now: _Now) -> Rollout:
         strategy = Strategy.SIDE_BY_SIDE if fits else Strategy.SWAP
     due_ms = now.after(rollout.spec.prepare_timeout_s)
     cause = f"{strategy.value} on {_count(len(now.fleet.workers))}."
+    if strategy is Strategy.SWAP and rollout.spec.canary_percent < SHARE_ALL:
+        cause += " Memory holds one copy only, so the new revision gets all requests and not a share of them."
     return _enter(replace(rollout, strategy=strategy, due_ms=due_ms), State.PREPARING, cause, now)
 
 
@@ -287,7 +289,8 @@ def _needed(rollout: Rollout, fleet: Fleet) -> int:
     """Workers that must be ready before the switch."""
     if rollout.strategy is Strategy.SWAP:
         return 1
-    return max(1, len(fleet.workers) if rollout.spec.quorum is None else rollout.spec.quorum)
+    workers = len(fleet.workers)
+    return max(1, workers if rollout.spec.quorum is None else min(rollout.spec.quorum, workers))
 
 
 def _swap_one(rollout: Rollout, now: _Now) -> Rollout:

@@ -100,16 +100,24 @@ def goal(
         epoch: The epoch of that route.
         bound: Revisions that it shall have for the sake of requests; see `keepers`.
     """
+    patience_s = rollout.spec.prepare_timeout_s
     if member.kind is Kind.GATEWAY:
         leading = max(weights, key=lambda one: one[1], default=("", 0))[0]
         names = (rollout.previous, rollout.spec.revision)
-        return Goal(rollout.spec.model, {name: epoch if name == leading else 0 for name in names}, rollout.id)
+        holds = {name: epoch if name == leading else 0 for name in names}
+        return Goal(rollout.spec.model, holds, rollout.id, prepare_timeout_s=patience_s)
     asked = worker_goal(rollout, member.id)
     wanted, stages = asked.holds, frozenset({asked.stages} if asked.stages else ())
     # A worker that comes back with nothing loads first what most requests wait for.
     shares = dict(weights)
     ordered = sorted(wanted, key=lambda name: (-shares.get(name, 0), name))
-    whole = Goal(rollout.spec.model, dict.fromkeys(ordered, epoch), rollout.id, stages=stages)
+    whole = Goal(
+        rollout.spec.model,
+        dict.fromkeys(ordered, epoch),
+        rollout.id,
+        stages=stages,
+        prepare_timeout_s=patience_s,
+    )
     return _one_copy(rollout, member, whole, bound) if rollout.strategy is Strategy.SWAP else whole
 
 

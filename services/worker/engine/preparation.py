@@ -2,8 +2,9 @@
 
 FETCH, VERIFY, LOAD and WARM run beside serving: what blocks is in a thread. One revision is prepared at a
 time, for two would compete for the same memory and disk. A load that is no longer wanted is halted where it
-next tells how far it is. Where memory holds one revision, the next one is staged before the other one goes:
-FETCH and VERIFY alone. Knows ports; who asks is the controller link.
+next tells how far it is; asked for again before its thread has ended, it begins anew after that. Where
+memory holds one revision, the next one is staged before the other one goes: FETCH and VERIFY alone. Knows
+ports; who asks is the controller link.
 """
 
 from __future__ import annotations
@@ -105,6 +106,8 @@ class Preparation:
         self._memory_bytes = memory_bytes
         self._one_at_a_time = asyncio.Lock()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        # What was asked of a revision while its task, which was cancelled, had not ended: the last word.
+        self._next: dict[str, Callable[[], None]] = {}
         self._ready: dict[str, BecameReady] = {}
         self._proofs = Proofs(engine, lambda: residency.epoch, report)
 
@@ -112,7 +115,7 @@ class Preparation:
         """See `RevisionHandshake.prepare`."""
         if (ready := self._ready.get(spec.revision)) is not None:
             self._report(ready)
-        elif spec.revision not in self._tasks:
+        elif self._is_free(spec.revision, lambda: self.prepare(spec)):
             self._residency.begin(spec.model, spec.revision)
             self._spawn(spec.revision, self._prepare(spec))
 
@@ -123,7 +126,7 @@ class Preparation:
             self._report(ready)
         elif known is not None and known.phase is Phase.STAGED:
             self._report(BecameStaged(spec.revision))
-        elif spec.revision not in self._tasks:
+        elif self._is_free(spec.revision, lambda: self.stage(spec)):
             self._residency.begin(spec.model, spec.revision, staging=True)
             self._spawn(spec.revision, self._stage(spec))
 
@@ -155,8 +158,9 @@ class Preparation:
         """See `RevisionHandshake.abort`."""
         if revision in self._ready:
             return
+        self._next.pop(revision, None)
         if (task := self._tasks.get(revision)) is not None:
-            task.cancel()
+            _cancel(task)
             return
         known = self._residency.find(revision)
         if known is not None and known.phase is Phase.STAGED:
@@ -166,13 +170,21 @@ class Preparation:
     async def stop(self) -> bool:
         """Ends what is under way; returns whether it did. A thread that has not ends with the process."""
         await self._proofs.stop()
+        self._next.clear()
         tasks = tuple(self._tasks.values())
         for task in tasks:
-            task.cancel()
+            _cancel(task)
         if not tasks:
             return True
         _, pending = await asyncio.wait(tasks, timeout=STOP_WAIT_S)
         return not pending
+
+    def _is_free(self, revision: str, again: Callable[[], None]) -> bool:
+        """Whether nothing is under way with a revision; what was cancelled ends first, then comes `again`."""
+        task = self._tasks.get(revision)
+        if task is not None and task.cancelling():
+            self._next[revision] = again
+        return task is None
 
     def _spawn(self, revision: str, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name=f"revision-{revision}")
@@ -187,6 +199,13 @@ class Preparation:
     def _forget(self, revision: str, task: asyncio.Task[None]) -> None:
         if self._tasks.get(revision) is task:
             del self._tasks[revision]
+        again = self._next.pop(revision, None)
+        if task.cancelled():
+            self._drop(revision)
+            if again is None:
+                self._report(BecameRetired(revision))
+        if again is not None:
+            again()
         if not task.cancelled() and (error := task.exception()) is not None:
             logs.get_logger().error("revision.crashed", revision=revision, exc_info=error)
 
@@ -206,10 +225,6 @@ class Preparation:
         try:
             async with self._one_at_a_time:
                 return await work()
-        except asyncio.CancelledError:
-            self._drop(spec.revision)
-            self._report(BecameRetired(spec.revision))
-            raise
         except Exception as error:  # noqa: BLE001 - whatever it was, the controller must hear of it
             self._fail(spec, stages.phase, error)
             return None
@@ -336,6 +351,12 @@ class Preparation:
         self._drop(revision)
         logs.get_logger().info("revision.retired", revision=revision)
         self._report(BecameRetired(revision))
+
+
+def _cancel(task: asyncio.Task[None]) -> None:
+    """Cancels once: a second time would not wait for the thread, and the next load would begin beside it."""
+    if not task.cancelling():
+        task.cancel()
 
 
 async def _finished(work: Coroutine[Any, Any, T], halt: threading.Event) -> T:

@@ -14,6 +14,7 @@ from services.controller.core.commands import (
     RemoveWorker,
     SendAbort,
     SendActivate,
+    SendDrain,
     SendPrepare,
     SendStage,
     WriteWorker,
@@ -204,6 +205,33 @@ def test_a_word_that_crossed_is_asked_again() -> None:
     assert SendPrepare("m", "r1", "") in asked.effects
     again = step(asked.member, Staged("r1"), GOAL, 721.0, RULES)
     assert SendPrepare("m", "r1", "") in again.effects
+
+
+@pytest.mark.parametrize("goal", [GOAL, STAGE])
+def test_a_word_of_what_we_gave_up_is_no_goodbye(goal: Goal) -> None:
+    """What took too long is asked for again; that the first attempt has ended by now takes nobody out."""
+    member = step(WORKER, Hello(Kind.WORKER, "w", "a", "h:1", 8), goal, 0.0, RULES).member
+    late = step(member, Tick(), goal, 600.0, RULES)
+    assert SendAbort("r1") in late.effects
+    again = step(late.member, Tick(), goal, 606.0, RULES)
+    ended = step(again.member, Retired("r1"), goal, 607.0, RULES)
+    assert not ended.member.draining
+    # The worker may have read them in the other order: to hear it twice costs nothing.
+    assert any(isinstance(effect, SendPrepare | SendStage) for effect in ended.effects)
+    back = Hello(Kind.WORKER, "w", "a", "h:1", 8, residents=dict(ended.member.residents))
+    back_again = step(ended.member, back, goal, 608.0, RULES)
+    assert not any(isinstance(effect, SendDrain) for effect in back_again.effects)
+
+
+def test_a_word_of_what_is_wanted_no_more_is_legal() -> None:
+    """It took too long, and then the rollout ended: the late answer to the abort ends no stream."""
+    member = step(WORKER, Hello(Kind.WORKER, "w", "a", "h:1", 8), STAGE, 0.0, RULES).member
+    failed = step(member, Tick(), STAGE, 600.0, RULES).member
+    dropped = step(failed, Tick(), Goal("m", {}), 601.0, RULES).member
+    heard = step(dropped, Retired("r1"), Goal("m", {}), 602.0, RULES).member
+    assert heard == dataclasses.replace(dropped, lease_end_s=607.0)
+    staged = step(failed, Staged("r1"), STAGE, 601.0, RULES).member
+    assert SendStage("m", "r1", "roll") in step(staged, Retired("r1"), STAGE, 602.0, RULES).effects
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,17 @@ def test_a_worker_that_has_the_files_is_shown_as_such() -> None:
     assert shown == [worker_pb2.REVISION_PHASE_VERIFY, worker_pb2.REVISION_PHASE_STAGED]
 
 
+@pytest.mark.parametrize(("percent", "refused"), [(99, True), (100, False)])
+def test_a_swap_has_no_canary(percent: int, *, refused: bool) -> None:
+    """A worker that was swapped has nothing else to serve, so what was asked for would not be done."""
+    spec = pb.RolloutSpec(model="m", revision="r", strategy=pb.ROLLOUT_STRATEGY_SWAP, canary_percent=percent)
+    if not refused:
+        assert read_spec(spec).canary_percent == percent
+        return
+    with pytest.raises(ArgumentInvalid, match="canary_percent: by swap"):
+        read_spec(spec)
+
+
 @pytest.mark.parametrize("field", ["failed_percent_max", "ttft_ratio_max", "canary_percent"])
 def test_more_than_the_most_is_refused(field: str) -> None:
     """The refusal names the field."""

@@ -402,11 +402,11 @@ async def test_what_the_mesh_is_started_with_counts(world: World) -> None:
     await world.settle(2)
     assert world.route == {world.old: 100}
     conductor = world.coordinator.rollouts
-    assert conductor.serving(world.old) == world.old
-    assert conductor.serving(world.new) == world.new
+    assert conductor.serving(world.old, None) == world.old
+    assert conductor.serving(world.new, None) == world.new
     await world.coordinator.start_rollout("again", Spec(model="m", revision=world.new, bake_s=0.0))
     await world.settle(2)
-    assert conductor.serving(world.old) == world.new
+    assert conductor.serving(world.old, None) == world.new
 
 
 async def test_an_emptied_store_gets_the_rollouts_route_back(world: World) -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from services.common.errors import RevisionInUse
 from services.controller.adapters.file_rollouts import FileRolloutRecords
@@ -16,8 +17,8 @@ from services.controller.core.ports import FenceStale
 from services.controller.core.records import Route
 from services.controller.core.residency import Phase, Resident
 from services.controller.core.rollout_events import Paused
-from services.controller.core.rollout_record import Rollout, Spec, State, Strategy
-from tests.fakes.controller_ports import FakeStream, MemoryLead, MemoryRouteStore
+from services.controller.core.rollout_record import Rollout, Spec, State, Strategy, create
+from tests.fakes.controller_ports import FakeStream, MemoryLead, MemoryRolloutRecords, MemoryRouteStore
 from tests.fixtures.rollout_world import World
 
 
@@ -100,6 +101,61 @@ async def test_nobody_is_waited_for_without_end(monkeypatch: pytest.MonkeyPatch)
     assert heir.states[-1] is State.PENDING
     await heir.settle(2)
     assert heir.rollout.state is State.BAKING
+
+
+async def test_who_was_lost_while_nobody_led_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no lease that could run out with the new leader; one that came late is as it says."""
+    world = await pair()
+    world.attach("c")
+    await world.settle()
+    assert set(world.store.workers) == {"a", "b", "c"}
+    heir = heir_of(world)
+    monkeypatch.setattr(heir.coordinator._reunion, "_patience_s", 10.0)
+    await heir.settle()
+    come(heir, "a", ready=False)
+    await heir.settle(9)
+    assert set(world.store.workers) == {"a", "b", "c"}
+    come(heir, "b", ready=False)
+    await heir.settle(2)
+    assert set(world.store.workers) == {"a", "b"}
+    come(heir, "c", ready=False)
+    await heir.settle(1)
+    assert set(world.store.workers) == {"a", "b", "c"}
+
+
+async def test_nobody_leads_back_for_want_of_records() -> None:
+    """Requests go to a revision that no record here names, and some may be where nobody can look now."""
+    world = await pair()
+    await world.start(bake_s=0.0)
+    await world.settle(2)
+    assert world.route == {world.new: 100}
+    heir = World(world.store, MemoryRolloutRecords())
+    heir.records.is_partial = True
+    with capture_logs() as lines:
+        await heir.settle()
+    assert not heir.coordinator.led.is_set()
+    assert heir.route == {world.new: 100}
+    (line,) = (line for line in lines if line["event"] == "store.lost")
+    assert "share data_dir" in line["reason"]
+    knowing = World(world.store, world.records)
+    knowing.records.is_partial = True
+    await knowing.settle()
+    assert knowing.coordinator.led.is_set()
+
+
+async def test_of_two_that_are_under_way_the_later_one_goes_on() -> None:
+    """A leader did not know of the first one, for its record was out of reach then."""
+    world = await pair()
+    for id_ in ("first", "r"):
+        made = create(id_, Spec(model="m", revision=world.new, bake_s=600.0), world.old, len(id_), world.old)
+        world.records.records[id_] = made
+    heir = heir_of(world)
+    await heir.settle()
+    assert heir.coordinator.rollouts.find("first").history[-1].state is State.ABORTED
+    assert "did not know" in heir.coordinator.rollouts.find("first").history[-1].cause
+    current = heir.coordinator.rollouts.current
+    assert current is not None
+    assert current.id == "r"
 
 
 async def test_auto_is_not_decided_before_anybody_is_there() -> None:

@@ -1,4 +1,4 @@
-"""Preparation: for how long it holds on to the files of a revision."""
+"""Preparations that are given up and asked for again, while the thread of the first one has not ended."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from collections.abc import AsyncIterator
 import pytest
 
 from services.common.system_clock import SystemClock
-from services.worker.core.revision import LoadStage, Report, Residency, RevisionSpec
+from services.worker.core.revision import (
+    BecameReady,
+    BecameRetired,
+    BecameStaged,
+    LoadStage,
+    Progressed,
+    Report,
+    Residency,
+    RevisionSpec,
+)
 from services.worker.engine import Engine, EngineSettings, Preparation
 from tests.fakes.worker_ports import FakeLoader, FakeStore
 
@@ -17,80 +26,117 @@ SPEC = RevisionSpec("m", "r1")
 
 
 class World:
-    """A preparation between fakes, and what it reports."""
+    """A worker's preparation; its loads stand at a gate."""
 
     def __init__(self) -> None:
-        self.store, self.loader = FakeStore(), FakeLoader()
+        residency, clock = Residency(), SystemClock()
+        engine = Engine(residency, EngineSettings(2), clock, pytest.fail)
+        self.loader = FakeLoader()
+        self.loader.told = [(LoadStage.MAP, 1, 2)]
+        self.gate = self.loader.gate = threading.Event()
         self.told: asyncio.Queue[Report] = asyncio.Queue()
-        residency = Residency()
-        self.engine = Engine(residency, EngineSettings(2), SystemClock(), lambda _: None)
         self.preparation = Preparation(
-            self.engine,
+            engine,
             residency,
-            self.store,
+            FakeStore(),
             self.loader,
-            SystemClock(),
+            clock,
             report=self.told.put_nowait,
             on_change=lambda: None,
         )
 
-    async def hears(self, report: str) -> None:
-        """Waits for a report of this class."""
+    async def load(self) -> None:
+        """Asks for the revision, and returns when its load stands at the gate."""
+        self.loader.entered.clear()
+        self.preparation.prepare(SPEC)
+        assert await asyncio.to_thread(self.loader.entered.wait, 10)
+
+    def drained(self) -> list[Report]:
+        """What was told so far."""
+        return [self.told.get_nowait() for _ in range(self.told.qsize())]
+
+    async def heard(self) -> Report:
+        """The next report that is no mere progress."""
         async with asyncio.timeout(10):
-            while type(await self.told.get()).__name__ != report:
+            while isinstance(report := await self.told.get(), Progressed):
                 pass
-        # A revision that is still being worked on is not begun anew.
-        await asyncio.gather(*self.preparation._tasks.values(), return_exceptions=True)
+        return report
 
 
 @pytest.fixture
 async def world() -> AsyncIterator[World]:
-    """One whose step thread is ended afterwards."""
-    made = World()
-    made.engine.start()
-    yield made
-    await made.preparation.stop()
-    await made.engine.stop()
+    """A preparation, which is stopped afterwards."""
+    world = World()
+    yield world
+    world.gate.set()
+    assert await world.preparation.stop()
 
 
-async def test_files_stay_while_their_revision_is_resident(world: World) -> None:
-    """Staged, loaded, served: until it is retired."""
-    world.preparation.stage(SPEC)
-    await world.hears("BecameStaged")
-    world.preparation.prepare(SPEC)
-    await world.hears("BecameReady")
-    assert world.store.held == {"r1"}
-    world.preparation.retire("r1")
-    await world.hears("BecameRetired")
-    assert world.store.held == set()
-
-
-async def test_files_of_what_failed_may_go(world: World) -> None:
-    """In whichever phase it was."""
-    world.loader.flaw = "It is not a model."
-    world.preparation.prepare(SPEC)
-    await world.hears("PreparationFailed")
-    assert world.store.held == set()
-    world.loader.flaw, world.store.error = "", RuntimeError()
-    world.preparation.prepare(SPEC)
-    await world.hears("PreparationFailed")
-    assert world.store.held == set()
-
-
-async def test_files_of_what_is_not_wanted_any_more_may_go(world: World) -> None:
-    """Staged and forgotten, or stopped in the middle of its load."""
-    world.preparation.stage(SPEC)
-    await world.hears("BecameStaged")
+async def test_what_is_asked_again_begins_when_the_thread_has_ended(world: World) -> None:
+    """A controller that lost patience asks again after seconds; the thread may take longer to end."""
+    await world.load()
     world.preparation.abort("r1")
-    await world.hears("BecameRetired")
-    assert world.store.held == set()
-    world.loader.gate, world.loader.told = threading.Event(), [(LoadStage.MAP, 1, 2)]
-    world.preparation.prepare(SPEC)
-    assert await asyncio.to_thread(world.loader.entered.wait, 10)
-    assert world.store.held == {"r1"}
-    world.preparation.abort("r1")
-    # The load is told before it goes on.
     await asyncio.sleep(0)
-    world.loader.gate.set()
-    await world.hears("BecameRetired")
-    assert world.store.held == set()
+    world.preparation.prepare(SPEC)
+    await asyncio.sleep(0)
+    assert not world.loader.runners
+    world.gate.set()
+    assert isinstance(await world.heard(), BecameReady)
+    assert len(world.loader.runners) == 1
+
+
+async def test_what_is_asked_again_and_given_up_again_stays_away(world: World) -> None:
+    """The last word counts; that it is gone is told once, when its memory is free."""
+    await world.load()
+    world.preparation.abort("r1")
+    world.preparation.prepare(SPEC)
+    world.preparation.abort("r1")
+    await asyncio.sleep(0.01)
+    assert all(isinstance(one, Progressed) for one in world.drained())
+    world.gate.set()
+    assert await world.heard() == BecameRetired("r1")
+    assert not world.loader.runners
+
+
+async def test_two_aborts_wait_for_the_thread_as_one_does(world: World) -> None:
+    """Whoever attaches again says it twice; the next load must not begin beside the first one's thread."""
+    await world.load()
+    world.preparation.abort("r1")
+    await asyncio.sleep(0)
+    world.preparation.abort("r1")
+    await asyncio.sleep(0)
+    world.loader.entered.clear()
+    world.preparation.prepare(RevisionSpec("m", "r2"))
+    assert not await asyncio.to_thread(world.loader.entered.wait, 0.05)
+    world.gate.set()
+    assert await world.heard() == BecameRetired("r1")
+    ready = await world.heard()
+    assert isinstance(ready, BecameReady)
+    assert ready.revision == "r2"
+
+
+async def test_its_files_alone_can_be_what_is_asked_again(world: World) -> None:
+    """As where a load is given up for a swap, which begins with the files."""
+    await world.load()
+    world.preparation.abort("r1")
+    world.preparation.stage(SPEC)
+    world.gate.set()
+    assert await world.heard() == BecameStaged("r1")
+
+
+async def test_an_abort_in_the_same_breath_is_answered(world: World) -> None:
+    """Nothing has begun yet, and the controller waits for the word that it is gone."""
+    world.preparation.prepare(SPEC)
+    world.preparation.abort("r1")
+    assert await world.heard() == BecameRetired("r1")
+
+
+async def test_nothing_begins_again_at_the_end(world: World) -> None:
+    """A process that stops does not go on with what was asked for behind a load."""
+    await world.load()
+    world.preparation.abort("r1")
+    world.preparation.prepare(SPEC)
+    world.gate.set()
+    assert await world.preparation.stop()
+    assert await world.heard() == BecameRetired("r1")
+    assert not world.preparation._tasks
