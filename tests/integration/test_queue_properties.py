@@ -154,12 +154,13 @@ async def take(twins: Twins, step: tuple[str, str, str, Band, bool, int]) -> Non
         case "settle":
             await twins.same(lambda q, i: q.settle(MODEL, job_id, nonces[i], Outcome.FINISHED, 15 * number))
         case "requeue":
-            await twins.same(lambda q, i: q.requeue(MODEL, job_id, nonces[i], emitted=flag))
+            used = 15 * number
+            await twins.same(lambda q, i: q.requeue(MODEL, job_id, nonces[i], emitted=flag, used_tokens=used))
         case "refused":
             await twins.same(lambda q, i: q.refused(MODEL, job_id, nonces[i], hold_s=float(number)))
         case "cancel":
             name = f"submission-of-{job_id}" if flag else "another"
-            await twins.same(lambda queue, _: queue.cancel(MODEL, job_id, name))
+            await twins.same(lambda queue, _: queue.cancel(MODEL, job_id, name, used_tokens=20 * number))
         case "renew":
             named = {name: pair for name, pair in twins.nonces.items() if flag or name != job_id}
             rest = frozenset(JOB_IDS) - named.keys() - ({job_id} if flag else set())

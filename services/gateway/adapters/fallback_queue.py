@@ -109,14 +109,19 @@ class FallbackJobQueue:
             )
         return settled
 
-    async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
+    async def requeue(
+        self, model: str, job_id: str, nonce: str, *, emitted: bool, used_tokens: int = 0
+    ) -> bool:
         """See `JobQueue.requeue`."""
-        self._give_back(job_id, nonce, emitted=emitted)
-        return await self._either(model, lambda queue: queue.requeue(model, job_id, nonce, emitted=emitted))
+        self._give_back(job_id, nonce, emitted=emitted, used_tokens=used_tokens)
+        return await self._either(
+            model,
+            lambda queue: queue.requeue(model, job_id, nonce, emitted=emitted, used_tokens=used_tokens),
+        )
 
     async def refused(self, model: str, job_id: str, nonce: str, *, hold_s: float) -> bool:
         """See `JobQueue.refused`."""
-        self._give_back(job_id, nonce, emitted=False)
+        self._give_back(job_id, nonce, emitted=False, used_tokens=0)
         return await self._either(model, lambda queue: queue.refused(model, job_id, nonce, hold_s=hold_s))
 
     async def register(self, job: QueuedJob, grant: Grant) -> bool:
@@ -129,15 +134,25 @@ class FallbackJobQueue:
             self._book.strike(entry)
         return current
 
-    async def cancel(self, model: str, job_id: str, submission: str, tail: LogTail | None = None) -> None:
+    async def cancel(
+        self,
+        model: str,
+        job_id: str,
+        submission: str,
+        tail: LogTail | None = None,
+        *,
+        used_tokens: int = 0,
+    ) -> None:
         """See `JobQueue.cancel`."""
         entry = self._book.find(job_id)
         if entry is not None:
             submission = entry.job.submission
             self._book.strike(entry)
-        await self._either(model, lambda queue: queue.cancel(model, job_id, submission, tail))
+        await self._either(
+            model, lambda queue: queue.cancel(model, job_id, submission, tail, used_tokens=used_tokens)
+        )
         if self.degraded:
-            self._owed.append(OwedEnd(model, job_id, "", submission, Outcome.CANCELLED, 0))
+            self._owed.append(OwedEnd(model, job_id, "", submission, Outcome.CANCELLED, used_tokens))
 
     async def stop(self, model: str, job_id: str) -> bool:
         """See `JobQueue.stop`."""
@@ -254,11 +269,12 @@ class FallbackJobQueue:
             entry.at_store = grant.nonce
         return told
 
-    def _give_back(self, job_id: str, nonce: str, *, emitted: bool) -> None:
+    def _give_back(self, job_id: str, nonce: str, *, emitted: bool, used_tokens: int) -> None:
         entry = self._book.find(job_id)
         if entry is not None and entry.grant is not None and entry.grant.nonce == nonce:
             entry.grant = None
             entry.emitted = entry.emitted or emitted
+            entry.note_used(used_tokens)
             if not self.degraded:
                 entry.at_store = ""
 

@@ -19,7 +19,7 @@ async def tell_end(queue: JobQueue, owed: OwedEnd) -> None:
     """Tells the store how a job ended meanwhile; without effect where it knows no such job."""
     if owed.nonce:
         await queue.settle(owed.model, owed.job_id, owed.nonce, owed.outcome, owed.used_tokens)
-    await queue.cancel(owed.model, owed.job_id, owed.submission)
+    await queue.cancel(owed.model, owed.job_id, owed.submission, used_tokens=owed.used_tokens)
 
 
 async def bring_home(
@@ -50,7 +50,9 @@ async def _bring_waiting(
     queue: JobQueue, entry: LiveEntry, now_s: float, granted: Callable[[LiveEntry, Grant], None]
 ) -> None:
     job = entry.job
-    if entry.at_store and await queue.requeue(job.model, job.job_id, entry.at_store, emitted=entry.emitted):
+    if entry.at_store and await queue.requeue(
+        job.model, job.job_id, entry.at_store, emitted=entry.emitted, used_tokens=job.used_tokens
+    ):
         entry.at_store = ""
         return
     try:

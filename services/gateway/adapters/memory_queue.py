@@ -137,13 +137,16 @@ class MemoryJobQueue:
         self._deliver(self._grant_free(line))
         return entry is not None
 
-    async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
+    async def requeue(
+        self, model: str, job_id: str, nonce: str, *, emitted: bool, used_tokens: int = 0
+    ) -> bool:
         """See `JobQueue.requeue`."""
         line = self._line(model)
         entry = line.current(job_id, nonce)
         if entry is None or entry.grant is None:
             return self._is_repeated(line, job_id, nonce)
         entry.pin_until = self._now() + self._limits.failover_wait_s
+        entry.note_used(used_tokens)
         self._put_back(line, entry, self._limits.suspect_s, pin=emitted)
         return True
 
@@ -172,13 +175,21 @@ class MemoryJobQueue:
         line.hold(job, grant, self._now(), self._limits.aging_s)
         return True
 
-    async def cancel(self, model: str, job_id: str, submission: str, tail: LogTail | None = None) -> None:
+    async def cancel(
+        self,
+        model: str,
+        job_id: str,
+        submission: str,
+        tail: LogTail | None = None,
+        *,
+        used_tokens: int = 0,
+    ) -> None:
         """See `JobQueue.cancel`."""
         line = self._line(model)
         entry = line.jobs.get(job_id)
         if entry is not None and entry.job.submission == submission:
             self._write_tail(job_id, tail)
-            self._end(line, entry, Outcome.CANCELLED)
+            self._end(line, entry, Outcome.CANCELLED, used_tokens)
         self._deliver(self._grant_free(line))
 
     async def stop(self, model: str, job_id: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from services.gateway.core.jobs import Band, Grant, Outcome, QueuedJob, Waiting
 from services.gateway.core.queue_fair import Charge, FairShares
@@ -68,6 +68,11 @@ class LiveJob:
         """
         return self.grant is None and not self.pin and self.band is Band.BATCH
 
+    def note_used(self, tokens: int) -> None:
+        """Notes what the job has used so far; what was noted before does not become less."""
+        if tokens > self.job.used_tokens:
+            self.job = replace(self.job, used_tokens=tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class EndedJob:
@@ -124,13 +129,20 @@ class QueueLine:
         entry = self._new_entry(job, now, aging_s)
         if (known := self.jobs.get(job.job_id)) is not None:
             entry.band = known.band
+            entry.note_used(known.job.used_tokens)
         entry.grant, entry.attempt, entry.granted_at = grant, grant.attempt, now
         self.jobs[job.job_id] = entry
 
     def remove(self, entry: LiveJob, used_tokens: int, now: float) -> None:
-        """Takes a job out; what it was charged is corrected to what it used."""
-        self._correct(entry, used_tokens)
-        job = entry.job
+        """Takes a job out; what it was charged is corrected to what it used, in earlier attempts at least."""
+        entry.note_used(used_tokens)
+        job, used_tokens = entry.job, entry.job.used_tokens
+        if entry.grant is None and used_tokens:
+            # The charge of its last grant was taken back when its worker was lost.
+            self._enter(entry)
+            self.shares[entry.band].charge(job.tenant, used_tokens, job.limits.weight)
+        else:
+            self._correct(entry, used_tokens)
         del self.jobs[job.job_id]
         self.quotas.settle(job.tenant, job.cost_tokens, used_tokens, now)
         if not any(other.band == entry.band for other in self.jobs.values()):

@@ -207,6 +207,22 @@ async def test_the_store_learns_the_truth_when_it_is_back(world: World, empty: b
     assert not world.heard[-1].degraded
 
 
+@pytest.mark.parametrize("back", [False, True], ids=["ends-meanwhile", "ends-after"])
+async def test_what_was_produced_before_a_loss_is_charged_at_the_store(world: World, *, back: bool) -> None:
+    """The worker is lost while the store is gone, and so is the job's end, or it comes after the return."""
+    before = await granted(world, "a")
+    world.store.down = True
+    await world.queue.requeue(MODEL, "a", before.nonce, emitted=True, used_tokens=7)
+    if not back:
+        await world.queue.cancel(MODEL, "a", "s-a", used_tokens=7)
+    await world.come_back(empty=False)
+    await world.queue.renew(MODEL, {}, frozenset("a"))
+    if back:
+        await world.queue.cancel(MODEL, "a", "s-a")
+    assert world.at_store() == {}
+    assert (await world.store.usage(MODEL, "alice")).used_tokens == 7
+
+
 async def test_a_call_whose_answer_was_lost_is_undone(world: World) -> None:
     """The store granted a slot that nobody heard of; the job runs there once, under its own grant."""
     world.store.loses_answers = True

@@ -1,6 +1,6 @@
 -- register(job_id, submission, tenant, band, cost_tokens, timeout_ms, waited_ms, nonce, attempt,
 --          worker_id, address, revision, epoch, weight, concurrency | '', aging_ms, digest, payload, keep_ms,
---          slots)
+--          slots, used_tokens)
 -- Enters a job that runs already, after Redis lost it, so that its slot and its reservation count again; its
 -- tenant's share is not charged, since the shares began anew. What Redis knows wins:
 -- an attempt under another nonce, an end, or a namesake. Only this submission's own wait gives way.
@@ -33,7 +33,9 @@ local job = {
   attempt = attempt, nonce = nonce, ended_nonce = '', pin = '', avoid = '',
   worker = worker, address = address, revision = revision, epoch = epoch, granted_at = NOW, trial = '0',
   slots = ARGV[25] ~= '1' and ARGV[25] or nil,
+  used = is_same and known.used or nil,
 }
+note_used(job, tonumber(ARGV[26]))
 note_resumable(job, ARGV[22], ARGV[23], ARGV[24])
 store_job(job)
 if is_same then set_cap(tenant, cap) else admit_job(job) end
