@@ -205,7 +205,7 @@ class FakeQueue:
         self.note("refused", nonce)
         return True
 
-    async def register(self, job: QueuedJob, grant: Grant) -> bool:
+    async def register(self, job: QueuedJob, grant: Grant, *, instead: bool = False) -> bool:
         """See `JobQueue.register`."""
         self.note("register", grant.nonce)
         return self.registers

@@ -124,11 +124,13 @@ class FallbackJobQueue:
         self._give_back(job_id, nonce, emitted=False, used_tokens=0)
         return await self._either(model, lambda queue: queue.refused(model, job_id, nonce, hold_s=hold_s))
 
-    async def register(self, job: QueuedJob, grant: Grant) -> bool:
+    async def register(self, job: QueuedJob, grant: Grant, *, instead: bool = False) -> bool:
         """See `JobQueue.register`."""
         entry = self._book.write(job, self._clock.monotonic())
         entry.grant = grant
-        current = await self._either(job.model, lambda queue: queue.register(entry.job, grant))
+        current = await self._either(
+            job.model, lambda queue: queue.register(entry.job, grant, instead=instead)
+        )
         if not current:
             # Somebody else's now: nothing further is heard of it.
             self._book.strike(entry)
@@ -164,8 +166,10 @@ class FallbackJobQueue:
 
     async def release(self, model: str, job_id: str, submission: str) -> bool:
         """See `JobQueue.release`."""
-        released = await self._either(model, lambda queue: queue.release(model, job_id, submission))
         entry = self._book.find(job_id)
+        if entry is not None:
+            submission = entry.job.submission
+        released = await self._either(model, lambda queue: queue.release(model, job_id, submission))
         if released and entry is not None:
             self._book.strike(entry)
         return released

@@ -1,8 +1,9 @@
 """The way back. Owns: how one live job is told to a store that may know nothing, something old or the truth.
 
 The store may have been emptied, have slept, or have executed a call whose answer was lost. What runs here is
-the truth: what contradicts it there is withdrawn, and the job is entered under another submission nonce,
-because the store remembers the end of the first.
+the truth, and takes the place of what its submission has there. Where the store remembers an end of that, the
+job is entered under another submission nonce. A resumable job that another gateway took over, or that has
+ended for its subject, stays as the store has it: the next renewal tells.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 
 from services.common.errors import InterlockError, StoreUnavailable
 from services.gateway.adapters.job_book import LiveEntry, OwedEnd
-from services.gateway.core.jobs import Grant
+from services.gateway.core.jobs import Grant, Waiting
 from services.gateway.core.ports import JobQueue
 
 
@@ -37,10 +38,8 @@ async def bring_home(
 
 
 async def _bring_running(queue: JobQueue, entry: LiveEntry, grant: Grant, now_s: float) -> None:
-    if entry.at_store not in {None, grant.nonce}:
-        await _withdraw(queue, entry)
-    if not await queue.register(entry.aged(now_s), grant):
-        await _withdraw(queue, entry)
+    if not await queue.register(entry.aged(now_s), grant, instead=True):
+        entry.rename()
         # Where this fails, too, the id is somebody else's: the next renewal ends the request.
         await queue.register(entry.aged(now_s), grant)
     entry.at_store = grant.nonce
@@ -55,19 +54,22 @@ async def _bring_waiting(
     ):
         entry.at_store = ""
         return
-    try:
-        answer = await queue.enqueue(entry.aged(now_s))
-    except StoreUnavailable:
-        raise
-    except InterlockError:
+    answer = await _enqueue(queue, entry, now_s)
+    if answer is None:
         # It ended there, by another gateway's hand: it lives here.
-        await _withdraw(queue, entry)
-        answer = await queue.enqueue(entry.aged(now_s))
+        entry.rename()
+        # Where this fails, too, the id is somebody else's: the next renewal ends the request.
+        answer = await _enqueue(queue, entry, now_s)
     entry.at_store = ""
     if isinstance(answer, Grant):
         granted(entry, answer)
 
 
-async def _withdraw(queue: JobQueue, entry: LiveEntry) -> None:
-    await queue.cancel(entry.job.model, entry.job.job_id, entry.job.submission)
-    entry.rename()
+async def _enqueue(queue: JobQueue, entry: LiveEntry, now_s: float) -> Grant | Waiting | None:
+    """Enters a job that waits; None where another record stands in its way."""
+    try:
+        return await queue.enqueue(entry.aged(now_s))
+    except StoreUnavailable:
+        raise
+    except InterlockError:
+        return None

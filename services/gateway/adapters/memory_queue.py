@@ -160,13 +160,15 @@ class MemoryJobQueue:
         self._put_back(line, entry, hold_s, pin=False)
         return True
 
-    async def register(self, job: QueuedJob, grant: Grant) -> bool:
+    async def register(self, job: QueuedJob, grant: Grant, *, instead: bool = False) -> bool:
         """See `JobQueue.register`."""
         line = self._line(job.model)
         known, ended = line.jobs.get(job.job_id), line.ended.get(job.job_id)
-        if known is not None and known.grant is not None:
-            return known.grant.nonce == grant.nonce
+        if line.current(job.job_id, grant.nonce) is not None:
+            return True
         if known is not None and known.job.submission != job.submission:
+            return False
+        if known is not None and known.grant is not None and not instead:
             return False
         if ended is not None and ended.submission == job.submission:
             return False

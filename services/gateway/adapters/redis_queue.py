@@ -199,7 +199,7 @@ class RedisJobQueue:
         self._look_after(model, hold_s)
         return bool(current)
 
-    async def register(self, job: QueuedJob, grant: Grant) -> bool:
+    async def register(self, job: QueuedJob, grant: Grant, *, instead: bool = False) -> bool:
         """See `JobQueue.register`."""
         with self._calling(job.job_id):
             current = await self._run(
@@ -218,6 +218,7 @@ class RedisJobQueue:
                 *self._kept(job),
                 job.slots,
                 job.used_tokens,
+                int(instead),
             )
         return bool(current)
 

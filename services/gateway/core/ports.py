@@ -91,11 +91,12 @@ class JobQueue(Protocol):
         """Puts a job back that its worker refused, at no cost in attempts; the worker is held a moment."""
         ...
 
-    async def register(self, job: QueuedJob, grant: Grant) -> bool:
+    async def register(self, job: QueuedJob, grant: Grant, *, instead: bool = False) -> bool:
         """Enters a job that runs already, after the queue lost it, so that its slot counts again.
 
-        What the queue knows wins: another attempt, an end, or a namesake. Returns whether `grant` is
-        current now; if not, the job is somebody else's or has ended.
+        What the queue knows wins: another attempt, an end, or a namesake. Only the submission's own wait
+        gives way; and with `instead` an attempt of it, too, of which the caller knows that it does not run.
+        Returns whether `grant` is current now; if not, the job is somebody else's or has ended.
         """
         ...
 

@@ -128,6 +128,7 @@ class QueueLine:
         """Takes in a job that runs already, free of charge; in the place of what is known of it."""
         entry = self._new_entry(job, now, aging_s)
         if (known := self.jobs.get(job.job_id)) is not None:
+            self._correct(known, 0)
             entry.band = known.band
             entry.note_used(known.job.used_tokens)
         entry.grant, entry.attempt, entry.granted_at = grant, grant.attempt, now
