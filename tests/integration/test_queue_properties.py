@@ -179,7 +179,7 @@ async def register(twins: Twins, job_id: str, worker: str, number: int, *, flag:
     """Enters a job that runs already under a nonce of its own, also where another attempt is known."""
     line = twins.memory._lines[MODEL]
     # One submission is of one tenant, and of one size.
-    known = line.jobs.get(job_id)
+    known = line.find(job_id)
     job = make_job(job_id, tenant=f"t{number}", limits=TENANTS[number]) if known is None else known.job
     job = replace(job, used_tokens=5 * number)
     grant = Grant(job_id, 1, f"registered-{number}", worker, f"{worker}:1", WORKERS[worker][0], 1)

@@ -303,16 +303,15 @@ class FallbackJobQueue:
         logs.get_logger().warning("queue.retreated", jobs=sum(1 for _ in self._book))
         self._own = own = self._standby.make_queue()
         own.on_grant(self._granted_by_own)
-        entries = sorted(self._book, key=lambda entry: entry.grant is None)
-        now_s = self._clock.monotonic()
+        now_s, waiting = self._clock.monotonic(), []
         # Running ones first, so that their slots are not lent again.
-        for entry in entries:
+        for entry in self._book:
             if entry.grant is not None:
                 await own.register(entry.aged(now_s), entry.grant)
             elif self._standby.serves(entry.job.model):
-                answer = await own.enqueue(entry.aged(now_s))
-                if isinstance(answer, Grant):
-                    self._receive(self._note(answer))
+                waiting.append(entry.aged(now_s))
+        # At once, not one by one: the loop stands still meanwhile.
+        own.adopt(waiting)
 
     async def _return(self, model: str) -> None:
         """Looks, when the breaker's sleep is over, whether the shared queue answers, and goes back to it."""
