@@ -130,6 +130,7 @@ class FakeQueue:
         releases: What `release` answers.
         taken: What `take_up` tells, by job.
         tails: The tails of logs that ends of jobs brought.
+        used: What requeues and withdrawals told of used tokens.
     """
 
     calls: list[tuple[str, str]] = field(default_factory=list)
@@ -144,6 +145,7 @@ class FakeQueue:
     releases: bool = True
     taken: dict[str, TakenUp] = field(default_factory=dict)
     tails: list[LogTail | None] = field(default_factory=list)
+    used: list[int] = field(default_factory=list)
 
     def note(self, verb: str, name: str) -> None:
         """Remembers a call, or fails."""
@@ -190,8 +192,11 @@ class FakeQueue:
         self.note(f"settle:{outcome}", nonce)
         return self.settles
 
-    async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
+    async def requeue(
+        self, model: str, job_id: str, nonce: str, *, emitted: bool, used_tokens: int = 0
+    ) -> bool:
         """See `JobQueue.requeue`."""
+        self.used.append(used_tokens)
         self.note("requeue", nonce)
         return True
 
@@ -200,13 +205,22 @@ class FakeQueue:
         self.note("refused", nonce)
         return True
 
-    async def register(self, job: QueuedJob, grant: Grant) -> bool:
+    async def register(self, job: QueuedJob, grant: Grant, *, instead: bool = False) -> bool:
         """See `JobQueue.register`."""
         self.note("register", grant.nonce)
         return self.registers
 
-    async def cancel(self, model: str, job_id: str, submission: str, tail: LogTail | None = None) -> None:
+    async def cancel(
+        self,
+        model: str,
+        job_id: str,
+        submission: str,
+        tail: LogTail | None = None,
+        *,
+        used_tokens: int = 0,
+    ) -> None:
         """See `JobQueue.cancel`."""
+        self.used.append(used_tokens)
         self.tails.append(tail)
         self.note("cancel", submission)
 

@@ -10,6 +10,7 @@ import pytest
 from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import worker_service_pb2
 
+from services.gateway.core.queue_jobs import LiveJobs
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.dispatcher.limits import GenerationLimits
 from tests.fakes.scripted_worker import Script
@@ -195,7 +196,7 @@ async def test_a_queue_that_forgot_everything_is_told_again() -> None:
         second = gateway.call(REQUEST)
         queued = await second.read()
         assert queued.HasField("queued")
-        gateway.queue._lines[MODEL].jobs.clear()
+        gateway.queue._lines[MODEL].jobs = LiveJobs()
         assert joined(await running) == "x" * 60
         assert joined([queued, *await read_rest(second)]) == "x" * 60
         await gateway.wait_idle()

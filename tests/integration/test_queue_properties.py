@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -120,7 +120,7 @@ STEPS = st.lists(
         st.sampled_from(
             ["enqueue"] * 6
             + ["settle"] * 4
-            + ["requeue", "refused", "cancel", "renew", "reap", "open", "close"]
+            + ["requeue", "refused", "cancel", "register", "renew", "reap", "open", "close"]
             + ["worker", "remove", "route", "advance", "advance"]
         ),
         st.sampled_from(JOB_IDS),
@@ -154,12 +154,15 @@ async def take(twins: Twins, step: tuple[str, str, str, Band, bool, int]) -> Non
         case "settle":
             await twins.same(lambda q, i: q.settle(MODEL, job_id, nonces[i], Outcome.FINISHED, 15 * number))
         case "requeue":
-            await twins.same(lambda q, i: q.requeue(MODEL, job_id, nonces[i], emitted=flag))
+            used = 15 * number
+            await twins.same(lambda q, i: q.requeue(MODEL, job_id, nonces[i], emitted=flag, used_tokens=used))
         case "refused":
             await twins.same(lambda q, i: q.refused(MODEL, job_id, nonces[i], hold_s=float(number)))
         case "cancel":
             name = f"submission-of-{job_id}" if flag else "another"
-            await twins.same(lambda queue, _: queue.cancel(MODEL, job_id, name))
+            await twins.same(lambda queue, _: queue.cancel(MODEL, job_id, name, used_tokens=20 * number))
+        case "register":
+            await register(twins, job_id, worker, number, flag=flag)
         case "renew":
             named = {name: pair for name, pair in twins.nonces.items() if flag or name != job_id}
             rest = frozenset(JOB_IDS) - named.keys() - ({job_id} if flag else set())
@@ -170,6 +173,19 @@ async def take(twins: Twins, step: tuple[str, str, str, Band, bool, int]) -> Non
             twins.world.advance(number * 4.0)
         case _:
             await write(twins, verb, worker, number, flag=flag)
+
+
+async def register(twins: Twins, job_id: str, worker: str, number: int, *, flag: bool) -> None:
+    """Enters a job that runs already under a nonce of its own, also where another attempt is known."""
+    line = twins.memory._lines[MODEL]
+    # One submission is of one tenant, and of one size.
+    known = line.find(job_id)
+    job = make_job(job_id, tenant=f"t{number}", limits=TENANTS[number]) if known is None else known.job
+    job = replace(job, used_tokens=5 * number)
+    grant = Grant(job_id, 1, f"registered-{number}", worker, f"{worker}:1", WORKERS[worker][0], 1)
+    await twins.same(lambda queue, _: queue.register(job, grant, instead=flag))
+    if line.current(job_id, grant.nonce) is not None:
+        twins.nonces[job_id] = (grant.nonce, grant.nonce)
 
 
 def board(queue: JobQueue) -> BreakerBoard:

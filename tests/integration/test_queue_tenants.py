@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from services.common.errors import QueueFull, QuotaExceeded
-from services.gateway.core.jobs import Band, Outcome
+from services.gateway.core.jobs import Band, Grant, Outcome, Waiting
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.tenancy import TenantLimits
 from tests.fixtures.queue_world import KEYS, MODEL, QueueWorld, make_job
@@ -95,6 +97,40 @@ async def test_a_requeue_gives_back_the_charge(world: QueueWorld) -> None:
     assert world.client.zscore(KEYS.prefix + "served:2", "a") == 100.0
     await world.gateway().requeue(MODEL, "a", running.nonce, emitted=False)
     assert world.client.zscore(KEYS.prefix + "served:2", "a") == 0.0
+
+
+@pytest.mark.parametrize("end", ["cancel", "deadline", "reap", "stop"])
+async def test_what_was_produced_before_a_loss_is_charged_however_the_job_ends(
+    world: QueueWorld, end: str
+) -> None:
+    """It waits for another worker and ends there: share and minute know of its 900 tokens."""
+    lost = await world.grant("a", tenant="a", cost=1_000, timeout_s=20.0)
+    await world.wait("b", tenant="b")
+    await world.routes.remove_worker(MODEL, "w1", 1)
+    await world.gateway().requeue(MODEL, "a", lost.nonce, emitted=True, used_tokens=900)
+    if end == "cancel":
+        await world.gateway().cancel(MODEL, "a", "submission-of-a")
+    elif end == "stop":
+        await world.gateway().stop(MODEL, "a")
+    else:
+        world.advance(16 if end == "reap" else 21)
+        await world.gateway().reap(MODEL)
+    usage = await world.gateway().usage(MODEL, "a")
+    assert (usage.used_tokens, usage.reserved_tokens) == (900, 0)
+    assert world.client.zscore(KEYS.prefix + "served:2", "a") == 900.0
+
+
+async def test_what_was_produced_outlives_a_loss_in_redis(world: QueueWorld) -> None:
+    """The gateway enters the job again with what it has used; a registration keeps what was noted."""
+    for name in "ab":
+        await world.gateway().enqueue(replace(make_job(name, tenant=name, waited_s=1.0), used_tokens=70))
+    waiting = await world.gateway().enqueue(make_job("c", tenant="c"))
+    assert isinstance(waiting, Waiting)
+    other = Grant("b", 2, "nonce", "w1", "w1:1", "r1", 1)
+    assert await world.gateway().register(make_job("b", tenant="b"), other)
+    for name in "ab":
+        await world.gateway().cancel(MODEL, name, f"submission-of-{name}", used_tokens=7)
+        assert (await world.gateway().usage(MODEL, name)).used_tokens == 70
 
 
 async def test_going_on_after_a_failure_costs_a_turn_too(world: QueueWorld) -> None:

@@ -109,35 +109,52 @@ class FallbackJobQueue:
             )
         return settled
 
-    async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
+    async def requeue(
+        self, model: str, job_id: str, nonce: str, *, emitted: bool, used_tokens: int = 0
+    ) -> bool:
         """See `JobQueue.requeue`."""
-        self._give_back(job_id, nonce, emitted=emitted)
-        return await self._either(model, lambda queue: queue.requeue(model, job_id, nonce, emitted=emitted))
+        self._give_back(job_id, nonce, emitted=emitted, used_tokens=used_tokens)
+        return await self._either(
+            model,
+            lambda queue: queue.requeue(model, job_id, nonce, emitted=emitted, used_tokens=used_tokens),
+        )
 
     async def refused(self, model: str, job_id: str, nonce: str, *, hold_s: float) -> bool:
         """See `JobQueue.refused`."""
-        self._give_back(job_id, nonce, emitted=False)
+        self._give_back(job_id, nonce, emitted=False, used_tokens=0)
         return await self._either(model, lambda queue: queue.refused(model, job_id, nonce, hold_s=hold_s))
 
-    async def register(self, job: QueuedJob, grant: Grant) -> bool:
+    async def register(self, job: QueuedJob, grant: Grant, *, instead: bool = False) -> bool:
         """See `JobQueue.register`."""
         entry = self._book.write(job, self._clock.monotonic())
         entry.grant = grant
-        current = await self._either(job.model, lambda queue: queue.register(entry.job, grant))
+        current = await self._either(
+            job.model, lambda queue: queue.register(entry.job, grant, instead=instead)
+        )
         if not current:
             # Somebody else's now: nothing further is heard of it.
             self._book.strike(entry)
         return current
 
-    async def cancel(self, model: str, job_id: str, submission: str, tail: LogTail | None = None) -> None:
+    async def cancel(
+        self,
+        model: str,
+        job_id: str,
+        submission: str,
+        tail: LogTail | None = None,
+        *,
+        used_tokens: int = 0,
+    ) -> None:
         """See `JobQueue.cancel`."""
         entry = self._book.find(job_id)
         if entry is not None:
             submission = entry.job.submission
             self._book.strike(entry)
-        await self._either(model, lambda queue: queue.cancel(model, job_id, submission, tail))
+        await self._either(
+            model, lambda queue: queue.cancel(model, job_id, submission, tail, used_tokens=used_tokens)
+        )
         if self.degraded:
-            self._owed.append(OwedEnd(model, job_id, "", submission, Outcome.CANCELLED, 0))
+            self._owed.append(OwedEnd(model, job_id, "", submission, Outcome.CANCELLED, used_tokens))
 
     async def stop(self, model: str, job_id: str) -> bool:
         """See `JobQueue.stop`."""
@@ -149,8 +166,10 @@ class FallbackJobQueue:
 
     async def release(self, model: str, job_id: str, submission: str) -> bool:
         """See `JobQueue.release`."""
-        released = await self._either(model, lambda queue: queue.release(model, job_id, submission))
         entry = self._book.find(job_id)
+        if entry is not None:
+            submission = entry.job.submission
+        released = await self._either(model, lambda queue: queue.release(model, job_id, submission))
         if released and entry is not None:
             self._book.strike(entry)
         return released
@@ -254,11 +273,12 @@ class FallbackJobQueue:
             entry.at_store = grant.nonce
         return told
 
-    def _give_back(self, job_id: str, nonce: str, *, emitted: bool) -> None:
+    def _give_back(self, job_id: str, nonce: str, *, emitted: bool, used_tokens: int) -> None:
         entry = self._book.find(job_id)
         if entry is not None and entry.grant is not None and entry.grant.nonce == nonce:
             entry.grant = None
             entry.emitted = entry.emitted or emitted
+            entry.note_used(used_tokens)
             if not self.degraded:
                 entry.at_store = ""
 
@@ -283,16 +303,15 @@ class FallbackJobQueue:
         logs.get_logger().warning("queue.retreated", jobs=sum(1 for _ in self._book))
         self._own = own = self._standby.make_queue()
         own.on_grant(self._granted_by_own)
-        entries = sorted(self._book, key=lambda entry: entry.grant is None)
-        now_s = self._clock.monotonic()
+        now_s, waiting = self._clock.monotonic(), []
         # Running ones first, so that their slots are not lent again.
-        for entry in entries:
+        for entry in self._book:
             if entry.grant is not None:
                 await own.register(entry.aged(now_s), entry.grant)
             elif self._standby.serves(entry.job.model):
-                answer = await own.enqueue(entry.aged(now_s))
-                if isinstance(answer, Grant):
-                    self._receive(self._note(answer))
+                waiting.append(entry.aged(now_s))
+        # At once, not one by one: the loop stands still meanwhile.
+        own.adopt(waiting)
 
     async def _return(self, model: str) -> None:
         """Looks, when the breaker's sleep is over, whether the shared queue answers, and goes back to it."""

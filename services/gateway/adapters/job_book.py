@@ -48,6 +48,10 @@ class LiveEntry:
             waited_s=max(self.job.waited_s + passed_s, 0.001),
         )
 
+    def note_used(self, tokens: int) -> None:
+        """Notes what the job has used so far."""
+        self.job = replace(self.job, used_tokens=max(self.job.used_tokens, tokens))
+
     def rename(self) -> None:
         """Takes another submission nonce: the store remembers an end of the one before."""
         self.job = replace(self.job, submission=self.job.submission + ANOTHER)

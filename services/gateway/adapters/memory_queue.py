@@ -18,8 +18,9 @@ from services.common.errors import QueueFull, QuotaExceeded, RequestExists, Requ
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
 from services.gateway.core.log import LogTail, Notice, TakenUp
 from services.gateway.core.queue_errors import ended_error, hopeless, queue_full, tenant_full
+from services.gateway.core.queue_jobs import LiveJob
 from services.gateway.core.queue_limits import QueueLimits
-from services.gateway.core.queue_line import LiveJob, QueueLine, QueueWorker
+from services.gateway.core.queue_line import QueueLine, QueueWorker
 from services.gateway.core.queue_quota import window_age_s, window_left_s
 from services.gateway.core.tenancy import TenantUsage
 
@@ -86,32 +87,45 @@ class MemoryJobQueue:
 
     def _enqueue(self, line: QueueLine, job: QueuedJob) -> Grant | Waiting:
         self._expire(line)
-        known = line.jobs.get(job.job_id)
+        known = line.find(job.job_id)
         if known is None:
             self._admit(line, job)
         elif known.job.submission != job.submission:
             raise RequestExists("This request id is in use by a request that has not ended.")
         self._deliver(self._grant_free(line), besides=job.job_id)
-        entry = line.jobs.get(job.job_id)
+        entry = line.find(job.job_id)
         if entry is None:
             raise ended_error(line.ended[job.job_id].outcome)
         if known is None and entry.grant is None:
             self._check_time(line, entry)
         return entry.grant or line.place_of(entry)
 
+    def adopt(self, jobs: Iterable[QueuedJob]) -> None:
+        """Takes in jobs that were accepted elsewhere, oldest first, and then lends what is free.
+
+        None of them may be known here. Each takes the place that its `waited_s`, which is above 0, gives it.
+        """
+        lines: dict[str, QueueLine] = {}
+        for job in jobs:
+            lines[job.model] = line = self._line(job.model)
+            self._admit(line, job)
+        for line in lines.values():
+            self._deliver(self._grant_free(line))
+
     async def renew(self, model: str, running: Mapping[str, str], waiting: frozenset[str]) -> Renewal:
         """See `JobQueue.renew`."""
         line = self._line(model)
         self._expire(line)
-        unknown = line.jobs.keys() - running.keys() - waiting
-        somebody_waits = bool(line.waiting())
+        unknown = line.jobs.by_id.keys() - running.keys() - waiting
+        somebody_waits = line.jobs.waiting_count > 0
         made = self._grant_free(line)
-        known = {job_id: entry for job_id, entry in line.jobs.items() if job_id in waiting}
+        known = {job_id: entry for job_id in waiting if (entry := line.find(job_id)) is not None}
         lost = {job_id for job_id, nonce in running.items() if line.current(job_id, nonce) is None}
-        missed = [entry.grant for entry in known.values() if entry.grant and entry.grant not in made]
+        nonces = {grant.nonce for grant in made}
+        missed = [entry.grant for entry in known.values() if entry.grant and entry.grant.nonce not in nonces]
         return Renewal(
             granted=(*missed, *made),
-            waiting={job_id: line.place_of(entry) for job_id, entry in known.items() if entry.grant is None},
+            waiting=line.places_of(entry for entry in known.values() if entry.grant is None),
             lost=frozenset(lost | (waiting - known.keys())),
             unknown=frozenset(unknown),
             workers=line.places.open_workers(self._now()) if somebody_waits else None,
@@ -137,13 +151,16 @@ class MemoryJobQueue:
         self._deliver(self._grant_free(line))
         return entry is not None
 
-    async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
+    async def requeue(
+        self, model: str, job_id: str, nonce: str, *, emitted: bool, used_tokens: int = 0
+    ) -> bool:
         """See `JobQueue.requeue`."""
         line = self._line(model)
         entry = line.current(job_id, nonce)
         if entry is None or entry.grant is None:
             return self._is_repeated(line, job_id, nonce)
         entry.pin_until = self._now() + self._limits.failover_wait_s
+        entry.note_used(used_tokens)
         self._put_back(line, entry, self._limits.suspect_s, pin=emitted)
         return True
 
@@ -157,13 +174,15 @@ class MemoryJobQueue:
         self._put_back(line, entry, hold_s, pin=False)
         return True
 
-    async def register(self, job: QueuedJob, grant: Grant) -> bool:
+    async def register(self, job: QueuedJob, grant: Grant, *, instead: bool = False) -> bool:
         """See `JobQueue.register`."""
         line = self._line(job.model)
-        known, ended = line.jobs.get(job.job_id), line.ended.get(job.job_id)
-        if known is not None and known.grant is not None:
-            return known.grant.nonce == grant.nonce
+        known, ended = line.find(job.job_id), line.ended.get(job.job_id)
+        if line.current(job.job_id, grant.nonce) is not None:
+            return True
         if known is not None and known.job.submission != job.submission:
+            return False
+        if known is not None and known.grant is not None and not instead:
             return False
         if ended is not None and ended.submission == job.submission:
             return False
@@ -172,21 +191,29 @@ class MemoryJobQueue:
         line.hold(job, grant, self._now(), self._limits.aging_s)
         return True
 
-    async def cancel(self, model: str, job_id: str, submission: str, tail: LogTail | None = None) -> None:
+    async def cancel(
+        self,
+        model: str,
+        job_id: str,
+        submission: str,
+        tail: LogTail | None = None,
+        *,
+        used_tokens: int = 0,
+    ) -> None:
         """See `JobQueue.cancel`."""
         line = self._line(model)
-        entry = line.jobs.get(job_id)
+        entry = line.find(job_id)
         if entry is not None and entry.job.submission == submission:
             self._write_tail(job_id, tail)
-            self._end(line, entry, Outcome.CANCELLED)
+            self._end(line, entry, Outcome.CANCELLED, used_tokens)
         self._deliver(self._grant_free(line))
 
     async def stop(self, model: str, job_id: str) -> bool:
         """See `JobQueue.stop`. What lives is this gateway's own, and is ended by its own means."""
         line = self._line(model)
-        if job_id not in line.jobs and job_id not in line.ended:
+        if line.find(job_id) is None and job_id not in line.ended:
             raise RequestUnknown("No request of that id is under way for this subject.")
-        return job_id in line.jobs
+        return line.find(job_id) is not None
 
     async def take_up(self, model: str, job_id: str) -> TakenUp | None:  # noqa: ARG002 - see the port
         """See `JobQueue.take_up`. No other process could leave anything here."""
@@ -200,15 +227,15 @@ class MemoryJobQueue:
         """See `JobQueue.reap`. There is no other gateway; pinned jobs that nobody can continue end."""
         line, now = self._line(model), self._now()
         held = {revision for worker in line.places.workers.values() for revision in worker.ready}
-        for entry in line.waiting():
-            if entry.pin and entry.pin not in held and entry.pin_until <= now:
+        for entry in line.jobs.all_pinned():
+            if entry.pin not in held and entry.pin_until <= now:
                 self._end(line, entry, Outcome.FAILED)
         self._deliver(self._grant_free(line))
         return ()
 
     async def length(self, model: str) -> int:
         """See `JobQueue.length`."""
-        return len(self._line(model).waiting())
+        return self._line(model).jobs.waiting_count
 
     async def list_open(self, model: str, worker_id: str, sleep_s: float | None) -> None:
         """See `BreakerBoard.list_open`."""
@@ -228,7 +255,7 @@ class MemoryJobQueue:
             window_age_s(now),
             account.used_tokens,
             account.reserved_tokens,
-            line.running(tenant),
+            line.jobs.running[tenant],
         )
 
     def _write_tail(self, job_id: str, tail: LogTail | None) -> None:
@@ -245,7 +272,7 @@ class MemoryJobQueue:
             return None
         account = line.quotas.account(job.tenant, now)
         taken = account.used_tokens + account.reserved_tokens
-        requests = sum(entry.job.tenant == job.tenant for entry in line.jobs.values())
+        requests = line.jobs.tenants[job.tenant]
         return allowance_of(limits.tokens_per_minute, taken, window_left_s(now), limits.concurrency, requests)
 
     def _line(self, model: str) -> QueueLine:
@@ -268,17 +295,17 @@ class MemoryJobQueue:
         if self._is_crowded(line, tenant):
             # A hold may have ended since the last call.
             self._deliver(self._grant_free(line))
-        waiting = line.waiting()
-        own = sum(entry.job.tenant == tenant for entry in waiting)
-        if len(waiting) >= self._limits.waiting_jobs_max:
-            raise queue_full(len(waiting), line.wait_s(0))
+        waiting, own = line.jobs.waiting_count, line.jobs.waiting[tenant]
+        if waiting >= self._limits.waiting_jobs_max:
+            raise queue_full(waiting, line.wait_s(0))
         if own >= self._limits.tenant_waiting_jobs_max:
             raise tenant_full(own, line.wait_s(0))
 
     def _is_crowded(self, line: QueueLine, tenant: str) -> bool:
-        waiting = line.waiting()
-        own = sum(entry.job.tenant == tenant for entry in waiting)
-        return len(waiting) >= self._limits.waiting_jobs_max or own >= self._limits.tenant_waiting_jobs_max
+        return (
+            line.jobs.waiting_count >= self._limits.waiting_jobs_max
+            or line.jobs.waiting[tenant] >= self._limits.tenant_waiting_jobs_max
+        )
 
     def _check_time(self, line: QueueLine, entry: LiveJob) -> None:
         """Lets nobody wait for nothing: a job that starts too late to end in time goes at once."""
@@ -311,7 +338,7 @@ class MemoryJobQueue:
 
     def _is_repeated(self, line: QueueLine, job_id: str, nonce: str) -> bool:
         """Whether a call is the repetition of one whose answer was lost; grants like every call."""
-        entry = line.jobs.get(job_id)
+        entry = line.find(job_id)
         repeated = entry is not None and entry.ended_nonce == nonce
         made = self._grant_free(line)
         if repeated and entry is not None and entry.grant is not None and entry.grant not in made:
@@ -325,9 +352,8 @@ class MemoryJobQueue:
         line.remember(entry, outcome, now + self._limits.record_ttl_s, now)
 
     def _expire(self, line: QueueLine) -> None:
-        for entry in line.waiting():
-            if entry.deadline <= self._now():
-                self._end(line, entry, Outcome.EXPIRED)
+        for entry in line.overdue(self._now()):
+            self._end(line, entry, Outcome.EXPIRED)
 
     def _grant_free(self, line: QueueLine) -> list[Grant]:
         self._expire(line)

@@ -130,6 +130,7 @@ class RedisJobQueue:
                 *self._kept(job),
                 int(self._expects_route(job.model)),
                 job.slots,
+                job.used_tokens,
             )
         grants = reply[3] if len(reply) > 3 else []
         own = self._deliver(grants, besides=job.job_id)
@@ -176,13 +177,15 @@ class RedisJobQueue:
         self._deliver(grants)
         return bool(current)
 
-    async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
+    async def requeue(
+        self, model: str, job_id: str, nonce: str, *, emitted: bool, used_tokens: int = 0
+    ) -> bool:
         """See `JobQueue.requeue`."""
         suspect_s = self._limits.suspect_s
         pin_ms = ms(self._limits.failover_wait_s)
         with self._calling(job_id):
             current, grants = await self._run(
-                "requeue", model, job_id, nonce, int(emitted), ms(suspect_s), pin_ms
+                "requeue", model, job_id, nonce, int(emitted), ms(suspect_s), pin_ms, used_tokens
             )
         self._deliver(grants)
         self._look_after(model, suspect_s)
@@ -196,7 +199,7 @@ class RedisJobQueue:
         self._look_after(model, hold_s)
         return bool(current)
 
-    async def register(self, job: QueuedJob, grant: Grant) -> bool:
+    async def register(self, job: QueuedJob, grant: Grant, *, instead: bool = False) -> bool:
         """See `JobQueue.register`."""
         with self._calling(job.job_id):
             current = await self._run(
@@ -214,13 +217,23 @@ class RedisJobQueue:
                 ms(self._limits.aging_s),
                 *self._kept(job),
                 job.slots,
+                job.used_tokens,
+                int(instead),
             )
         return bool(current)
 
-    async def cancel(self, model: str, job_id: str, submission: str, tail: LogTail | None = None) -> None:
+    async def cancel(
+        self,
+        model: str,
+        job_id: str,
+        submission: str,
+        tail: LogTail | None = None,
+        *,
+        used_tokens: int = 0,
+    ) -> None:
         """See `JobQueue.cancel`."""
         with self._calling(job_id):
-            grants = await self._run("cancel", model, job_id, submission, *tail_args(tail))
+            grants = await self._run("cancel", model, job_id, submission, used_tokens, *tail_args(tail))
         self._deliver(grants)
 
     async def stop(self, model: str, job_id: str) -> bool:

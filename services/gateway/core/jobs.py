@@ -50,6 +50,8 @@ class QueuedJob:
         digest: Digest of what was asked: the same id with another one is a conflict.
         payload: What another gateway needs to carry it on, of a resumable job; empty: it is not resumable.
         slots: Slots of one worker that it takes: one for each sequence.
+        used_tokens: What it has used of them already, in attempts whose workers were lost: it is charged no
+            less, however it ends.
     """
 
     job_id: str
@@ -64,6 +66,7 @@ class QueuedJob:
     digest: str = ""
     payload: str = ""
     slots: int = 1
+    used_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,15 +70,20 @@ class JobQueue(Protocol):
     ) -> bool:
         """Ends a granted job and frees its slot. Without effect unless the grant is current.
 
-        What its tenant was charged, and what was reserved of its quota, is corrected to `used_tokens`. Of a
-        resumable job it writes `tail` in the same step. Returns whether the grant was current.
+        What its tenant was charged, and what was reserved of its quota, is corrected to `used_tokens`, or to
+        what the job had used before if that is more. Of a resumable job it writes `tail` in the same step.
+        Returns whether the grant was current.
         """
         ...
 
-    async def requeue(self, model: str, job_id: str, nonce: str, *, emitted: bool) -> bool:
+    async def requeue(
+        self, model: str, job_id: str, nonce: str, *, emitted: bool, used_tokens: int = 0
+    ) -> bool:
         """Puts a job back at its old place after its worker failed; pinned to its revision if `emitted`.
 
-        Returns whether the grant was current; if not, the job is somebody else's or gone.
+        The charge is taken back. `used_tokens` is what the job has used so far: it is charged when the job
+        ends, be it while it waits. Returns whether the grant was current; if not, the job is somebody else's
+        or gone.
         """
         ...
 
@@ -86,18 +91,27 @@ class JobQueue(Protocol):
         """Puts a job back that its worker refused, at no cost in attempts; the worker is held a moment."""
         ...
 
-    async def register(self, job: QueuedJob, grant: Grant) -> bool:
+    async def register(self, job: QueuedJob, grant: Grant, *, instead: bool = False) -> bool:
         """Enters a job that runs already, after the queue lost it, so that its slot counts again.
 
-        What the queue knows wins: another attempt, an end, or a namesake. Returns whether `grant` is
-        current now; if not, the job is somebody else's or has ended.
+        What the queue knows wins: another attempt, an end, or a namesake. Only the submission's own wait
+        gives way; and with `instead` an attempt of it, too, of which the caller knows that it does not run.
+        Returns whether `grant` is current now; if not, the job is somebody else's or has ended.
         """
         ...
 
-    async def cancel(self, model: str, job_id: str, submission: str, tail: LogTail | None = None) -> None:
+    async def cancel(
+        self,
+        model: str,
+        job_id: str,
+        submission: str,
+        tail: LogTail | None = None,
+        *,
+        used_tokens: int = 0,
+    ) -> None:
         """Withdraws a submission: ends the job if it waits, or was granted without the caller's knowing.
 
-        Of a resumable job it writes `tail` in the same step.
+        Its tenant is charged as by `settle`. Of a resumable job it writes `tail` in the same step.
         """
         ...
 

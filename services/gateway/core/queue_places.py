@@ -6,8 +6,7 @@ Pure: times are arguments, in seconds. Leases of workers do not lapse here.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.gateway.core.jobs import QueuedJob
@@ -50,16 +49,17 @@ class Places:
         workers: The workers by their names.
         suspect_until: Until when workers get no job.
         opened: Workers whose breaker is open.
-        running: The slots that are taken of each worker; the line keeps it.
-        kept_free: Workers whose free slots are kept, until the next grant, for a job that needs more of them.
+        running: The slots that are taken of each worker, at the last look.
+        free: The workers that may take a job, since the last look. Those whose free slots are kept for a job
+            that needs more of them are left out.
     """
 
     weights: dict[str, int] = field(default_factory=dict)
     workers: dict[str, QueueWorker] = field(default_factory=dict)
     suspect_until: dict[str, float] = field(default_factory=dict)
     opened: dict[str, OpenPair] = field(default_factory=dict)
-    running: Counter[str] = field(default_factory=Counter)
-    kept_free: set[str] = field(default_factory=set)
+    running: Mapping[str, int] = field(default_factory=dict)
+    free: dict[str, QueueWorker] = field(default_factory=dict)
 
     @property
     def slots(self) -> int:
@@ -86,21 +86,27 @@ class Places:
             for worker in self.workers.values()
         )
 
-    def place(self, job: QueuedJob, pin: str, avoid: str, now: float) -> Place | None:
+    def look(self, running: Mapping[str, int], now: float) -> None:
+        """Looks who has a free slot; `running` says how many of each worker are taken."""
+        self.running = running
+        self.free = {
+            worker.worker_id: worker for worker in self.workers.values() if self._is_free(worker, now)
+        }
+
+    def place(self, job: QueuedJob, pin: str, avoid: str) -> Place | None:
         """Where a job may go: its pin alone, or the revision of its hash and then the others.
 
         While no worker has enough free slots for it, those that are free are kept for it.
         """
-        revisions = [pin] if pin else list(self._revisions(job.job_id))
-        for revision in revisions:
-            if (place := self._pick(revision, avoid, job.slots, now)) is not None:
+        revisions = {pin} if pin else {revision for revision, weight in self.weights.items() if weight > 0}
+        able = [worker for worker in self.free.values() if not revisions.isdisjoint(worker.ready)]
+        if not able:
+            return None
+        for revision in [pin] if pin else self._revisions(job.job_id):
+            if (place := self._pick(able, revision, avoid, job.slots)) is not None:
                 return place
-        short = {
-            worker.worker_id
-            for worker in self.workers.values()
-            if any(self._may_take(worker, revision, now) for revision in revisions)
-        }
-        self.kept_free |= short
+        for worker in able:
+            del self.free[worker.worker_id]
         return None
 
     def note_trial(self, worker_id: str, now: float) -> None:
@@ -114,13 +120,13 @@ class Places:
             yield wanted
             yield from (revision for revision in routed if revision != wanted)
 
-    def _pick(self, revision: str, avoid: str, slots: int, now: float) -> Place | None:
+    def _pick(self, able: Sequence[QueueWorker], revision: str, avoid: str, slots: int) -> Place | None:
         """The least loaded worker with enough free slots; the one to avoid only if there is no other."""
-        free = [worker for worker in self.workers.values() if self._may_take(worker, revision, now)]
+        needed = min(slots, self._largest)
         found = [
-            (worker.worker_id == avoid, self.running[worker.worker_id] / worker.slots, worker.worker_id)
-            for worker in free
-            if worker.slots - self.running[worker.worker_id] >= min(slots, self._largest)
+            (worker.worker_id == avoid, self._taken(worker) / worker.slots, worker.worker_id)
+            for worker in able
+            if revision in worker.ready and worker.slots - self._taken(worker) >= needed
         ]
         if not found:
             return None
@@ -132,13 +138,15 @@ class Places:
         """Slots of the largest worker: what needs more is given a whole one, which refuses it in words."""
         return max((worker.slots for worker in self.workers.values() if not worker.draining), default=1)
 
-    def _may_take(self, worker: QueueWorker, revision: str, now: float) -> bool:
-        """Whether a worker has a free slot for a revision that is not kept for another job."""
+    def _is_free(self, worker: QueueWorker, now: float) -> bool:
+        """Whether a worker takes jobs, and has a free slot."""
         pair = self.opened.get(worker.worker_id)
         is_closed = pair is None or (pair.sleep_s is not None and pair.until <= now)
         is_open = not worker.draining and is_closed and not self._is_suspect(worker.worker_id, now)
-        has_slot = self.running[worker.worker_id] < worker.slots and worker.worker_id not in self.kept_free
-        return revision in worker.ready and is_open and has_slot
+        return is_open and self._taken(worker) < worker.slots
+
+    def _taken(self, worker: QueueWorker) -> int:
+        return self.running.get(worker.worker_id, 0)
 
     def _is_suspect(self, worker_id: str, now: float) -> bool:
         return self.suspect_until.get(worker_id, now) > now

@@ -120,6 +120,10 @@ class Narration:
         self._outbox.put(finished)
         return replace(finished, usage=self.answers.usage)
 
+    def charged_tokens(self) -> int:
+        """What is charged of a request that waits again or leaves; the prompt once anything was generated."""
+        return self.answers.used_tokens if self.answers.progress else 0
+
     def _say_started(self) -> None:
         if self._unsaid and self.started is not None:
             self._unsaid = False

@@ -60,6 +60,7 @@ class Ticket:
         queue: The queue.
         clock: Measures what is left of the deadline.
         holder: Hears the answers.
+        used_tokens: Tells what is charged however the job ends.
         on_idle: Is called whenever nothing is owed to the queue.
     """
 
@@ -69,12 +70,14 @@ class Ticket:
         queue: JobQueue,
         clock: Clock,
         holder: TicketHolder,
+        used_tokens: Callable[[], int],
         on_idle: Callable[[], None],
     ) -> None:
         self._job = job
         self._queue = queue
         self._clock = clock
         self._holder = holder
+        self._used_tokens = used_tokens
         self._accepted_s = clock.monotonic() - job.waited_s
         # The queue knows a job that another gateway began.
         self._known = job.waited_s > 0
@@ -105,6 +108,7 @@ class Ticket:
             digest=job.digest,
             payload=self._payload,
             slots=job.params.n,
+            used_tokens=self._used_tokens(),
         )
 
     def do(self, errand: Errand) -> None:
@@ -120,7 +124,8 @@ class Ticket:
 
         async def call() -> None:
             job = self._job
-            await self._queue.cancel(job.model, job.job_id, job.submission, self._holder.tail())
+            tail, used_tokens = self._holder.tail(), self._used_tokens()
+            await self._queue.cancel(job.model, job.job_id, job.submission, tail, used_tokens=used_tokens)
             self._holder.settled(current=True)
 
         self._errands.add(call)
@@ -130,7 +135,9 @@ class Ticket:
 
         async def call() -> None:
             job = self._job
-            known = await self._queue.requeue(job.model, job.job_id, grant.nonce, emitted=emitted)
+            known = await self._queue.requeue(
+                job.model, job.job_id, grant.nonce, emitted=emitted, used_tokens=self._used_tokens()
+            )
             self._after_return(known=known)
 
         self._errands.add(call)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 
@@ -15,8 +17,10 @@ from services.gateway.adapters.pybreaker_circuit import Circuit
 from services.gateway.adapters.standby import FleetView, Standby
 from services.gateway.core.breaker import State
 from services.gateway.core.jobs import Band, Grant, Outcome, QueuedJob, Waiting
+from services.gateway.core.queue_jobs import LiveJobs
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.queue_line import QueueWorker
+from services.gateway.core.tenancy import TenantLimits
 from tests.fakes.turned_clock import TurnedClock
 
 MODEL = "m"
@@ -73,12 +77,12 @@ class World:
         """The store answers again, as it was or without any job; the next renewal finds it."""
         self.store.down = self.store.loses_answers = False
         if empty:
-            self.store._lines[MODEL].jobs.clear()
+            self.store._lines[MODEL].jobs = LiveJobs()
         self.clock.turn(1)
 
     def at_store(self) -> dict[str, str]:
         """What the store knows: the job's nonce, or empty while it waits."""
-        jobs = self.store._lines[MODEL].jobs
+        jobs = self.store._lines[MODEL].jobs.by_id
         return {name: "" if entry.grant is None else entry.grant.nonce for name, entry in jobs.items()}
 
 
@@ -207,6 +211,22 @@ async def test_the_store_learns_the_truth_when_it_is_back(world: World, empty: b
     assert not world.heard[-1].degraded
 
 
+@pytest.mark.parametrize("back", [False, True], ids=["ends-meanwhile", "ends-after"])
+async def test_what_was_produced_before_a_loss_is_charged_at_the_store(world: World, *, back: bool) -> None:
+    """The worker is lost while the store is gone, and so is the job's end, or it comes after the return."""
+    before = await granted(world, "a")
+    world.store.down = True
+    await world.queue.requeue(MODEL, "a", before.nonce, emitted=True, used_tokens=7)
+    if not back:
+        await world.queue.cancel(MODEL, "a", "s-a", used_tokens=7)
+    await world.come_back(empty=False)
+    await world.queue.renew(MODEL, {}, frozenset("a"))
+    if back:
+        await world.queue.cancel(MODEL, "a", "s-a")
+    assert world.at_store() == {}
+    assert (await world.store.usage(MODEL, "alice")).used_tokens == 7
+
+
 async def test_a_call_whose_answer_was_lost_is_undone(world: World) -> None:
     """The store granted a slot that nobody heard of; the job runs there once, under its own grant."""
     world.store.loses_answers = True
@@ -245,6 +265,51 @@ async def test_without_knowledge_there_is_no_fallback(world: World) -> None:
         with pytest.raises(StoreUnavailable):
             await world.queue.enqueue(other)
     assert not tuple(world.queue._book)
+
+
+async def steps_of(work: Awaitable[object]) -> int:
+    """How many functions are called until something is done: its cost, whatever else the machine does."""
+    steps = 0
+
+    def count(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+
+    sys.setprofile(count)
+    try:
+        await work
+    finally:
+        sys.setprofile(None)
+    return steps
+
+
+async def steps_with_a_full_queue(waiting: int) -> dict[str, int]:
+    """What it costs to lose the store while so many jobs of ten tenants wait, and to go on without it."""
+    world, limits = World(), TenantLimits(concurrency=1)
+    running = [await granted(world, name) for name in "xy"]
+    names = [f"j{number}" for number in range(waiting)]
+    for number, name in enumerate(names):
+        band = list(Band)[number % 3]
+        one = replace(job(name), tenant=f"t{number % 10}", band=band, waited_s=1.0, limits=limits)
+        assert isinstance(await world.queue.enqueue(one), Waiting)
+    world.store.down = True
+    fences = {grant.job_id: grant.nonce for grant in running}
+    first = running[0]
+    return {
+        "retreat": await steps_of(world.queue.renew(MODEL, fences, frozenset(names))),
+        "renewal": await steps_of(world.queue.renew(MODEL, fences, frozenset(names))),
+        "enqueue": await steps_of(world.queue.enqueue(replace(job("late"), waited_s=1.0))),
+        "settle": await steps_of(world.queue.settle(MODEL, "x", first.nonce, Outcome.FINISHED, 10)),
+    }
+
+
+async def test_a_full_queue_does_not_hold_the_loop_when_the_store_goes() -> None:
+    """Ten times the jobs cost about ten times as much to move and to renew, and one more is taken at once."""
+    few, many = await steps_with_a_full_queue(100), await steps_with_a_full_queue(1_000)
+    assert many["retreat"] < 20 * few["retreat"]
+    assert many["renewal"] < 20 * few["renewal"]
+    assert many["enqueue"] < 3 * few["enqueue"]
+    assert many["settle"] < 3 * few["settle"]
 
 
 async def test_an_operator_may_keep_the_store_out(world: World) -> None:

@@ -69,6 +69,22 @@ async def test_a_new_attempt_gets_no_more_credit_than_the_reader_left(world: Wor
     assert (second.order.attempt, second.order.credit_tokens) == (2, 3)
 
 
+@pytest.mark.parametrize(("said", "used"), [("abcde", 8), ("", 0)], ids=["tokens", "nothing"])
+async def test_what_was_produced_before_a_loss_is_told_to_the_queue(
+    world: World, said: str, used: int
+) -> None:
+    """With the return of the slot, and again as the client leaves: prompt and answer, or nothing at all."""
+    generation = await world.dispatcher.submit(job())
+    sink = world.workers.attempts[0].sink
+    if said:
+        sink.output(Output(0, ids(said)))
+    sink.lost("test", Loss.PROCESS)
+    await world.queue.wait_for("requeue", "n1")
+    await generation.aclose()
+    await world.queue.wait_for("cancel", "s-j")
+    assert world.queue.used == [used, used]
+
+
 @pytest.mark.parametrize("output", [Output(1, ids("x")), Output(0, ids("x" * 101))], ids=["gap", "too many"])
 async def test_tokens_that_do_not_continue_the_text_end_the_attempt(world: World, output: Output) -> None:
     """A worker that breaks the protocol is treated as lost, and told to stop."""

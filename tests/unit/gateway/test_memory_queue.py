@@ -129,6 +129,23 @@ async def test_a_pinned_job_ends_when_nobody_can_continue_it(
     assert await queue.length(MODEL) == 0
 
 
+@pytest.mark.parametrize("end", ["cancel", "deadline", "reap"])
+async def test_what_was_produced_before_a_loss_is_charged_however_the_job_ends(
+    queue: MemoryJobQueue, clock: SteppedClock, end: str
+) -> None:
+    """As in Redis: the job waits for another worker when it ends."""
+    first = await enqueue_granted(queue, "a")
+    queue.remove_worker(MODEL, "w1")
+    await queue.requeue(MODEL, "a", first.nonce, emitted=True, used_tokens=7)
+    clock.seconds += {"cancel": 0, "deadline": 61, "reap": 16}[end]
+    if end == "cancel":
+        await queue.cancel(MODEL, "a", "a")
+    else:
+        await queue.reap(MODEL)
+    usage = await queue.usage(MODEL, "tenant")
+    assert (usage.used_tokens, usage.reserved_tokens) == (7, 0)
+
+
 async def test_what_runs_already_can_be_registered(queue: MemoryJobQueue) -> None:
     """It takes its slot; another attempt of the same job does not."""
     grant = Grant("a", 2, "nonce", "w1", "w1:1", "r1", 7)

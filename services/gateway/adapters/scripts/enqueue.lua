@@ -1,6 +1,6 @@
 -- enqueue(job_id, submission, tenant, band, cost_tokens, timeout_ms, waited_ms, weight, concurrency | '',
 --         tokens_per_minute | '', waiting_jobs_max, tenant_waiting_jobs_max, aging_ms, digest, payload, keep_ms,
---         expects_route, slots)
+--         expects_route, slots, used_tokens)
 -- Accepts a job, and grants it its slots of a worker at once where they are free and it is its turn.
 -- Returns {'granted' | 'waiting', position, wait_ms, grants, account}, {'exists'}, {'ended', outcome},
 -- {'emptied'} where the caller knows of a route that is not here, or a refusal: {'full' | 'tenant_full',
@@ -14,7 +14,7 @@ local cost, timeout_ms, waited_ms = ARGV[10], tonumber(ARGV[11]), tonumber(ARGV[
 local weight, cap, limit = ARGV[13], ARGV[14], tonumber(ARGV[15])
 local jobs_max, tenant_jobs_max, aging_ms = tonumber(ARGV[16]), tonumber(ARGV[17]), tonumber(ARGV[18])
 local digest, payload, keep_ms, expects_route = ARGV[19], ARGV[20], ARGV[21], ARGV[22] == '1'
-local slots = ARGV[23]
+local slots, used_tokens = ARGV[23], tonumber(ARGV[24])
 
 if expects_route and not has_route() then return { 'emptied' } end
 
@@ -82,6 +82,7 @@ local job = {
   -- Most jobs take one, and their records do not say so.
   slots = slots ~= '1' and slots or nil,
 }
+note_used(job, used_tokens)
 note_resumable(job, digest, payload, keep_ms)
 store_job(job)
 admit_job(job)

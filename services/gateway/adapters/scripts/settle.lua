@@ -11,7 +11,6 @@ if settled then
   if outcome == 'finished' then note_service(job) end
   if ARGV[10] and job.keep_ms then append_log(job, tonumber(ARGV[10]), 11) end
   finish_job(job, outcome, tonumber(used_tokens))
-  redis.call('HSET', PREFIX .. 'job:' .. id, 'used', used_tokens)
 end
 grant_free()
 return { settled and 1 or 0, GRANTED }

@@ -84,6 +84,12 @@ local function take_waiting(job)
   redis.call('ZREM', PREFIX .. 'deadline:' .. job.band, job.id)
 end
 
+-- Notes what a job has used so far; what was noted before does not become less. Most jobs lose no worker, and
+-- their records do not say so.
+local function note_used(job, tokens)
+  if tokens > tonumber(job.used or 0) then job.used = tokens end
+end
+
 local function slots_of(job)
   return tonumber(job.slots or 1)
 end
@@ -136,15 +142,23 @@ local function keep_log(job)
   redis.call('PEXPIRE', PREFIX .. 'log:' .. job.id, job.keep_ms)
 end
 
--- Ends a live job that has used so many tokens. Its record stays a while, so that a repeated call finds out
--- how it ended.
+-- Ends a live job that has used so many tokens, or as many as were noted before. Its record stays a while, so
+-- that a repeated call finds out how it ended.
 local function finish_job(job, outcome, used_tokens)
-  if job.state == 'waiting' then take_waiting(job) else take_running(job) end
-  release_job(job, used_tokens or 0)
+  note_used(job, used_tokens or 0)
+  local used = tonumber(job.used or 0)
+  if job.state == 'waiting' then
+    take_waiting(job)
+    -- The charge of its last grant was taken back when its worker was lost.
+    if used > 0 then charge_waiting(job, used) end
+  else
+    take_running(job)
+  end
+  release_job(job, used)
   redis.call('ZREM', PREFIX .. 'lease', job.id)
   redis.call('HDEL', PREFIX .. 'owned:' .. job.owner, job.id)
   redis.call('DEL', PREFIX .. 'job:' .. job.id, PREFIX .. 'payload:' .. job.id)
-  redis.call('HSET', PREFIX .. 'job:' .. job.id, 'state', outcome, 'submission', job.submission)
+  redis.call('HSET', PREFIX .. 'job:' .. job.id, 'state', outcome, 'submission', job.submission, 'used', used)
   redis.call('PEXPIRE', PREFIX .. 'job:' .. job.id, RECORD_MS)
   if job.keep_ms then keep_log(job) end
 end

@@ -87,6 +87,19 @@ local function entry_of(band, tenant)
   return entry, tonumber(slack)
 end
 
+-- A tenant is charged outside its turn, perhaps with nothing else waiting in the band.
+local function enter_unless_waiting(band, tenant)
+  if redis.call('EXISTS', PREFIX .. 'waiting:' .. band .. ':' .. tenant) == 0 then enter_band(band, tenant) end
+end
+
+-- Charges what a job has used that ends while it waits, after it has left its line.
+local function charge_waiting(job, used_tokens)
+  enter_unless_waiting(job.band, job.tenant)
+  local amount = string.format('%.17g', used_tokens / tonumber(job.weight))
+  redis.call('ZINCRBY', PREFIX .. 'served:' .. job.band, amount, job.tenant)
+  rank_tenant(job.band, job.tenant)
+end
+
 -- Charges a grant by its estimate; the floor rises to the least counter of those that wait.
 local function charge_grant(job)
   local band, tenant = job.band, job.tenant
@@ -94,9 +107,9 @@ local function charge_grant(job)
     local least = tonumber(redis.call('ZRANGE', PREFIX .. 'tenants:' .. band, 0, 0, 'WITHSCORES')[2])
     local floor = tonumber(redis.call('HGET', PREFIX .. 'floors', band) or 0)
     if least > floor then redis.call('HSET', PREFIX .. 'floors', band, string.format('%.17g', least)) end
-  elseif redis.call('EXISTS', PREFIX .. 'waiting:' .. band .. ':' .. tenant) == 0 then
-    -- Its turn is none of the line's, and its tenant has no other job there.
-    enter_band(band, tenant)
+  else
+    -- Its turn is none of the line's, and its tenant may have no other job there.
+    enter_unless_waiting(band, tenant)
   end
   job.charged = string.format('%.17g', tonumber(job.cost) / tonumber(job.weight))
   job.entry = entry_of(band, tenant)
