@@ -177,7 +177,8 @@ class Conductor:
                 )
             if spec.revision == serving:
                 raise RevisionInUse(f"The revision {spec.revision} serves already.")
-            _check_takes_over(self._catalog.revision(spec.model, serving).manifest, revision.manifest)
+            before = self._catalog.revision(spec.model, serving).manifest
+            _check_takes_over(before, revision.manifest, has_served=self._has_served(spec.revision))
             made = create(rollout_id, spec, serving, self._now_ms(), self._catalog.wanted(spec.model))
             self._making = (serving, spec.revision)
             try:
@@ -256,18 +257,24 @@ class Conductor:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
+    def _has_served(self, revision: str) -> bool:
+        return any(one.state is State.COMPLETED and one.previous == revision for one in self.all)
+
     def _now_ms(self) -> int:
         return int(self._clock.now() * 1000)
 
 
-def _check_takes_over(before: Manifest, after: Manifest) -> None:
-    """Raises ArgumentInvalid where requests that `before` was good for could not be answered by `after`."""
+def _check_takes_over(before: Manifest, after: Manifest, *, has_served: bool) -> None:
+    """Raises ArgumentInvalid where requests that `before` was good for could not be answered by `after`.
+
+    The way back to what has served is open: few requests need what it lacks, and there are reasons to go.
+    """
     if before.tokenizer_sha256 != after.tokenizer_sha256:
         raise ArgumentInvalid(
             "revision: it has another tokenizer or chat template than the one that serves, and "
             "running requests could not go on with it. Register it as a model of its own."
         )
-    if after.context_tokens < before.context_tokens:
+    if after.context_tokens < before.context_tokens and not has_served:
         raise ArgumentInvalid(
             f"revision: its context holds {after.context_tokens} tokens, that of the one that serves "
             f"{before.context_tokens}, and requests that were accepted could be too long for it. Push it "

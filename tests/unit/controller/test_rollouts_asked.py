@@ -39,6 +39,19 @@ async def test_a_shorter_context_is_refused(world: World, tokens: int, *, refuse
     assert world.coordinator.rollouts.current is None
 
 
+async def test_the_way_back_to_less_context_is_open(world: World) -> None:
+    """An update to more of it can be taken back also after it was judged."""
+    manifest = Manifest("m", "", (), "nf4", "auto", 65, "t").named()
+    world.catalog.register(Revision(manifest, "", 0.0))
+    await world.start(revision=manifest.revision, bake_s=0.0)
+    await world.settle(2)
+    assert world.states[-1] is State.COMPLETED
+    with pytest.raises(ArgumentInvalid, match="holds 64 tokens"):
+        await world.start(revision=world.new)
+    back = await world.coordinator.start_rollout("back", Spec(model="m", revision=world.old))
+    assert back.state is State.PENDING
+
+
 async def test_a_load_may_take_as_long_as_the_rollout_allows(world: World) -> None:
     """The controller's own patience, of 600 s, is for what no rollout asks for; a reconnection keeps it."""
     world.lazy = {"b"}
