@@ -17,7 +17,7 @@ from services.common import logs
 from services.common.channel import MESSAGE_BYTES_MAX
 from services.common.clock import Clock
 from services.common.grpc_types import Interceptor
-from services.common.interceptors import CallLog
+from services.common.interceptors import CallLog, HttpParts
 
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -98,7 +98,9 @@ def create(
     interceptors: Sequence[Interceptor] = (),
 ) -> Server:
     """Builds a server for the named services; `interceptors` run inside the call log."""
-    grpc_server = grpc.aio.server(interceptors=[CallLog(clock), *interceptors], options=list(OPTIONS))
+    grpc_server = grpc.aio.server(
+        interceptors=[CallLog(clock), HttpParts(), *interceptors], options=list(OPTIONS)
+    )
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, grpc_server)
     if os.environ.get("INTERLOCK_REFLECTION", "on") != "off":

@@ -19,7 +19,7 @@ from services.gateway.core.readiness import Readiness
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, Metadata, Reception
 from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http import anthropic_calls, console, native, openai_calls, openapi, responses_calls
-from services.gateway.http.bodies import in_parts, read_body, written
+from services.gateway.http.bodies import read_body, written
 from services.gateway.http.reply import Reply, event, timely_events, whole_answer
 
 LAST_EVENT_KEY = "last-event-id"
@@ -42,9 +42,9 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
                 bodies = (
                     _stream(generation, reply, formed=formed) if asked.stream else _whole(generation, reply)
                 )
-                async with aclosing(in_parts(bodies)) as parts:
-                    async for part in parts:
-                        yield part
+                async with aclosing(bodies):
+                    async for body in bodies:
+                        yield body
         except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
             yield await reply.failed(error)
 
@@ -53,7 +53,7 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
         reply = Reply(context, native)
         try:
             generation = await self._open_again(request, context, reply)
-            async with aclosing(generation), aclosing(in_parts(_stream(generation, reply))) as bodies:
+            async with aclosing(generation), aclosing(_stream(generation, reply)) as bodies:
                 async for body in bodies:
                     yield body
         except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
@@ -74,21 +74,21 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
     async def CreateChatCompletion(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """The OpenAI API: one completion of a conversation, or its chunks."""
         calls = openai_calls.create_chat_completion(self._reception, request, context)
-        async with aclosing(in_parts(calls)) as bodies:
+        async with aclosing(calls) as bodies:
             async for body in bodies:
                 yield body
 
     async def CreateCompletion(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """The OpenAI API: one completion of a text, or its chunks."""
         calls = openai_calls.create_completion(self._reception, request, context)
-        async with aclosing(in_parts(calls)) as bodies:
+        async with aclosing(calls) as bodies:
             async for body in bodies:
                 yield body
 
     async def CreateResponse(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """OpenAI's Responses API: one response, or its events."""
         calls = responses_calls.create_response(self._reception, request, context)
-        async with aclosing(in_parts(calls)) as bodies:
+        async with aclosing(calls) as bodies:
             async for body in bodies:
                 yield body
 
@@ -96,28 +96,28 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
         """The models that can be asked, in the shape of the vendor whose client asks."""
         del request
         vendor = anthropic_calls if anthropic_calls.is_asked(context) else openai_calls
-        async with aclosing(in_parts(vendor.list_models(self._reception, context))) as bodies:
+        async with aclosing(vendor.list_models(self._reception, context)) as bodies:
             async for body in bodies:
                 yield body
 
     async def GetModel(self, request: pb.OneModel, context: Context) -> AsyncIterator[HttpBody]:
         """One model."""
         vendor = anthropic_calls if anthropic_calls.is_asked(context) else openai_calls
-        async with aclosing(in_parts(vendor.get_model(self._reception, request.model, context))) as bodies:
+        async with aclosing(vendor.get_model(self._reception, request.model, context)) as bodies:
             async for body in bodies:
                 yield body
 
     async def CreateMessage(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """The Anthropic API: one message, or its events."""
         calls = anthropic_calls.create_message(self._reception, request, context)
-        async with aclosing(in_parts(calls)) as bodies:
+        async with aclosing(calls) as bodies:
             async for body in bodies:
                 yield body
 
     async def CountMessageTokens(self, request: HttpBody, context: Context) -> AsyncIterator[HttpBody]:
         """The Anthropic API: the tokens of a conversation."""
         calls = anthropic_calls.count_tokens(self._reception, request, context)
-        async with aclosing(in_parts(calls)) as bodies:
+        async with aclosing(calls) as bodies:
             async for body in bodies:
                 yield body
 

@@ -1,10 +1,9 @@
-"""Bodies by HTTP: where they are read, what is cut into parts, and what is said of scores."""
+"""Bodies by HTTP: where they are read, and what is said of scores."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import AsyncGenerator
 
 import pytest
 from google.api.httpbody_pb2 import HttpBody
@@ -12,7 +11,7 @@ from google.api.httpbody_pb2 import HttpBody
 from services.common.errors import ArgumentInvalid
 from services.gateway.core.events import Chunk, TokenLogprob
 from services.gateway.http import openai, openai_fields
-from services.gateway.http.bodies import LOOP_BYTES_MAX, PART_BYTES_MAX, in_parts, read_body
+from services.gateway.http.bodies import LOOP_BYTES_MAX, read_body
 
 
 async def test_a_large_body_is_read_beside_the_loop() -> None:
@@ -27,20 +26,6 @@ async def test_a_large_body_is_read_beside_the_loop() -> None:
         assert (length, kind, thread is not threading.main_thread()) == (size, "text/plain", beside)
         with pytest.raises(ArgumentInvalid):
             await read_body(body, openai_fields.read_chat)
-
-
-@pytest.mark.parametrize("size", [0, 1, PART_BYTES_MAX, PART_BYTES_MAX + 1, 5 * PART_BYTES_MAX + 7])
-async def test_the_parts_of_a_body_are_its_bytes(size: int) -> None:
-    """None is over the limit, each has the type, and there are no more than are needed."""
-    data = bytes(at % 251 for at in range(size))
-
-    async def bodies() -> AsyncGenerator[HttpBody, None]:
-        yield HttpBody(content_type="text/plain", data=data)
-
-    parts = [part async for part in in_parts(bodies())]
-    assert b"".join(part.data for part in parts) == data
-    assert all(part.content_type == "text/plain" and len(part.data) <= PART_BYTES_MAX for part in parts)
-    assert len(parts) == max(1, -(-size // PART_BYTES_MAX))
 
 
 def test_the_offsets_of_many_tokens_take_linear_time() -> None:
