@@ -153,7 +153,9 @@ class RolloutSpec(_message.Message):
 
     @_builtins.property
     def drain_timeout(self) -> _duration_pb2.Duration:
-        """Most time for running requests to end on the old revision. Absent: 10 minutes."""
+        """Has no effect yet: running requests end on the old revision by their own deadlines, an hour at most, and nothing
+        cuts them. By swap, `prepare_timeout` bounds the wait for the first worker's.
+        """
 
     def __init__(
         self,
