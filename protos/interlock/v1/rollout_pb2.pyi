@@ -153,8 +153,8 @@ class RolloutSpec(_message.Message):
 
     @_builtins.property
     def drain_timeout(self) -> _duration_pb2.Duration:
-        """Has no effect yet: running requests end on the old revision by their own deadlines, an hour at most, and nothing
-        cuts them. By swap, `prepare_timeout` bounds the wait for the first worker's.
+        """By swap, most time of that for what runs on the first worker to end, 1 s to a day; then the rollout is aborted.
+        Nothing cuts a request: later workers' are waited for, and so are all of them side by side. Absent: 10 minutes.
         """
 
     def __init__(

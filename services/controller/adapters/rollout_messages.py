@@ -76,6 +76,9 @@ def read_spec(spec: pb.RolloutSpec) -> Spec:
         prepare_timeout_s=_seconds("prepare_timeout", spec.prepare_timeout, least_s=1.0)
         if spec.HasField("prepare_timeout")
         else plain.prepare_timeout_s,
+        drain_timeout_s=_seconds("drain_timeout", spec.drain_timeout, least_s=1.0)
+        if spec.HasField("drain_timeout")
+        else plain.drain_timeout_s,
         failed_percent_max=plain.failed_percent_max if failed is None else failed,
         ttft_ratio_max=plain.ttft_ratio_max if ratio is None else ratio,
     )
@@ -117,6 +120,7 @@ def _spec_message(rollout: Rollout) -> pb.RolloutSpec:
     )
     message.bake.FromMilliseconds(round(spec.bake_s * 1000))
     message.prepare_timeout.FromMilliseconds(round(spec.prepare_timeout_s * 1000))
+    message.drain_timeout.FromMilliseconds(round(spec.drain_timeout_s * 1000))
     return message
 
 

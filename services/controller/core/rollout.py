@@ -187,7 +187,8 @@ def _prepare(rollout: Rollout, now: _Now) -> Rollout:
     if obstacle:
         return _enter(rollout, State.ABORTING, obstacle, now)
     if rollout.strategy is Strategy.SWAP and not rollout.swapping and now.all_staged:
-        rollout = _swap_one(rollout, now)
+        drained_ms = now.after(rollout.spec.drain_timeout_s)
+        rollout = replace(_swap_one(rollout, now), drain_due_ms=drained_ms)
     if now.ready < _needed(rollout, now.fleet) or now.fleet.gateways_pending:
         return rollout
     cause = f"{now.ready} of {_count(len(now.fleet.workers))} ready."
@@ -282,7 +283,19 @@ def _obstacle(rollout: Rollout, now: _Now) -> str:
         return failures[0]
     if 0 < rollout.due_ms <= now.ms:
         return f"It was not ready within {rollout.spec.prepare_timeout_s:g} s."
-    return ""
+    return _undrained(rollout, now) if rollout.state is State.PREPARING else ""
+
+
+def _undrained(rollout: Rollout, now: _Now) -> str:
+    """Why a swap whose first worker still runs what the old revision began cannot go on; else empty."""
+    first = next((worker for worker in now.fleet.workers if worker.worker_id in rollout.swapping[:1]), None)
+    if first is None or first.old is not Standing.READY or not 0 < rollout.drain_due_ms <= now.ms:
+        return ""
+    after_s = rollout.spec.drain_timeout_s
+    return (
+        f"{first.worker_id}: requests still run on the old revision after {after_s:g} s, "
+        "and none is cut. Ask again when they have ended, or with a longer drain_timeout."
+    )
 
 
 def _needed(rollout: Rollout, fleet: Fleet) -> int:

@@ -66,6 +66,7 @@ class Spec:
         bake_s: How long it is judged.
         quorum: Workers that must be ready before the switch; None: all.
         prepare_timeout_s: Most time until they are; a swap's first drain is part of it.
+        drain_timeout_s: By swap, most time of it for what runs on the first worker to end.
         failed_percent_max: How many of its attempts may fail beyond the old revision's share; 100: any.
         ttft_ratio_max: How many times as long as before first tokens may take; 0: any.
     """
@@ -77,6 +78,7 @@ class Spec:
     bake_s: float = 60.0
     quorum: int | None = None
     prepare_timeout_s: float = 600.0
+    drain_timeout_s: float = 600.0
     failed_percent_max: int = 5
     ttft_ratio_max: int = 3
 
@@ -104,6 +106,7 @@ class Rollout:
         route: The weights that the store shall hold now.
         written: The weights that the store is known to hold since `route` was set; empty: not known.
         due_ms: When the time of the state is over, since the epoch; 0: it has no bound.
+        drain_due_ms: When the first worker of a swap shall have ended what ran on the old revision.
         swapping: Workers that gave up the old revision for the new one, in the order in which they did.
         paused: Whether an operator holds it.
         history: Every state that it entered, oldest first.
@@ -118,6 +121,7 @@ class Rollout:
     route: Weights = ()
     written: Weights = ()
     due_ms: int = 0
+    drain_due_ms: int = 0
     swapping: tuple[str, ...] = ()
     paused: bool = False
     history: tuple[Transition, ...] = ()

@@ -23,7 +23,7 @@ from services.gateway.dispatcher.outbox import Outbox
 FRONT_PLACES = 5
 
 # Farther behind a place is told again once it differs by this part of what was told, or after a while where
-# it differs at all: with hundreds who wait, telling each of them every second takes a tenth of a laptop.
+# it differs at all: telling each of hundreds every second takes time from the cores that workers compute on.
 PLACE_STEP = 0.2
 PLACE_PAUSE_S = 5.0
 

@@ -34,6 +34,19 @@ def test_how_much_worse_it_may_be(failed: int, ratio: int) -> None:
     assert (told.failed_percent_max, told.ttft_ratio_max) == (failed, ratio)
 
 
+@pytest.mark.parametrize("field", ["bake", "prepare_timeout", "drain_timeout"])
+def test_times_are_taken_and_told(field: str) -> None:
+    """As they were asked for; more than a day is a mistake in the unit."""
+    asked = pb.RolloutSpec(model="m", revision="r")
+    getattr(asked, field).FromMilliseconds(61_500)
+    spec = read_spec(asked)
+    assert getattr(spec, f"{field}_s") == 61.5
+    assert getattr(rollout_message(create("id", spec, "old", 0), ()).spec, field) == getattr(asked, field)
+    getattr(asked, field).FromSeconds(86_401)
+    with pytest.raises(ArgumentInvalid, match=field):
+        read_spec(asked)
+
+
 def test_a_worker_that_has_the_files_is_shown_as_such() -> None:
     """By swap it may wait long for its turn; until it has them it is shown where it is."""
     rollout = create("id", read_spec(pb.RolloutSpec(model="m", revision="r")), "old", 0)

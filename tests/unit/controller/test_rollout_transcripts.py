@@ -132,6 +132,7 @@ def _spec(words: list[str]) -> Spec:
         strategy=Strategy(fields.get("strategy", "auto")),
         canary_percent=int(fields.get("canary", 100)),
         bake_s=float(fields.get("bake", 60)),
+        drain_timeout_s=float(fields.get("drain", 600)),
         quorum=int(fields["quorum"]) if "quorum" in fields else None,
     )
 
