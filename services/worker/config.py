@@ -67,7 +67,8 @@ class WorkerConfig:
         int,
         Field(
             ge=0,
-            description="Memory of a revision's KV cache; 0: a quarter of what the first load leaves free.",
+            description="Memory of a revision's KV cache; 0: a quarter of what is free after its load,"
+            " on a CPU after the first load.",
         ),
     ] = 0
     # Kept rows yield at once to sequences that need room, so the share bounds memory, not service. The rest

@@ -67,8 +67,12 @@ class WhileLeading:
         """Awaits `work`, which is cancelled when the time is over.
 
         Raises:
-            NotLeader: It was.
+            NotLeader: It was, or is.
         """
+        if self._closed:
+            # What comes late would run on, for nobody ends it any more.
+            work.close()
+            raise _over()
         task = asyncio.create_task(work)
         self._tasks.add(task)
         try:

@@ -44,11 +44,16 @@ def make_loader(config: WorkerConfig, device: torch.device, threads: int) -> Tor
     # Once: a later revision is loaded while the one before it still holds weights and cache, and would have
     # less for as long as it serves. So prompts that fit before a rollout fit after it.
     @functools.cache
+    def first_share() -> int:
+        return available_bytes() // KV_CACHE_SHARE
+
     def kv_bytes() -> int:
         if config.kv_cache_bytes:
             return config.kv_cache_bytes
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
-        return int(free) // KV_CACHE_SHARE
+        if device.type == "cuda":
+            # Rows take a card's memory when they are made, so that both caches must fit into what is free.
+            return int(torch.cuda.mem_get_info(device)[0]) // KV_CACHE_SHARE
+        return first_share()
 
     forms = None
     if config.cache_forms_bytes:
