@@ -63,9 +63,9 @@ class FileRolloutRecords:
         """See `RolloutRecords.claim`. A file that is no record is named in the log, passed over and kept."""
         return await _told(lambda: self._claim(model, fence))
 
-    async def known(self, model: str) -> tuple[int, frozenset[str]]:
-        """The number of the newest claim, 0 where there was none, and the rollouts that it has."""
-        return await _told(lambda: self._known(model))
+    async def newest(self, model: str) -> int:
+        """The number of the newest claim; 0: there was none."""
+        return await _told(lambda: self._newest(model))
 
     async def save(self, rollout: Rollout) -> None:
         """See `RolloutRecords.save`."""
@@ -94,15 +94,12 @@ class FileRolloutRecords:
         sync_directory(place)
         self._claims[model] = number
         for old in known:
-            shutil.rmtree(place / str(old), ignore_errors=True)
+            _remove(place / str(old))
         return Claimed(number, rollouts)
 
-    def _known(self, model: str) -> tuple[int, frozenset[str]]:
+    def _newest(self, model: str) -> int:
         place = self._directory / model
-        number = _numbers(place)[-1:] if place.is_dir() else []
-        if not number:
-            return 0, frozenset()
-        return number[0], frozenset(file.stem for file in (place / str(number[0])).glob("*.json"))
+        return max(_numbers(place), default=0) if place.is_dir() else 0
 
     def _save(self, rollout: Rollout) -> None:
         place = self._directory / rollout.spec.model
@@ -226,8 +223,19 @@ def _give_name(fresh: Path, place: Path, number: int, known: Sequence[int]) -> N
         raise
     if not set(_numbers(place)) <= {*known, number}:
         # In the moment before; what is there by now is not in the copy.
-        shutil.rmtree(final, ignore_errors=True)
+        _remove(final)
         raise stale
+
+
+def _remove(claimed: Path) -> None:
+    """Takes a directory its number first: nobody shall take half of it for the records."""
+    # Another claim may be quicker, and what cannot be removed now is swept by a later one.
+    with contextlib.suppress(OSError):
+        gone = Path(tempfile.mkdtemp(prefix=_FRESH, dir=claimed.parent))
+        try:
+            claimed.rename(gone)
+        finally:
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def _read(file: Path) -> Rollout | None:

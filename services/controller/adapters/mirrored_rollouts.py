@@ -3,9 +3,9 @@
     MODEL/rollouts/ID.NUMBER.json        NUMBER: the fencing number of the controller that wrote it
 
 The directory is what a controller goes by: it is written first, at every step, also while the URL is away.
-The copies are for one that has another directory: it takes what a later leader than the last one here has
-left there. A leader writes under its own number alone, so nothing that a predecessor still sends replaces
-what a successor wrote; older copies go when there is a newer one.
+The copies are for one that has another directory: it takes what it does not know, and what has gone further
+there than here. A leader writes under its own number alone, so nothing that a predecessor still sends
+replaces what a successor wrote; older copies go when there is a newer one.
 
 Must not know: what a rollout does.
 """
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from services.common import logs
 from services.common.errors import StoreUnavailable
@@ -82,28 +82,33 @@ class MirroredRolloutRecords:
 
     async def claim(self, model: str, fence: int) -> Claimed:
         """See `RolloutRecords.claim`. Where the URL does not answer in time it is what this machine knows."""
-        newest, here = await self._local.known(model)
+        newest = await self._local.newest(model)
         try:
             async with asyncio.timeout(LOOK_PATIENCE_S):
                 copies = _newest(await self._home.rollouts())
-                others = await self._read_all(
-                    copy for name, copy in copies.items() if copy.number > newest or name not in here
-                )
         except (StoreUnavailable, TimeoutError) as error:
-            logs.get_logger().error("rollouts.unread", model=model, reason=str(error), known=len(here))
-            claimed = await self._local.claim(model, fence)
-            self._number = claimed.fence
-            return Claimed(claimed.fence, claimed.rollouts, is_partial=True)
+            return self._partial(await self._claim(model, fence), error)
         highest = max((copy.number for copy in copies.values()), default=0)
-        claimed = await self._local.claim(model, max(fence, highest + 1))
-        self._number = claimed.fence
-        everything = {one.id: one for one in (*claimed.rollouts, *others)}
+        claimed = await self._claim(model, max(fence, highest + 1))
+        everything = {one.id: one for one in claimed.rollouts}
+        # What has ended here has ended; the rest may have gone on elsewhere.
+        open_here = {one.id for one in claimed.rollouts if not one.ended}
+        asked = [copy for name, copy in copies.items() if name not in everything or name in open_here]
+        try:
+            async with asyncio.timeout(LOOK_PATIENCE_S):
+                others = await self._read_all(asked)
+        except (StoreUnavailable, TimeoutError) as error:
+            return self._partial(claimed, error)
+        taken = [
+            one for one in others if _is_newer(one, copies[one.id].number, everything.get(one.id), newest)
+        ]
+        everything |= {one.id: one for one in taken}
         kept = worth_keeping(in_order(everything.values()))
         rollouts = in_order(one for one in everything.values() if one.id in kept)
-        for one in others:
+        for one in taken:
             if one.id in kept:
                 await self._local.save(one)
-        self._order(copies, rollouts)
+        self._order(copies, rollouts, dropped=everything.keys() - kept)
         return Claimed(claimed.fence, tuple(rollouts))
 
     async def save(self, rollout: Rollout) -> None:
@@ -121,12 +126,29 @@ class MirroredRolloutRecords:
         if self._task is not None:
             self._task.cancel()
 
-    def _order(self, copies: Mapping[str, _Copy], rollouts: list[Rollout]) -> None:
-        """Has the copies be brought in line: what is needed bears our number, what is not kept goes."""
+    async def _claim(self, model: str, fence: int) -> Claimed:
+        claimed = await self._local.claim(model, fence)
+        self._number = claimed.fence
+        return claimed
+
+    def _partial(self, claimed: Claimed, error: Exception) -> Claimed:
+        """What is known here alone."""
+        known = len(claimed.rollouts)
+        logs.get_logger().error("rollouts.unread", model=self._home.model, reason=str(error), known=known)
+        return replace(claimed, is_partial=True)
+
+    def _order(
+        self, copies: Mapping[str, _Copy], rollouts: Sequence[Rollout], dropped: Collection[str]
+    ) -> None:
+        """Has the copies be brought in line: what is needed bears our number, and what is `dropped` goes.
+
+        What could not be read stays, for a later version may read it.
+        """
         self._objects = {name: {copy.name, *copy.older} for name, copy in copies.items()}
-        urgent, kept = needed(rollouts), {one.id for one in rollouts}
+        # Of the latest one the last step may not have been copied by whoever led on this machine.
+        urgent = needed(rollouts) | {one.id for one in rollouts[-1:]}
         self._due = {one.id: one for one in rollouts if one.id in urgent or one.id not in copies}
-        self._due |= dict.fromkeys(name for name in copies if name not in kept)
+        self._due |= dict.fromkeys(name for name in copies if name in dropped)
         if self._due:
             self._begin()
 
@@ -177,6 +199,16 @@ class MirroredRolloutRecords:
         for name in objects - {ours}:
             await self._home.drop_rollout(name)
         self._objects[rollout_id] = {ours} - {""}
+
+
+def _is_newer(copy: Rollout, number: int, here: Rollout | None, newest: int) -> bool:
+    """Whether a copy that was written under `number` counts more than the record of this machine, if any.
+
+    A rollout only goes forward. Of two in one state that of a leader counts who came after the last one here.
+    """
+    if here is None:
+        return True
+    return (len(copy.history), number > newest) > (len(here.history), False)
 
 
 def _newest(objects: Mapping[str, StoredObject]) -> dict[str, _Copy]:

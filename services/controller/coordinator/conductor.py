@@ -118,9 +118,8 @@ class Conductor:
             claimed = await self._records.claim(self._model, fence)
             self._rollouts = {one.id: one for one in claimed.rollouts}
             self._is_partial = claimed.is_partial
-            live = [one for one in claimed.rollouts if not one.ended]
-            for one in live:
-                if cause := self._obstacle(one, live[-1]):
+            for one in claimed.rollouts:
+                if not one.ended and (cause := self._obstacle(one, claimed.rollouts[-1])):
                     await to_its_end(self._keep(forsaken(one, cause, self._now_ms())))
             self._loaded = True
             return claimed.fence

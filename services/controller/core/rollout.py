@@ -187,8 +187,10 @@ def _prepare(rollout: Rollout, now: _Now) -> Rollout:
     if obstacle:
         return _enter(rollout, State.ABORTING, obstacle, now)
     if rollout.strategy is Strategy.SWAP and not rollout.swapping and now.all_staged:
-        drained_ms = now.after(rollout.spec.drain_timeout_s)
-        rollout = replace(_swap_one(rollout, now), drain_due_ms=drained_ms)
+        rollout = _swap_one(rollout, now)
+        # With nobody there it stays as it is: a record that changes with each look would never be at rest.
+        due_ms = now.after(rollout.spec.drain_timeout_s) if rollout.swapping else 0
+        rollout = replace(rollout, drain_due_ms=due_ms)
     if now.ready < _needed(rollout, now.fleet) or now.fleet.gateways_pending:
         return rollout
     cause = f"{now.ready} of {_count(len(now.fleet.workers))} ready."

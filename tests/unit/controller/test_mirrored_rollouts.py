@@ -182,6 +182,34 @@ async def test_what_is_no_record_is_passed_over(hosts: Hosts, text: bytes) -> No
     assert "notes.txt" in objects()
 
 
+async def test_what_went_on_elsewhere_counts_after_a_claim_that_could_not_look(
+    hosts: Hosts, faults: Faults
+) -> None:
+    """The claim has a higher number than what the leader before left, and knows less all the same."""
+    first, _ = await hosts.claim("first", 5)
+    await first.save(entered(rollout("r", 1), State.PREPARING))
+    second, claimed = await hosts.claim("second", 6)
+    ended = replace(entered(claimed.rollouts[0], State.READY), state=State.ABORTED)
+    await second.save(ended)
+    await second.save(rollout("s", 2))
+    faults.fail = refuse
+    _, claimed = await hosts.claim("first", 7)
+    assert (known(claimed), claimed.is_partial) == ([("r", State.PREPARING)], True)
+    faults.fail = lambda _call, _name: None
+    _, claimed = await hosts.claim("first", 8)
+    assert known(claimed) == [("r", State.ABORTED), ("s", State.PENDING)]
+    await until(lambda: objects() == ["r.6.json", "s.8.json"])
+
+
+async def test_what_cannot_be_read_stays(hosts: Hosts) -> None:
+    """A later version may have written it."""
+    put(f"{PLACE}/later.1.json", b'{"state": "SOMETHING_NEW"}')
+    put(f"{PLACE}/good.1.json", encode(rollout("good")))
+    await hosts.claim("first", 2)
+    await until(lambda: "good.2.json" in objects())
+    assert "later.1.json" in objects()
+
+
 async def test_old_ones_go(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody asks for any more is forgotten there as it is here; the live one never is."""
     monkeypatch.setattr("services.controller.adapters.file_rollouts.HISTORY_MAX", 1)
@@ -190,7 +218,7 @@ async def test_old_ones_go(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> Non
         put(f"{PLACE}/o{at}.1.json", encode(entered(rollout(f"o{at}", at), State.ABORTED)))
     _, claimed = await hosts.claim("first", 2)
     assert [one.id for one in claimed.rollouts] == ["live", "o3"]
-    await until(lambda: objects() == ["live.2.json", "o3.1.json"])
+    await until(lambda: objects() == ["live.2.json", "o3.2.json"])
 
 
 def refuse(_call: str, _name: str) -> None:

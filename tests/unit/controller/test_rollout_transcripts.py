@@ -164,6 +164,15 @@ def test_the_transcripts_meet_every_entry_of_the_table() -> None:
     assert set(TABLE) <= met
 
 
+def test_a_record_rests_while_nothing_happens() -> None:
+    """Also where the last worker is gone: one that changed with each look would be saved without an end."""
+    spec = Spec(model="demo", revision="new", strategy=Strategy.SWAP)
+    rollout = step(create("r1", spec, "old", 0), Begun(), Fleet((), 0), 0).rollout
+    for worker in ((), (WorkerView("w1", Standing.PREPARING, Standing.READY),)):
+        seen = step(rollout, Observed(), Fleet(worker, 0), 1_000).rollout
+        assert step(seen, Observed(), Fleet(worker, 0), 2_000).rollout == seen
+
+
 def test_the_transcripts_go_every_way_of_the_diagram() -> None:
     """A way that no transcript goes is one that nobody has seen."""
     gone: set[tuple[State, State]] = set()

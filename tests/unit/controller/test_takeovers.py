@@ -158,6 +158,21 @@ async def test_of_two_that_are_under_way_the_later_one_goes_on() -> None:
     assert current.id == "r"
 
 
+async def test_one_that_was_followed_by_another_has_no_say() -> None:
+    """Its leader died, and the next one, which did not know of it, led another one to its end."""
+    world = await pair()
+    await world.start(bake_s=0.0)
+    await world.settle(2)
+    assert world.rollout.state is State.COMPLETED
+    made = create("lost", Spec(model="m", revision=world.new, bake_s=600.0), world.old, 1, world.old)
+    world.records.records["lost"] = made
+    heir = heir_of(world)
+    await heir.settle()
+    assert heir.coordinator.rollouts.current is None
+    assert heir.coordinator.rollouts.find("lost").state is State.ABORTED
+    assert heir.route == {world.new: 100}
+
+
 async def test_auto_is_not_decided_before_anybody_is_there() -> None:
     """Two copies do not fit; an empty fleet would not object to them."""
     world = await pair(weights_bytes=60, memory_bytes=100)
