@@ -16,6 +16,9 @@ from services.common.errors import ArtifactInvalid
 # that this is room for 130,000 tensors in one file; the largest public shards have a few thousand. The
 # format's own bound is 100 MB.
 HEADER_BYTES_MAX = 16 << 20
+# An index names the file of each tensor in some 90 bytes, and is parsed whole like a header.
+INDEX_BYTES_MAX = 16 << 20
+INDEX_SUFFIX = ".safetensors.index.json"
 # Before the header stands its length.
 LENGTH_BYTES = 8
 # Weights have at most five; no library of tensors needs more to read one.
@@ -68,10 +71,10 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def check_files(directory: Path, names: Sequence[str]) -> None:
-    """Checks the kinds of a revision's files and the header of every weight file.
+    """Checks the kinds of a revision's files, the header of every weight file, and what an index names.
 
     Raises:
-        ArtifactInvalid: A file could run code, or a header lies.
+        ArtifactInvalid: A file could run code, a header lies, or an index leads out of the revision.
     """
     for name in names:
         if name.lower().endswith(REFUSED_SUFFIXES):
@@ -79,8 +82,30 @@ def check_files(directory: Path, names: Sequence[str]) -> None:
     weights = [name for name in names if name.endswith(".safetensors")]
     if not weights:
         raise ArtifactInvalid("The revision has no safetensors file.")
+    for name in names:
+        if name.endswith(INDEX_SUFFIX):
+            _check_index(directory / name, frozenset(weights))
     for name in weights:
         check_header(directory / name)
+
+
+def _check_index(path: Path, weights: frozenset[str]) -> None:
+    """The library opens whatever an index names, wherever it lies, and unpickles what is not safetensors."""
+    try:
+        if path.stat().st_size > INDEX_BYTES_MAX:
+            raise ArtifactInvalid(f"{path.name}: too large; at most {INDEX_BYTES_MAX} bytes.")
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise ArtifactInvalid(f"{path.name}: missing, or not readable as JSON.") from None
+    found = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(found, dict) or not found:
+        raise ArtifactInvalid(f"{path.name}: no object whose `weight_map` names the file of each tensor.")
+    for file in found.values():
+        if not isinstance(file, str) or file not in weights:
+            raise ArtifactInvalid(
+                f"{path.name}: `weight_map` names {str(file)[:100]!a}, which is no weight file of the "
+                "revision. Push that file too, or leave the index out."
+            )
 
 
 def check_header(path: Path) -> None:

@@ -134,6 +134,11 @@ BAD_CONTENT: list[tuple[str, dict[str, bytes], str]] = [
         bad("model.safetensors", weights(length=1_000)),
         "model.safetensors: .*longer than the file",
     ),
+    (
+        "an index that leads elsewhere",
+        bad("model.safetensors.index.json", b'{"weight_map": {"w": "../../v1/w.pt"}}'),
+        r"model\.safetensors\.index\.json: `weight_map`",
+    ),
     ("a template that is no template", bad("chat_template.jinja", b"{% for %}"), "chat template"),
     ("a tokenizer that is none", bad("tokenizer.json", b"{}"), "tokenizer.json"),
     ("an empty weight file", bad("model.safetensors", b""), "model.safetensors"),
