@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from services.common.errors import ArtifactInvalid, InterlockError
-from services.common.safetensors_files import check_files, count_elements, read_config
+from services.common.safetensors_files import check_counts, check_files, count_elements, read_config
 from services.worker.adapters import decoder_config, integer_products, lean_weights
 from services.worker.adapters.lean_runner import LeanRunner
 from services.worker.adapters.stored_forms import StoredForms
@@ -88,8 +88,10 @@ class TorchLoader:
 
     def verify(self, directory: Path, spec: RevisionSpec) -> None:
         """See `RevisionLoader.verify`."""
-        kind = str(read_config(directory)["model_type"])
-        check_files(directory, [file.path for file in spec.files])
+        described = read_config(directory)
+        kind = str(described["model_type"])
+        # The library makes lists and layers of whatever length it reads.
+        check_counts(described, check_files(directory, [file.path for file in spec.files]))
         if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ArtifactInvalid(f"Models of type {kind} are not decoders that can be served.")
         try:

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from services.common.errors import ArtifactInvalid
-from services.common.safetensors_files import HEADER_BYTES_MAX, INDEX_BYTES_MAX, check_files, read_config
+from services.common.safetensors_files import (
+    HEADER_BYTES_MAX,
+    INDEX_BYTES_MAX,
+    LAYERS_MAX,
+    check_counts,
+    check_files,
+    read_config,
+)
 from services.worker.core.revision import RevisionFile, RevisionSpec
 
 GOOD = {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
@@ -210,11 +217,24 @@ def test_an_index_that_is_none_is_refused(index: str, tmp_path: Path) -> None:
         "{}",
         '{"model_type": "../x"}',
         '{"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}',
+        '{"model_type": "llama", "configuration_files": ["config.4.0.0.json"]}',
         "[" * 100_000,
     ],
 )
 def test_a_configuration_that_is_none_is_refused(content: str, tmp_path: Path) -> None:
-    """Missing type, foreign code, no JSON, or JSON too deep to read."""
+    """Missing type, foreign code, another file to read instead, no JSON, or JSON too deep to read."""
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ArtifactInvalid, match=r"config\.json"):
         read_config(tmp_path)
+
+
+def test_layers_are_as_many_as_tensors_and_bounded(tmp_path: Path) -> None:
+    """Tensors without elements cost nothing, so that their number alone bounds nothing."""
+    two = {name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in "ab"}
+    write(tmp_path / "model.safetensors", {"__metadata__": {}, **two}, b"")
+    assert check_files(tmp_path, ["model.safetensors"]) == 2
+    check_counts({"num_hidden_layers": 2, "layers": [2], "depth": None, "num_labels": 2}, 2)
+    check_counts({"num_hidden_layers": LAYERS_MAX}, 1 << 20)
+    for layers, tensors in ((3, 2), (LAYERS_MAX + 1, 1 << 20)):
+        with pytest.raises(ArtifactInvalid, match="`n_layer`"):
+            check_counts({"parts": [{"n_layer": layers}]}, tensors)
