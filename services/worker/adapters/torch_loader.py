@@ -46,9 +46,6 @@ from services.worker.core.revision import (
 # An element of quantized weights; what is not quantized takes more.
 _BITS = {Quantization.INT8: 8, Quantization.NF4: 4, Quantization.FP4: 4}
 
-# A model with neither limit would be a mistake; 4,096 positions are then a careful guess.
-CONTEXT_TOKENS_DEFAULT = 4_096
-
 
 @dataclass(frozen=True, slots=True)
 class TorchSettings:
@@ -99,6 +96,7 @@ class TorchLoader:
         except Exception:  # noqa: BLE001 - whatever a foreign configuration does to the library
             raise ArtifactInvalid("config.json: the library cannot read it.") from None
         decoder_config.attention_of(config)
+        decoder_config.check_rotation(config, spec.context_tokens)
         decoder_config.check_forward(config)
 
     def weights_bytes_least(self, directory: Path, spec: RevisionSpec) -> int:
@@ -173,9 +171,7 @@ class TorchLoader:
         return DecoderModel(module, layers, attention, window, device, way.dtype, threads)
 
     def _facts(self, directory: Path, spec: RevisionSpec, config: Any, runner: TorchRunner) -> ModelFacts:
-        text = config.get_text_config()
-        positions = int(getattr(text, "max_position_embeddings", 0) or CONTEXT_TOKENS_DEFAULT)
-        context = min(spec.context_tokens or positions, positions)
+        context = decoder_config.context_of(config, spec.context_tokens)
         per_slot = -(-context // BUCKET_TOKENS) * BUCKET_TOKENS
         affordable = self._settings.kv_bytes() // runner.kv_bytes_per_token
         area = min(affordable, self._settings.slots * per_slot)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,29 @@ def test_more_layers_or_labels_than_can_be_are_refused(
     (tmp_path / "config.json").write_text(json.dumps(config | fields))
     monkeypatch.delattr(torch_loader, "AutoConfig")
     with pytest.raises(ArtifactInvalid, match=rf"config\.json: `{named}`"):
+        loader().verify(tmp_path, spec)
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+@pytest.mark.parametrize(("asked", "served"), [(0, False), (65, False), (64, True)])
+def test_longrope_is_served_as_far_as_its_short_factors_go(
+    key: str, asked: int, tmp_path: Path, *, served: bool
+) -> None:
+    """Beyond, one long row of a pass would turn the keys of all others by other factors."""
+    spec = replace(tiny_models.save("llama", tmp_path), context_tokens=asked)
+    factors: dict[str, object] = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    fields = {
+        "rope_scaling": {key: "longrope", **factors},
+        "original_max_position_embeddings": 64,
+        "model_type": "phi3",
+    }
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    if served:
+        loader().verify(tmp_path, spec)
+        return
+    with pytest.raises(ArtifactInvalid, match=r"longrope .* at most 64"):
         loader().verify(tmp_path, spec)
 
 
