@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
@@ -16,6 +16,9 @@ from services.common.errors import ArtifactInvalid
 # that this is room for 130,000 tensors in one file; the largest public shards have a few thousand. The
 # format's own bound is 100 MB.
 HEADER_BYTES_MAX = 16 << 20
+# An index names the file of each tensor in some 90 bytes, and is parsed whole like a header.
+INDEX_BYTES_MAX = 16 << 20
+INDEX_SUFFIX = ".safetensors.index.json"
 # Before the header stands its length.
 LENGTH_BYTES = 8
 # Weights have at most five; no library of tensors needs more to read one.
@@ -41,6 +44,20 @@ _ELEMENT_BYTES = {
     "F8_E5M2": 1,
 }
 
+# The largest public decoders have some 130 layers. The library makes objects for as many as a configuration
+# says, before it looks at any weight.
+LAYERS_MAX = 1_024
+_LAYER_KEYS = frozenset(
+    {
+        *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "layers", "depth"),
+        *("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"),
+        *("decoder_num_hidden_layers", "num_nextn_predict_layers", "num_mtp_layers"),
+    }
+)
+# Labels belong to classifiers; decoders carry those of the library's examples, a thousand at most.
+LABELS_MAX = 4_096
+_LABEL_KEYS = frozenset({"num_labels", "id2label", "label2id"})
+
 # Dots and slashes name modules and paths; a model type is a plain word.
 _MODEL_TYPE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -49,7 +66,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Returns `config.json` as it stands.
 
     Raises:
-        ArtifactInvalid: It is missing, too large, no JSON object, or names code to import.
+        ArtifactInvalid: It is missing, too large, no JSON object, or names code or another file to read.
     """
     path = directory / "config.json"
     try:
@@ -62,16 +79,59 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ArtifactInvalid("config.json: not an object.")
     if "auto_map" in config:
         raise ArtifactInvalid("config.json: `auto_map` names code to import; that is never run.")
+    if "configuration_files" in config:
+        raise ArtifactInvalid(
+            "config.json: `configuration_files` names another file to read instead; leave it out."
+        )
     if _MODEL_TYPE.fullmatch(str(config.get("model_type", ""))) is None:
         raise ArtifactInvalid("config.json: `model_type` is missing or not a plain name.")
     return config
 
 
-def check_files(directory: Path, names: Sequence[str]) -> None:
-    """Checks the kinds of a revision's files and the header of every weight file.
+def check_counts(config: dict[str, Any], tensors: int) -> None:
+    """Checks how many layers and labels a configuration and those nested in it ask for.
+
+    Args:
+        config: What `read_config` returned.
+        tensors: How many the weight files have: each layer has one at least.
 
     Raises:
-        ArtifactInvalid: A file could run code, or a header lies.
+        ArtifactInvalid: There are too many; the message names the field.
+    """
+    layers_max = min(tensors, LAYERS_MAX)
+    for key, value in _fields(config):
+        count = len(value) if isinstance(value, dict) else value
+        if not isinstance(count, int | float):
+            continue
+        if key in _LAYER_KEYS and count > layers_max:
+            raise ArtifactInvalid(
+                f"config.json: `{key}` asks for too many layers: the weight files have {tensors} tensors; "
+                f"at most {layers_max}."
+            )
+        if key in _LABEL_KEYS and count > LABELS_MAX:
+            raise ArtifactInvalid(f"config.json: `{key}` asks for too many labels; at most {LABELS_MAX}.")
+
+
+def _fields(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All fields, also of what is nested. Not by recursion: a file may nest as deep as its reader goes."""
+    pending: list[Any] = [config]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, dict):
+            yield from part.items()
+            pending.extend(part.values())
+        elif isinstance(part, list):
+            pending.extend(part)
+
+
+def check_files(directory: Path, names: Sequence[str]) -> int:
+    """Checks the kinds of a revision's files, the header of every weight file, and what an index names.
+
+    Returns:
+        How many tensors the weight files have.
+
+    Raises:
+        ArtifactInvalid: A file could run code, a header lies, or an index leads out of the revision.
     """
     for name in names:
         if name.lower().endswith(REFUSED_SUFFIXES):
@@ -79,12 +139,36 @@ def check_files(directory: Path, names: Sequence[str]) -> None:
     weights = [name for name in names if name.endswith(".safetensors")]
     if not weights:
         raise ArtifactInvalid("The revision has no safetensors file.")
-    for name in weights:
-        check_header(directory / name)
+    for name in names:
+        if name.endswith(INDEX_SUFFIX):
+            _check_index(directory / name, frozenset(weights))
+    return sum(check_header(directory / name) for name in weights)
 
 
-def check_header(path: Path) -> None:
+def _check_index(path: Path, weights: frozenset[str]) -> None:
+    """The library opens whatever an index names, wherever it lies, and unpickles what is not safetensors."""
+    try:
+        if path.stat().st_size > INDEX_BYTES_MAX:
+            raise ArtifactInvalid(f"{path.name}: too large; at most {INDEX_BYTES_MAX} bytes.")
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise ArtifactInvalid(f"{path.name}: missing, or not readable as JSON.") from None
+    found = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(found, dict) or not found:
+        raise ArtifactInvalid(f"{path.name}: no object whose `weight_map` names the file of each tensor.")
+    for file in found.values():
+        if not isinstance(file, str) or file not in weights:
+            raise ArtifactInvalid(
+                f"{path.name}: `weight_map` names {str(file)[:100]!a}, which is no weight file of the "
+                "revision. Push that file too, or leave the index out."
+            )
+
+
+def check_header(path: Path) -> int:
     """Checks that the header of a weight file is well-formed and accounts for every byte.
+
+    Returns:
+        How many tensors the file has.
 
     Raises:
         ArtifactInvalid: It does not; the message names the file and what is wrong.
@@ -101,6 +185,7 @@ def check_header(path: Path) -> None:
         raise ArtifactInvalid(f"{path.name}: the header is no object.")
     _check_metadata(path.name, header.pop("__metadata__", {}))
     _check_tensors(path.name, header, data_bytes)
+    return len(header)
 
 
 def count_elements(directory: Path, names: Sequence[str]) -> dict[str, int]:

@@ -222,8 +222,9 @@ def _check_content(directory: Path, manifest: Manifest) -> None:
     Not the tokenizer: the library that reads it would keep everybody else from running.
     """
     names = [file.path for file in manifest.files]
-    context_tokens_of(safetensors_files.read_config(directory), manifest.context_tokens)
-    safetensors_files.check_files(directory, names)
+    config = safetensors_files.read_config(directory)
+    context_tokens_of(config, manifest.context_tokens)
+    safetensors_files.check_counts(config, safetensors_files.check_files(directory, names))
     for name in names:
         if name.endswith("config.json"):
             artifacts.refuse_code(directory / name)

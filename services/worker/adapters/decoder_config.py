@@ -1,4 +1,4 @@
-"""What a configuration says of a decoder. Owns: its attention, how it is called, and what ends an answer."""
+"""What a configuration says of a decoder. Owns: its attention and context, how to call it, what ends it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
 from services.common.errors import ArtifactInvalid
 from services.worker.adapters.torch_runner import FULL, SLIDING
+
+# A model with neither limit would be a mistake; 4,096 positions are then a careful guess.
+CONTEXT_TOKENS_DEFAULT = 4_096
 
 
 def attention_of(config: Any) -> tuple[frozenset[str], int]:
@@ -34,6 +37,44 @@ def attention_of(config: Any) -> tuple[frozenset[str], int]:
             f"Models of type {config.model_type} have layers that cannot be served: {other}."
         )
     return kinds, window
+
+
+def context_of(config: Any, asked: int) -> int:
+    """Most tokens of prompt and output: as asked, within the model's positions; `asked` 0: all of them."""
+    positions = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or CONTEXT_TOKENS_DEFAULT)
+    return min(asked or positions, positions)
+
+
+def check_rotation(config: Any, asked: int) -> None:
+    """Refuses a context in which a sequence's rotation would depend on its length.
+
+    The library turns all rows of a pass by the long factors as soon as one of them is longer than the model
+    was first trained for: keys that are cached were turned by others, and neighbours would change an answer.
+    `dynamic` does so beyond `max_position_embeddings` alone, where no context goes.
+
+    Args:
+        config: The configuration.
+        asked: The revision's context in tokens; 0: as long as the model allows.
+
+    Raises:
+        ArtifactInvalid: It is one; the message says how long the context may be.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    context = context_of(config, asked)
+    # One rotation, or one for each kind of layer.
+    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if one.get("rope_type") != "longrope":
+            continue
+        original = one.get("original_max_position_embeddings")
+        if not isinstance(original, int) or original < 1:
+            raise ArtifactInvalid(
+                "config.json: `longrope` without a usable original_max_position_embeddings."
+            )
+        if context > original:
+            raise ArtifactInvalid(
+                f"Models of type {config.model_type} with longrope are served with up to {original} tokens "
+                f"of context, and this revision has {context}: set context_tokens to at most {original}."
+            )
 
 
 def check_forward(config: Any) -> None:

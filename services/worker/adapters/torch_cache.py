@@ -214,8 +214,14 @@ class SlotCache(Cache):
         if rows <= self.rows and capacity <= self.capacity:
             return
         self.rows, self.capacity = grown((self.rows, self.capacity), (rows, capacity), self.area_tokens)
-        for layer in self._slot_layers:
-            layer.resize(self.rows, self.capacity)
+        try:
+            for layer in self._slot_layers:
+                layer.resize(self.rows, self.capacity)
+        except BaseException:
+            # Half of it is of no use: the next step begins with nothing, as its sequences do.
+            self.rows = self.capacity = 0
+            self.give_up()
+            raise
 
     def give_up(self) -> None:
         """Frees the memory now: cache and layers refer to each other, and collections are far between."""

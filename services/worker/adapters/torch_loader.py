@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from services.common.errors import ArtifactInvalid, InterlockError
-from services.common.safetensors_files import check_files, count_elements, read_config
+from services.common.safetensors_files import check_counts, check_files, count_elements, read_config
 from services.worker.adapters import decoder_config, integer_products, lean_weights
 from services.worker.adapters.lean_runner import LeanRunner
 from services.worker.adapters.stored_forms import StoredForms
@@ -45,9 +45,6 @@ from services.worker.core.revision import (
 
 # An element of quantized weights; what is not quantized takes more.
 _BITS = {Quantization.INT8: 8, Quantization.NF4: 4, Quantization.FP4: 4}
-
-# A model with neither limit would be a mistake; 4,096 positions are then a careful guess.
-CONTEXT_TOKENS_DEFAULT = 4_096
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +85,10 @@ class TorchLoader:
 
     def verify(self, directory: Path, spec: RevisionSpec) -> None:
         """See `RevisionLoader.verify`."""
-        kind = str(read_config(directory)["model_type"])
-        check_files(directory, [file.path for file in spec.files])
+        described = read_config(directory)
+        kind = str(described["model_type"])
+        # The library makes lists and layers of whatever length it reads.
+        check_counts(described, check_files(directory, [file.path for file in spec.files]))
         if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ArtifactInvalid(f"Models of type {kind} are not decoders that can be served.")
         try:
@@ -97,6 +96,7 @@ class TorchLoader:
         except Exception:  # noqa: BLE001 - whatever a foreign configuration does to the library
             raise ArtifactInvalid("config.json: the library cannot read it.") from None
         decoder_config.attention_of(config)
+        decoder_config.check_rotation(config, spec.context_tokens)
         decoder_config.check_forward(config)
 
     def weights_bytes_least(self, directory: Path, spec: RevisionSpec) -> int:
@@ -171,9 +171,7 @@ class TorchLoader:
         return DecoderModel(module, layers, attention, window, device, way.dtype, threads)
 
     def _facts(self, directory: Path, spec: RevisionSpec, config: Any, runner: TorchRunner) -> ModelFacts:
-        text = config.get_text_config()
-        positions = int(getattr(text, "max_position_embeddings", 0) or CONTEXT_TOKENS_DEFAULT)
-        context = min(spec.context_tokens or positions, positions)
+        context = decoder_config.context_of(config, spec.context_tokens)
         per_slot = -(-context // BUCKET_TOKENS) * BUCKET_TOKENS
         affordable = self._settings.kv_bytes() // runner.kv_bytes_per_token
         area = min(affordable, self._settings.slots * per_slot)

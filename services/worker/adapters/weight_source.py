@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from services.common import logs
+from services.common.safetensors_files import INDEX_SUFFIX
 from services.worker.adapters import lean_weights, mapped_tensors, module_weights, packed_weights
 from services.worker.adapters.module_weights import ModuleKind
 from services.worker.adapters.stored_forms import StoredForms, key_of
@@ -148,4 +149,5 @@ def _key(spec: RevisionSpec, way: Way) -> str:
 
 
 def _shapes_weights(path: str) -> bool:
-    return path.endswith(".safetensors") or path == "config.json"
+    # The index says which of the files are read, and for which tensors.
+    return path.endswith((".safetensors", INDEX_SUFFIX)) or path == "config.json"

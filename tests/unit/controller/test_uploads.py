@@ -90,6 +90,14 @@ BAD_CONTENT: list[tuple[str, dict[str, bytes], str]] = [
     ("a configuration that is no JSON", bad("config.json", b"{"), "config.json"),
     ("a configuration that is deep", bad("config.json", BOMB), "config.json"),
     ("a model type with a path", bad("config.json", b'{"model_type": "../x"}'), "model_type"),
+    (
+        "more layers than tensors",
+        bad(
+            "config.json",
+            b'{"model_type": "llama", "max_position_embeddings": 64, "num_hidden_layers": 9e10}',
+        ),
+        r"config\.json: `num_hidden_layers`",
+    ),
     ("a header of a terabyte", bad("model.safetensors", weights(length=1 << 40)), "model.safetensors"),
     ("a header that is no JSON", bad("model.safetensors", weights(b"{")), "model.safetensors"),
     (
@@ -133,6 +141,11 @@ BAD_CONTENT: list[tuple[str, dict[str, bytes], str]] = [
         "a header that is longer than the file",
         bad("model.safetensors", weights(length=1_000)),
         "model.safetensors: .*longer than the file",
+    ),
+    (
+        "an index that leads elsewhere",
+        bad("model.safetensors.index.json", b'{"weight_map": {"w": "../../v1/w.pt"}}'),
+        r"model\.safetensors\.index\.json: `weight_map`",
     ),
     ("a template that is no template", bad("chat_template.jinja", b"{% for %}"), "chat template"),
     ("a tokenizer that is none", bad("tokenizer.json", b"{}"), "tokenizer.json"),

@@ -258,10 +258,10 @@ async def test_a_client_that_leaves_at_the_end_has_uploaded(
     begun, may_end = threading.Event(), threading.Event()
     check_files = safetensors_files.check_files
 
-    def slow(*args: Any) -> None:
+    def slow(*args: Any) -> int:
         begun.set()
         may_end.wait(10)
-        check_files(*args)
+        return check_files(*args)
 
     monkeypatch.setattr(safetensors_files, "check_files", slow)
     wanted = manifest(CONTENT)

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from services.common.errors import ArtifactInvalid
-from services.common.safetensors_files import HEADER_BYTES_MAX, check_files, read_config
+from services.common.safetensors_files import (
+    HEADER_BYTES_MAX,
+    INDEX_BYTES_MAX,
+    LAYERS_MAX,
+    check_counts,
+    check_files,
+    read_config,
+)
 from services.worker.core.revision import RevisionFile, RevisionSpec
 
 GOOD = {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
@@ -142,6 +149,66 @@ def test_a_revision_without_weights_is_refused(tmp_path: Path) -> None:
         check_files(tmp_path, [])
 
 
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00001-of-00001.safetensors"
+
+
+def indexed(directory: Path, index: object) -> list[str]:
+    """Writes one shard and an index, and returns their names."""
+    write(directory / SHARD, GOOD, b"0" * 24)
+    (directory / INDEX).write_text(index if isinstance(index, str) else json.dumps(index))
+    return [INDEX, SHARD]
+
+
+def test_an_index_of_the_revisions_own_files_passes(tmp_path: Path) -> None:
+    """As every sharded model has it."""
+    check_files(tmp_path, indexed(tmp_path, {"metadata": {"total_size": 24}, "weight_map": {"w": SHARD}}))
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        f"../{SHARD}",
+        f"./{SHARD}",
+        f"/{SHARD}",
+        "/etc/passwd",
+        "tokenizer.json",
+        INDEX,
+        "other.safetensors",
+        "",
+        5,
+        None,
+        [SHARD],
+    ],
+)
+def test_an_index_that_leads_elsewhere_is_refused(file: object, tmp_path: Path) -> None:
+    """The library joins what stands there to the directory, and unpickles what does not end as weights do."""
+    (tmp_path / "r").mkdir()
+    write(tmp_path / SHARD, GOOD, b"0" * 24)
+    names = indexed(tmp_path / "r", {"metadata": {}, "weight_map": {"w": SHARD, "v": file}})
+    with pytest.raises(ArtifactInvalid, match=r"model\.safetensors\.index\.json: `weight_map` names"):
+        check_files(tmp_path / "r", names)
+
+
+def test_an_index_of_any_name_is_read(tmp_path: Path) -> None:
+    """`transformers_weights` in config.json makes the library read another one."""
+    names = indexed(tmp_path, {"weight_map": {"w": SHARD}})
+    (tmp_path / f"x.{INDEX}").write_text('{"weight_map": {"w": "../w.pt"}}')
+    with pytest.raises(ArtifactInvalid, match=rf"x\.{INDEX}"):
+        check_files(tmp_path, [*names, f"x.{INDEX}"])
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000, " " * (INDEX_BYTES_MAX + 1)],
+)
+def test_an_index_that_is_none_is_refused(index: str, tmp_path: Path) -> None:
+    """No JSON, no map of files, too deep or too large to read."""
+    names = indexed(tmp_path, index)
+    with pytest.raises(ArtifactInvalid, match=r"model\.safetensors\.index\.json"):
+        check_files(tmp_path, names)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -150,11 +217,24 @@ def test_a_revision_without_weights_is_refused(tmp_path: Path) -> None:
         "{}",
         '{"model_type": "../x"}',
         '{"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}',
+        '{"model_type": "llama", "configuration_files": ["config.4.0.0.json"]}',
         "[" * 100_000,
     ],
 )
 def test_a_configuration_that_is_none_is_refused(content: str, tmp_path: Path) -> None:
-    """Missing type, foreign code, no JSON, or JSON too deep to read."""
+    """Missing type, foreign code, another file to read instead, no JSON, or JSON too deep to read."""
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ArtifactInvalid, match=r"config\.json"):
         read_config(tmp_path)
+
+
+def test_layers_are_as_many_as_tensors_and_bounded(tmp_path: Path) -> None:
+    """Tensors without elements cost nothing, so that their number alone bounds nothing."""
+    two = {name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in "ab"}
+    write(tmp_path / "model.safetensors", {"__metadata__": {}, **two}, b"")
+    assert check_files(tmp_path, ["model.safetensors"]) == 2
+    check_counts({"num_hidden_layers": 2, "layers": [2], "depth": None, "num_labels": 2}, 2)
+    check_counts({"num_hidden_layers": LAYERS_MAX}, 1 << 20)
+    for layers, tensors in ((3, 2), (LAYERS_MAX + 1, 1 << 20)):
+        with pytest.raises(ArtifactInvalid, match="`n_layer`"):
+            check_counts({"parts": [{"n_layer": layers}]}, tensors)

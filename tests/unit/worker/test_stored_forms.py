@@ -16,6 +16,7 @@ from services.worker.adapters.lean_runner import LeanRunner
 from services.worker.adapters.stored_forms import StoredForms
 from services.worker.adapters.torch_loader import TorchLoader, TorchSettings
 from services.worker.adapters.torch_runner import TorchRunner
+from services.worker.adapters.weight_source import Way, _key
 from services.worker.core.batch import Batch, Chunk, Decode, Draw
 from services.worker.core.ports import LoadWatch
 from services.worker.core.revision import (
@@ -219,6 +220,21 @@ def test_another_revision_or_way_has_another_form(tmp_path: Path) -> None:
     files = tuple(RevisionFile(f.path, f.size_bytes, f.sha256) for f in artifacts.describe(tmp_path / "two"))
     load((tmp_path / "two", replace(spec, files=files)), forms)
     assert len([*forms.iterdir()]) == 5
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_revisions_that_differ_in_their_index_have_other_forms(*, lean: bool) -> None:
+    """It says which file a tensor is read from."""
+    way = Way(Quantization.INT8, torch.float32, torch.device("cpu"), lean)
+
+    def key(index: str) -> str:
+        names = ("a.safetensors", "config.json", "model.safetensors.index.json", "tokenizer.json")
+        digests = ("1" * 64, "2" * 64, index * 64, "3" * 64)
+        files = (RevisionFile(name, 1, digest) for name, digest in zip(names, digests, strict=True))
+        return _key(RevisionSpec("m", "r", tuple(files)), way)
+
+    assert key("4") == key("4")
+    assert key("4") != key("5")
 
 
 def test_without_digests_or_a_disk_nothing_is_stored(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import transformers
 
 from services.common.errors import ArtifactInvalid
+from services.worker.adapters import torch_loader
 from services.worker.adapters.torch_loader import TorchLoader, TorchSettings, compute_dtype
 from services.worker.adapters.torch_runner import TorchRunner
 from services.worker.core.revision import ComputeDtype, Quantization, RevisionSpec
@@ -219,8 +221,8 @@ def test_dtypes_follow_the_quantization() -> None:
     "config",
     [
         transformers.T5Config(),
-        transformers.MambaConfig(),
-        transformers.BertConfig(),
+        transformers.MambaConfig(num_hidden_layers=2),
+        transformers.BertConfig(num_hidden_layers=2),
         transformers.BloomConfig(),
     ],
     ids=lambda config: config.model_type,
@@ -230,6 +232,52 @@ def test_other_architectures_are_refused_by_name(config: Any, tmp_path: Path) ->
     spec = tiny_models.save("llama", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     with pytest.raises(ArtifactInvalid, match=config.model_type):
+        loader().verify(tmp_path, spec)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"num_hidden_layers": 22}, "num_hidden_layers"),
+        ({"model_type": "gemma2", "num_hidden_layers": 10**11}, "num_hidden_layers"),
+        ({"model_type": "gpt2", "n_layer": 10**11}, "n_layer"),
+        ({"text_config": {"num_layers": 10**11}}, "num_layers"),
+        ({"num_labels": 10**11}, "num_labels"),
+        ({"id2label": {str(number): "x" for number in range(5_000)}}, "id2label"),
+    ],
+)
+def test_more_layers_or_labels_than_can_be_are_refused(
+    fields: dict[str, Any], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the library reads the configuration: it would fill the memory with as many."""
+    spec = tiny_models.save("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    monkeypatch.delattr(torch_loader, "AutoConfig")
+    with pytest.raises(ArtifactInvalid, match=rf"config\.json: `{named}`"):
+        loader().verify(tmp_path, spec)
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+@pytest.mark.parametrize(("asked", "served"), [(0, False), (65, False), (64, True)])
+def test_longrope_is_served_as_far_as_its_short_factors_go(
+    key: str, asked: int, tmp_path: Path, *, served: bool
+) -> None:
+    """Beyond, one long row of a pass would turn the keys of all others by other factors."""
+    spec = replace(tiny_models.save("llama", tmp_path), context_tokens=asked)
+    factors: dict[str, object] = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    fields = {
+        "rope_scaling": {key: "longrope", **factors},
+        "original_max_position_embeddings": 64,
+        "model_type": "phi3",
+    }
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    if served:
+        loader().verify(tmp_path, spec)
+        return
+    with pytest.raises(ArtifactInvalid, match=r"longrope .* at most 64"):
         loader().verify(tmp_path, spec)
 
 
