@@ -188,6 +188,21 @@ def test_the_cache_stays_inside_its_budget(tmp_path: Path) -> None:
     assert 0 < runner._cache.held_bytes <= 512 * 200
 
 
+@pytest.mark.parametrize("kv_bytes", [0, 512 * 15], ids=["none", "less than a bucket"])
+def test_a_cache_that_holds_no_sequence_is_told_at_the_load(tmp_path: Path, kv_bytes: int) -> None:
+    """With what to do: nothing could ever be served from it."""
+    spec = tiny_models.save("llama", tmp_path)
+    with pytest.raises(ArtifactInvalid, match=r"not even 16 tokens .* set kv_cache_bytes"):
+        loader(kv_bytes).load(tmp_path, spec)
+
+
+def test_a_cache_for_one_sequence_warms_up(tmp_path: Path) -> None:
+    """One bucket is the least that serves."""
+    runner = loader(512 * 31).load(tmp_path, tiny_models.save("llama", tmp_path))
+    assert runner.facts.kv_tokens == 16
+    warm(runner)
+
+
 @pytest.mark.parametrize("quantization", [Quantization.INT8, Quantization.NF4, Quantization.FP4])
 def test_a_quantized_revision_generates_close_to_the_plain_one(
     quantization: Quantization, tmp_path: Path
