@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import transformers
 
 from services.common.errors import ArtifactInvalid
 from services.worker.adapters.torch_loader import TorchLoader, TorchSettings, compute_dtype
-from services.worker.adapters.torch_runner import TorchRunner
+from services.worker.adapters.torch_runner import TorchRunner, _without_onednn
 from services.worker.core.revision import ComputeDtype, Quantization, RevisionSpec
 from services.worker.core.scheduler import Limits, Scheduler
 from services.worker.core.sequence import Finish, Output, Sampling, SequenceKey, SequenceStart
@@ -267,3 +268,31 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     module.save_pretrained(tmp_path)
     with pytest.raises(ArtifactInvalid, match="finite"):
         loader().load(tmp_path, spec)
+
+
+def test_threads_that_go_without_onednn_leave_it_as_the_first_found_it() -> None:
+    """A warm-up begins before a step of the stream beside it, and ends before it does."""
+    onednn: Any = torch.backends.mkldnn
+    found = onednn.enabled
+    begun, ended = threading.Event(), threading.Event()
+
+    def warm_up() -> None:
+        with _without_onednn():
+            begun.set()
+            ended.wait(10)
+
+    try:
+        for before in (True, False):
+            onednn.set_flags(_enabled=before, _fp32_precision=None)
+            begun.clear()
+            ended.clear()
+            thread = threading.Thread(target=warm_up)
+            thread.start()
+            assert begun.wait(10)
+            with _without_onednn():
+                ended.set()
+                thread.join(10)
+                assert not onednn.enabled
+            assert onednn.enabled == before
+    finally:
+        onednn.set_flags(_enabled=found, _fp32_precision=None)
