@@ -176,6 +176,12 @@ class TorchLoader:
         affordable = self._settings.kv_bytes() // runner.kv_bytes_per_token
         area = min(affordable, self._settings.slots * per_slot)
         area -= area % BUCKET_TOKENS
+        if not area:
+            least_kb = -(-BUCKET_TOKENS * runner.kv_bytes_per_token // 1_000)
+            raise ArtifactInvalid(
+                f"The memory that is left for its KV cache holds not even {BUCKET_TOKENS} tokens"
+                f" ({least_kb} kB). Give the worker more memory, or set kv_cache_bytes."
+            )
         return ModelFacts(
             vocabulary=_vocabulary(config),
             context_tokens=context,

@@ -8,6 +8,7 @@ depend on that may join them.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -202,12 +203,39 @@ class TorchRunner:
         return _without_onednn() if single else contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def _without_onednn() -> Iterator[None]:
+class _OneDnnOff:
+    """oneDNN's switch, which all threads of the process share, turned off while anybody wants it so.
+
+    A revision warms up in its own thread beside the one that serves: what the first finds is what the last
+    restores. Meanwhile the other's passes may go without oneDNN, too, which costs time and changes no more
+    than the last digits.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._before = True
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._depth:
+                self._before = _switch_onednn(on=False)
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._depth -= 1
+                if not self._depth:
+                    _switch_onednn(on=self._before)
+
+
+_without_onednn = _OneDnnOff()
+
+
+def _switch_onednn(*, on: bool) -> bool:
+    """Turns it on or off, and tells what it was."""
     # The library's own context manager also sets TF32, which warns on machines without it.
     onednn: Any = torch.backends.mkldnn
-    before = onednn.set_flags(_enabled=False, _fp32_precision=None)[0]
-    try:
-        yield
-    finally:
-        onednn.set_flags(_enabled=before, _fp32_precision=None)
+    return bool(onednn.set_flags(_enabled=on, _fp32_precision=None)[0])

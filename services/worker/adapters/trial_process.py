@@ -13,7 +13,7 @@ from pathlib import Path
 
 from services.common import logs
 from services.common.errors import ArgumentInvalid, InternalError
-from services.worker.core.format import Format, FormatBusy, FormatKind
+from services.worker.core.format import CHOICE_BYTES_MAX, CHOICES_MAX, Format, FormatBusy, FormatKind
 
 # Interpreter and library start in a tenth of a second on an idle machine.
 START_LIMIT_S = 10.0
@@ -25,12 +25,16 @@ TRIAL_LIMIT_S = 1.0
 # Each one before has its second; with more an honest format would wait longer than its client does.
 WAITING_MAX = 8
 
-# A grammar of 64 KiB in the two layers of JSON that carry it, every character escaped twice.
-LINE_BYTES_MAX = 1 << 20
+# Longer than any reply. Choices are the longest format; two layers of JSON carry them, in which a control
+# character, one byte, takes seven: `\\u0001`. The eighth is for quotes and bars between choices.
+LINE_BYTES_MAX = 8 * CHOICES_MAX * CHOICE_BYTES_MAX
 
 PROGRAM = Path(__file__).with_name("grammar_trial.py")
 
 _FIRST = Format(FormatKind.CHOICE, ("a",))
+
+# How a child fails that a format was too much for.
+_OVERCOME = (TimeoutError, OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError)
 
 
 class TrialProcess:
@@ -65,6 +69,11 @@ class TrialProcess:
             return
         with contextlib.suppress(ProcessLookupError):
             child.kill()
+        # With more in the buffer than its bound the pipe is not read, so its end is not seen and `wait` would
+        # not return. The error: somebody reads already, and sees the end.
+        assert child.stdout is not None
+        with contextlib.suppress(RuntimeError):
+            await child.stdout.read()
         await child.wait()
 
     async def _try(self, form: Format) -> str:
@@ -72,14 +81,13 @@ class TrialProcess:
         try:
             async with asyncio.timeout(self._limit_s):
                 reply = await _ask(child, form)
-        except (TimeoutError, OSError, ValueError, asyncio.IncompleteReadError):
+        except BaseException as error:
+            # Whatever it was: what is left of the reply would be taken for that to the next format.
             await self.close()
+            if not isinstance(error, _OVERCOME):
+                raise
             logs.get_logger().warning("format.refused", kind=form.kind.value, cause="too complex")
             raise ArgumentInvalid(f"format.{form.kind}: is too complex to compile.") from None
-        except asyncio.CancelledError:
-            # Its reply would be taken for that to the next format.
-            await self.close()
-            raise
         if "flaw" in reply:
             raise ArgumentInvalid(f"format.{form.kind}: {reply['flaw']}")
         return reply["grammar"]

@@ -16,15 +16,25 @@ SEQUENCES = 2
 def warm(runner: ModelRunner) -> None:
     """Generates a few tokens for several sequences at once, as serving does, and rehearses the rest.
 
+    Where the KV cache holds only one of them, serving will have no more at once either.
+
     Raises:
-        ArtifactInvalid: The model yields no finite logits: its weights are damaged.
+        ArtifactInvalid: The model yields no finite logits: its weights are damaged. Or its KV cache holds
+            no sequence at all.
     """
     facts = runner.facts
     scheduler = Scheduler(Limits(SEQUENCES, facts.kv_tokens), end_ids=frozenset())
     prompt = tuple(position % facts.vocabulary for position in range(1, PROMPT_TOKENS + 1))
     for number in range(SEQUENCES):
         key = SequenceKey(0, "warm-up", sequence=number)
-        scheduler.admit(SequenceStart(key, prompt[number:], TOKENS, credit_tokens=TOKENS))
+        start = SequenceStart(key, prompt[number:], TOKENS, credit_tokens=TOKENS)
+        if scheduler.fits(start):
+            scheduler.admit(start)
+    if not scheduler.running:
+        raise ArtifactInvalid(
+            f"Its KV cache has room for {facts.kv_tokens} tokens, which is none to serve with."
+            " Give the worker more memory, or set kv_cache_bytes."
+        )
     outputs: list[Output] = []
     while (batch := scheduler.schedule()) is not None:
         outputs.extend(scheduler.apply(runner.step(batch)))

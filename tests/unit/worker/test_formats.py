@@ -21,7 +21,16 @@ from services.worker.adapters.llguidance_formats import LlguidanceCompiler, Llgu
 from services.worker.adapters.torch_sampler import sample
 from services.worker.adapters.trial_process import WAITING_MAX, TrialProcess
 from services.worker.core.batch import Draw
-from services.worker.core.format import Constraint, ConstraintBroken, Format, FormatBusy, FormatKind
+from services.worker.core.format import (
+    CHOICE_BYTES_MAX,
+    CHOICES_MAX,
+    Constraint,
+    ConstraintBroken,
+    Format,
+    FormatBusy,
+    FormatKind,
+    format_flaw,
+)
 from services.worker.core.revision import ModelFacts
 from services.worker.core.sequence import Sampling
 from tests.fixtures.schemas import SCHEMAS
@@ -216,6 +225,51 @@ async def test_the_trial_process_may_die(compiler: LlguidanceCompiler, trial: Tr
     trial._child.kill()
     await trial._child.wait()
     await compiler.constrain(schema_of(SCHEMAS[1]), ())
+
+
+async def test_the_longest_reply_within_the_bounds_is_read() -> None:
+    """Each byte of as many choices as are allowed takes seven in it; the next format has its own reply."""
+    longest = tuple("\x01" * (CHOICE_BYTES_MAX - 3) + f"{number:03}" for number in range(CHOICES_MAX))
+    form = Format(FormatKind.CHOICE, longest)
+    assert format_flaw(form) is None
+    patient = TrialProcess(limit_s=20)
+    try:
+        assert longest[-1] in json.loads("[" + (await patient.compile(form)).rpartition("| ")[2] + "]")
+    finally:
+        await patient.close()
+
+
+@pytest.mark.parametrize("choices", [10, 250], ids=["read whole", "more than is read ahead"])
+async def test_a_reply_that_is_too_long_harms_no_other(
+    trial: TrialProcess, monkeypatch: pytest.MonkeyPatch, choices: int
+) -> None:
+    """Its format is refused in bounded time; a new child serves the next one."""
+    monkeypatch.setattr(trial_process, "LINE_BYTES_MAX", 1_024)
+    long = Format(FormatKind.CHOICE, tuple("a" * 1_000 + str(number) for number in range(choices)))
+    async with asyncio.timeout(20):
+        with pytest.raises(ArgumentInvalid, match="too complex"):
+            await trial.compile(long)
+        assert '"yes"' in await trial.compile(Format(FormatKind.CHOICE, ("yes",)))
+
+
+async def test_a_trial_that_fails_in_any_way_is_not_used_again(
+    trial: TrialProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What nobody foresaw is told as what it is, and its reply is not taken for another's."""
+    await trial.compile(schema_of(True))
+    failed = trial._child
+
+    def fail(_: bytes) -> None:
+        raise KeyError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "loads", fail)
+        with pytest.raises(KeyError):
+            await trial.compile(schema_of(True))
+    assert trial._child is None
+    assert failed is not None
+    assert failed.returncode is not None
+    assert await trial.compile(schema_of(SCHEMAS[0]))
 
 
 async def test_a_trial_ends_without_its_worker() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import transformers
 from services.common.errors import ArtifactInvalid
 from services.worker.adapters import torch_loader
 from services.worker.adapters.torch_loader import TorchLoader, TorchSettings, compute_dtype
-from services.worker.adapters.torch_runner import TorchRunner
+from services.worker.adapters.torch_runner import TorchRunner, _without_onednn
 from services.worker.core.revision import ComputeDtype, Quantization, RevisionSpec
 from services.worker.core.scheduler import Limits, Scheduler
 from services.worker.core.sequence import Finish, Output, Sampling, SequenceKey, SequenceStart
@@ -190,6 +191,21 @@ def test_the_cache_stays_inside_its_budget(tmp_path: Path) -> None:
     assert 0 < runner._cache.held_bytes <= 512 * 200
 
 
+@pytest.mark.parametrize("kv_bytes", [0, 512 * 15], ids=["none", "less than a bucket"])
+def test_a_cache_that_holds_no_sequence_is_told_at_the_load(tmp_path: Path, kv_bytes: int) -> None:
+    """With what to do: nothing could ever be served from it."""
+    spec = tiny_models.save("llama", tmp_path)
+    with pytest.raises(ArtifactInvalid, match=r"not even 16 tokens .* set kv_cache_bytes"):
+        loader(kv_bytes).load(tmp_path, spec)
+
+
+def test_a_cache_for_one_sequence_warms_up(tmp_path: Path) -> None:
+    """One bucket is the least that serves."""
+    runner = loader(512 * 31).load(tmp_path, tiny_models.save("llama", tmp_path))
+    assert runner.facts.kv_tokens == 16
+    warm(runner)
+
+
 @pytest.mark.parametrize("quantization", [Quantization.INT8, Quantization.NF4, Quantization.FP4])
 def test_a_quantized_revision_generates_close_to_the_plain_one(
     quantization: Quantization, tmp_path: Path
@@ -300,3 +316,31 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     module.save_pretrained(tmp_path)
     with pytest.raises(ArtifactInvalid, match="finite"):
         loader().load(tmp_path, spec)
+
+
+def test_threads_that_go_without_onednn_leave_it_as_the_first_found_it() -> None:
+    """A warm-up begins before a step of the stream beside it, and ends before it does."""
+    onednn: Any = torch.backends.mkldnn
+    found = onednn.enabled
+    begun, ended = threading.Event(), threading.Event()
+
+    def warm_up() -> None:
+        with _without_onednn():
+            begun.set()
+            ended.wait(10)
+
+    try:
+        for before in (True, False):
+            onednn.set_flags(_enabled=before, _fp32_precision=None)
+            begun.clear()
+            ended.clear()
+            thread = threading.Thread(target=warm_up)
+            thread.start()
+            assert begun.wait(10)
+            with _without_onednn():
+                ended.set()
+                thread.join(10)
+                assert not onednn.enabled
+            assert onednn.enabled == before
+    finally:
+        onednn.set_flags(_enabled=found, _fp32_precision=None)
