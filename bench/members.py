@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -59,17 +60,17 @@ class Fleet:
     """What the workers know.
 
     Attributes:
-        serving: The revision that each serves.
+        serving: The revisions that each serves: two while one takes the other's place.
         failures: Why streams ended.
     """
 
-    serving: dict[str, str] = field(default_factory=dict)
+    serving: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     failures: list[str] = field(default_factory=list)
 
     async def serve(self, workers: int, revision: str | None = None) -> None:
         """Returns when that many workers serve a revision, or any."""
         async with asyncio.timeout(LIMIT_S):
-            while sum(revision in {None, one} for one in self.serving.values()) < workers:
+            while sum(revision in {None, *held} for held in self.serving.values() if held) < workers:
                 if self.failures:
                     raise RuntimeError(f"a worker lost its stream: {self.failures[0]}")
                 await asyncio.sleep(0.01)
@@ -118,9 +119,10 @@ async def _obey(call: Any, turn: asyncio.Lock, name: str, fleet: Fleet) -> None:
             case "activate":
                 answer.activated.revision = response.activate.revision
                 answer.activated.epoch = response.activate.epoch
-                fleet.serving[name] = response.activate.revision
+                fleet.serving[name].add(response.activate.revision)
             case "retire":
                 answer.retired.revision = response.retire.revision
+                fleet.serving[name].discard(response.retire.revision)
             case _:
                 continue
         async with turn:
@@ -256,7 +258,7 @@ async def measure(workers: int) -> dict[str, Any]:
                 with console.status("Steady load reports"):
                     await asyncio.sleep(10 * REPORT_S)
                 peak_mb, cpu_s = used(controller.pid)
-                served = sum(revision == SECOND for revision in fleet.serving.values())
+                served = sum(held == {SECOND} for held in fleet.serving.values())
             finally:
                 for task in tasks:
                     task.cancel()
