@@ -8,6 +8,7 @@ traceback and reaches the caller as INTERNAL without detail.
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -35,26 +36,42 @@ _HTTP = "/interlock.http."
 HTTP_PART_BYTES_MAX = 1 << 18
 
 
-class CallLog(Interceptor):
-    """Logs each RPC once and turns what its handler raises into a status."""
+class _Wrapping(Interceptor):
+    """Puts each handler into another one, made once."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         # By method: the handler, and what was made of it. Bounded by the methods that are served.
         self._wrapped: dict[str, tuple[Handler, Handler]] = {}
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: Details
     ) -> Handler | None:
-        """Wraps the handler, whichever of the four kinds it is."""
+        """Wraps the handlers that it is for; the others are left as they are."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or method.startswith(_QUIET):
+        if handler is None or not self._is_for(method, handler):
             return handler
         known = self._wrapped.get(method)
         if known is None or known[0] is not handler:
             known = self._wrapped[method] = handler, self._wrap(method, handler)
         return known[1]
+
+    @abstractmethod
+    def _is_for(self, method: str, handler: Handler) -> bool: ...
+
+    @abstractmethod
+    def _wrap(self, method: str, handler: Handler) -> Handler: ...
+
+
+class CallLog(_Wrapping):
+    """Logs each RPC once and turns what its handler raises into a status."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def _is_for(self, method: str, handler: Handler) -> bool:  # noqa: ARG002 - whichever of the four kinds it is
+        return not method.startswith(_QUIET)
 
     def _wrap(self, method: str, handler: Handler) -> Handler:
         wrap = self._streaming if handler.response_streaming else self._unary
@@ -100,29 +117,17 @@ class CallLog(Interceptor):
         return handle
 
 
-class HttpParts(Interceptor):
+class HttpParts(_Wrapping):
     """Sends large bodies of HTTP methods as messages that pass every limit on their way.
 
     A client sees the bytes of a body as they are.
     """
 
-    def __init__(self) -> None:
-        # By method: the handler, and what was made of it. Bounded by the methods that are served.
-        self._wrapped: dict[str, tuple[Handler, Handler]] = {}
+    def _is_for(self, method: str, handler: Handler) -> bool:
+        return method.startswith(_HTTP) and handler.response_streaming
 
-    async def intercept_service(
-        self, continuation: Continuation, handler_call_details: Details
-    ) -> Handler | None:
-        """Wraps the handlers whose responses are bodies."""
-        handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None or not method.startswith(_HTTP) or not handler.response_streaming:
-            return handler
-        known = self._wrapped.get(method)
-        if known is None or known[0] is not handler:
-            rebuilt = _rebuilt(handler, _in_parts(_behaviour(handler)), handler.request_deserializer)
-            known = self._wrapped[method] = handler, rebuilt
-        return known[1]
+    def _wrap(self, method: str, handler: Handler) -> Handler:  # noqa: ARG002 - each in the same way
+        return _rebuilt(handler, _in_parts(_behaviour(handler)), handler.request_deserializer)
 
 
 class MeshOnly(Interceptor):
