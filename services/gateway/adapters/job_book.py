@@ -50,7 +50,7 @@ class LiveEntry:
 
     def note_used(self, tokens: int) -> None:
         """Notes what the job has used so far."""
-        self.job = replace(self.job, used_tokens=max(self.job.used_tokens, tokens))
+        self.job = self.job.having_used(tokens)
 
     def rename(self) -> None:
         """Takes another submission nonce: the store remembers an end of the one before."""

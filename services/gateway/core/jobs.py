@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 
 from services.common.allowance import Allowance
@@ -67,6 +67,10 @@ class QueuedJob:
     payload: str = ""
     slots: int = 1
     used_tokens: int = 0
+
+    def having_used(self, tokens: int) -> QueuedJob:
+        """The job once it has used so much; what was noted before does not become less."""
+        return self if tokens <= self.used_tokens else replace(self, used_tokens=tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from services.gateway.core.jobs import Band, Grant, QueuedJob
@@ -51,9 +51,8 @@ class LiveJob:
     avoid: str = ""
 
     def note_used(self, tokens: int) -> None:
-        """Notes what the job has used so far; what was noted before does not become less."""
-        if tokens > self.job.used_tokens:
-            self.job = replace(self.job, used_tokens=tokens)
+        """Notes what the job has used so far."""
+        self.job = self.job.having_used(tokens)
 
 
 @dataclass(slots=True)
