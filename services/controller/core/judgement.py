@@ -98,17 +98,18 @@ class Rules:
     Attributes:
         failed_percent_max: How many of its attempts may fail beyond the old one's share; 100: any.
         ttft_ratio_max: How many times as long as before first tokens may take; 0: any.
-        failures_min: Fewer failures than this are chance.
-        ended_min: Fewer ends than this say nothing,
-        hopeless_min: but for so many failures, and nothing else.
+        failures_min: Fewer failures than this are chance,
+        hopeless_min: but for so many, and nothing else.
+        ended_min: Fewer ends than this do not say that a revision is good, nor what was usual before.
     """
 
     failed_percent_max: int
     ttft_ratio_max: int
+    # Two workers reach it before both end themselves over steps that keep failing. While they start again
+    # nothing is counted, and a revision that fails then must not wait for more.
     failures_min: int = 5
-    # Below the twenty calls at which the breakers of ill workers open, and nothing more is counted.
-    ended_min: int = 10
     hopeless_min: int = 3
+    ended_min: int = 10
 
 
 def judge(new: Tally, old: Tally, rules: Rules, judged_s: float) -> Verdict:
@@ -129,7 +130,7 @@ def judge(new: Tally, old: Tally, rules: Rules, judged_s: float) -> Verdict:
 
 def _flaws(new: Tally, old: Tally, rules: Rules, judged_s: float) -> Iterator[str]:
     usual = old.failed_share if old.ended >= rules.ended_min else 0.0
-    enough = new.ended >= rules.ended_min and new.failed >= rules.failures_min
+    enough = new.failed >= rules.failures_min
     hopeless = new.failed >= rules.hopeless_min and not new.finished
     if (enough or hopeless) and new.failed_share > usual + rules.failed_percent_max / 100:
         before = f", of the old one's {usual:.1%}" if usual else ""

@@ -27,8 +27,9 @@ def took(seconds: float, times: int, *, slow_s: float = 0.0, slow: int = 0) -> T
         (Tally(finished=10), Tally(), Finding.GOOD),
         # Fewer than five failures are chance, whatever their share.
         (Tally(finished=6, failed=4), Tally(), Finding.GOOD),
-        # Five of nine are too few ends, five of ten are not.
-        (Tally(finished=4, failed=5), Tally(), Finding.OPEN),
+        (Tally(finished=5, failed=4), Tally(), Finding.OPEN),
+        # Five are not, however few have ended: workers that end themselves over it let no more be counted.
+        (Tally(finished=1, failed=5), Tally(), Finding.BAD),
         (Tally(finished=5, failed=5), Tally(), Finding.BAD),
         # Where nothing at all comes of it, three are enough, unless the old one does no better.
         (Tally(failed=2), Tally(), Finding.OPEN),
