@@ -3,7 +3,7 @@
 Every way gives the same integers, for sums of integers are exact in any order; they differ in speed and in
 memory. A mapped weight is used as it lies in its file, which all workers of a host share. A packed one is a
 copy in the order in which the processor multiplies: from two rows on it is faster by a third to a half. Rows
-are filled up to few counts, see `row_counts`, with whatever memory holds.
+come in few counts, see `row_counts`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-
-from services.worker.core.row_counts import filled
 
 # One row has a kernel of its own that is so fast that up to here several calls beat one.
 SINGLE_ROWS = 4
@@ -26,16 +24,22 @@ ZERO_POINT = 128
 
 
 class IntegerProduct(Protocol):
-    """A product of rows with an int8 weight `[outputs, inputs]`, scaled by output."""
+    """A product of rows of bytes with an int8 weight `[outputs, inputs]`."""
+
+    def flip(self, rows: int) -> int:
+        """What the bytes of so many rows are to be combined with by exclusive or: 0 or ZERO_POINT."""
+        ...
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Multiplies.
 
         Args:
-            rows: `[rows, inputs]`, whole numbers from -127 to 127 in single precision.
+            rows: uint8 `[rows, inputs]`, as many as `row_counts.filled` says: signed bytes from -127 to 127,
+                flipped as `flip` says.
 
         Returns:
-            `[rows, outputs]` in single precision: the integer sum, rounded once, times the output's scale.
+            `[rows, outputs]`, contiguous and nobody else's: the exact sums as int32, or in single precision,
+            each rounded once.
         """
         ...
 
@@ -50,23 +54,23 @@ class MappedProduct:
 
     Args:
         weight: int8, `[outputs, inputs]`.
-        scales: Of each output, `[outputs]`.
     """
 
-    def __init__(self, weight: torch.Tensor, scales: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor) -> None:
         self._weight = weight
         self._turned = weight.t()
-        self._scales = scales
+
+    def flip(self, rows: int) -> int:  # noqa: ARG002 - the port's signature
+        """See `IntegerProduct`: signed bytes stay as they are."""
+        return 0
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """See `IntegerProduct`."""
-        integers = _as_bytes(rows)
+        """See `IntegerProduct`; int32."""
+        integers = rows.view(torch.int8)
         product = torch._int_mm  # noqa: SLF001 - its only name
         if 1 < integers.shape[0] <= SINGLE_ROWS:
-            sums = torch.cat([product(row, self._turned) for row in torch.split(integers, 1)])
-        else:
-            sums = product(integers, self._turned)
-        return _unfilled(sums, rows).float().mul_(self._scales)
+            return torch.cat([product(row, self._turned) for row in torch.split(integers, 1)])
+        return product(integers, self._turned)
 
     @property
     def bytes(self) -> int:
@@ -79,25 +83,27 @@ class PackedProduct:
 
     Args:
         weight: int8, `[outputs, inputs]`; single rows go on using it.
-        scales: Of each output, `[outputs]`.
     """
 
-    def __init__(self, weight: torch.Tensor, scales: torch.Tensor) -> None:
-        self._single = MappedProduct(weight, scales)
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._single = MappedProduct(weight)
         self._singly = weight.nbytes < SINGLE_WEIGHT_BYTES
         self._bytes = 2 * weight.nbytes
-        self._scales = scales
+        # The scales are another's business, for a single row knows none here.
+        self._scales = torch.ones(weight.shape[0])
         self._zeros = torch.zeros(weight.shape[0], dtype=torch.long)
         self._packed = torch.ops.onednn.qlinear_prepack(weight, None)
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def flip(self, rows: int) -> int:
         """See `IntegerProduct`."""
-        if self._singly and rows.shape[0] == 1:
+        return 0 if self._singly and rows == 1 else ZERO_POINT
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """See `IntegerProduct`; int32 for one row of most weights, else single precision."""
+        if not self.flip(rows.shape[0]):
             return self._single(rows)
-        # To unsigned bytes the library converts one number at a time.
-        unsigned = _as_bytes(rows).view(torch.uint8).bitwise_xor_(ZERO_POINT)
         product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-            unsigned,
+            rows,
             1.0,
             ZERO_POINT,
             self._packed,
@@ -111,29 +117,12 @@ class PackedProduct:
             [],
             "",
         )
-        return _unfilled(product, rows)
+        return product
 
     @property
     def bytes(self) -> int:
         """See `IntegerProduct`."""
         return self._bytes
-
-
-def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
-    """The rows as int8, in a new tensor of as many as they are filled up to."""
-    count = rows.shape[0]
-    if (wanted := filled(count)) == count:
-        # Where few rows decode, each operation is noticed.
-        return rows.to(torch.int8, memory_format=torch.contiguous_format)
-    whole = torch.empty((wanted, rows.shape[1]), dtype=torch.int8, device=rows.device)
-    whole[:count] = rows
-    return whole
-
-
-def _unfilled(products: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The products of the rows themselves."""
-    count = rows.shape[0]
-    return products if products.shape[0] == count else products[:count]
 
 
 def packs() -> bool:

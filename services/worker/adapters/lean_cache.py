@@ -1,7 +1,8 @@
-"""The KV cache of the lean forward. Owns: where keys and values lie so that one copy writes both.
+"""The KV cache of the lean forwards. Owns: where keys and values lie, and how there come to be more of them.
 
 A layer keeps `[2, rows, heads, capacity, head_dim]`: keys, then values. Rows and heads are neighbours, so a
-piece of the cache is one batch of matrices without a copy. Knows positions, never tokens or requests.
+piece of the cache is one batch of matrices without a copy, and one copy writes both. Knows positions, never
+tokens or requests.
 
 In a host's memory the tensors have all rows that the budget allows, and take pages where something was
 written alone: rows cost nothing until they are used, and no stream waits while the cache grows by some.
@@ -28,6 +29,8 @@ class CacheShape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    # Positions that lie together in an order of their own, and are moved together.
+    block: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class Place:
         return self.positions.shape[0]
 
 
-class LeanCache:
+class LeanRows:
     """The rows of all layers.
 
     Attributes:
@@ -69,7 +72,8 @@ class LeanCache:
         self.capacity = 0
         self.area_tokens = area_tokens
         self.shape = shape
-        self._layers: list[torch.Tensor] = []
+        # Of each layer; another list whenever they are made anew.
+        self.layers: list[torch.Tensor] = []
         # Of each row: how many positions were written since it was last cleared. Zeros lie beyond.
         self._filled: list[int] = []
 
@@ -82,7 +86,72 @@ class LeanCache:
     @property
     def held_bytes(self) -> int:
         """Memory that the rows may come to take without growing."""
-        return sum(tensor.nbytes for tensor in self._layers)
+        return sum(tensor.nbytes for tensor in self.layers)
+
+    def fill(self, row: int, positions: int) -> None:
+        """Remembers that a row is written up to there."""
+        self._filled[row] = max(self._filled[row], positions)
+
+    def ensure(self, rows: int, capacity: int) -> None:
+        """Grows to at least so many rows and positions; whatever is beyond them may be given up."""
+        if rows <= self.rows and capacity <= self.capacity:
+            return
+        before, lazy = (self.rows, self.capacity), self.shape.device.type == "cpu"
+        size = spread if lazy else grown
+        self.rows, self.capacity = size(before, (rows, self._whole(capacity)), self.area_tokens)
+        filled = [min(count, self.capacity) for count in self._filled[: self.rows]]
+        self._filled = filled + [0] * (self.rows - len(filled))
+        old, self.layers = self.layers, []
+        try:
+            self._lay_out(old, filled, row_by_row=lazy)
+        except BaseException:
+            # Half of it is of no use: the next step begins with nothing, as its sequences do.
+            self.rows = self.capacity = 0
+            self._filled, self.layers = [], []
+            raise
+
+    def _lay_out(self, old: list[torch.Tensor], filled: Sequence[int], *, row_by_row: bool) -> None:
+        """Makes all layers with what was written in the old ones, which are given up one by one."""
+        rows = 1 + max((row for row, count in enumerate(filled) if count), default=-1)
+        longest = max(filled, default=0)
+        for layer in range(self.shape.layers):
+            tensor = self._empty()
+            if old and row_by_row:
+                for row, count in enumerate(map(self._whole, filled[:rows])):
+                    tensor[:, row, :, :count] = old[layer][:, row, :, :count]
+            elif old:
+                tensor[:, :rows, :, :longest] = old[layer][:, :rows, :, :longest]
+            if old:
+                old[layer] = tensor.new_empty(0)
+            self.layers.append(tensor)
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Copies the first positions of one row over another row."""
+        self.fill(target, tokens)
+        count = self._whole(tokens)
+        for tensor in self.layers:
+            tensor[:, target, :, :count] = tensor[:, source, :, :count]
+
+    def clear(self, row: int) -> None:
+        """Overwrites a row with zeros: what is not finite there would reach the row's next sequence."""
+        count, self._filled[row] = self._whole(self._filled[row]), 0
+        for tensor in self.layers:
+            tensor[:, row, :, :count] = 0
+
+    def _whole(self, positions: int) -> int:
+        return -(-positions // self.shape.block) * self.shape.block
+
+    def _empty(self) -> torch.Tensor:
+        shape = self.shape
+        # Zeros, not whatever memory holds: a masked NaN would still spoil the sum.
+        size = (2, self.rows, shape.heads, self.capacity, shape.head_dim)
+        if shape.device.type == "cpu":
+            return lazy_zeros(size, shape.dtype)
+        return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+
+
+class LeanCache(LeanRows):
+    """The rows as matrices."""
 
     def look(self, rows: Sequence[int], positions: Sequence[int], tokens: int) -> Place:
         """Where the next pass reads and writes: `tokens` of one row, or one token of each row.
@@ -94,7 +163,7 @@ class LeanCache:
         """
         device = self.shape.device
         for row, position in zip(rows, positions, strict=True):
-            self._filled[row] = max(self._filled[row], position + tokens)
+            self.fill(row, position + tokens)
         length = min(bucketed(max(positions) + tokens), self.capacity)
         row_ids = torch.tensor(rows, device=device)
         places = torch.tensor(positions, device=device)
@@ -102,78 +171,23 @@ class LeanCache:
             row_ids, places = row_ids.expand(tokens), places + torch.arange(tokens, device=device)
         return Place(Rows.of(rows, device), row_ids, places, length, shared=len(rows) == 1)
 
-    def targets(self, places: Sequence[Place]) -> torch.Tensor:
-        """Where `write` puts the states of all tokens of these places; it is the same in every layer."""
+    def targets(self, place: Place) -> torch.Tensor:
+        """Where `write` puts the states of a place's tokens; it is the same in every layer."""
         heads, device = self.shape.heads, self.shape.device
-        row_ids = torch.cat([place.row_ids for place in places])
-        positions = torch.cat([place.positions for place in places])
         kinds = torch.arange(2, device=device).unsqueeze(1) * self.rows
-        lines = (kinds + row_ids.view(-1, 1, 1)) * heads + torch.arange(heads, device=device)
-        return (lines * self.capacity + positions.view(-1, 1, 1)).flatten()
+        lines = (kinds + place.row_ids.view(-1, 1, 1)) * heads + torch.arange(heads, device=device)
+        return (lines * self.capacity + place.positions.view(-1, 1, 1)).flatten()
 
     def write(self, layer: int, states: torch.Tensor, targets: torch.Tensor) -> None:
         """Writes the keys and values of each token, `[tokens, 2 * heads, head_dim]`."""
-        lines = self._layers[layer].view(-1, self.shape.head_dim)
+        lines = self.layers[layer].view(-1, self.shape.head_dim)
         lines.index_copy_(0, targets, states.reshape(-1, self.shape.head_dim))
 
     def read(self, layer: int, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a place's rows, each `[rows * heads, length, head_dim]`."""
-        tensor = place.rows.taken(self._layers[layer][:, :, :, : place.length], 1)
+        tensor = place.rows.taken(self.layers[layer][:, :, :, : place.length], 1)
         keys, values = tensor.flatten(1, 2).unbind(0)
         return keys, values
-
-    def ensure(self, rows: int, capacity: int) -> None:
-        """Grows to at least so many rows and positions; whatever is beyond them may be given up."""
-        if rows <= self.rows and capacity <= self.capacity:
-            return
-        before, lazy = (self.rows, self.capacity), self.shape.device.type == "cpu"
-        size = spread if lazy else grown
-        self.rows, self.capacity = size(before, (rows, capacity), self.area_tokens)
-        filled = [min(count, self.capacity) for count in self._filled[: self.rows]]
-        self._filled = filled + [0] * (self.rows - len(filled))
-        old, self._layers = self._layers, []
-        try:
-            self._lay_out(old, filled, row_by_row=lazy)
-        except BaseException:
-            # Half of it is of no use: the next step begins with nothing, as its sequences do.
-            self.rows = self.capacity = 0
-            self._filled, self._layers = [], []
-            raise
-
-    def _lay_out(self, old: list[torch.Tensor], filled: Sequence[int], *, row_by_row: bool) -> None:
-        """Makes all layers with what was written in the old ones, which are given up one by one."""
-        rows = 1 + max((row for row, count in enumerate(filled) if count), default=-1)
-        longest = max(filled, default=0)
-        for layer in range(self.shape.layers):
-            tensor = self._empty()
-            if old and row_by_row:
-                for row, count in enumerate(filled[:rows]):
-                    tensor[:, row, :, :count] = old[layer][:, row, :, :count]
-            elif old:
-                tensor[:, :rows, :, :longest] = old[layer][:, :rows, :, :longest]
-            if old:
-                old[layer] = tensor.new_empty(0)
-            self._layers.append(tensor)
-
-    def move(self, source: int, target: int, tokens: int) -> None:
-        """Copies the first positions of one row over another row."""
-        self._filled[target] = max(self._filled[target], tokens)
-        for tensor in self._layers:
-            tensor[:, target, :, :tokens] = tensor[:, source, :, :tokens]
-
-    def clear(self, row: int) -> None:
-        """Overwrites a row with zeros: what is not finite there would reach the row's next sequence."""
-        count, self._filled[row] = self._filled[row], 0
-        for tensor in self._layers:
-            tensor[:, row, :, :count] = 0
-
-    def _empty(self) -> torch.Tensor:
-        shape = self.shape
-        # Zeros, not whatever memory holds: a masked NaN would still spoil the sum.
-        size = (2, self.rows, shape.heads, self.capacity, shape.head_dim)
-        if shape.device.type == "cpu":
-            return lazy_zeros(size, shape.dtype)
-        return torch.zeros(size, dtype=shape.dtype, device=shape.device)
 
 
 def spread(present: tuple[int, int], needed: tuple[int, int], area_tokens: int) -> tuple[int, int]:

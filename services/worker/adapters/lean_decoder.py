@@ -1,4 +1,4 @@
-"""The lean decoder. Owns: the forward pass of the Llama family, in few operations.
+"""The lean decoder. Owns: the forward pass of the Llama family with plain weights, in few operations.
 
 Queries, keys and values come from one product, gate and up from another. Pairs that turn together stand
 side by side in each head, so that the position's turn is one complex product. Every operation treats each
@@ -84,9 +84,13 @@ class Turns:
 
     def at(self, positions: torch.Tensor, length: int) -> torch.Tensor:
         """Complex factors `[tokens, 1, head_dim / 2]`; positions are below `length`."""
+        return self.table(length).index_select(0, positions).unsqueeze(1)
+
+    def table(self, length: int) -> torch.Tensor:
+        """Complex factors of at least the first `length` positions, `[positions, head_dim / 2]`."""
         while self._table.shape[0] < length:
             self._table = torch.cat((self._table, self._block(self._table.shape[0])))
-        return self._table.index_select(0, positions).unsqueeze(1)
+        return self._table
 
     def _block(self, first: int) -> torch.Tensor:
         places = torch.arange(first, first + TURN_BLOCK, device=self._frequencies.device)
@@ -117,32 +121,23 @@ class LeanDecoder:
     dtype: torch.dtype
 
     def forward(
-        self, token_ids: Sequence[int], cache: LeanCache, places: Sequence[Place], threads: Threads
+        self, token_ids: Sequence[int], cache: LeanCache, place: Place, threads: Threads
     ) -> torch.Tensor:
-        """Passes the tokens of all places, in their order, through all layers.
-
-        The products take all tokens together, so the weights are read once; attention takes each place by
-        itself, for they have different lengths. No row is in two places.
+        """Passes the tokens of a place through all layers.
 
         Returns:
             The last states, `[tokens, width]`.
         """
         ids = torch.tensor(token_ids, device=self.embedding.device)
         x = self.embedding.index_select(0, ids).to(self.dtype)
-        positions = torch.cat([place.positions for place in places])
-        turn = self.turns.at(positions, max(place.length for place in places))
-        targets, masks = cache.targets(places), [_mask(place, self.heads, self.dtype) for place in places]
-        sizes = [place.tokens for place in places]
+        turn = self.turns.at(place.positions, place.length)
+        targets, mask = cache.targets(place), _mask(place, self.heads, self.dtype)
         for number, layer in enumerate(self.layers):
             heads = self._turned(layer, x, turn)
             queries, states = torch.split(heads, [self.heads.queries, 2 * self.heads.shared], dim=1)
             cache.write(number, states, targets)
             _use(threads.attention)
-            parts = [
-                attend(part, *cache.read(number, place), mask, self.heads)
-                for part, place, mask in zip(torch.split(queries, sizes), places, masks, strict=True)
-            ]
-            attended = parts[0] if len(parts) == 1 else torch.cat(parts)
+            attended = attend(queries, *cache.read(number, place), mask, self.heads)
             _use(threads.products)
             x = x + layer.output(attended)
             gate, up = layer.gate_up(x, layer.mlp_norm).chunk(2, dim=1)
@@ -158,7 +153,6 @@ class LeanDecoder:
         width = self.embedding.shape[1]
         layer = self.layers[0]
         for rows in counts(REHEARSED_ROWS):
-            # Zeros alone: what a bias makes of them might pass for outliers, whose columns are kept.
             x = torch.zeros((rows, width), dtype=self.dtype, device=self.embedding.device)
             layer.qkv(x)
             layer.output(x.new_zeros((rows, self.heads.queries * self.heads.dim)))
@@ -166,16 +160,6 @@ class LeanDecoder:
             layer.down(x.new_zeros((rows, inner)))
             if rows <= REHEARSED_DRAWS:
                 self.head(x)
-
-    @property
-    def joins(self) -> bool:
-        """Whether a token's numbers are the same beside any others, so that prefills may share a pass."""
-        return self.head.by_row
-
-    @property
-    def guesses(self) -> bool:
-        """Whether a few tokens more in a pass cost little, and change no token's numbers."""
-        return self.joins and self.head.packed
 
     @property
     def bytes(self) -> int:

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from services.worker.adapters.fused_decoder import FusedDecoder, FusedLayer, Int8Weight, quantized
 from services.worker.adapters.lean_decoder import Heads, Layer, LeanDecoder, Turns
-from services.worker.adapters.lean_linear import Int8Linear, Linear, Norm, PlainLinear, quantized
+from services.worker.adapters.lean_linear import Linear, Norm
 
 # What the decoder was written for, and is tested with. Others run as the library's modules.
 KINDS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -77,30 +78,54 @@ def tensors_of(module: Any, dtype: torch.dtype, progress: Progress, *, int8: boo
     progress(total, total)
 
 
-def decoder(
-    tensors: Mapping[str, torch.Tensor], config: Any, dtype: torch.dtype, *, packed: bool = False
-) -> LeanDecoder:
-    """The decoder over tensors that `tensors_of` has made; they are used as they are.
+def decoder(tensors: Mapping[str, torch.Tensor], config: Any, dtype: torch.dtype) -> LeanDecoder:
+    """The decoder over plain tensors that `tensors_of` has made; they are used as they are.
 
     Args:
         tensors: By name.
         config: The model's configuration.
         dtype: Of activations.
-        packed: Whether int8 weights are copied into the processor's own order; see `integer_products`.
     """
-    eps = float(config.rms_norm_eps)
-    embedding = tensors["embedding"]
-    linear = partial(_linear, tensors, packed=packed)
+    eps, embedding = float(config.rms_norm_eps), tensors["embedding"]
     return LeanDecoder(
         embedding=embedding,
-        layers=tuple(
-            _layer(tensors, f"layers.{number}.", eps, linear) for number in range(config.num_hidden_layers)
-        ),
+        layers=tuple(_layer(tensors, f"layers.{number}.", eps) for number in range(config.num_hidden_layers)),
         norm=Norm(tensors["norm"], eps),
-        head=linear("head") if "head.weight" in tensors else PlainLinear(embedding, None),
+        head=_linear(tensors, "head") if "head.weight" in tensors else Linear(embedding, None),
         heads=heads_of(config),
-        turns=Turns(tensors["turns.frequencies"], float(tensors["turns.scaling"])),
+        turns=_turns(tensors),
         dtype=dtype,
+    )
+
+
+def fused(tensors: Mapping[str, torch.Tensor], config: Any, *, packed: bool) -> FusedDecoder:
+    """The decoder over int8 tensors that `tensors_of` has made; they are used as they are.
+
+    Args:
+        tensors: By name.
+        config: The model's configuration.
+        packed: Whether weights are copied into the processor's own order; see `integer_products`.
+    """
+    weight = partial(_int8_weight, tensors, packed=packed)
+    return FusedDecoder(
+        embedding=tensors["embedding"],
+        layers=tuple(
+            FusedLayer(
+                attention_norm=tensors[f"{prefix}attention_norm"],
+                qkv=weight(f"{prefix}qkv"),
+                head_norm=tensors.get(f"{prefix}head_norm"),
+                output=weight(f"{prefix}output"),
+                mlp_norm=tensors[f"{prefix}mlp_norm"],
+                gate_up=weight(f"{prefix}gate_up"),
+                down=weight(f"{prefix}down"),
+            )
+            for prefix in (f"layers.{number}." for number in range(config.num_hidden_layers))
+        ),
+        norm=tensors["norm"],
+        head=weight("head"),
+        heads=heads_of(config),
+        turns=_turns(tensors),
+        eps=float(config.rms_norm_eps),
     )
 
 
@@ -124,12 +149,17 @@ def _int8(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Named:
         yield f"{name}.bias", bias.float()
 
 
-def _linear(tensors: Mapping[str, torch.Tensor], name: str, *, packed: bool) -> Linear:
-    weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-    scales = tensors.get(f"{name}.scales")
-    if scales is None:
-        return PlainLinear(weight, bias)
-    return Int8Linear(weight, bias, scales=scales, packed=packed)
+def _linear(tensors: Mapping[str, torch.Tensor], name: str) -> Linear:
+    return Linear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+
+
+def _int8_weight(tensors: Mapping[str, torch.Tensor], name: str, *, packed: bool) -> Int8Weight:
+    weight, scales = tensors[f"{name}.weight"], tensors[f"{name}.scales"]
+    return Int8Weight(weight, scales, tensors.get(f"{name}.bias"), packed=packed)
+
+
+def _turns(tensors: Mapping[str, torch.Tensor]) -> Turns:
+    return Turns(tensors["turns.frequencies"], float(tensors["turns.scaling"]))
 
 
 def _layer_tensors(
@@ -138,19 +168,17 @@ def _layer_tensors(
     attention, mlp = layer.self_attn, layer.mlp
     turning = [attention.q_proj, attention.k_proj]
     yield "attention_norm", layer.input_layernorm.weight.detach().to(dtype)
-    yield from linear("qkv", *_fused([*turning, attention.v_proj], heads.dim, turning=2))
+    yield from linear("qkv", *_joined([*turning, attention.v_proj], heads.dim, turning=2))
     if hasattr(attention, "q_norm"):
         yield "head_norm", _head_norm(attention, heads)
-    yield from linear("output", *_fused([attention.o_proj], heads.dim, turning=0))
+    yield from linear("output", *_joined([attention.o_proj], heads.dim, turning=0))
     yield "mlp_norm", layer.post_attention_layernorm.weight.detach().to(dtype)
-    yield from linear("gate_up", *_fused([mlp.gate_proj, mlp.up_proj], heads.dim, turning=0))
-    yield from linear("down", *_fused([mlp.down_proj], heads.dim, turning=0))
+    yield from linear("gate_up", *_joined([mlp.gate_proj, mlp.up_proj], heads.dim, turning=0))
+    yield from linear("down", *_joined([mlp.down_proj], heads.dim, turning=0))
 
 
-def _layer(
-    tensors: Mapping[str, torch.Tensor], prefix: str, eps: float, linear: Callable[[str], Linear]
-) -> Layer:
-    head_norm = tensors.get(f"{prefix}head_norm")
+def _layer(tensors: Mapping[str, torch.Tensor], prefix: str, eps: float) -> Layer:
+    head_norm, linear = tensors.get(f"{prefix}head_norm"), partial(_linear, tensors)
     return Layer(
         attention_norm=Norm(tensors[f"{prefix}attention_norm"], eps),
         qkv=linear(f"{prefix}qkv"),
@@ -162,7 +190,7 @@ def _layer(
     )
 
 
-def _fused(parts: list[Any], dim: int, *, turning: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _joined(parts: list[Any], dim: int, *, turning: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One weight and bias of several; the outputs of the first `turning` are paired within each head."""
     weights = [_paired(part.weight.detach(), dim, at < turning) for at, part in enumerate(parts)]
     biases = [

@@ -25,7 +25,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from services.common.errors import ArtifactInvalid, InterlockError
 from services.common.safetensors_files import check_counts, check_files, count_elements, read_config
-from services.worker.adapters import decoder_config, integer_products, lean_weights
+from services.worker.adapters import decoder_config, integer_products, lean_weights, vector_code
+from services.worker.adapters.fused_runner import FusedRunner
 from services.worker.adapters.lean_runner import LeanRunner
 from services.worker.adapters.stored_forms import StoredForms
 from services.worker.adapters.torch_memory import shortage_named
@@ -151,10 +152,17 @@ class TorchLoader:
             yield from lean_weights.tensors_of(module, source.way.dtype, progress, int8=int8)
 
         found = {name: one.to(self._settings.device) for name, one in source.tensors(tensors).items()}
-        packed = self._settings.packed and integer_products.packs()
-        runner = LeanRunner(model, lean_weights.decoder(found, config, source.way.dtype, packed=packed))
+        runner = self._lean_runner(source.way, model, found, config)
         probe(runner, found["bare"], kind=str(config.model_type), exact=source.way.exact)
         return runner
+
+    def _lean_runner(
+        self, way: Way, model: DecoderModel, tensors: dict[str, torch.Tensor], config: Any
+    ) -> TorchRunner:
+        if way.quantization is not Quantization.INT8:
+            return LeanRunner(model, lean_weights.decoder(tensors, config, way.dtype))
+        packed = self._settings.packed and integer_products.packs()
+        return FusedRunner(model, lean_weights.fused(tensors, config, packed=packed))
 
     def _modules(self, source: WeightSource, config: Any) -> TorchRunner:
         """A runner of the library's modules."""
@@ -199,8 +207,8 @@ def resolve_quantization(spec: RevisionSpec, config: Any, settings: TorchSetting
     """
     if spec.quantization is not Quantization.AUTO:
         return spec.quantization
-    lean = settings.lean and settings.device.type == "cpu" and lean_weights.serves(config)
-    return Quantization.INT8 if lean else Quantization.NONE
+    fused = settings.lean and Quantization.INT8 in _lean_kinds(settings.device)
+    return Quantization.INT8 if fused and lean_weights.serves(config) else Quantization.NONE
 
 
 def compute_dtype(spec: RevisionSpec, device: torch.device) -> torch.dtype:
@@ -222,11 +230,19 @@ def compute_dtype(spec: RevisionSpec, device: torch.device) -> torch.dtype:
 
 def _way(spec: RevisionSpec, config: Any, settings: TorchSettings) -> Way:
     quantization = resolve_quantization(spec, config, settings)
-    # The integer product is the processor's; four-bit weights are the library's everywhere.
-    able = {Quantization.NONE, Quantization.INT8} if settings.device.type == "cpu" else {Quantization.NONE}
+    able = _lean_kinds(settings.device)
     lean = settings.lean and quantization in able and lean_weights.serves(config)
     dtype = compute_dtype(replace(spec, quantization=quantization), settings.device)
     return Way(quantization, dtype, settings.device, lean)
+
+
+def _lean_kinds(device: torch.device) -> frozenset[Quantization]:
+    """What the lean forwards compute on a device.
+
+    Integer products are the processor's; four-bit weights are the library's everywhere.
+    """
+    fuses = device.type == "cpu" and vector_code.able()
+    return frozenset({Quantization.NONE, Quantization.INT8} if fuses else {Quantization.NONE})
 
 
 def _vocabulary(config: Any) -> int:

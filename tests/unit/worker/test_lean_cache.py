@@ -19,7 +19,7 @@ def write(cache: LeanCache, row: int, tokens: int, value: float) -> None:
     place = cache.look([row], [0], tokens)
     for layer in range(SHAPE.layers):
         states = torch.full((tokens, 2 * SHAPE.heads, SHAPE.head_dim), value)
-        cache.write(layer, states, cache.targets([place]))
+        cache.write(layer, states, cache.targets(place))
 
 
 def read(cache: LeanCache, row: int, length: int) -> torch.Tensor:
@@ -33,11 +33,11 @@ def test_all_rows_are_there_from_the_first_on() -> None:
     """More rows make nothing anew; a longer sequence does, and keeps what every row holds."""
     cache = LeanCache(SHAPE, 64 * GROWTH_TOKENS)
     cache.ensure(1, 16)
-    first = cache._layers[0]
+    first = cache.layers[0]
     assert (cache.rows, cache.capacity) == (64, GROWTH_TOKENS)
     write(cache, 0, 16, 1.0)
     cache.ensure(64, GROWTH_TOKENS)
-    assert cache._layers[0] is first
+    assert cache.layers[0] is first
     write(cache, 40, 30, 2.0)
     cache.ensure(3, GROWTH_TOKENS + 1)
     assert (cache.rows, cache.capacity) == (32, 2 * GROWTH_TOKENS)
@@ -98,7 +98,7 @@ def test_a_cleared_row_is_all_zeros() -> None:
     write(cache, 1, 16, float("nan"))
     cache.ensure(2, 2 * GROWTH_TOKENS)
     cache.clear(1)
-    assert torch.all(cache._layers[1][:, 1] == 0.0)
+    assert torch.all(cache.layers[1][:, 1] == 0.0)
 
 
 def test_a_moved_row_is_kept_when_the_cache_is_made_anew() -> None:

@@ -8,13 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.worker.adapters.integer_products import (
-    SINGLE_WEIGHT_BYTES,
-    MappedProduct,
-    PackedProduct,
-    packs,
-)
-from services.worker.adapters.lean_linear import Int8Linear, Norm
+from services.worker.adapters.fused_runner import FusedRunner
 from services.worker.adapters.lean_runner import LeanRunner
 from services.worker.adapters.torch_loader import TorchLoader, TorchSettings
 from services.worker.adapters.torch_runner import TorchRunner
@@ -144,8 +138,8 @@ def test_an_int8_seeded_sequence_goes_on_wherever_it_is_cut(directory: Path) -> 
 def test_the_lean_forward_agrees_with_the_library(directory: Path, quantization: Quantization) -> None:
     """Logits agree: to rounding in fp32, closely with the library's own int8."""
     lean, modules = load(directory, quantization), load(directory, quantization, lean=False)
-    assert isinstance(lean, LeanRunner)
-    assert not isinstance(modules, LeanRunner)
+    assert isinstance(lean, FusedRunner if quantization is Quantization.INT8 else LeanRunner)
+    assert type(modules) is TorchRunner
     found = []
     for runner in (lean, modules):
         with torch.inference_mode():
@@ -165,59 +159,3 @@ def test_auto_is_int8_where_the_lean_forward_serves(tmp_path: Path) -> None:
     tiny_models.save("gemma", other)
     plain = load(other, Quantization.NONE).facts.weights_bytes
     assert load(other, Quantization.AUTO).facts.weights_bytes == plain
-
-
-def rows_with_outliers(rows: int, width: int) -> torch.Tensor:
-    """Rows of which every second has outliers, up to a hundred in one row."""
-    torch.manual_seed(3)
-    x = torch.randn(rows, width)
-    for row in range(0, rows, 2):
-        x[row, torch.randperm(width)[: 1 + 5 * row]] *= 40
-    return x
-
-
-PACKED = [
-    False,
-    pytest.param(True, marks=pytest.mark.skipif(not packs(), reason="the processor packs nothing")),
-]
-
-
-@pytest.mark.parametrize("packed", PACKED)
-@pytest.mark.parametrize("normed", [False, True])
-def test_outliers_of_one_row_do_not_touch_another(normed: bool, packed: bool) -> None:  # noqa: FBT001 - parameters
-    """Bit for bit, whatever columns the neighbours' outliers are in, and close to the exact product."""
-    weight = torch.randn(48, 192)
-    norm = Norm(torch.rand(192) + 2, 1e-5) if normed else None
-    linear = Int8Linear(weight.clone(), torch.randn(48), packed=packed)
-    x = rows_with_outliers(20, 192)
-    together = linear(x, norm)
-    for row in range(20):
-        assert torch.equal(linear(x[row : row + 1], norm)[0], together[row])
-    halves = torch.cat((linear(x[:7], norm), linear(x[7:], norm)))
-    assert torch.equal(halves, together)
-
-
-@pytest.mark.skipif(not packs(), reason="the processor packs nothing")
-@pytest.mark.parametrize("outputs", [48, (SINGLE_WEIGHT_BYTES >> 8) + 3])
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 16, 33])
-def test_a_packed_weight_gives_the_same_bits_as_a_mapped_one(rows: int, outputs: int) -> None:
-    """Also for integers at their ends, where sums cut at 16 bits would show."""
-    weight = torch.randint(-127, 128, (outputs, 256), dtype=torch.int8)
-    weight[: outputs // 2] = 127
-    scales = torch.rand(outputs) + 0.1
-    integers = torch.randint(-127, 128, (rows, 256)).float()
-    integers[0] = 127
-    wanted = (integers.double() @ weight.double().t()).float() * scales
-    assert torch.equal(MappedProduct(weight, scales)(integers), wanted)
-    assert torch.equal(PackedProduct(weight, scales)(integers), wanted)
-
-
-def test_outliers_keep_more_bits_than_the_rest() -> None:
-    """With outliers apart a row's error is a fraction of what one scale for all would make it."""
-    weight = torch.randn(48, 192)
-    x = rows_with_outliers(2, 192)[:1]
-    wanted = x @ weight.t()
-    apart = (Int8Linear(weight.clone(), None)(x) - wanted).norm()
-    mixed = (Int8Linear(weight.clone(), None, threshold=1e9)(x) - wanted).norm()
-    assert apart < mixed / 2
-    assert apart < wanted.norm() / 50

@@ -19,25 +19,24 @@ import ctypes
 import sys
 from pathlib import Path
 import torch
-from services.worker.core.row_counts import filled
+from services.worker.core.batch import Chunk, Decode, Draw
 from services.worker.core.revision import Quantization
-from tests.unit.worker.test_lean_forward import load
+from services.worker.core.sequence import Sampling
+from tests.unit.worker.test_lean_forward import load, reserve
 
 runner = load(Path(sys.argv[1]), Quantization.INT8)
-assert runner._decoder.layers[0].qkv.packed
 with torch.backends.mkldnn.verbose(2):
     runner.rehearse()
 libc = ctypes.CDLL(None)
 libc.fflush(None)
 print("-- rehearsed", flush=True)
+reserve(runner, 160)
+draw = Draw(Sampling(), 0, 0)
 with torch.inference_mode(), torch.backends.mkldnn.verbose(2):
-    for rows in range(1, 161):
-        states = torch.randn(rows, runner._decoder.embedding.shape[1])
-        layer = runner._decoder.layers[0]
-        layer.qkv(states)
-        layer.down(layer.gate_up(states).chunk(2, dim=1)[0])
-        if rows <= 32:
-            runner._decoder.logits(states)
+    for tokens in range(1, 161):
+        runner.prefill(Chunk(0, 0, (3,) * tokens, None))
+        if tokens <= 32:
+            runner.decode([Decode(row, 0, 3, draw) for row in range(tokens)])
 """
 
 

@@ -1,0 +1,130 @@
+"""The fused decoder. Owns: the weights of the Llama family in LLM.int8, as the processor uses them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from services.worker.adapters.fused_int8 import INT8_MAX, KEPT_COLUMNS, TINY
+from services.worker.adapters.fused_parts import FusedShape
+from services.worker.adapters.integer_products import IntegerProduct, MappedProduct, PackedProduct
+from services.worker.adapters.lean_decoder import Heads, Turns
+
+
+class Int8Weight:
+    """A weight of LLM.int8, and the columns of it that outliers have met.
+
+    Args:
+        weight: int8, `[outputs, inputs]`; used as it is: it may be pages of a file that other workers share.
+        scales: Of each output, `[outputs]`.
+        bias: `[outputs]`, or None.
+        packed: Whether a copy of the weight is kept in the order in which the processor multiplies.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, *, packed: bool
+    ) -> None:
+        self.product: IntegerProduct = PackedProduct(weight) if packed else MappedProduct(weight)
+        self.packed = packed
+        self.outputs, self.inputs = weight.shape
+        self._stored = {"weight": weight, "scales": scales}
+        if bias is not None:
+            self._stored["bias"] = bias.float()
+        self._met = {
+            # Pages that nothing was written to take no memory.
+            "kept": torch.empty((KEPT_COLUMNS, self.outputs), dtype=torch.int8),
+            "slots": torch.full((self.inputs,), -1, dtype=torch.int32),
+            "owners": torch.full((KEPT_COLUMNS,), -1, dtype=torch.int32),
+            "uses": torch.zeros(KEPT_COLUMNS, dtype=torch.long),
+            "clock": torch.zeros(2, dtype=torch.long),
+        }
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """What of a frame of `fused_parts` belongs to the weight."""
+        tensors = self._stored | self._met
+        return {"inputs": self.inputs} | {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the weight, copies included."""
+        return self.product.bytes + sum(
+            tensor.nbytes for name, tensor in self._stored.items() if name != "weight"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayer:
+    """The weights of one layer; most models have no norm of heads.
+
+    Attributes:
+        attention_norm: float, `[width]`.
+        qkv: To queries, keys and values.
+        head_norm: float, `[heads that turn, head_dim]`, or None.
+        output: From what was attended to.
+        mlp_norm: float, `[width]`.
+        gate_up: To the two halves of the inner state.
+        down: From their product.
+    """
+
+    attention_norm: torch.Tensor
+    qkv: Int8Weight
+    head_norm: torch.Tensor | None
+    output: Int8Weight
+    mlp_norm: torch.Tensor
+    gate_up: Int8Weight
+    down: Int8Weight
+
+
+@dataclass(frozen=True, slots=True)
+class FusedDecoder:
+    """A model of the family.
+
+    Attributes:
+        embedding: `[vocabulary, width]`, of any floating type.
+        layers: In their order.
+        norm: After the last layer; float, `[width]`.
+        head: To the vocabulary.
+        heads: How attention is cut.
+        turns: The rotation of each position.
+        eps: Of the normalizations.
+    """
+
+    embedding: torch.Tensor
+    layers: tuple[FusedLayer, ...]
+    norm: torch.Tensor
+    head: Int8Weight
+    heads: Heads
+    turns: Turns
+    eps: float
+
+    @property
+    def shape(self) -> FusedShape:
+        """What its functions are compiled for."""
+        heads = self.heads
+        return FusedShape(
+            width=self.embedding.shape[1],
+            inner=self.layers[0].down.inputs,
+            vocabulary=self.head.outputs,
+            queries=heads.queries,
+            shared=heads.shared,
+            head_dim=heads.dim,
+            scale=heads.scale,
+            eps=self.eps,
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the weights."""
+        weights = [
+            one for layer in self.layers for one in (layer.qkv, layer.output, layer.gate_up, layer.down)
+        ]
+        return self.embedding.nbytes + self.head.bytes + sum(weight.bytes for weight in weights)
+
+
+def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight `[outputs, inputs]` as int8, and the scale of each output; the weight is left as it is."""
+    wide = weight.float()
+    scales = wide.abs().amax(1).clamp_(min=TINY).div_(INT8_MAX)
+    return (wide / scales.unsqueeze(1)).round_().to(torch.int8), scales

@@ -1,0 +1,167 @@
+"""The arithmetic of LLM.int8. Owns: how rows become bytes and outliers, and products of bytes numbers again.
+
+LLM.int8 (Dettmers et al., 2022): of each row the columns beyond a threshold are multiplied in single
+precision; the others share a scale, and are multiplied as integers, exactly.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+from services.worker.adapters.vector_code import F32, I8, I32, I64, LANES, Array, Lane, Value, Variable
+from services.worker.adapters.vector_program import Sweep
+
+# From which magnitude on a number is an outlier, by the paper.
+OUTLIER_THRESHOLD = 6.0
+INT8_MAX = 127
+
+# Keeps the scale of a row of zeros finite.
+TINY = 1e-20
+
+# The sign's place; numbers without it have the order of their bits, and what is no number is the largest.
+MAGNITUDE_BITS = 0x7FFF_FFFF
+(THRESHOLD_BITS,) = struct.unpack("<i", struct.pack("<f", OUTLIER_THRESHOLD))
+
+# Outliers come in the same few columns again and again; of each weight so many are kept side by side.
+KEPT_COLUMNS = 64
+
+
+def product(code: Sweep) -> Array:
+    """The product that comes in, `[tokens, outputs]`."""
+    return code.pointed(code.argument("product"), F32)
+
+
+def quantize(code: Sweep, widest: int, token: Value, inputs: int, read: Callable[[Lane], Value]) -> None:
+    """Says a row in bytes, and apart from them what is beyond the threshold or no number."""
+    size, apart = Variable(code, code.filled(0, I32)), Variable(code, code.filled(0, I32))
+
+    def beyond(numbers: Value) -> tuple[Value, Value]:
+        magnitudes = code.reread(numbers, I32) & MAGNITUDE_BITS
+        return magnitudes, magnitudes > THRESHOLD_BITS
+
+    def look(lane: Lane) -> None:
+        magnitudes, outside = beyond(read(lane))
+        size.set(code.largest(code.select(outside, 0, magnitudes), size.get()))
+        apart.set(apart.get() + code.converted(outside, I32))
+
+    code.each(inputs, look)
+    largest = code.largest(code.reread(code.peak(size.get()), F32), TINY)
+    code.array("steps", F32).put(token, largest * (1.0 / INT8_MAX))
+    inverse = code.number(float(INT8_MAX)) / largest
+    target = code.array("bytes", I8).at(token * inputs)
+    flip = code.converted(code.argument("flip"), I8)
+
+    def write(lane: Lane) -> None:
+        numbers = read(lane)
+        inner = code.select(beyond(numbers)[1], 0.0, numbers * inverse)
+        lane.store(target, code.converted(code.converted(code.rounded(inner), I32), I8) ^ flip)
+
+    code.each(inputs, write)
+    found = code.total(apart.get())
+    # Each lane counts with minus one: that is what a true condition is as a number.
+    code.array("counts", I32).put(token, code.number(0, I32) - found)
+    with code.when(found.differs(0)):
+        _list_outliers(code, widest, token, inputs, read)
+
+
+def _list_outliers(
+    code: Sweep, widest: int, token: Value, inputs: int, read: Callable[[Lane], Value]
+) -> None:
+    """Writes the outliers of a row and their columns, in the order of columns."""
+    columns = code.array("columns", I32).at(token * widest)
+    outliers = code.array("outliers", F32).at(token * widest)
+    count = Variable(code, code.number(0, I64))
+    spare = code.zeros(F32)
+
+    def write(lane: Lane) -> None:
+        spare.spill(0, read(lane))
+        with code.loop(0, LANES) as place:
+            number = spare.get(place)
+            with code.when((code.reread(number, I32) & MAGNITUDE_BITS) > THRESHOLD_BITS):
+                columns.put(count.get(), code.converted(lane.first + place, I32))
+                outliers.put(count.get(), number)
+                count.set(count.get() + 1)
+
+    code.each(inputs, write)
+
+
+def keep(code: Sweep, widest: int, outputs: int) -> None:
+    """Lays the weight's columns that this call's outliers need side by side, before threads read them."""
+    clock, uses = code.array("clock", I64), code.array("uses", I64)
+    slots, owners = code.array("slots", I32), code.array("owners", I32)
+    now = clock.get(1) + 1
+    clock.put(1, now)
+    with code.loop(0, code.argument("tokens")) as token:
+        columns = code.array("columns", I32).at(token * widest)
+        count = code.converted(code.array("counts", I32).get(token), I64)
+        with code.loop(0, count) as index:
+            column = columns.get(index)
+            kept = slots.get(code.converted(column, I64))
+
+            def use(kept: Value = kept) -> None:
+                uses.put(code.converted(kept, I64), now)
+
+            def find(column: Value = column) -> None:
+                place = (clock.get(0) + 1) % KEPT_COLUMNS
+                clock.put(0, place)
+                with code.when(uses.get(place) < now):
+                    uses.put(place, now)
+                    _replace(code, outputs, (slots, owners), place, column)
+
+            code.either(kept >= 0, use, find)
+
+
+def _replace(code: Sweep, outputs: int, places: tuple[Array, Array], place: Value, column: Value) -> None:
+    """Gives a place to another column."""
+    slots, owners = places
+    former = owners.get(place)
+    with code.when(former >= 0):
+        slots.put(code.converted(former, I64), code.number(-1, I32))
+    owners.put(place, column)
+    slots.put(code.converted(column, I64), code.converted(place, I32))
+    inputs = code.field("inputs")
+    weight = code.array("weight", I8).at(code.converted(column, I64))
+    kept = code.array("kept", I8).at(place * outputs)
+    with code.loop(0, outputs) as output:
+        kept.put(output, weight.get(output * inputs))
+
+
+def finish(code: Sweep, widest: int, token: Value, outputs: int) -> Array:
+    """Makes a row of a product whole, where it lies: scales, outliers, bias."""
+    row, scales = product(code).at(token * outputs), code.array("scales", F32)
+    step, integers = code.array("steps", F32).get(token), code.argument("integers").differs(0)
+
+    def scale(lane: Lane) -> None:
+        numbers = lane.load(row, F32)
+        whole = code.select(integers, code.converted(code.reread(numbers, I32), F32), numbers)
+        lane.store(row, whole * lane.load(scales, F32) * step)
+
+    code.each(outputs, scale)
+    columns = code.array("columns", I32).at(token * widest)
+    outliers = code.array("outliers", F32).at(token * widest)
+    count = code.converted(code.array("counts", I32).get(token), I64)
+    with code.loop(0, count) as index:
+        column, outlier = code.converted(columns.get(index), I64), outliers.get(index)
+        kept = code.converted(code.array("slots", I32).get(column), I64)
+
+        def beside(kept: Value = kept, outlier: Value = outlier) -> None:
+            weight = code.array("kept", I8).at(kept * outputs)
+
+            def add(lane: Lane) -> None:
+                number = code.converted(lane.load(weight, I8), F32) * lane.load(scales, F32)
+                lane.store(row, code.fused(outlier, number, lane.load(row, F32)))
+
+            code.each(outputs, add)
+
+        def scattered(column: Value = column, outlier: Value = outlier) -> None:
+            weight, inputs = code.array("weight", I8).at(column), code.field("inputs")
+            with code.loop(0, outputs) as output:
+                number = code.converted(weight.get(output * inputs), F32) * scales.get(output)
+                row.put(output, code.fused(outlier, number, row.get(output)))
+
+        code.either(kept >= 0, beside, scattered)
+    with code.when(code.field("bias").differs(0)):
+        bias = code.array("bias", F32)
+        code.each(outputs, lambda lane: lane.store(row, lane.load(row, F32) + lane.load(bias, F32)))
+    return row
