@@ -8,7 +8,7 @@ import torch
 
 from services.worker.adapters.fused_int8 import INT8_MAX, KEPT_COLUMNS, TINY
 from services.worker.adapters.fused_parts import FusedShape
-from services.worker.adapters.integer_products import IntegerProduct, MappedProduct, PackedProduct
+from services.worker.adapters.integer_products import GradedProduct
 from services.worker.adapters.lean_decoder import Heads, Turns
 
 
@@ -25,7 +25,7 @@ class Int8Weight:
     def __init__(
         self, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, *, packed: bool
     ) -> None:
-        self.product: IntegerProduct = PackedProduct(weight) if packed else MappedProduct(weight)
+        self.product = GradedProduct(weight, packed=packed)
         self.packed = packed
         self.outputs, self.inputs = weight.shape
         self._stored = {"weight": weight, "scales": scales}

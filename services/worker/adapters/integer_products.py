@@ -2,8 +2,8 @@
 
 Every way gives the same integers, for sums of integers are exact in any order; they differ in speed and in
 memory. A mapped weight is used as it lies in its file, which all workers of a host share. A packed one is a
-copy in the order in which the processor multiplies: from two rows on it is faster by a third to a half. Rows
-come in few counts, see `row_counts`.
+copy in the order in which the processor multiplies: many rows take two thirds of the time. Rows come in few
+counts, see `row_counts`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,11 @@ from typing import Protocol
 
 import torch
 
+from services.worker.adapters import few_rows
+from services.worker.adapters.few_rows import ZERO_POINT
+
 # One row has a kernel of its own that is so fast that up to here several calls beat one.
 SINGLE_ROWS = 4
-
-# The kernel of one row loses to the packed weight only where there is much to read: before the vocabulary.
-SINGLE_WEIGHT_BYTES = 1 << 24
-
-# The packed product multiplies unsigned bytes with signed ones; zero is in the middle. Turning the highest
-# bit of a signed byte adds as much.
-ZERO_POINT = 128
 
 
 class IntegerProduct(Protocol):
@@ -82,26 +78,22 @@ class PackedProduct:
     """A product with a copy of the weight in the processor's own order; see `packs`.
 
     Args:
-        weight: int8, `[outputs, inputs]`; single rows go on using it.
+        weight: int8, `[outputs, inputs]`.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self._single = MappedProduct(weight)
-        self._singly = weight.nbytes < SINGLE_WEIGHT_BYTES
-        self._bytes = 2 * weight.nbytes
-        # The scales are another's business, for a single row knows none here.
+        self._bytes = weight.nbytes
+        # The scales are another's business: sums are what every way has in common.
         self._scales = torch.ones(weight.shape[0])
         self._zeros = torch.zeros(weight.shape[0], dtype=torch.long)
         self._packed = torch.ops.onednn.qlinear_prepack(weight, None)
 
-    def flip(self, rows: int) -> int:
-        """See `IntegerProduct`."""
-        return 0 if self._singly and rows == 1 else ZERO_POINT
+    def flip(self, rows: int) -> int:  # noqa: ARG002 - the port's signature
+        """See `IntegerProduct`: unsigned bytes are multiplied with signed ones, and zero is in the middle."""
+        return ZERO_POINT
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """See `IntegerProduct`; int32 for one row of most weights, else single precision."""
-        if not self.flip(rows.shape[0]):
-            return self._single(rows)
+        """See `IntegerProduct`; single precision."""
         product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
             rows,
             1.0,
@@ -121,8 +113,38 @@ class PackedProduct:
 
     @property
     def bytes(self) -> int:
+        """Memory of the copy."""
+        return self._bytes
+
+
+class GradedProduct:
+    """A product that takes few rows in one way, and more in another.
+
+    Args:
+        weight: int8, `[outputs, inputs]`.
+        packed: Whether a copy of the weight is kept for many rows.
+    """
+
+    def __init__(self, weight: torch.Tensor, *, packed: bool) -> None:
+        self._few = few_rows.FewRows(weight) if few_rows.serves(weight) else None
+        self._many: IntegerProduct = PackedProduct(weight) if packed else MappedProduct(weight)
+        self._bytes = weight.nbytes + (self._many.bytes if packed else 0)
+
+    def flip(self, rows: int) -> int:
+        """See `IntegerProduct`."""
+        return self._way(rows).flip(rows)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """See `IntegerProduct`."""
+        return self._way(rows.shape[0])(rows)
+
+    @property
+    def bytes(self) -> int:
         """See `IntegerProduct`."""
         return self._bytes
+
+    def _way(self, rows: int) -> IntegerProduct:
+        return self._many if self._few is None or rows > few_rows.ROWS_MAX else self._few
 
 
 def packs() -> bool:

@@ -141,6 +141,12 @@ class Array:
         loaded.align = BYTES[self._element]
         return Value(self._code, loaded)
 
+    def words(self, index: Operand) -> Value:
+        """LANES words of four bytes from an index on, of an array of bytes."""
+        loaded = self._code.builder.load(self._address(index, ir.VectorType(I32, LANES)))
+        loaded.align = 1
+        return Value(self._code, loaded)
+
     def spill(self, index: Operand, value: Value) -> None:
         """Writes LANES numbers from an index on."""
         store = self._code.builder.store(value.raw, self._address(index, value.raw.type))
@@ -254,6 +260,11 @@ class Code:
         """`left * right + added`, rounded once where the processor can, else twice; always in one way."""
         return self._intrinsic("fma" if FUSES else "fmuladd", left, right, added)
 
+    def dot(self, added: Value, unsigned: Value, signed: Value) -> Value:
+        """Adds to each word the products of its four unsigned bytes with the four signed ones; on x86 alone."""
+        name, kind = "llvm.x86.avx512.vpdpbusd.512", added.raw.type
+        return self._call(name, kind, [added.raw, unsigned.raw, signed.raw])
+
     def root(self, value: Value) -> Value:
         """The square root."""
         return self._intrinsic("sqrt", value)
@@ -363,11 +374,15 @@ class Code:
         values = [one for one in operands if isinstance(one, Value)]
         kind = next((one.raw.type for one in values if one.wide), values[0].raw.type)
         suffix = f"v{LANES}f32" if isinstance(kind, ir.VectorType) else "f32"
-        full = f"llvm.{name}.{suffix}"
-        function = self.builder.module.globals.get(full) or ir.Function(
-            self.builder.module, ir.FunctionType(kind, [kind] * len(operands)), full
+        return self._call(f"llvm.{name}.{suffix}", kind, [self.coerced(one, kind) for one in operands])
+
+    def _call(self, name: str, kind: Any, operands: list[Any]) -> Value:
+        """An instruction that has a name alone, of operands like its result."""
+        module = self.builder.module
+        function = module.globals.get(name) or ir.Function(
+            module, ir.FunctionType(kind, [kind] * len(operands)), name
         )
-        return Value(self, self.builder.call(function, [self.coerced(one, kind) for one in operands]))
+        return Value(self, self.builder.call(function, operands))
 
 
 def able() -> bool:
