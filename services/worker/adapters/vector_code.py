@@ -261,7 +261,7 @@ class Code:
         return self._intrinsic("fma" if FUSES else "fmuladd", left, right, added)
 
     def dot(self, added: Value, unsigned: Value, signed: Value) -> Value:
-        """Adds to each word the products of its four unsigned bytes with the four signed ones; on x86 alone."""
+        """Adds to each word the products of its four unsigned bytes with four signed ones; on x86 alone."""
         name, kind = "llvm.x86.avx512.vpdpbusd.512", added.raw.type
         return self._call(name, kind, [added.raw, unsigned.raw, signed.raw])
 
