@@ -132,8 +132,8 @@ class Rounds:
 
         Returns False where there is nothing to go on with, here or elsewhere.
         """
-        # Reaping, renewing and a notice may all find it at once; taken up twice it would fence itself off from
-        # its own worker.
+        # Reaping, renewing and a notice may all find it at once; taken up twice it would fence itself off
+        # from its own worker.
         if self._find(job_id) is not None or job_id in self._taking:
             return True
         if not self._register.is_open():
