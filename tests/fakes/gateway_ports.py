@@ -126,6 +126,7 @@ class FakeQueue:
         down: Whether every call raises StoreUnavailable.
         registers: What `register` answers.
         renewal: What the next `renew` answers.
+        leaving: Whether the latest `renew` said that its gateway leaves.
         settles: What `settle` answers.
         releases: What `release` answers.
         taken: What `take_up` tells, by job.
@@ -138,6 +139,7 @@ class FakeQueue:
     down: bool = False
     registers: bool = True
     renewal: Renewal = field(default_factory=Renewal)
+    leaving: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     receive: Callable[[Grant], None] = lambda _: None
     tell: Callable[[Notice], None] = lambda _: None
@@ -172,9 +174,17 @@ class FakeQueue:
             raise self.answer
         return self.answer or grant(f"n{len(self.calls)}", job.job_id)
 
-    async def renew(self, model: str, running: Mapping[str, str], waiting: frozenset[str]) -> Renewal:
+    async def renew(
+        self,
+        model: str,
+        running: Mapping[str, str],
+        waiting: frozenset[str],
+        *,
+        leaving: bool = False,
+    ) -> Renewal:
         """See `JobQueue.renew`."""
         self.note("renew", ",".join([*running, *waiting]))
+        self.leaving = leaving
         renewal, self.renewal = self.renewal, Renewal()
         return renewal
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+import redis
 from interlock import resume
 from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import gateway_service_pb2_grpc
@@ -15,7 +16,7 @@ from interlock.v1 import gateway_service_pb2_grpc
 from services.common.redis_client import RedisStore
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_world import MODEL, bearer, fail, joined, reason_of
-from tests.fixtures.redis_server import RedisServer
+from tests.fixtures.redis_server import RedisServer, advance_clock
 from tests.fixtures.resumption_world import Peer, ResumptionWorld, open_resumption_world
 
 TEXT = "Streams survive the death of a gateway, and nobody hears a word twice. " * 2
@@ -86,14 +87,16 @@ async def test_the_clients_of_a_dead_gateway_get_the_rest_at_the_other(world: Re
         assert [event.started.attempt for event in events if event.HasField("started")] == [1, 2]
 
 
+@pytest.mark.parametrize("after_s", [0.0, 1.5], ids=["within its lease", "after it"])
 async def test_a_gateway_restarted_under_its_name_takes_up_what_it_left(
-    world: ResumptionWorld,
+    world: ResumptionWorld, redis_client: redis.Redis, after_s: float
 ) -> None:
     """The queue names jobs that the new process does not know; no other gateway is there to adopt them."""
     await world.peers["g2"].die()
     call = begin(world.peers["g1"])
     events = await take(call, 3)
     await world.peers["g1"].die()
+    advance_clock(redis_client, MODEL, after_s)
     restarted = await world.add_gateway("g1")
     events = [event for event in events if not event.HasField("queued")]
     events += await follow(restarted, events[-1].cursor, timeout=20)
@@ -218,18 +221,25 @@ async def test_foreign_and_unknown_ids_are_not_found(world: ResumptionWorld) -> 
         await world.peers["g1"].dispatcher.wait_empty()
 
 
-async def test_a_draining_gateway_hands_its_resumable_requests_over(world: ResumptionWorld) -> None:
-    """Its client is told that it leaves, and gets the rest at the other one at once."""
+async def test_a_draining_gateway_hands_its_resumable_requests_to_one_that_stays(
+    world: ResumptionWorld,
+) -> None:
+    """Its client is told that it leaves, and gets the rest there at once; another one leaves as well."""
     g1, g2 = world.peers["g1"], world.peers["g2"]
+    g3 = await world.add_gateway("g3")
 
     async def read() -> list[Any]:
-        channels = [g1.channel, g2.channel]
+        channels = [g1.channel, g2.channel, g3.channel]
         return [event async for event in resume.generate_async(channels, asked(), metadata=bearer())]
 
     client = asyncio.create_task(read())
     await world.workers["w1"].wait_until(lambda: bool(world.workers["w1"].sent))
     await asyncio.sleep(0.2)
+    # It has nothing to end, and so has left the line before it renews as the last one that is heard of.
+    await g2.dispatcher.drain(5)
+    await g2.dispatcher.renew()
     await g1.dispatcher.drain(0)
+    assert g3.dispatcher.live == 1
     assert joined(await client) == TEXT
 
 

@@ -82,10 +82,19 @@ class FallbackJobQueue:
             self._book.strike(entry)
             raise
 
-    async def renew(self, model: str, running: Mapping[str, str], waiting: frozenset[str]) -> Renewal:
+    async def renew(
+        self,
+        model: str,
+        running: Mapping[str, str],
+        waiting: frozenset[str],
+        *,
+        leaving: bool = False,
+    ) -> Renewal:
         """See `JobQueue.renew`. Here, once a second, the way back is looked for."""
         await self._return(model)
-        renewal = await self._either(model, lambda queue: queue.renew(model, running, waiting))
+        renewal = await self._either(
+            model, lambda queue: queue.renew(model, running, waiting, leaving=leaving)
+        )
         granted = tuple(map(self._note, renewal.granted))
         return replace(renewal, granted=granted)
 

@@ -112,8 +112,15 @@ class MemoryJobQueue:
         for line in lines.values():
             self._deliver(self._grant_free(line))
 
-    async def renew(self, model: str, running: Mapping[str, str], waiting: frozenset[str]) -> Renewal:
-        """See `JobQueue.renew`."""
+    async def renew(
+        self,
+        model: str,
+        running: Mapping[str, str],
+        waiting: frozenset[str],
+        *,
+        leaving: bool = False,  # noqa: ARG002 - see the port
+    ) -> Renewal:
+        """See `JobQueue.renew`. There is no other gateway that could hand anything over."""
         line = self._line(model)
         self._expire(line)
         unknown = line.jobs.by_id.keys() - running.keys() - waiting

@@ -141,12 +141,19 @@ class RedisJobQueue:
             error.allowance = allowance
             raise
 
-    async def renew(self, model: str, running: Mapping[str, str], waiting: frozenset[str]) -> Renewal:
+    async def renew(
+        self,
+        model: str,
+        running: Mapping[str, str],
+        waiting: frozenset[str],
+        *,
+        leaving: bool = False,
+    ) -> Renewal:
         """See `JobQueue.renew`."""
         fences = [text for pair in running.items() for text in pair]
         with self._renewing() as touched:
             grants, positions, lost, unknown, workers, cancelled = await self._run(
-                "renew", model, len(running), *fences, *waiting
+                "renew", model, int(leaving), len(running), *fences, *waiting
             )
         return Renewal(
             granted=tuple(read_grant(text) for text in grants),

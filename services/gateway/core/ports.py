@@ -50,12 +50,21 @@ class JobQueue(Protocol):
         """
         ...
 
-    async def renew(self, model: str, running: Mapping[str, str], waiting: frozenset[str]) -> Renewal:
+    async def renew(
+        self,
+        model: str,
+        running: Mapping[str, str],
+        waiting: frozenset[str],
+        *,
+        leaving: bool = False,
+    ) -> Renewal:
         """Prolongs the leases of `running` (job -> nonce), tells of `waiting`, and grants what can be.
 
         Called every second; it is the sign of life of this gateway. The caller compares `lost` and
         `unknown` with what it knows when the answer arrives, which may be more than when it asked. A job
-        that stays unnamed until its lease has passed is ended.
+        that stays unnamed until its lease has passed is ended, unless it is resumable: `take_up` goes on with
+        it. Such a one may be among `granted`, too, and so may one that a vanished gateway left. Once the
+        caller says that it is `leaving`, other gateways hand it nothing any more.
         """
         ...
 
@@ -126,7 +135,8 @@ class JobQueue(Protocol):
     async def reap(self, model: str) -> tuple[str, ...]:
         """Ends what vanished gateways left behind: running jobs whose lease ended, waiting ones too.
 
-        Returns the ids of resumable ones, which are the caller's now: `take_up` tells what they are.
+        Returns the ids of resumable ones, which are the caller's now: `take_up` tells what they are. While
+        the caller is leaving they are another gateway's instead, where one stays.
         """
         ...
 
@@ -135,7 +145,11 @@ class JobQueue(Protocol):
         ...
 
     async def release(self, model: str, job_id: str, submission: str) -> bool:
-        """Hands a resumable job to another gateway; returns whether there is one."""
+        """Hands a resumable job to another gateway that stays; returns whether there is one.
+
+        The caller leaves from then on. An empty `submission` names a job that came to the caller and that it
+        has not taken up.
+        """
         ...
 
     def on_notice(self, receive: Callable[[Notice], None]) -> None:

@@ -206,6 +206,8 @@ class Dispatcher:
     async def drain(self, grace_s: float) -> None:
         """Refuses new requests, lets the running ones end within `grace_s`, hands over or ends the rest."""
         self._draining = True
+        # From the next renewal on nobody hands anything over to this gateway.
+        self._rounds.hurry()
         await self._wait_briefly(grace_s)
         await asyncio.gather(*(self._part_with(generation) for generation in tuple(self._live.values())))
         self._resumption.end_all(_draining())

@@ -7,6 +7,7 @@ clients, Redis or gRPC.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -77,6 +78,7 @@ class Rounds:
         self._worker_wait_s = worker_wait_s
         self._workerless_since: dict[str, float] = {}
         self._taking: set[str] = set()
+        self._hurried = asyncio.Event()
 
     async def run(self) -> None:
         """Renews and reaps until it is cancelled."""
@@ -93,6 +95,10 @@ class Rounds:
         except StoreUnavailable:
             self._note_store(reachable=False)
 
+    def hurry(self) -> None:
+        """Has the next renewal made at once."""
+        self._hurried.set()
+
     def known_models(self) -> tuple[str, ...]:
         """Models that are served, or asked for by a request that is under way."""
         asked = (generation.job.model for generation in self._register.live.values())
@@ -100,8 +106,7 @@ class Rounds:
 
     def deliver(self, grant: Grant) -> None:
         """Hands a grant on. One for nobody is found again, with its model, by the next renewal."""
-        generation = self._register.live.get(grant.job_id)
-        if generation is not None:
+        if (generation := self._find(grant.job_id)) is not None:
             generation.granted(grant)
 
     def stop(self, job_id: str) -> None:
@@ -109,45 +114,73 @@ class Rounds:
         if (generation := self._register.live.get(job_id)) is not None:
             generation.withdraw(cancelled())
 
+    def _find(self, job_id: str) -> Generation | None:
+        """A request of this gateway. One that moved away is none, and may have come back to be taken up."""
+        generation = self._register.live.get(job_id)
+        return None if generation is None or generation.moved else generation
+
     async def take_up(self, model: str, job_id: str) -> None:
         """Goes on with a request that was another's, unless the store is away."""
-        await self._guarded(lambda: self._take_up(model, job_id))
 
-    async def _take_up(self, model: str, job_id: str) -> None:
-        """Goes on with a resumable request that another process began and that is this gateway's now."""
-        known, decode = self._register.live.get(job_id), self._register.decoder(model)
-        if not self._register.is_open() or decode is None or (known is not None and not known.moved):
-            return
-        if job_id in self._taking:
-            # Reaping, renewing and a notice may all find it at once; taken up twice it would fence itself off
-            # from its own worker.
-            return
+        async def work() -> None:
+            await self._take_up(model, job_id)
+
+        await self._guarded(work)
+
+    async def _take_up(self, model: str, job_id: str) -> bool:
+        """Goes on with a resumable request that another process began and that is this gateway's now.
+
+        Returns False where there is nothing to go on with, here or elsewhere.
+        """
+        # Reaping, renewing and a notice may all find it at once; taken up twice it would fence itself off
+        # from its own worker.
+        if self._find(job_id) is not None or job_id in self._taking:
+            return True
+        if not self._register.is_open():
+            await self._hand_on(model, job_id)
+            return True
+        decode = self._register.decoder(model)
+        if decode is None:
+            return True
         self._taking.add(job_id)
         try:
-            await self._go_on(model, job_id, decode)
+            return await self._go_on(model, job_id, decode)
         finally:
             self._taking.discard(job_id)
 
-    async def _go_on(self, model: str, job_id: str, decode: Decode) -> None:
+    async def _hand_on(self, model: str, job_id: str) -> None:
+        """Lets another gateway take up what came to this one while it leaves.
+
+        While there is none the request stays this one's, and the next renewal tries again: whoever comes
+        later takes it up once this one has gone.
+        """
+        if await self._queue.release(model, job_id, submission=""):
+            logs.get_logger().info("job.handed_on", job_id=job_id, model=model)
+
+    async def _go_on(self, model: str, job_id: str, decode: Decode) -> bool:
         taken = await self._queue.take_up(model, job_id)
         if taken is None:
             # Of an earlier process of this name, and not resumable. The queue ends it with its lease.
             logs.get_logger().debug("job.unknown", job_id=job_id, model=model)
-            return
+            return False
         if taken.entries and taken.entries[-1].is_last:
             # Only its record was left to write.
             await self._queue.cancel(model, job_id, taken.submission)
-            return
+            return True
         job = read_payload(taken, decode)
         logs.get_logger().info(
             "request.taken_up", request_id=job.request_id, model=model, events=len(taken.entries)
         )
         self._register.create(job).carry_on(taken)
+        return True
 
     async def _renew_forever(self) -> None:
         while True:
             await self._guarded(self.renew)
-            await asyncio.sleep(self._renew_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._renew_s):
+                    await self._hurried.wait()
+            self._hurried.clear()
 
     async def _reap_forever(self) -> None:
         while True:
@@ -182,7 +215,8 @@ class Rounds:
         }
         running = {job_id: grant.nonce for job_id, grant in named.items() if grant is not None}
         waiting = frozenset(job_id for job_id, grant in named.items() if grant is None)
-        renewal = await self._queue.renew(model, running, waiting)
+        leaving = not self._register.is_open()
+        renewal = await self._queue.renew(model, running, waiting, leaving=leaving)
         self._place(renewal)
         self._judge_workers(model, renewal)
         for grant in renewal.granted:
@@ -217,9 +251,15 @@ class Rounds:
                 )
 
     async def _deliver_found(self, model: str, grant: Grant) -> None:
-        if grant.job_id in self._register.live:
+        """Hands on a grant that a renewal told of.
+
+        One for nobody is of a job that the renewal made this gateway's, or of an earlier process of its name.
+        Taking it up tells the grant that holds then, for this one may be fenced off by it. What cannot be
+        taken up gives its slot back.
+        """
+        if self._find(grant.job_id) is not None:
             self.deliver(grant)
-        else:
+        elif not await self._take_up(model, grant.job_id):
             await self._queue.settle(model, grant.job_id, grant.nonce, Outcome.CANCELLED, 0)
 
     async def _reclaim(self, job_id: str, grant: Grant | None) -> None:

@@ -1,8 +1,8 @@
 -- reap()
 -- Takes over the resumable jobs that vanished gateways left behind, ends their other ones, and ends pinned
 -- jobs whose revision nobody holds any more. The caller's own jobs are skipped: it may have slept, and is
--- about to renew them.
--- Returns {grants, adopted job_ids}: `take_up` tells what an adopted job is.
+-- about to renew them. Where the caller leaves, a gateway that stays takes over.
+-- Returns {grants, job_ids that the caller adopted}: `take_up` tells what an adopted job is.
 
 -- A call looks at this many jobs of each kind, so that it stays short after the loss of a large gateway.
 local JOBS_MAX = 32

@@ -1,11 +1,15 @@
--- renew(running_count, {job_id, nonce} ..., waiting job_id ...)
--- Prolongs the caller's leases, compares both ways what it and Redis know, and lends what is free.
+-- renew(leaving, running_count, {job_id, nonce} ..., waiting job_id ...)
+-- Prolongs the caller's leases, compares both ways what it and Redis know, and lends what is free. A caller
+-- that says that it leaves (1; else 0) is given no other gateway's jobs from now on.
 -- Returns {grants, {job_id, position, wait_ms, ...}, lost job_ids, unknown job_ids, workers, cancelled
 -- job_ids}. Workers: how many take jobs, with or without a free slot; -1 when nobody waited, for then nobody
 -- looked.
 
-local running_end = 6 + 2 * tonumber(ARGV[6])
+local running_end = 7 + 2 * tonumber(ARGV[7])
 local named, lost, waiting, cancelled = {}, {}, {}, {}
+
+-- Whoever came back under its name does not leave any more.
+if ARGV[6] == '1' then note_leaving() else redis.call('DEL', PREFIX .. 'leaving:' .. CALLER) end
 
 expire_overdue()
 
@@ -13,7 +17,7 @@ local function prolong(id)
   redis.call('ZADD', PREFIX .. 'lease', NOW + LEASE_MS, id)
 end
 
-for i = 7, running_end, 2 do
+for i = 8, running_end, 2 do
   local id, nonce = ARGV[i], ARGV[i + 1]
   named[id] = true
   local job = load_job(id)

@@ -4,6 +4,8 @@
 local FOLLOWING_MS = 3000
 -- The list of followers goes when nobody has looked for longer than a detached job may run by itself.
 local FOLLOWERS_TTL_MS = 3600000
+-- How many gateways are looked at for one that stays: a rolling update has no more of them leave at once.
+local PEERS_MAX = 64
 
 -- Notes at a new record what its job was asked, and keeps what another gateway needs to carry it on.
 local function note_resumable(job, digest, payload, keep_ms)
@@ -60,13 +62,46 @@ local function adopt_job(job, owner)
   put_waiting(job)
 end
 
--- What becomes of the job of a vanished gateway: a resumable one is the caller's now, any other one ends.
+-- Notes that the caller leaves: it is seen until it has gone, and a moment longer, and takes up nothing more.
+local function note_leaving()
+  redis.call('SET', PREFIX .. 'leaving:' .. CALLER, '1', 'PX', 2 * GATEWAY_MS)
+end
+
+local function is_leaving(gateway)
+  return redis.call('EXISTS', PREFIX .. 'leaving:' .. gateway) == 1
+end
+
+-- Returns the gateway that was heard of last, of those that stay, or nil.
+local function latest_staying()
+  local gateways, since = PREFIX .. 'gateways', NOW - GATEWAY_MS
+  for _, gateway in ipairs(redis.call('ZREVRANGEBYSCORE', gateways, '+inf', since, 'LIMIT', 0, PEERS_MAX)) do
+    if not is_leaving(gateway) then return gateway end
+  end
+end
+
+-- Makes another gateway the owner of a live job, and tells it.
+local function hand_over(job, gateway)
+  adopt_job(job, gateway)
+  notify(gateway, 'take', job.id)
+end
+
+-- Makes the caller the owner of a live job, or another gateway where the caller leaves and one stays.
+local function inherit_job(job)
+  local heir = is_leaving(CALLER) and latest_staying()
+  if heir then
+    hand_over(job, heir)
+  else
+    adopt_job(job, CALLER)
+    ADOPTED[#ADOPTED + 1] = job.id
+  end
+end
+
+-- What becomes of the job of a vanished gateway: a resumable one gets another owner, any other one ends.
 local function reap_job(job)
   if job.cancelled then
     finish_job(job, 'cancelled')
   elseif job.keep_ms and redis.call('EXISTS', PREFIX .. 'payload:' .. job.id) == 1 then
-    adopt_job(job, CALLER)
-    ADOPTED[#ADOPTED + 1] = job.id
+    inherit_job(job)
   else
     finish_job(job, 'failed')
   end

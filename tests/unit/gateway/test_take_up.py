@@ -1,0 +1,98 @@
+"""What a gateway does with resumable requests that another process began, as the queue tells of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from services.gateway.core.jobs import Grant, Renewal
+from services.gateway.core.log import Notice, NoticeKind, TakenUp
+from services.gateway.core.payload import write_payload
+from tests.fakes.gateway_ports import grant
+from tests.fixtures.dispatcher_world import World, dispatcher_world, job
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    """A dispatcher that never renews by itself."""
+    async with dispatcher_world() as made:
+        yield made
+
+
+def left(held: Grant | None) -> TakenUp:
+    """A resumable job without a word in its log."""
+    payload = write_payload(job("a", resumable=True, digest="d"))
+    return TakenUp(payload, "new", waited_s=6.0, left_s=20.0, adoptions=1, entries=(), grant=held)
+
+
+def ends(world: World) -> list[tuple[str, str]]:
+    """The calls that ended a job."""
+    return [call for call in world.queue.calls if call[0].startswith(("settle", "cancel"))]
+
+
+@pytest.mark.parametrize("unknown", [frozenset("a"), frozenset[str]()], ids=["own", "met"])
+async def test_a_job_that_a_renewal_adopted_and_granted_goes_on(
+    world: World, unknown: frozenset[str]
+) -> None:
+    """Of an earlier process of its name, or of a gateway that vanished, met at the head of the line."""
+    found = grant("n1", "a")
+    world.queue.taken["a"] = left(found)
+    world.queue.renewal = Renewal(granted=(found,), unknown=unknown)
+    await world.dispatcher.renew()
+    (attempt,) = world.workers.attempts
+    assert attempt.order.prompt_ids == (1, 2, 3)
+    assert (ends(world), attempt.cancelled) == ([], False)
+
+
+async def test_a_found_grant_that_the_take_up_fenced_off_is_not_started(world: World) -> None:
+    """The job of an earlier process was granted, and waits again when it is taken up."""
+    world.queue.taken["a"] = left(None)
+    world.queue.renewal = Renewal(granted=(grant("stale", "a"),), unknown=frozenset("a"))
+    await world.dispatcher.renew()
+    assert (world.dispatcher.live, world.workers.attempts, ends(world)) == (1, [], [])
+    world.queue.receive(grant("fresh", "a"))
+    await world.workers.wait_started(1)
+
+
+async def test_a_grant_for_what_has_moved_away_and_come_back_is_taken_up(world: World) -> None:
+    """The request has ended here and owes the queue a call still; its job is this gateway's again."""
+    stream = await world.dispatcher.submit(job("a", resumable=True, digest="d"))
+    world.queue.registers = world.queue.settles = False
+    moved = world.dispatcher._live["a"]
+    moved.leave()
+    world.queue.receive(grant("n2", "a"))
+    world.queue.taken["a"] = left(grant("n2", "a"))
+    world.queue.renewal = Renewal(granted=(grant("n2", "a"),))
+    await world.dispatcher.renew()
+    second = await world.workers.wait_started(2)
+    assert (ends(world), second.cancelled) == ([], False)
+    await stream.aclose()
+
+
+async def test_a_gateway_that_leaves_hands_on_what_comes_to_it(world: World) -> None:
+    """By a notice, as unknown or with a grant: it takes nothing up and ends nothing."""
+    await world.dispatcher.drain(0)
+    world.queue.taken["a"] = left(grant("n1", "a"))
+    world.queue.tell(Notice(NoticeKind.TAKE, "a", "m"))
+    await world.queue.wait_for("release", "")
+    world.queue.releases = False
+    world.queue.calls.clear()
+    world.queue.renewal = Renewal(granted=(grant("n1", "a"),), unknown=frozenset("b"))
+    await world.dispatcher.renew()
+    assert world.queue.calls == [("renew", ""), ("release", ""), ("release", "")]
+
+
+async def test_a_gateway_that_leaves_says_so_at_once(world: World) -> None:
+    """Not a second later, when the others may have handed their requests to it."""
+    work = asyncio.create_task(world.dispatcher.run())
+    await world.queue.wait_for("renew", "")
+    assert not world.queue.leaving
+    await world.dispatcher.drain(0)
+    async with asyncio.timeout(0.5):
+        while not world.queue.leaving:
+            world.queue.changed.clear()
+            await world.queue.changed.wait()
+    work.cancel()
+    await asyncio.gather(work, return_exceptions=True)
