@@ -141,6 +141,12 @@ class Array:
         loaded.align = BYTES[self._element]
         return Value(self._code, loaded)
 
+    def word(self, index: Operand) -> Value:
+        """One word of four bytes from an index on, of an array of bytes."""
+        loaded = self._code.builder.load(self._address(index, I32))
+        loaded.align = 1
+        return Value(self._code, loaded)
+
     def words(self, index: Operand) -> Value:
         """LANES words of four bytes from an index on, of an array of bytes."""
         loaded = self._code.builder.load(self._address(index, ir.VectorType(I32, LANES)))
