@@ -181,16 +181,16 @@ class Preparation:
         return not pending
 
     def _is_free(self, revision: str, again: Callable[[], None]) -> bool:
-        """Whether nothing is under way with a revision; what is on its way out ends first, then comes `again`."""
+        """Whether nothing is under way with a revision; what is about to end does so before `again`."""
         task = self._tasks.get(revision)
         if task is not None and (task.cancelling() or self._has_spoken(revision)):
             self._next[revision] = again
         return task is None
 
     def _has_spoken(self, revision: str) -> bool:
-        """Whether a task that is still there has told what became of its revision; it leaves with the next turn.
+        """Whether a task that is still there has told what became of its revision.
 
-        Nothing would come of cancelling it, and who waits for a word would wait for ever.
+        It leaves with the next turn. Nothing comes of cancelling it, and a word would be waited for in vain.
         """
         known = self._residency.find(revision)
         return known is None or known.phase in {Phase.STAGED, Phase.FAILED}

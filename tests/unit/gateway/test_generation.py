@@ -194,6 +194,24 @@ async def test_a_process_has_a_bound_of_its_own(world: World) -> None:
         await world.dispatcher.submit(job("c"))
 
 
+async def test_a_resumable_request_is_admitted_with_its_client_or_not_at_all() -> None:
+    """Nobody would follow what is generated and charged: the queue is asked once a client has room."""
+    async with dispatcher_world(followers_max=1) as world:
+        resumable = (job(name, resumable=True, digest="d") for name in "ab")
+        submitted = (world.dispatcher.submit(one) for one in resumable)
+        first, second = await asyncio.gather(*submitted, return_exceptions=True)
+        assert isinstance(second, QueueFull)
+        assert [name for verb, name in world.queue.calls if verb == "enqueue"] == ["s-a"]
+        assert world.dispatcher.live == 1
+        assert not isinstance(first, BaseException)
+        await first.aclose()
+        # The place is free again, also after one that the queue refused.
+        world.queue.answer = QueueFull("full", retry_after_s=1)
+        for _ in range(2):
+            with pytest.raises(QueueFull, match="full"):
+                await world.dispatcher.submit(job("b", resumable=True, digest="d"))
+
+
 async def test_a_grant_that_comes_after_the_end_is_given_back(world: World) -> None:
     """The cancellation and the grant crossed: the slot is settled under its own nonce."""
     world.queue.answer = Waiting(1)

@@ -49,7 +49,7 @@ class World:
         )
 
     def hear(self, report: Report) -> None:
-        """Notes a report, and gives the answer that was prepared for its kind in the same turn of the loop."""
+        """Notes a report; what was prepared as an answer to its kind comes in the same turn of the loop."""
         self.told.put_nowait(report)
         if (answer := self.answers.pop(type(report), None)) is not None:
             asyncio.get_running_loop().call_soon(answer)
