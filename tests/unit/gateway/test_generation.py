@@ -20,6 +20,7 @@ from services.gateway.core.attempts import AttemptEnd, Loss, Output, RefusalReas
 from services.gateway.core.events import Chunk, Finished, FinishReason, Started, TokenLogprob
 from services.gateway.core.jobs import Outcome, Renewal, Waiting
 from services.gateway.core.params import GenerationParams, SamplingParams
+from services.gateway.core.queue_errors import ended_error
 from tests.fakes.gateway_ports import grant
 from tests.fixtures.dispatcher_world import World, dispatcher_world, ids, job, rest
 
@@ -321,10 +322,45 @@ async def test_a_worker_that_leaves_logprobs_out_is_given_up(world: World) -> No
     assert world.workers.attempts[0].cancelled
 
 
+async def test_a_lost_worker_s_request_waits_for_as_long_as_the_others_are_busy(world: World) -> None:
+    """Longer than for a worker that shall come back; with a slot it goes on where it stood."""
+    generation = await world.dispatcher.submit(job())
+    first = world.workers.attempts[0].sink
+    first.output(Output(0, ids("a")))
+    first.lost("test", Loss.PROCESS)
+    await asyncio.sleep(0.5)
+    world.queue.receive(grant("n2"))
+    (await world.workers.wait_started(2)).sink.output(Output(1, ids("b"), FinishReason.STOP))
+    assert "".join(event.text for event in await rest(generation) if isinstance(event, Chunk)) == "ab"
+
+
 async def test_nobody_takes_over_in_time(world: World) -> None:
-    """After the failover wait the request ends in-band and leaves the queue."""
+    """A worker is listed and not there when it is asked: after the wait the request ends in-band."""
     generation = await world.dispatcher.submit(job())
     world.workers.attempts[0].sink.lost("test", Loss.PROCESS)
-    with pytest.raises(WorkerLost):
+
+    async def lend_in_vain() -> None:
+        for number in range(2, 20):
+            world.queue.receive(grant(f"n{number}"))
+            (await world.workers.wait_started(number)).sink.refused(RefusalReason.UNREACHABLE, "away")
+            await asyncio.sleep(0.05)
+
+    lending = asyncio.create_task(lend_in_vain())
+    with pytest.raises(WorkerLost, match="no other one could go on"):
         await rest(generation)
-    await world.queue.wait_for("cancel", "s-j")
+    lending.cancel()
+    await asyncio.gather(lending, return_exceptions=True)
+
+
+async def test_the_queue_knows_that_nobody_holds_the_revision(world: World) -> None:
+    """It has ended the job by the time it is asked about it again; the client is told when to try."""
+    generation = await world.dispatcher.submit(job())
+    world.workers.attempts[0].sink.lost("test", Loss.PROCESS)
+    await world.queue.wait_for("requeue", "n1")
+    world.queue.answer = ended_error(Outcome.FAILED)
+    world.queue.renewal = Renewal(lost=frozenset({"j"}))
+    await asyncio.sleep(0.1)
+    await world.dispatcher.renew()
+    with pytest.raises(WorkerLost, match="none can continue it") as caught:
+        await rest(generation)
+    assert caught.value.retry_after_s
