@@ -67,6 +67,7 @@ class Dispatcher:
         jitter: Draws a number from 0 to 1, so that gateways do not reap in step.
         limits: Bounds of the dispatcher.
         generation_limits: Bounds of each request.
+        is_replaced: Whether a rollout replaces a model's revision.
     """
 
     def __init__(  # noqa: PLR0913 - one is made, and each is given by name
@@ -81,6 +82,7 @@ class Dispatcher:
         jitter: Callable[[], float],
         limits: DispatcherLimits,
         generation_limits: GenerationLimits,
+        is_replaced: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self._queue = queue
         self._workers = workers
@@ -102,6 +104,7 @@ class Dispatcher:
             jitter=jitter,
             renew_s=limits.renew_s,
             worker_wait_s=limits.worker_wait_s,
+            is_replaced=is_replaced,
         )
         queue.on_grant(self._rounds.deliver)
         queue.on_notice(self._hear)

@@ -54,6 +54,7 @@ class Rounds:
         jitter: Draws a number from 0 to 1, so that gateways do not reap in step.
         renew_s: How often notes are compared.
         worker_wait_s: How long requests wait while there is no worker.
+        is_replaced: Whether another revision takes the place of a model's; its only worker is away meanwhile.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Rounds:
         jitter: Callable[[], float],
         renew_s: float,
         worker_wait_s: float,
+        is_replaced: Callable[[str], bool],
     ) -> None:
         self.store_reachable = False
         self._queue = queue
@@ -75,6 +77,7 @@ class Rounds:
         self._jitter = jitter
         self._renew_s = renew_s
         self._worker_wait_s = worker_wait_s
+        self._is_replaced = is_replaced
         self._workerless_since: dict[str, float] = {}
         self._taking: set[str] = set()
 
@@ -201,8 +204,12 @@ class Rounds:
                 generation.placed(place)
 
     def _judge_workers(self, model: str, renewal: Renewal) -> None:
-        """Ends the wait of those for whom no worker has come back in time, and says so."""
-        if renewal.workers != 0:
+        """Ends the wait of those for whom no worker has come back in time, and says so.
+
+        What a worker needs to end what it runs, and to load a revision, is not known here: while one replaces
+        another, requests wait until their deadline.
+        """
+        if renewal.workers != 0 or self._is_replaced(model):
             self._workerless_since.pop(model, None)
             return
         since = self._workerless_since.setdefault(model, self._clock.monotonic())

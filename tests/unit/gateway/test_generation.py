@@ -276,6 +276,26 @@ async def test_who_waits_is_told_when_no_worker_comes_back(world: World) -> None
     assert caught.value.retry_after_s
 
 
+async def test_who_waits_is_not_turned_away_while_the_only_worker_loads_another_revision(
+    world: World,
+) -> None:
+    """A swap takes as long as what runs, and the load; after it the wait for a worker begins anew."""
+    world.queue.answer = Waiting(0)
+    generation = await world.dispatcher.submit(job())
+    await asyncio.sleep(0)
+    world.replaced.add("m")
+    for _ in range(2):
+        world.queue.renewal = Renewal(waiting={"j": Waiting(0)}, workers=0)
+        await world.dispatcher.renew()
+        await asyncio.sleep(0.06)
+    world.replaced.clear()
+    for error in (type(None), NoWorker):
+        world.queue.renewal = Renewal(waiting={"j": Waiting(0)}, workers=0)
+        await world.dispatcher.renew()
+        assert isinstance(generation.error, error)
+        await asyncio.sleep(0.06)
+
+
 async def test_an_accepted_request_waits_for_a_store_that_is_gone(world: World) -> None:
     """It was lost and cannot be enqueued again yet: it is, as soon as the store answers."""
     world.queue.answer = Waiting(1)
