@@ -223,8 +223,7 @@ def _loader(arguments: argparse.Namespace, watch: Stopwatch) -> Any:
 
     forms = StoredForms(arguments.forms, FORMS_BYTES)
     device = torch_compute.choose_device("cpu")
-    # As `interlock up --workers` has it: weights that are packed for the processor are not shared.
-    return TorchLoader(TorchSettings(device, threads, 8, lambda: KV_BYTES, forms=forms, packed=False))
+    return TorchLoader(TorchSettings(device, threads, 8, lambda: KV_BYTES, forms=forms))
 
 
 async def _fetch(files: tuple[artifacts.FileDigest, ...], directory: Path) -> Path:

@@ -214,6 +214,7 @@ def _dispatcher(
         clock,
         Resumption(store.log, store.directory, clock, catalog.decoder, limits),
         models=lambda: catalog.models,
+        is_replaced=catalog.is_replaced,
         meter=PrometheusMeter(),
         # Spreads the gateways' reaping in time; nothing is guarded by it.
         jitter=random.random,

@@ -132,8 +132,6 @@ def worker(
     settings = {"controllers": controllers, "cache_dir": str(home.cache / "workers")}
     if plan.worker_memory_bytes:
         settings["memory_bytes"] = str(plan.worker_memory_bytes)
-    if plan.workers > 1 and "INTERLOCK_WORKER_INT8_WEIGHTS" not in os.environ:
-        settings["int8_weights"] = "mapped"
     if plan.workers > 1 and "INTERLOCK_WORKER_THREADS" not in os.environ:
         # Two models that each take every core are slower than two that share them.
         cores = len(os.sched_getaffinity(0))

@@ -45,14 +45,6 @@ class WorkerConfig:
         SecretStr, Field(min_length=MESH_TOKEN_CHARS_MIN, description="Join token of the mesh.")
     ]
     device: Annotated[str, Field(pattern="^(auto|cpu|cuda)$", description="Where to compute.")] = "auto"
-    # Packed is faster from two sequences on; mapped is one copy for all workers of a host.
-    int8_weights: Annotated[
-        str,
-        Field(
-            pattern="^(packed|mapped)$",
-            description="On CPU: packed for the processor, a copy in each worker; or mapped, one for a host.",
-        ),
-    ] = "packed"
     slots: Annotated[int, Field(ge=1, le=1024, description="Sequences that run at once.")] = 32
     threads: Annotated[int, Field(ge=0, description="CPU threads of the model; 0: all cores.")] = 0
     prefill_chunk_tokens: Annotated[

@@ -71,7 +71,9 @@ async def anthropic_world(directory: Path) -> AsyncIterator[World]:
     """A gateway with one place in the queue and no worker, that gives up a failover at once."""
     limits = GenerationLimits(failover_wait_s=0.1)
     async with (
-        open_gateway(generation=limits, queue_limits=QueueLimits(waiting_jobs_max=1)) as gateway,
+        open_gateway(
+            generation=limits, queue_limits=QueueLimits(waiting_jobs_max=1, failover_wait_s=0.1)
+        ) as gateway,
         envoy_before(directory, gateway.address) as url,
     ):
         world = World(gateway, url)

@@ -24,7 +24,7 @@ REQUEST = pb.GenerateRequest(text="hi", max_tokens=100)
 async def gateway() -> AsyncIterator[GatewayWorld]:
     """A gateway that suspects a worker only shortly, and waits half a second for another one."""
     limits = GenerationLimits(failover_wait_s=0.5)
-    queue_limits = QueueLimits(suspect_s=0.05)
+    queue_limits = QueueLimits(suspect_s=0.05, failover_wait_s=0.5)
     async with open_gateway(
         generation=limits, queue_limits=queue_limits, silence_s=0.6, stall_s=1.2
     ) as world:

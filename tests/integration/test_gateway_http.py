@@ -30,7 +30,9 @@ BODY = {"text": "hi", "max_tokens": 100}
 async def gateway() -> AsyncIterator[GatewayWorld]:
     """A gateway with one place in the queue and no worker, that gives up a failover at once."""
     limits = GenerationLimits(failover_wait_s=0.1)
-    async with open_gateway(generation=limits, queue_limits=QueueLimits(waiting_jobs_max=1)) as world:
+    async with open_gateway(
+        generation=limits, queue_limits=QueueLimits(waiting_jobs_max=1, failover_wait_s=0.1)
+    ) as world:
         yield world
 
 

@@ -37,7 +37,9 @@ def asked(n: int = 3, **fields: Any) -> pb.GenerateRequest:
 async def gateway() -> AsyncIterator[GatewayWorld]:
     """A gateway that suspects a worker only shortly."""
     limits = GenerationLimits(failover_wait_s=0.5)
-    async with open_gateway(generation=limits, queue_limits=QueueLimits(suspect_s=0.05)) as world:
+    async with open_gateway(
+        generation=limits, queue_limits=QueueLimits(suspect_s=0.05, failover_wait_s=0.5)
+    ) as world:
         yield world
 
 

@@ -126,6 +126,12 @@ async def test_a_pinned_job_waits_while_any_worker_holds_its_revision(world: Que
     world.advance(60)
     await world.gateway().reap(MODEL)
     assert await world.gateway().length(MODEL) == 1
+    # The last one that held it may be on its way back, too.
+    await world.routes.remove_worker(MODEL, "w1", 1)
+    for seconds, left in ((14, 1), (2, 0)):
+        world.advance(seconds)
+        await world.gateway().reap(MODEL)
+        assert await world.gateway().length(MODEL) == left
 
 
 async def test_a_retry_avoids_its_worker_beyond_the_suspicion(world: QueueWorld) -> None:

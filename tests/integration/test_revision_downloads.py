@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from interlock.v1 import controller_service_pb2 as pb
-from interlock.v1 import controller_service_pb2_grpc
+from interlock.v1 import controller_service_pb2_grpc, worker_pb2
 
 from services.common import revision_download, server
 from services.common.channel import connect
@@ -316,7 +316,10 @@ async def test_a_gateway_fetches_on_over_a_takeover(tmp_path: Path, monkeypatch:
 
 
 async def test_revisions_with_one_tokenizer_share_it(tmp_path: Path) -> None:
-    """Reading one holds up every stream, so it is read once; another one is read, too."""
+    """Reading one holds up every stream, so it is read once; another one is read, too.
+
+    While a revision of less context is held as well, requests are counted for that.
+    """
     same, other = (
         write_tokenizer(tmp_path / "same"),
         write_tokenizer(tmp_path / "other", template="{{ 'a' }}"),
@@ -328,7 +331,18 @@ async def test_revisions_with_one_tokenizer_share_it(tmp_path: Path) -> None:
     async with connect("127.0.0.1:1") as nobody:
         for epoch, (name, source) in enumerate({"r1": same, "r2": same, "r3": other}.items(), start=1):
             manifest = manifest_of(source, model="m", revision=name, local_path=str(source))
+            manifest.context_tokens //= epoch
             assert (await link.prepare(manifest, nobody)).ready.revision == name
             link.activate(pb.Activate(model="m", revision=name, epoch=epoch))
             found.append(catalog.find("m").tokenizer)
     assert found[0] is found[1] is not found[2]
+    assert [(one.revision, one.phase) for one in link.hello().hello.revisions][2] == (
+        "r3",
+        worker_pb2.REVISION_PHASE_ACTIVE,
+    )
+    link.activate(pb.Activate(model="m", revision="r1", epoch=4))
+    lengths = [catalog.find("m").context_tokens]
+    for gone in ("r3", "r2"):
+        link.drop("m", gone)
+        lengths.append(catalog.find("m").context_tokens)
+    assert lengths == [170, 256, 512]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -39,8 +39,6 @@ BACKOFF_LAST_S = 1.0
 HELLO_TIMEOUT_S = 3.0
 # Messages on their way to the controller: a report a second and a few answers.
 OUTGOING_MAX = 64
-# Revisions that are kept beside the active ones: rollouts prepare one, and a rollback needs the last.
-PREPARED_MAX = 8
 
 # Why an attachment ended of which nothing was heard.
 _SILENCE = "no answer"
@@ -83,7 +81,6 @@ class ControllerLink:
         self._membership = membership
         self._catalog = catalog
         self._tallies = tallies
-        self._prepared: dict[tuple[str, str], CatalogEntry] = {}
         # By their digest, while anything serves with them: reading one holds the interpreter, and with it
         # every stream, for as long as it takes, and revisions of one model mostly share theirs.
         self._tokenizers = WeakValueDictionary[str, HfTokenizer]()
@@ -129,7 +126,7 @@ class ControllerLink:
             id=member.gateway_id,
             incarnation=member.incarnation,
             address=member.address,
-            revisions=[self._resident(entry) for entry in self._prepared.values()],
+            revisions=[self._resident(entry) for entry in self._catalog.prepared],
             epoch=max((entry.epoch for entry in self._catalog.entries), default=0),
             fence=self._fence,
         )
@@ -163,24 +160,16 @@ class ControllerLink:
         except Exception:  # noqa: BLE001 - a defect here must reach the rollout, not end the membership
             logs.get_logger().error("tokenizer.crashed", revision=manifest.revision, exc_info=True)
             return _failed(manifest.revision, "the gateway could not load the tokenizer")
-        self._prepared[manifest.model, manifest.revision] = entry
-        self._drop_oldest()
+        self._catalog.prepare(entry)
         logs.get_logger().info("tokenizer.prepared", model=manifest.model, revision=manifest.revision)
         return Request(ready=controller_service_pb2.Ready(revision=manifest.revision))
 
     def activate(self, command: controller_service_pb2.Activate) -> Request:
         """Lets a prepared revision serve; returns Activated or Failed."""
-        prepared = self._prepared.get((command.model, command.revision))
+        prepared = self._catalog.find_prepared(command.model, command.revision)
         if prepared is None:
             return _failed(command.revision, "the gateway was not asked to prepare this revision")
-        entry = CatalogEntry(
-            model=prepared.model,
-            revision=prepared.revision,
-            epoch=command.epoch,
-            context_tokens=prepared.context_tokens,
-            quantization=prepared.quantization,
-            tokenizer=prepared.tokenizer,
-        )
+        entry = replace(prepared, epoch=command.epoch)
         self._catalog.activate(entry)
         logs.get_logger().info(
             "revision.activated", model=entry.model, revision=entry.revision, epoch=entry.epoch
@@ -190,9 +179,7 @@ class ControllerLink:
 
     def drop(self, model: str, revision: str) -> None:
         """Forgets a prepared revision; an empty model means any."""
-        for key in tuple(self._prepared):
-            if key[1] == revision and model in {"", key[0]}:
-                del self._prepared[key]
+        self._catalog.drop(revision, model)
 
     async def _load(self, manifest: model_pb2.Manifest, connection: grpc.aio.Channel) -> CatalogEntry:
         files = [artifacts.FileDigest(file.path, file.size_bytes, file.sha256) for file in manifest.files]
@@ -232,10 +219,6 @@ class ControllerLink:
         active = (entry.model, entry.revision) in serving
         phase = worker_pb2.REVISION_PHASE_ACTIVE if active else worker_pb2.REVISION_PHASE_READY
         return worker_pb2.ResidentRevision(model=entry.model, revision=entry.revision, phase=phase)
-
-    def _drop_oldest(self) -> None:
-        while len(self._prepared) > PREPARED_MAX:
-            del self._prepared[next(iter(self._prepared))]
 
 
 class _Attachment:

@@ -235,7 +235,9 @@ class MemoryJobQueue:
         line, now = self._line(model), self._now()
         held = {revision for worker in line.places.workers.values() for revision in worker.ready}
         for entry in line.jobs.all_pinned():
-            if entry.pin not in held and entry.pin_until <= now:
+            if entry.pin in held:
+                entry.pin_until = now + self._limits.failover_wait_s
+            elif entry.pin_until <= now:
                 self._end(line, entry, Outcome.FAILED)
         self._deliver(self._grant_free(line))
         return ()

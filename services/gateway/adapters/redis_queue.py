@@ -253,7 +253,7 @@ class RedisJobQueue:
 
     async def reap(self, model: str) -> tuple[str, ...]:
         """See `JobQueue.reap`."""
-        grants, adopted = await self._run("reap", model)
+        grants, adopted = await self._run("reap", model, ms(self._limits.failover_wait_s))
         self._deliver(grants)
         return tuple(adopted)
 

@@ -1,9 +1,13 @@
-"""The models that can be asked. Owns: which revision and tokenizer a name means at this moment."""
+"""The models that can be asked. Owns: which revision and tokenizer a name means at this moment.
+
+And which revisions may serve beside or after it: a rollout prepares the next one at the gateways, and lets go
+of one of the two at its end.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
@@ -15,6 +19,8 @@ from services.gateway.core.ports import Tokenizer
 RETRY_UNTIL_ATTACHED_S = 2.0
 # A model's name has at most 63 characters; a caller's mistake is repeated up to that length.
 NAME_CHARS_SHOWN = 65
+# Revisions that are kept beside the active ones: rollouts prepare one, and a rollback needs the last.
+PREPARED_MAX = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +31,8 @@ class CatalogEntry:
         model: Its name.
         revision: The revision that new requests get.
         epoch: The route's epoch that made it so.
-        context_tokens: Most tokens of prompt and output together.
+        context_tokens: Most tokens of prompt and output together; in the catalog, for whichever of the
+            model's prepared revisions a request may meet.
         quantization: How its weights are held: the number of `interlock.v1.Quantization`.
         tokenizer: Text to ids and back, with the chat template.
     """
@@ -48,13 +55,56 @@ class Catalog:
 
     aliases: tuple[tuple[str, str], ...] = ()
     _entries: Mapping[str, CatalogEntry] = field(default_factory=lambda: MappingProxyType({}))
+    # As they were activated: what the entries above are made of.
+    _active: dict[str, CatalogEntry] = field(default_factory=dict)
+    _prepared: dict[tuple[str, str], CatalogEntry] = field(default_factory=dict)
+
+    def prepare(self, entry: CatalogEntry) -> None:
+        """Notes a revision that may serve; the oldest goes beyond the bound."""
+        self._prepared[entry.model, entry.revision] = entry
+        while len(self._prepared) > PREPARED_MAX:
+            del self._prepared[next(iter(self._prepared))]
+        self._publish()
+
+    def find_prepared(self, model: str, revision: str) -> CatalogEntry | None:
+        """A revision that may serve; None: it is not prepared."""
+        return self._prepared.get((model, revision))
+
+    @property
+    def prepared(self) -> tuple[CatalogEntry, ...]:
+        """The revisions that may serve, in the order in which they came."""
+        return tuple(self._prepared.values())
+
+    def drop(self, revision: str, model: str = "") -> None:
+        """Forgets a prepared revision; an empty model means any. What is active goes on serving."""
+        for key in tuple(self._prepared):
+            if key[1] == revision and model in {"", key[0]}:
+                del self._prepared[key]
+        self._publish()
+
+    def is_replaced(self, model: str) -> bool:
+        """Whether a rollout is under way: another revision than one is prepared."""
+        return sum(name == model for name, _ in self._prepared) > 1
 
     def activate(self, entry: CatalogEntry) -> None:
         """Lets new requests use `entry`, unless a later epoch is known already."""
-        known = self._entries.get(entry.model)
+        known = self._active.get(entry.model)
         if known is not None and known.epoch > entry.epoch:
             return
-        self._entries = MappingProxyType({**self._entries, entry.model: entry})
+        self._active[entry.model] = entry
+        self._publish()
+
+    def _publish(self) -> None:
+        """Makes the table anew. While two revisions share the requests, each of these must fit both.
+
+        From the preparation on, so that what waits at the switch fits as well.
+        """
+        bounds: dict[str, int] = {}
+        for entry in (*self._active.values(), *self._prepared.values()):
+            bounds[entry.model] = min(bounds.get(entry.model, entry.context_tokens), entry.context_tokens)
+        self._entries = MappingProxyType(
+            {model: replace(entry, context_tokens=bounds[model]) for model, entry in self._active.items()}
+        )
 
     def find(self, name: str | None) -> CatalogEntry:
         """Returns the entry of a model; None names the default.

@@ -11,6 +11,7 @@ from services.common.errors import (
     WorkerLost,
 )
 from services.gateway.core.jobs import Outcome
+from services.gateway.core.retry import RETRY_AFTER_LOSS_S
 
 # Requests end all the time: a second later there may be room, whatever the estimate.
 RETRY_MIN_S = 1.0
@@ -48,7 +49,9 @@ def ended_error(outcome: Outcome) -> InterlockError:
         case Outcome.CANCELLED:
             return RequestCancelled("The request was cancelled.")
         case Outcome.FAILED:
-            return WorkerLost("The request lost its worker, and none can continue it.")
+            return WorkerLost(
+                "The request lost its worker, and none can continue it.", retry_after_s=RETRY_AFTER_LOSS_S
+            )
         case Outcome.FINISHED:
             return RequestExists("This request has been answered already.")
 

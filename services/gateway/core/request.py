@@ -52,7 +52,7 @@ from services.gateway.core.request_events import (
     Withdraw,
     Withdrawn,
 )
-from services.gateway.core.retry import BLAMES_MAX
+from services.gateway.core.retry import BLAMES_MAX, RETRY_AFTER_LOSS_S
 
 # How long a refusing worker is left alone: a slot frees within steps, a revision loads for longer, a worker
 # that drains does not come back, and one that cannot be reached restarts or is soon struck off.
@@ -65,8 +65,8 @@ HOLD_S = {
     RefusalReason.BREAKER_OPEN: 0.1,
 }
 
-# A supervisor restarts a worker within seconds; sooner, a client would only meet the same loss.
-RETRY_AFTER_LOSS_S = 2.0
+# What a worker says that is not there for the request at all; any other refusal comes from one that lives.
+ABSENCES = frozenset({RefusalReason.UNREACHABLE, RefusalReason.REVISION_NOT_READY})
 
 
 class Phase(StrEnum):
@@ -98,7 +98,9 @@ class Request:
         blames: Those of them that were lost before they emitted anything for it.
         emitted: Tokens that were generated so far.
         revision: The revision of the latest grant; once tokens were emitted, of all of them.
-        waited_out: Whether, since the last loss, workers were waited for as long as is allowed.
+        missed: Whether a worker that was lent to it since the last loss, or since the last time of waiting
+            was over, was not there.
+        waited_out: Whether that was so when a whole time of waiting was over.
         grant: The slot that it holds; None while it waits or has ended.
     """
 
@@ -110,6 +112,7 @@ class Request:
     blames: int = 0
     emitted: int = 0
     revision: str = ""
+    missed: bool = False
     waited_out: bool = False
     grant: Grant | None = None
 
@@ -182,9 +185,10 @@ def _refuse(request: Request, event: Refused) -> Step:
         return _end(request, Phase.FAILED, error)
     if event.reason is RefusalReason.BUDGET_SPENT:
         return _end(request, Phase.FAILED, _unaffordable())
-    if request.waited_out:
+    absent = event.reason in ABSENCES
+    if absent and request.waited_out:
         return _end(request, Phase.FAILED, _nobody_goes_on())
-    waiting = replace(request, phase=Phase.QUEUED, grant=None)
+    waiting = replace(request, phase=Phase.QUEUED, grant=None, missed=request.missed or absent)
     return waiting, (Decline(request.grant, HOLD_S[event.reason]),)
 
 
@@ -212,7 +216,9 @@ def _fail_over(request: Request, event: AttemptLost | Refused) -> Step:
             retry_after_s=RETRY_AFTER_LOSS_S,
         )
         return _end(replace(request, failures=failures), Phase.FAILED, error)
-    waiting = replace(request, phase=Phase.QUEUED, grant=None, failures=failures, waited_out=False)
+    waiting = replace(
+        request, phase=Phase.QUEUED, grant=None, failures=failures, missed=False, waited_out=False
+    )
     return waiting, (Requeue(request.grant, request.emitted > 0), AwaitWorker())
 
 
@@ -234,13 +240,10 @@ def _expire(request: Request, _: DeadlinePassed) -> Step:
     return _abandon(request, Phase.EXPIRED, DeadlineExceeded(f"The request's deadline passed {where}."))
 
 
-def _wait_out(request: Request, _: WaitedOut) -> Step:
-    return _end(request, Phase.FAILED, _nobody_goes_on())
-
-
 def _note_wait(request: Request, _: WaitedOut) -> Step:
-    # A worker was asked in time; only if it refuses has nobody come.
-    return replace(request, waited_out=True), ()
+    # A line may be long: whether anybody holds the revision the queue knows, and ends whom it keeps in vain.
+    # That a worker which it lists is not there is known here alone, and ends a request if it goes on.
+    return replace(request, missed=False, waited_out=request.missed), (AwaitWorker(),)
 
 
 def _ignore_wait(request: Request, _: WaitedOut) -> Step:
@@ -293,7 +296,7 @@ TABLE: dict[tuple[Phase, type], Transition] = {
     (Phase.QUEUED, LeaseLost): _lose_lease,
     (Phase.QUEUED, Withdrawn): _withdraw,
     (Phase.QUEUED, DeadlinePassed): _expire,
-    (Phase.QUEUED, WaitedOut): _wait_out,
+    (Phase.QUEUED, WaitedOut): _note_wait,
     (Phase.GRANTED, Progressed): _progress,
     (Phase.GRANTED, Completed): _complete,
     (Phase.GRANTED, Refused): _refuse,

@@ -85,7 +85,7 @@ class DeadlinePassed:
 
 @dataclass(frozen=True, slots=True)
 class WaitedOut:
-    """The time that a request may wait for another worker after a loss is over."""
+    """The time is over in which a worker that is away may come back, or be struck off."""
 
 
 RequestEvent = (
@@ -155,7 +155,7 @@ class Settle:
 
 @dataclass(frozen=True, slots=True)
 class AwaitWorker:
-    """Send `WaitedOut` after the time that a request may wait for another worker."""
+    """Send `WaitedOut` when the time is over that an absent worker may take to come back."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 # A request that two workers have died of would kill a third one.
 BLAMES_MAX = 2
+# A supervisor restarts a worker within seconds; sooner, a client would only meet the same loss.
+RETRY_AFTER_LOSS_S = 2.0
 # Enough that streams of one dead worker do not fall on the next one in the same millisecond.
 BACKOFF_FIRST_S = 0.05
 BACKOFF_LAST_S = 1.0

@@ -67,6 +67,7 @@ class Dispatcher:
         jitter: Draws a number from 0 to 1, so that gateways do not reap in step.
         limits: Bounds of the dispatcher.
         generation_limits: Bounds of each request.
+        is_replaced: Whether a rollout replaces a model's revision.
     """
 
     def __init__(  # noqa: PLR0913 - one is made, and each is given by name
@@ -81,6 +82,7 @@ class Dispatcher:
         jitter: Callable[[], float],
         limits: DispatcherLimits,
         generation_limits: GenerationLimits,
+        is_replaced: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self._queue = queue
         self._workers = workers
@@ -102,6 +104,7 @@ class Dispatcher:
             jitter=jitter,
             renew_s=limits.renew_s,
             worker_wait_s=limits.worker_wait_s,
+            is_replaced=is_replaced,
         )
         queue.on_grant(self._rounds.deliver)
         queue.on_notice(self._hear)
@@ -135,19 +138,28 @@ class Dispatcher:
                 return await self._resumption.follow(job.model, job.job_id, 0, job.digest)
         if (known := self._live.get(job.job_id)) is not None:
             return self._join(known, job)
+        if job.resumable:
+            return await self._begin_resumable(job)
         generation = self._create(job)
+        await self._open(generation)
+        return DirectStream(
+            generation, generation.outbox, self._clock, self._generation_limits.client_stall_s
+        )
+
+    async def _begin_resumable(self, job: GenerationJob) -> AnswerStream:
+        """Admits a request once there is room for its client: without one it would run on for nobody."""
+        self._resumption.check_room()
+        generation = self._create(job)
+        follower = self._resumption.follow_here(generation, 0)
         try:
-            await generation.open()
-        except InterlockError as error:
-            if generation.moved:
+            await self._open(generation)
+        except BaseException as error:
+            await follower.aclose()
+            if generation.moved and isinstance(error, InterlockError):
                 return await self._resumption.follow(job.model, job.job_id, 0, job.digest)
-            if isinstance(error, StoreUnavailable):
-                self._rounds.store_reachable = False
             raise
-        except asyncio.CancelledError:
-            generation.withdraw(RequestCancelled("The client ended the call."))
-            raise
-        return self._stream_of(generation)
+        follower.allowance = generation.allowance
+        return follower
 
     async def resume(self, job_id: str, cursor: int) -> AnswerStream:
         """Follows a resumable request behind `cursor`, wherever it runs or ran.
@@ -247,11 +259,16 @@ class Dispatcher:
         self._live[job.job_id] = generation
         return generation
 
-    def _stream_of(self, generation: Generation) -> AnswerStream:
-        if generation.chronicle is not None:
-            return self._resumption.follow_here(generation, 0)
-        stall_s = self._generation_limits.client_stall_s
-        return DirectStream(generation, generation.outbox, self._clock, stall_s)
+    async def _open(self, generation: Generation) -> None:
+        """Enqueues a request; raises what the queue says against it."""
+        try:
+            await generation.open()
+        except StoreUnavailable:
+            self._rounds.store_reachable = False
+            raise
+        except asyncio.CancelledError:
+            generation.withdraw(RequestCancelled("The client ended the call."))
+            raise
 
     def _join(self, known: Generation, job: GenerationJob) -> AnswerStream:
         """Another client of a request that is under way here."""

@@ -35,6 +35,8 @@ from services.gateway.dispatcher.ticket import Ticket
 
 # Starts that one gateway may count before the next one's numbers begin: a retry each 100 ms for an hour.
 ADOPTION_BITS = 16
+# The wait for a worker begins again while it is in vain: where none is allowed, it is still no busy loop.
+AWAIT_LEAST_S = 0.05
 
 
 class Generation:
@@ -369,7 +371,7 @@ class Generation:
     def _await_worker(self) -> None:
         if self._failover is not None:
             self._failover.cancel()
-        wait_s = self._limits.failover_wait_s
+        wait_s = max(self._limits.failover_wait_s, AWAIT_LEAST_S)
         self._failover = asyncio.get_running_loop().call_later(
             wait_s, self._apply, request_events.WaitedOut()
         )

@@ -98,11 +98,24 @@ class Resumption:
         """What an id stands for."""
         return await self._directory.find(job_id)
 
+    def check_room(self) -> None:
+        """Refuses where no client more can follow.
+
+        Raises:
+            QueueFull: This gateway carries as many as it may.
+        """
+        if self._following >= self._limits.followers_max:
+            raise QueueFull(
+                f"This gateway carries {self._limits.followers_max} followers already.",
+                retry_after_s=RETRY_WHEN_FULL_S,
+            )
+
     def follow_here(self, generation: Generation, cursor: int) -> Follower:
         """A client of a request that runs at this gateway.
 
         Raises:
             ArgumentInvalid: The log is shorter than `cursor`.
+            QueueFull: See `check_room`.
         """
         assert generation.chronicle is not None
         journal = generation.chronicle.journal
@@ -128,6 +141,7 @@ class Resumption:
         Raises:
             RequestUnknown: There is no such resumable request.
             RequestExists: It was asked something else than `digest` says.
+            QueueFull: See `check_room`.
         """
         follower = self._add(Follower(model, job_id, cursor, self.log, self._clock, self._drop))
         try:
@@ -149,11 +163,7 @@ class Resumption:
                 follower.end(error)
 
     def _add(self, follower: Follower) -> Follower:
-        if self._following >= self._limits.followers_max:
-            raise QueueFull(
-                f"This gateway carries {self._limits.followers_max} followers already.",
-                retry_after_s=RETRY_WHEN_FULL_S,
-            )
+        self.check_room()
         self._following += 1
         self._followers.setdefault(follower.job_id, set()).add(follower)
         return follower

@@ -55,6 +55,7 @@ class Rounds:
         jitter: Draws a number from 0 to 1, so that gateways do not reap in step.
         renew_s: How often notes are compared.
         worker_wait_s: How long requests wait while there is no worker.
+        is_replaced: Whether another revision takes the place of a model's; its only worker is away meanwhile.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Rounds:
         jitter: Callable[[], float],
         renew_s: float,
         worker_wait_s: float,
+        is_replaced: Callable[[str], bool],
     ) -> None:
         self.store_reachable = False
         self._queue = queue
@@ -76,6 +78,7 @@ class Rounds:
         self._jitter = jitter
         self._renew_s = renew_s
         self._worker_wait_s = worker_wait_s
+        self._is_replaced = is_replaced
         self._workerless_since: dict[str, float] = {}
         self._taking: set[str] = set()
         self._hurried = asyncio.Event()
@@ -235,8 +238,12 @@ class Rounds:
                 generation.placed(place)
 
     def _judge_workers(self, model: str, renewal: Renewal) -> None:
-        """Ends the wait of those for whom no worker has come back in time, and says so."""
-        if renewal.workers != 0:
+        """Ends the wait of those for whom no worker has come back in time, and says so.
+
+        What a worker needs to end what it runs, and to load a revision, is not known here: while one replaces
+        another, requests wait until their deadline.
+        """
+        if renewal.workers != 0 or self._is_replaced(model):
             self._workerless_since.pop(model, None)
             return
         since = self._workerless_since.setdefault(model, self._clock.monotonic())

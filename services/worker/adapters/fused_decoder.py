@@ -8,26 +8,27 @@ import torch
 
 from services.worker.adapters.fused_int8 import INT8_MAX, KEPT_COLUMNS, TINY
 from services.worker.adapters.fused_parts import FusedShape
-from services.worker.adapters.integer_products import GradedProduct
+from services.worker.adapters.integer_products import product_with
 from services.worker.adapters.lean_decoder import Heads, Turns
+from services.worker.adapters.packed_product import PackedProduct
 
 
 class Int8Weight:
     """A weight of LLM.int8, and the columns of it that outliers have met.
 
     Args:
-        weight: int8, `[outputs, inputs]`; used as it is: it may be pages of a file that other workers share.
+        weight: int8, `[outputs, inputs]`, or as `packed_product.packed` makes it; used as it is: it may be
+            pages of a file that other workers share.
         scales: Of each output, `[outputs]`.
         bias: `[outputs]`, or None.
-        packed: Whether a copy of the weight is kept in the order in which the processor multiplies.
     """
 
-    def __init__(
-        self, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, *, packed: bool
-    ) -> None:
-        self.product = GradedProduct(weight, packed=packed)
-        self.packed = packed
-        self.outputs, self.inputs = weight.shape
+    def __init__(self, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.outputs = scales.shape[0]
+        self.product = product_with(weight, self.outputs)
+        self.inputs = weight.shape[1] * self.product.word
+        lines = -(-self.outputs // self.product.block) * self.product.block
+        _agree("bytes", (weight.numel(),), (lines * self.inputs,))
         self._stored = {"weight": weight, "scales": scales}
         if bias is not None:
             self._stored["bias"] = bias.float()
@@ -44,14 +45,13 @@ class Int8Weight:
     def fields(self) -> dict[str, int]:
         """What of a frame of `fused_parts` belongs to the weight."""
         tensors = self._stored | self._met
-        return {"inputs": self.inputs} | {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        lies = {"inputs": self.inputs, "block": self.product.block, "word": self.product.word}
+        return lies | {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
     @property
     def bytes(self) -> int:
-        """Memory of the weight, copies included."""
-        return self.product.bytes + sum(
-            tensor.nbytes for name, tensor in self._stored.items() if name != "weight"
-        )
+        """Memory of the weight."""
+        return sum(tensor.nbytes for tensor in self._stored.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,11 @@ class FusedLayer:
     mlp_norm: torch.Tensor
     gate_up: Int8Weight
     down: Int8Weight
+
+    @property
+    def weights(self) -> tuple[Int8Weight, ...]:
+        """Its weights, in the order in which a token meets them."""
+        return self.qkv, self.output, self.gate_up, self.down
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +120,45 @@ class FusedDecoder:
         )
 
     @property
+    def packed(self) -> bool:
+        """Whether weights are in the processor's order."""
+        return isinstance(self.head.product, PackedProduct)
+
+    @property
     def bytes(self) -> int:
         """Memory of the weights."""
-        weights = [
-            one for layer in self.layers for one in (layer.qkv, layer.output, layer.gate_up, layer.down)
-        ]
+        weights = [weight for layer in self.layers for weight in layer.weights]
         return self.embedding.nbytes + self.head.bytes + sum(weight.bytes for weight in weights)
+
+    def check(self) -> None:
+        """Makes sure that every tensor is as large as the functions take it to be: they would not notice.
+
+        Raises:
+            ValueError: One is not.
+        """
+        shape = self.shape
+        outer = {"norm": self.norm.shape, "head": (self.head.inputs,), "embedding": self.embedding.shape[1:]}
+        for name, found in outer.items():
+            _agree(name, tuple(found), (shape.width,))
+        for layer in self.layers:
+            for name in ("attention_norm", "mlp_norm"):
+                _agree(name, tuple(getattr(layer, name).shape), (shape.width,))
+            if layer.head_norm is not None:
+                turning = (shape.queries + shape.shared, shape.head_dim)
+                _agree("head_norm", tuple(layer.head_norm.shape), turning)
+            wanted = (
+                (shape.width, shape.projected),
+                (shape.attended, shape.width),
+                (shape.width, 2 * shape.inner),
+                (shape.inner, shape.width),
+            )
+            for weight, sizes in zip(layer.weights, wanted, strict=True):
+                _agree("weight", (weight.inputs, weight.outputs), sizes)
+
+
+def _agree(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if found != wanted:
+        raise ValueError(f"{name} is {found}, not {wanted}")
 
 
 def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,7 +28,7 @@ KEPT_COLUMNS = 64
 
 
 def product(code: Sweep) -> Array:
-    """The product that comes in, `[tokens, outputs]`."""
+    """The product that comes in, `[tokens, outputs]`, once `finish` has made it whole."""
     return code.pointed(code.argument("product"), F32)
 
 
@@ -120,21 +120,25 @@ def _replace(code: Sweep, outputs: int, places: tuple[Array, Array], place: Valu
         slots.put(code.converted(former, I64), code.number(-1, I32))
     owners.put(place, column)
     slots.put(code.converted(column, I64), code.converted(place, I32))
-    inputs = code.field("inputs")
-    weight = code.array("weight", I8).at(code.converted(column, I64))
-    kept = code.array("kept", I8).at(place * outputs)
+    kept, column = code.array("kept", I8).at(place * outputs), code.converted(column, I64)
     with code.loop(0, outputs) as output:
-        kept.put(output, weight.get(output * inputs))
+        kept.put(output, _byte(code, output, column))
+
+
+def _byte(code: Sweep, output: Value, column: Value) -> Value:
+    """One byte of the weight: blocks of outputs, in them words of inputs, in them outputs, in them bytes."""
+    inputs, block, word = (code.field(name) for name in ("inputs", "block", "word"))
+    lines = output // block * inputs * block + column // word * block * word
+    return code.array("weight", I8).get(lines + output % block * word + column % word)
 
 
 def finish(code: Sweep, widest: int, token: Value, outputs: int) -> Array:
-    """Makes a row of a product whole, where it lies: scales, outliers, bias."""
+    """Makes a row of sums whole, where they lie: scales, outliers, bias. Returns it."""
     row, scales = product(code).at(token * outputs), code.array("scales", F32)
-    step, integers = code.array("steps", F32).get(token), code.argument("integers").differs(0)
+    step, sums = code.array("steps", F32).get(token), code.pointed(code.argument("product"), I32)
 
     def scale(lane: Lane) -> None:
-        numbers = lane.load(row, F32)
-        whole = code.select(integers, code.converted(code.reread(numbers, I32), F32), numbers)
+        whole = code.converted(lane.load(sums.at(token * outputs), I32), F32)
         lane.store(row, whole * lane.load(scales, F32) * step)
 
     code.each(outputs, scale)
@@ -155,9 +159,8 @@ def finish(code: Sweep, widest: int, token: Value, outputs: int) -> Array:
             code.each(outputs, add)
 
         def scattered(column: Value = column, outlier: Value = outlier) -> None:
-            weight, inputs = code.array("weight", I8).at(column), code.field("inputs")
             with code.loop(0, outputs) as output:
-                number = code.converted(weight.get(output * inputs), F32) * scales.get(output)
+                number = code.converted(_byte(code, output, column), F32) * scales.get(output)
                 row.put(output, code.fused(outlier, number, row.get(output)))
 
         code.either(kept >= 0, beside, scattered)

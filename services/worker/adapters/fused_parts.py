@@ -29,7 +29,9 @@ FIELDS = (
     "outliers",  # float [tokens, widest]
     # Of the weight whose product comes in.
     "inputs",  # its inputs
-    "weight",  # int8 [outputs, inputs]
+    "weight",  # int8 [outputs / block, inputs / word, block, word]
+    "block",
+    "word",
     "scales",  # float [outputs]
     "bias",  # float [outputs]; 0: none
     "slots",  # int32 [inputs]: where a column is kept; negative: nowhere
@@ -50,8 +52,7 @@ NUMBERS = (
     "tokens",
     "threads",
     "attention_threads",
-    "product",  # the address of the product, [tokens, outputs]
-    "integers",  # whether it is int32; else it is whole numbers in single precision
+    "product",  # the address of the product, int32 [tokens, outputs]; it becomes float where it lies
     "flip",  # what turns a signed byte into what the next product wants
 )
 

@@ -9,17 +9,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
 from services.worker.adapters.fused_decoder import FusedDecoder, Int8Weight
 from services.worker.adapters.fused_parts import FIELDS, FusedShape, compiled
 from services.worker.adapters.lean_cache import LeanRows
-from services.worker.core.row_counts import counts, filled
-
-# A worker's steps unless it is told otherwise: 32 sequences that decode, beside 128 tokens of prompts.
-REHEARSED_ROWS = 160
-REHEARSED_DRAWS = 32
 
 # Up to so many tokens a call takes some ten microseconds: a second thread costs as much to wake, and no other
 # thread of the interpreter notices that it waits.
@@ -73,6 +69,10 @@ class _Space:
             self._views[rows, inputs] = found
         return found
 
+    def multiply(self, weight: Int8Weight, rows: int) -> torch.Tensor:
+        """The product of the first rows, int32 `[rows, outputs]`."""
+        return weight.product(self.view(rows, weight.inputs))
+
     def pick(self, chosen: Sequence[int], tokens: int, inputs: int) -> None:
         """Brings what the next product wants of some tokens to the front, in their order."""
         if list(chosen) == list(range(tokens)):
@@ -93,12 +93,13 @@ class FusedPass:
     """
 
     def __init__(self, decoder: FusedDecoder, rows: LeanRows, threads: int) -> None:
+        decoder.check()
         self._decoder = decoder
         self._rows = rows
         self._threads = threads
         self._shape = decoder.shape
         self._functions = compiled(self._shape)
-        self._space = _Space(filled(FEW_TOKENS), self._shape)
+        self._space = _Space(FEW_TOKENS, self._shape)
         self._plan: _Plan | None = None
 
     def forward(
@@ -129,28 +130,16 @@ class FusedPass:
             self._rows.fill(row, position + 1)
         scores = (sum(positions) + tokens) * self._shape.queries
         call = self._caller(tokens, scores)
-        flips = [one.weight.product.flip(tokens) for one in plan.calls]
-        flips[-1] = plan.calls[-1].weight.product.flip(len(drawn))
-        call("enter", plan.first, tokens, None, flips[0])
-        for one, flip in zip(plan.calls, flips[1:], strict=False):
-            product = one.weight.product(space.view(filled(tokens), one.weight.inputs))
-            call(one.name, one.frame, tokens, product, flip)
+        call("enter", plan.first, tokens, None, plan.calls[0].weight)
+        for one, following in pairwise(plan.calls):
+            call(one.name, one.frame, tokens, space.multiply(one.weight, tokens), following.weight)
         if not drawn:
             return torch.empty((0, self._shape.vocabulary))
         last = plan.calls[-1]
         space.pick(drawn, tokens, last.weight.inputs)
-        product = last.weight.product(space.view(filled(len(drawn)), last.weight.inputs))
-        call(last.name, last.frame, len(drawn), product, 0)
-        return product.view(torch.float32)[: len(drawn)]
-
-    def rehearse(self) -> None:
-        """Multiplies once with each shape of weight for each count of rows; see `row_counts`."""
-        decoder, space = self._decoder, self._roomy(REHEARSED_ROWS)
-        layer = decoder.layers[0]
-        for rows in counts(REHEARSED_ROWS):
-            drawn = (decoder.head,) if rows <= REHEARSED_DRAWS else ()
-            for weight in (layer.qkv, layer.output, layer.gate_up, layer.down, *drawn):
-                weight.product(space.view(rows, weight.inputs))
+        product = space.multiply(last.weight, len(drawn))
+        call(last.name, last.frame, len(drawn), product, last.weight)
+        return product.view(torch.float32)
 
     def give_up(self) -> None:
         """Lets go of weights and rows; nothing passes from then on."""
@@ -160,25 +149,26 @@ class FusedPass:
 
     def _caller(
         self, tokens: int, scores: int
-    ) -> Callable[[str, Frame, int, torch.Tensor | None, int], None]:
-        """What makes the calls of one pass."""
+    ) -> Callable[[str, Frame, int, torch.Tensor | None, Int8Weight], None]:
+        """What makes the calls of one pass; each is told what multiplies next."""
         few = tokens <= FEW_TOKENS
         function = self._functions.brief if few and scores <= FEW_SCORES else self._functions.long
         threads = 1 if few else self._threads
         attending = 1 if scores <= FEW_SCORES else self._threads
 
-        def call(name: str, frame: Frame, count: int, product: torch.Tensor | None, flip: int) -> None:
-            place, integers = (
-                (0, 0) if product is None else (product.data_ptr(), int(not product.is_floating_point()))
-            )
-            function(name)(ctypes.addressof(frame), count, threads, attending, place, integers, flip)
+        def call(
+            name: str, frame: Frame, count: int, product: torch.Tensor | None, following: Int8Weight
+        ) -> None:
+            place, flip = 0 if product is None else product.data_ptr(), following.product.flip
+            function(name)(ctypes.addressof(frame), count, threads, attending, place, flip)
 
         return call
 
     def _roomy(self, tokens: int) -> _Space:
         """The workspace, with room for so many tokens."""
         if self._space.tokens < tokens:
-            self._space = _Space(filled(tokens), self._shape)
+            # Twice as many at least, so that it is made a few times.
+            self._space = _Space(1 << (tokens - 1).bit_length(), self._shape)
         return self._space
 
     def _planned(self, length: int) -> _Plan:

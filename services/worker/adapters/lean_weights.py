@@ -17,6 +17,7 @@ import torch
 from services.worker.adapters.fused_decoder import FusedDecoder, FusedLayer, Int8Weight, quantized
 from services.worker.adapters.lean_decoder import Heads, Layer, LeanDecoder, Turns
 from services.worker.adapters.lean_linear import Linear, Norm
+from services.worker.adapters.packed_product import packed, packs
 
 # What the decoder was written for, and is tested with. Others run as the library's modules.
 KINDS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -98,15 +99,14 @@ def decoder(tensors: Mapping[str, torch.Tensor], config: Any, dtype: torch.dtype
     )
 
 
-def fused(tensors: Mapping[str, torch.Tensor], config: Any, *, packed: bool) -> FusedDecoder:
+def fused(tensors: Mapping[str, torch.Tensor], config: Any) -> FusedDecoder:
     """The decoder over int8 tensors that `tensors_of` has made; they are used as they are.
 
     Args:
         tensors: By name.
         config: The model's configuration.
-        packed: Whether weights are copied into the processor's own order; see `integer_products`.
     """
-    weight = partial(_int8_weight, tensors, packed=packed)
+    weight = partial(_int8_weight, tensors)
     return FusedDecoder(
         embedding=tensors["embedding"],
         layers=tuple(
@@ -143,7 +143,8 @@ def _plain(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Named:
 
 def _int8(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Named:
     integers, scales = quantized(weight)
-    yield f"{name}.weight", integers
+    # What the processor multiplies is stored as it wants it, so that no worker makes a copy.
+    yield f"{name}.weight", packed(integers) if packs(integers.shape[1]) else integers
     yield f"{name}.scales", scales
     if bias is not None:
         yield f"{name}.bias", bias.float()
@@ -153,9 +154,9 @@ def _linear(tensors: Mapping[str, torch.Tensor], name: str) -> Linear:
     return Linear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
 
 
-def _int8_weight(tensors: Mapping[str, torch.Tensor], name: str, *, packed: bool) -> Int8Weight:
+def _int8_weight(tensors: Mapping[str, torch.Tensor], name: str) -> Int8Weight:
     weight, scales = tensors[f"{name}.weight"], tensors[f"{name}.scales"]
-    return Int8Weight(weight, scales, tensors.get(f"{name}.bias"), packed=packed)
+    return Int8Weight(weight, scales, tensors.get(f"{name}.bias"))
 
 
 def _turns(tensors: Mapping[str, torch.Tensor]) -> Turns:

@@ -1,4 +1,4 @@
-"""Integer products over packed weights. Owns: the order in which the processor multiplies bytes, and its function.
+"""Products with packed weights. Owns: the order in which the processor multiplies bytes, and how it does.
 
 One instruction adds, for sixteen outputs, the products of four neighbouring bytes of a row with four bytes of
 each output. So a packed weight has, for each sixteen outputs, the bytes of four inputs of all of them side by
@@ -31,9 +31,14 @@ BLOCK = VECTORS * LANES
 ZERO_POINT = 128
 
 
-def able() -> bool:
-    """Whether this processor has the instruction."""
-    return bool(binding.get_host_cpu_features().get("avx512vnni"))
+def packs(inputs: int) -> bool:
+    """Whether this processor has the instruction, and a weight with so many inputs can be packed."""
+    return bool(binding.get_host_cpu_features().get("avx512vnni")) and not inputs % WORD
+
+
+def is_packed(weight: torch.Tensor) -> bool:
+    """Whether a weight is in the processor's order."""
+    return weight.dim() > len(("outputs", "inputs"))
 
 
 def packed(weight: torch.Tensor) -> torch.Tensor:
@@ -43,7 +48,7 @@ def packed(weight: torch.Tensor) -> torch.Tensor:
         weight: int8, `[outputs, inputs]`, the inputs a multiple of WORD.
 
     Returns:
-        int8, `[blocks, inputs / WORD, BLOCK, WORD]`; outputs that lack in the last block are zeros.
+        int8, `[blocks, inputs / WORD, BLOCK, WORD]`: outputs that lack in the last block are zeros.
     """
     outputs, inputs = weight.shape
     blocks = -(-outputs // BLOCK)
@@ -60,6 +65,10 @@ class PackedProduct:
         outputs: How many outputs it has.
     """
 
+    flip = ZERO_POINT
+    block = BLOCK
+    word = WORD
+
     def __init__(self, weight: torch.Tensor, outputs: int) -> None:
         inputs = weight.shape[1] * WORD
         corrections = weight.sum((1, 3), dtype=torch.int32).flatten().mul_(-ZERO_POINT)
@@ -70,14 +79,7 @@ class PackedProduct:
         self._call = _compiled().long("multiply")
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Multiplies.
-
-        Args:
-            rows: uint8 `[rows, inputs]`, contiguous; too large by ZERO_POINT.
-
-        Returns:
-            The exact sums, int32 `[rows, outputs]`.
-        """
+        """See `integer_products.IntegerProduct`."""
         count = rows.shape[0]
         sums = torch.empty((count, self._outputs), dtype=torch.int32)
         threads = torch.get_num_threads()
@@ -103,12 +105,11 @@ def _multiply_block(code: Sweep, block: Value) -> None:
     whole = count - count % ROWS
     with code.loop(0, whole, ROWS) as first:
         _multiply_tile(code, block, first, ROWS)
-    rest = ROWS // 2
-    while rest:
-        with code.when((count & rest).differs(0)):
-            # What is left has as many rows above as its higher bits say.
-            _multiply_tile(code, block, count - count % (2 * rest), rest)
-        rest //= 2
+    for bit in reversed(range(ROWS.bit_length() - 1)):
+        rows = 1 << bit
+        with code.when((count & rows).differs(0)):
+            # As many are done as the higher bits of the count say.
+            _multiply_tile(code, block, count - count % (2 * rows), rows)
 
 
 def _multiply_tile(code: Sweep, block: Value, first: Value, rows: int) -> None:
@@ -125,10 +126,10 @@ def _multiply_tile(code: Sweep, block: Value, first: Value, rows: int) -> None:
             word = code.spread(row.word(place))
             for total, piece in zip(held, pieces, strict=True):
                 total.set(code.dot(total.get(), word, piece))
-    for row, held in enumerate(sums):
-        product = code.pointed(code.argument("product"), I32).at((first + row) * outputs)
+    for number, held in enumerate(sums):
+        line = code.pointed(code.argument("product"), I32).at((first + number) * outputs)
         for vector, total in enumerate(held):
-            _store(code, product, block * BLOCK + vector * LANES, total.get())
+            _store(code, line, block * BLOCK + vector * LANES, total.get())
 
 
 def _store(code: Sweep, product: Array, output: Value, sums: Value) -> None:

@@ -58,8 +58,7 @@ def make_loader(config: WorkerConfig, device: torch.device, threads: int) -> Tor
     forms = None
     if config.cache_forms_bytes:
         forms = StoredForms(config.cache_dir / "forms", config.cache_forms_bytes)
-    packed = config.int8_weights == "packed"
-    return TorchLoader(TorchSettings(device, threads, config.slots, kv_bytes, forms=forms, packed=packed))
+    return TorchLoader(TorchSettings(device, threads, config.slots, kv_bytes, forms=forms))
 
 
 def _processor() -> str:

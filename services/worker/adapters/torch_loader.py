@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from services.common.errors import ArtifactInvalid, InterlockError
 from services.common.safetensors_files import check_counts, check_files, count_elements, read_config
-from services.worker.adapters import decoder_config, integer_products, lean_weights, vector_code
+from services.worker.adapters import decoder_config, lean_weights, vector_code
 from services.worker.adapters.fused_runner import FusedRunner
 from services.worker.adapters.lean_runner import LeanRunner
 from services.worker.adapters.stored_forms import StoredForms
@@ -59,7 +59,6 @@ class TorchSettings:
         kv_bytes: Tells the budget of each revision's KV cache in bytes, after its load.
         lean: Whether the lean forward runs what it can; without it, everything runs as modules.
         forms: Where weights are stored in their final layout; None: each load makes its own.
-        packed: Whether int8 weights are copied into the processor's own order where it has one.
     """
 
     device: torch.device
@@ -68,7 +67,6 @@ class TorchSettings:
     kv_bytes: Callable[[], int]
     lean: bool = True
     forms: StoredForms | None = None
-    packed: bool = True
 
 
 class TorchLoader:
@@ -161,8 +159,7 @@ class TorchLoader:
     ) -> TorchRunner:
         if way.quantization is not Quantization.INT8:
             return LeanRunner(model, lean_weights.decoder(tensors, config, way.dtype))
-        packed = self._settings.packed and integer_products.packs()
-        return FusedRunner(model, lean_weights.fused(tensors, config, packed=packed))
+        return FusedRunner(model, lean_weights.fused(tensors, config))
 
     def _modules(self, source: WeightSource, config: Any) -> TorchRunner:
         """A runner of the library's modules."""

@@ -106,7 +106,7 @@ class Preparation:
         self._memory_bytes = memory_bytes
         self._one_at_a_time = asyncio.Lock()
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        # What was asked of a revision while its task, which was cancelled, had not ended: the last word.
+        # What was asked of a revision while its task was on its way out: the last word.
         self._next: dict[str, Callable[[], None]] = {}
         self._ready: dict[str, BecameReady] = {}
         self._proofs = Proofs(engine, lambda: residency.epoch, report)
@@ -159,7 +159,8 @@ class Preparation:
         if revision in self._ready:
             return
         self._next.pop(revision, None)
-        if (task := self._tasks.get(revision)) is not None:
+        task = self._tasks.get(revision)
+        if task is not None and not self._has_spoken(revision):
             _cancel(task)
             return
         known = self._residency.find(revision)
@@ -180,11 +181,19 @@ class Preparation:
         return not pending
 
     def _is_free(self, revision: str, again: Callable[[], None]) -> bool:
-        """Whether nothing is under way with a revision; what was cancelled ends first, then comes `again`."""
+        """Whether nothing is under way with a revision; what is about to end does so before `again`."""
         task = self._tasks.get(revision)
-        if task is not None and task.cancelling():
+        if task is not None and (task.cancelling() or self._has_spoken(revision)):
             self._next[revision] = again
         return task is None
+
+    def _has_spoken(self, revision: str) -> bool:
+        """Whether a task that is still there has told what became of its revision.
+
+        It leaves with the next turn. Nothing comes of cancelling it, and a word would be waited for in vain.
+        """
+        known = self._residency.find(revision)
+        return known is None or known.phase in {Phase.STAGED, Phase.FAILED}
 
     def _spawn(self, revision: str, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name=f"revision-{revision}")

@@ -20,6 +20,7 @@ from services.gateway.core.attempts import AttemptEnd, Loss, Output, RefusalReas
 from services.gateway.core.events import Chunk, Finished, FinishReason, Started, TokenLogprob
 from services.gateway.core.jobs import Outcome, Renewal, Waiting
 from services.gateway.core.params import GenerationParams, SamplingParams
+from services.gateway.core.queue_errors import ended_error
 from tests.fakes.gateway_ports import grant
 from tests.fixtures.dispatcher_world import World, dispatcher_world, ids, job, rest
 
@@ -194,6 +195,24 @@ async def test_a_process_has_a_bound_of_its_own(world: World) -> None:
         await world.dispatcher.submit(job("c"))
 
 
+async def test_a_resumable_request_is_admitted_with_its_client_or_not_at_all() -> None:
+    """Nobody would follow what is generated and charged: the queue is asked once a client has room."""
+    async with dispatcher_world(followers_max=1) as world:
+        resumable = (job(name, resumable=True, digest="d") for name in "ab")
+        submitted = (world.dispatcher.submit(one) for one in resumable)
+        first, second = await asyncio.gather(*submitted, return_exceptions=True)
+        assert isinstance(second, QueueFull)
+        assert [name for verb, name in world.queue.calls if verb == "enqueue"] == ["s-a"]
+        assert world.dispatcher.live == 1
+        assert not isinstance(first, BaseException)
+        await first.aclose()
+        # The place is free again, also after one that the queue refused.
+        world.queue.answer = QueueFull("full", retry_after_s=1)
+        for _ in range(2):
+            with pytest.raises(QueueFull, match="full"):
+                await world.dispatcher.submit(job("b", resumable=True, digest="d"))
+
+
 async def test_a_grant_that_comes_after_the_end_is_given_back(world: World) -> None:
     """The cancellation and the grant crossed: the slot is settled under its own nonce."""
     world.queue.answer = Waiting(1)
@@ -257,6 +276,26 @@ async def test_who_waits_is_told_when_no_worker_comes_back(world: World) -> None
     assert caught.value.retry_after_s
 
 
+async def test_who_waits_is_not_turned_away_while_the_only_worker_loads_another_revision(
+    world: World,
+) -> None:
+    """A swap takes as long as what runs, and the load; after it the wait for a worker begins anew."""
+    world.queue.answer = Waiting(0)
+    generation = await world.dispatcher.submit(job())
+    await asyncio.sleep(0)
+    world.replaced.add("m")
+    for _ in range(2):
+        world.queue.renewal = Renewal(waiting={"j": Waiting(0)}, workers=0)
+        await world.dispatcher.renew()
+        await asyncio.sleep(0.06)
+    world.replaced.clear()
+    for error in (type(None), NoWorker):
+        world.queue.renewal = Renewal(waiting={"j": Waiting(0)}, workers=0)
+        await world.dispatcher.renew()
+        assert isinstance(generation.error, error)
+        await asyncio.sleep(0.06)
+
+
 async def test_an_accepted_request_waits_for_a_store_that_is_gone(world: World) -> None:
     """It was lost and cannot be enqueued again yet: it is, as soon as the store answers."""
     world.queue.answer = Waiting(1)
@@ -303,10 +342,45 @@ async def test_a_worker_that_leaves_logprobs_out_is_given_up(world: World) -> No
     assert world.workers.attempts[0].cancelled
 
 
+async def test_a_lost_worker_s_request_waits_for_as_long_as_the_others_are_busy(world: World) -> None:
+    """Longer than for a worker that shall come back; with a slot it goes on where it stood."""
+    generation = await world.dispatcher.submit(job())
+    first = world.workers.attempts[0].sink
+    first.output(Output(0, ids("a")))
+    first.lost("test", Loss.PROCESS)
+    await asyncio.sleep(0.5)
+    world.queue.receive(grant("n2"))
+    (await world.workers.wait_started(2)).sink.output(Output(1, ids("b"), FinishReason.STOP))
+    assert "".join(event.text for event in await rest(generation) if isinstance(event, Chunk)) == "ab"
+
+
 async def test_nobody_takes_over_in_time(world: World) -> None:
-    """After the failover wait the request ends in-band and leaves the queue."""
+    """A worker is listed and not there when it is asked: after the wait the request ends in-band."""
     generation = await world.dispatcher.submit(job())
     world.workers.attempts[0].sink.lost("test", Loss.PROCESS)
-    with pytest.raises(WorkerLost):
+
+    async def lend_in_vain() -> None:
+        for number in range(2, 20):
+            world.queue.receive(grant(f"n{number}"))
+            (await world.workers.wait_started(number)).sink.refused(RefusalReason.UNREACHABLE, "away")
+            await asyncio.sleep(0.05)
+
+    lending = asyncio.create_task(lend_in_vain())
+    with pytest.raises(WorkerLost, match="no other one could go on"):
         await rest(generation)
-    await world.queue.wait_for("cancel", "s-j")
+    lending.cancel()
+    await asyncio.gather(lending, return_exceptions=True)
+
+
+async def test_the_queue_knows_that_nobody_holds_the_revision(world: World) -> None:
+    """It has ended the job by the time it is asked about it again; the client is told when to try."""
+    generation = await world.dispatcher.submit(job())
+    world.workers.attempts[0].sink.lost("test", Loss.PROCESS)
+    await world.queue.wait_for("requeue", "n1")
+    world.queue.answer = ended_error(Outcome.FAILED)
+    world.queue.renewal = Renewal(lost=frozenset({"j"}))
+    await asyncio.sleep(0.1)
+    await world.dispatcher.renew()
+    with pytest.raises(WorkerLost, match="none can continue it") as caught:
+        await rest(generation)
+    assert caught.value.retry_after_s

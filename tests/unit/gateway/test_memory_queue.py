@@ -129,6 +129,20 @@ async def test_a_pinned_job_ends_when_nobody_can_continue_it(
     assert await queue.length(MODEL) == 0
 
 
+async def test_a_pinned_job_waits_for_a_worker_s_return_from_when_the_last_one_went(
+    queue: MemoryJobQueue, clock: SteppedClock
+) -> None:
+    """It had waited for longer than that already, while another worker held its revision."""
+    first = await enqueue_granted(queue, "a")
+    queue.set_worker(MODEL, QueueWorker("w1", "w1:1", 1, frozenset({"r1"}), draining=True))
+    await queue.requeue(MODEL, "a", first.nonce, emitted=True)
+    for seconds, left in ((20, 1), (14, 1), (2, 0)):
+        clock.seconds += seconds
+        await queue.reap(MODEL)
+        assert await queue.length(MODEL) == left
+        queue.remove_worker(MODEL, "w1")
+
+
 @pytest.mark.parametrize("end", ["cancel", "deadline", "reap"])
 async def test_what_was_produced_before_a_loss_is_charged_however_the_job_ends(
     queue: MemoryJobQueue, clock: SteppedClock, end: str

@@ -162,10 +162,47 @@ def test_silence_is_not_blamed_on_a_request() -> None:
     assert (twice.phase, twice.failures, twice.blames) == (Phase.QUEUED, 2, 0)
 
 
-def test_refusals_after_a_loss_end_when_the_wait_is_over() -> None:
-    """A worker that was asked in time and refuses is no worker: the request ends."""
-    waiting, _ = step(running(), request_events.AttemptLost(crashed=True))
-    granted, _ = step(waiting, request_events.Granted(grant("n2")))
+def lose_and_meet(*happens: RefusalReason | None) -> Request:
+    """A request whose worker was lost, after refusals, and ends of the time of waiting (None)."""
+    request, _ = step(running(), request_events.AttemptLost(crashed=True))
+    for number, reason in enumerate(happens):
+        if reason is None:
+            request, effects = step(request, request_events.WaitedOut())
+            assert effects == (request_events.AwaitWorker(),)
+        else:
+            request, _ = step(request, request_events.Granted(grant(f"n{number}")))
+            request, effects = step(request, request_events.Refused(reason))
+            assert request.phase is Phase.QUEUED or isinstance(effects[-1], request_events.Close)
+    return request
+
+
+def test_a_request_waits_on_in_a_line_that_is_longer_than_the_wait_for_a_worker() -> None:
+    """Whether anybody holds its revision is the queue's to say: others may be busy with long answers."""
+    request = lose_and_meet(None, None, RefusalReason.BUSY, None, RefusalReason.BUSY)
+    assert request.phase is Phase.QUEUED
+
+
+@pytest.mark.parametrize("reason", [RefusalReason.UNREACHABLE, RefusalReason.REVISION_NOT_READY])
+def test_a_worker_that_is_listed_and_not_there_is_no_worker(reason: RefusalReason) -> None:
+    """Before and after the wait was over it was lent to the request in vain: the request ends."""
+    assert lose_and_meet(reason, reason, None).phase is Phase.QUEUED
+    assert lose_and_meet(reason, None, reason).phase is Phase.FAILED
+
+
+def test_a_second_worker_that_dies_while_a_request_waits_in_line_does_not_end_it() -> None:
+    """The first one was struck off long ago, and a third may have a slot soon."""
+    away = RefusalReason.UNREACHABLE
+    request = lose_and_meet(away, None, None, away)
+    assert request.phase is Phase.QUEUED
+    again = step(request, request_events.Granted(grant("again")))[0]
+    lost, _ = step(again, request_events.AttemptLost(crashed=False))
+    assert (lost.missed, lost.waited_out) == (False, False)
+
+
+def test_the_wait_is_over_while_the_absent_worker_is_asked_once_more() -> None:
+    """What it answers then ends the request, and says that nobody could go on."""
+    waiting = lose_and_meet(RefusalReason.UNREACHABLE)
+    granted, _ = step(waiting, request_events.Granted(grant("last")))
     granted, _ = step(granted, request_events.WaitedOut())
     request, effects = step(granted, request_events.Refused(RefusalReason.UNREACHABLE))
     assert request.phase is Phase.FAILED

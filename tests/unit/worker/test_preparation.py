@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
@@ -14,6 +14,8 @@ from services.worker.core.revision import (
     BecameRetired,
     BecameStaged,
     LoadStage,
+    Phase,
+    PreparationFailed,
     Progressed,
     Report,
     Residency,
@@ -35,15 +37,22 @@ class World:
         self.loader.told = [(LoadStage.MAP, 1, 2)]
         self.gate = self.loader.gate = threading.Event()
         self.told: asyncio.Queue[Report] = asyncio.Queue()
+        self.answers: dict[type[Report], Callable[[], None]] = {}
         self.preparation = Preparation(
             engine,
             residency,
             FakeStore(),
             self.loader,
             clock,
-            report=self.told.put_nowait,
+            report=self.hear,
             on_change=lambda: None,
         )
+
+    def hear(self, report: Report) -> None:
+        """Notes a report; what was prepared as an answer to its kind comes in the same turn of the loop."""
+        self.told.put_nowait(report)
+        if (answer := self.answers.pop(type(report), None)) is not None:
+            asyncio.get_running_loop().call_soon(answer)
 
     async def load(self) -> None:
         """Asks for the revision, and returns when its load stands at the gate."""
@@ -140,3 +149,32 @@ async def test_nothing_begins_again_at_the_end(world: World) -> None:
     assert await world.preparation.stop()
     assert await world.heard() == BecameRetired("r1")
     assert not world.preparation._tasks
+
+
+async def test_an_abort_in_the_turn_of_the_last_word_is_answered(world: World) -> None:
+    """An operator ends a rollout just as the files are whole: the controller waits until they are let go."""
+    world.answers[BecameStaged] = lambda: world.preparation.abort("r1")
+    world.preparation.stage(SPEC)
+    assert await world.heard() == BecameStaged("r1")
+    assert await world.heard() == BecameRetired("r1")
+    world.preparation.stage(SPEC)
+    assert isinstance(await world.told.get(), Progressed)
+    assert await world.heard() == BecameStaged("r1")
+
+
+async def test_an_abort_in_the_turn_of_a_failure_is_answered(world: World) -> None:
+    """There is nothing to stop any more, and the controller waits for the word all the same."""
+    world.loader.flaw = "broken"
+    world.answers[PreparationFailed] = lambda: world.preparation.abort("r1")
+    world.preparation.stage(SPEC)
+    assert await world.heard() == PreparationFailed("r1", Phase.VERIFY, "broken")
+    assert await world.heard() == BecameRetired("r1")
+
+
+async def test_what_is_asked_in_the_turn_of_the_last_word_is_done(world: World) -> None:
+    """Staged, and to be loaded before the task that staged it has left."""
+    world.gate.set()
+    world.answers[BecameStaged] = lambda: world.preparation.prepare(SPEC)
+    world.preparation.stage(SPEC)
+    assert await world.heard() == BecameStaged("r1")
+    assert isinstance(await world.heard(), BecameReady)

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from services.worker.adapters.integer_products import packs
 from services.worker.core.row_counts import counts, filled
 from tests.fakes import tiny_models
 
@@ -19,24 +19,27 @@ import ctypes
 import sys
 from pathlib import Path
 import torch
-from services.worker.core.batch import Chunk, Decode, Draw
-from services.worker.core.revision import Quantization
-from services.worker.core.sequence import Sampling
-from tests.unit.worker.test_lean_forward import load, reserve
+from services.worker.adapters.torch_loader import TorchLoader, TorchSettings
+from services.worker.core.revision import ComputeDtype, Quantization
+from tests.fakes import tiny_models
 
-runner = load(Path(sys.argv[1]), Quantization.INT8)
+directory = Path(sys.argv[1])
+settings = TorchSettings(torch.device("cpu"), 1, 32, lambda: 1 << 26)
+spec = tiny_models.spec_of(directory, Quantization.NONE, ComputeDtype.BF16)
+runner = TorchLoader(settings).load(directory, spec)
 with torch.backends.mkldnn.verbose(2):
     runner.rehearse()
 libc = ctypes.CDLL(None)
 libc.fflush(None)
 print("-- rehearsed", flush=True)
-reserve(runner, 160)
-draw = Draw(Sampling(), 0, 0)
 with torch.inference_mode(), torch.backends.mkldnn.verbose(2):
-    for tokens in range(1, 161):
-        runner.prefill(Chunk(0, 0, (3,) * tokens, None))
-        if tokens <= 32:
-            runner.decode([Decode(row, 0, 3, draw) for row in range(tokens)])
+    for rows in range(1, 161):
+        states = torch.randn(rows, runner._decoder.embedding.shape[1]).bfloat16()
+        layer = runner._decoder.layers[0]
+        layer.qkv(states)
+        layer.down(layer.gate_up(states).chunk(2, dim=1)[0].contiguous())
+        if rows <= 32:
+            runner._decoder.logits(states)
 """
 
 
@@ -53,7 +56,9 @@ def test_few_counts_hold_all_rows() -> None:
     assert all(one < other for one, other in itertools.pairwise(counts(640)))
 
 
-@pytest.mark.skipif(not packs(), reason="this processor has no packed product")
+@pytest.mark.skipif(
+    not torch.cpu.get_capabilities().get("avx512_bf16"), reason="this processor multiplies no bfloat16"
+)
 def test_after_the_rehearsal_no_step_makes_a_program(tmp_path: Path) -> None:
     """Each shape that serving has was met; there were dozens to make."""
     tiny_models.save("llama", tmp_path)

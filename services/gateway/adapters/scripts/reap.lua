@@ -1,7 +1,8 @@
--- reap()
+-- reap(pin_ms)
 -- Takes over the resumable jobs that vanished gateways left behind, ends their other ones, and ends pinned
 -- jobs whose revision nobody holds any more. The caller's own jobs are skipped: it may have slept, and is
--- about to renew them. Where the caller leaves, a gateway that stays takes over.
+-- about to renew them. Where the caller leaves, a gateway that stays takes over. Pinned jobs wait for pin_ms from
+-- the last time that somebody was seen to hold the revision.
 -- Returns {grants, job_ids that the caller adopted}: `take_up` tells what an adopted job is.
 
 -- A call looks at this many jobs of each kind, so that it stays short after the loss of a large gateway.
@@ -16,6 +17,8 @@ local function reap_leases()
   end
 end
 
+local pin_ms = tonumber(ARGV[6])
+
 local function is_held(revision)
   return redis.call('EXISTS', PREFIX .. 'holders:' .. revision) == 1
 end
@@ -23,8 +26,12 @@ end
 -- A worker that was lost may be on its way back with the revision, so that a job waits a while first.
 local function reap_pinned()
   for _, revision in ipairs(redis.call('SMEMBERS', PREFIX .. 'pins')) do
-    if not is_held(revision) then
-      for _, id in ipairs(redis.call('ZRANGE', PREFIX .. 'pinned:' .. revision, 0, JOBS_MAX - 1)) do
+    local held = is_held(revision)
+    -- Those behind them are looked at when these have gone, which takes as long.
+    for _, id in ipairs(redis.call('ZRANGE', PREFIX .. 'pinned:' .. revision, 0, JOBS_MAX - 1)) do
+      if held then
+        redis.call('HSET', PREFIX .. 'job:' .. id, 'pin_until', NOW + pin_ms)
+      else
         local job = load_job(id)
         if tonumber(job.pin_until) <= NOW then finish_job(job, 'failed') end
       end
