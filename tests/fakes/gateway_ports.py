@@ -193,7 +193,7 @@ class FakeQueue:
         return self.settles
 
     async def requeue(
-        self, model: str, job_id: str, nonce: str, *, emitted: bool, used_tokens: int = 0
+        self, model: str, job_id: str, nonce: str, *, pin: str = "", used_tokens: int = 0
     ) -> bool:
         """See `JobQueue.requeue`."""
         self.used.append(used_tokens)

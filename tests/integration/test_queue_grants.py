@@ -85,7 +85,7 @@ async def test_a_job_that_has_emitted_goes_on_with_its_revision_only(empty_world
     grant = await empty_world.grant("a")
     await empty_world.set_route(epoch=2, r2=100)
     await empty_world.routes.remove_worker(MODEL, "w1", 1)
-    await empty_world.gateway().requeue(MODEL, "a", grant.nonce, emitted=True)
+    await empty_world.gateway().requeue(MODEL, "a", grant.nonce, pin=grant.revision)
     await empty_world.wait("b")
     await empty_world.add_worker("w2", ready=("r2",))
     await empty_world.gateway().reap(MODEL)
@@ -101,7 +101,7 @@ async def test_a_pinned_job_goes_before_older_ones(empty_world: QueueWorld) -> N
     await empty_world.add_worker()
     grant = await empty_world.grant("a")
     await empty_world.wait("older", waited_s=100.0)
-    await empty_world.gateway().requeue(MODEL, "a", grant.nonce, emitted=True)
+    await empty_world.gateway().requeue(MODEL, "a", grant.nonce, pin=grant.revision)
     empty_world.advance(1)
     await empty_world.gateway().reap(MODEL)
     assert [granted.job_id for granted in empty_world.received["g1"]] == ["a"]
@@ -111,7 +111,7 @@ async def test_a_pinned_job_waits_for_its_revision_and_not_for_ever(world: Queue
     """A worker that was lost may return within the failover wait; then the job ends."""
     grant = await world.grant("a")
     await world.routes.remove_worker(MODEL, "w1", 1)
-    await world.gateway().requeue(MODEL, "a", grant.nonce, emitted=True)
+    await world.gateway().requeue(MODEL, "a", grant.nonce, pin=grant.revision)
     for seconds, lost in ((14.0, set()), (2.0, {"a"})):
         world.advance(seconds)
         await world.gateway().reap(MODEL)
@@ -122,7 +122,7 @@ async def test_a_pinned_job_waits_while_any_worker_holds_its_revision(world: Que
     """A worker that is draining, or busy for long, may still take it before its deadline."""
     grant = await world.grant("a")
     await world.add_worker(draining=True)
-    await world.gateway().requeue(MODEL, "a", grant.nonce, emitted=True)
+    await world.gateway().requeue(MODEL, "a", grant.nonce, pin=grant.revision)
     world.advance(60)
     await world.gateway().reap(MODEL)
     assert await world.gateway().length(MODEL) == 1
@@ -133,7 +133,7 @@ async def test_a_retry_avoids_its_worker_beyond_the_suspicion(world: QueueWorld)
     await world.add_worker("w2")
     first, other = await world.grant("a"), await world.grant("b")
     assert (first.worker_id, other.worker_id) == ("w1", "w2")
-    await world.gateway().requeue(MODEL, "a", first.nonce, emitted=False)
+    await world.gateway().requeue(MODEL, "a", first.nonce)
     world.advance(1)
     await world.finish(other)
     (second,) = world.received["g1"]
@@ -145,7 +145,7 @@ async def test_a_retry_prefers_another_worker(world: QueueWorld) -> None:
     await world.add_worker("w2", slots=8)
     grants = [await world.grant(name) for name in "ab"]
     failed = next(grant for grant in grants if grant.worker_id == "w1")
-    await world.gateway().requeue(MODEL, failed.job_id, failed.nonce, emitted=False)
+    await world.gateway().requeue(MODEL, failed.job_id, failed.nonce)
     (retried,) = world.received["g1"]
     assert retried.worker_id == "w2"
 
@@ -153,7 +153,7 @@ async def test_a_retry_prefers_another_worker(world: QueueWorld) -> None:
 async def test_a_worker_that_failed_gets_no_job_for_a_moment(world: QueueWorld) -> None:
     """A dead worker that the controller has not missed yet does not use up the attempts of all who wait."""
     grant = await world.grant("a")
-    await world.gateway().requeue(MODEL, "a", grant.nonce, emitted=False)
+    await world.gateway().requeue(MODEL, "a", grant.nonce)
     await world.wait("b")
     world.advance(0.5)
     await world.wait("c")
@@ -165,7 +165,7 @@ async def test_a_worker_that_failed_gets_no_job_for_a_moment(world: QueueWorld) 
 async def test_a_worker_that_returns_as_a_new_process_is_not_suspect(world: QueueWorld) -> None:
     """A new incarnation starts clean; the same one does not."""
     grant = await world.grant("a")
-    await world.gateway().requeue(MODEL, "a", grant.nonce, emitted=False)
+    await world.gateway().requeue(MODEL, "a", grant.nonce)
     await world.add_worker(incarnation="i1")
     await world.wait("b")
     await world.add_worker(incarnation="i2")

@@ -193,7 +193,7 @@ async def test_the_store_learns_the_truth_when_it_is_back(world: World, empty: b
     ended = await granted(world, "e")
     world.store.down = True
     await world.queue.settle(MODEL, "e", ended.nonce, Outcome.FINISHED, 10)
-    await world.queue.requeue(MODEL, "a", before.nonce, emitted=True)
+    await world.queue.requeue(MODEL, "a", before.nonce, pin=before.revision)
     world.clock.turn(0.8)
     during = next((grant for grant in world.heard if grant.job_id == "a"), None)
     during = during or (await world.queue.renew(MODEL, {}, frozenset("a"))).granted[0]
@@ -216,7 +216,7 @@ async def test_what_was_produced_before_a_loss_is_charged_at_the_store(world: Wo
     """The worker is lost while the store is gone, and so is the job's end, or it comes after the return."""
     before = await granted(world, "a")
     world.store.down = True
-    await world.queue.requeue(MODEL, "a", before.nonce, emitted=True, used_tokens=7)
+    await world.queue.requeue(MODEL, "a", before.nonce, pin=before.revision, used_tokens=7)
     if not back:
         await world.queue.cancel(MODEL, "a", "s-a", used_tokens=7)
     await world.come_back(empty=False)
