@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from services.gateway.core.jobs import Grant
+from services.gateway.core.jobs import Grant, Waiting
+from tests.fixtures.queue_audit import audit
 from tests.fixtures.queue_world import MODEL, REVISION, QueueWorld, make_job
 
 
@@ -105,6 +107,49 @@ async def test_a_pinned_job_goes_before_older_ones(empty_world: QueueWorld) -> N
     empty_world.advance(1)
     await empty_world.gateway().reap(MODEL)
     assert [granted.job_id for granted in empty_world.received["g1"]] == ["a"]
+
+
+@pytest.mark.parametrize("known", ["not-at-all", "waiting", "granted", "registered"])
+async def test_a_job_with_a_text_takes_its_pin_with_it(empty_world: QueueWorld, known: str) -> None:
+    """Redis was emptied, or has it without a pin, or lent it another revision's slot that nobody heard of."""
+    world, job = empty_world, replace(make_job("a"), pin="r1", waited_s=1.0)
+    gateway = world.gateway()
+    await world.set_route(r2=100)
+    if known == "granted":
+        await world.add_worker("w2", ready=("r2",))
+    if known in {"waiting", "granted"}:
+        await gateway.enqueue(make_job("a"))
+    await world.add_worker("w2", ready=("r2",))
+    if known == "registered":
+        await world.add_worker("w1", ready=("r1",))
+        assert await gateway.register(job, Grant("a", 2, "n", "w1", "w1:1", "r1", 1))
+        assert await gateway.refused(MODEL, "a", "n", hold_s=0.1)
+        await world.routes.remove_worker(MODEL, "w1", 1)
+    else:
+        assert isinstance(await gateway.enqueue(job), Waiting)
+    await gateway.reap(MODEL)
+    audit(world.client)
+    assert await world.routes.read_awaited(MODEL) == {"r1"}
+    assert await gateway.length(MODEL) == 1
+    await world.add_worker("w3", ready=("r1",))
+    await gateway.reap(MODEL)
+    assert [grant.revision for grant in world.received["g1"]] == ["r1"]
+
+
+async def test_a_grant_that_nobody_heard_of_is_not_refused_into_another_revision(
+    empty_world: QueueWorld,
+) -> None:
+    """It is of the text's revision, made without a pin; its worker refuses, and the other waits in vain."""
+    world, gateway = empty_world, empty_world.gateway()
+    await world.set_route(r1=100, r2=100)
+    await world.add_worker("w1", ready=("r1",))
+    first = await world.grant("a")
+    await world.add_worker("w2", ready=("r2",))
+    again = await gateway.enqueue(replace(make_job("a"), pin="r1", waited_s=1.0))
+    assert again == first
+    assert await gateway.refused(MODEL, "a", first.nonce, hold_s=0.1)
+    assert world.received["g1"] == []
+    audit(world.client)
 
 
 async def test_a_pinned_job_waits_for_its_revision_and_not_for_ever(world: QueueWorld) -> None:
