@@ -109,22 +109,24 @@ async def test_a_pinned_job_goes_before_older_ones(empty_world: QueueWorld) -> N
     assert [granted.job_id for granted in empty_world.received["g1"]] == ["a"]
 
 
-@pytest.mark.parametrize("known", ["not-at-all", "waiting", "granted", "registered"])
+@pytest.mark.parametrize("known", ["not-at-all", "waiting", "granted", "granted-and-heard", "registered"])
 async def test_a_job_with_a_text_takes_its_pin_with_it(empty_world: QueueWorld, known: str) -> None:
     """Redis was emptied, or has it without a pin, or lent it another revision's slot that nobody heard of."""
     world, job = empty_world, replace(make_job("a"), pin="r1", waited_s=1.0)
     gateway = world.gateway()
     await world.set_route(r2=100)
-    if known == "granted":
+    if known.startswith("granted"):
         await world.add_worker("w2", ready=("r2",))
-    if known in {"waiting", "granted"}:
-        await gateway.enqueue(make_job("a"))
+    answer = None if known in {"not-at-all", "registered"} else await gateway.enqueue(make_job("a"))
     await world.add_worker("w2", ready=("r2",))
     if known == "registered":
         await world.add_worker("w1", ready=("r1",))
         assert await gateway.register(job, Grant("a", 2, "n", "w1", "w1:1", "r1", 1))
         assert await gateway.refused(MODEL, "a", "n", hold_s=0.1)
         await world.routes.remove_worker(MODEL, "w1", 1)
+    elif known == "granted-and-heard":
+        assert isinstance(answer, Grant)
+        assert await gateway.requeue(MODEL, "a", answer.nonce, pin="r1")
     else:
         assert isinstance(await gateway.enqueue(job), Waiting)
     await gateway.reap(MODEL)

@@ -41,9 +41,13 @@ async def test_an_end_that_falls_into_the_way_back_is_told(ending: str) -> None:
     assert (await world.store.usage(MODEL, "alice")).used_tokens == 7
 
 
-async def test_a_job_that_leaves_while_it_is_on_its_way_waits_for_nothing() -> None:
-    """It waited; the store has it when its client has gone already."""
+@pytest.mark.parametrize("remembered", [False, True], ids=["unknown", "ended-there"])
+async def test_a_job_that_leaves_while_it_is_on_its_way_waits_for_nothing(*, remembered: bool) -> None:
+    """It waited; the store has it, or remembers an end of it, when its client has gone already."""
     world = World()
+    if remembered:
+        await world.store.enqueue(job("a"))
+        await world.store.cancel(MODEL, "a", "s-a")
     for name in "xy":
         await world.granted(name)
     await world.go_away()
@@ -131,6 +135,26 @@ async def test_a_slot_that_the_store_lent_as_it_went_is_not_lent_twice() -> None
     await world.come_back(empty=False)
     await world.queue.renew(MODEL, {"a": alone[0].nonce}, frozenset(("other",)))
     assert world.at_store()["a"] == alone[0].nonce
+
+
+async def test_a_slot_that_a_renewal_of_the_store_lent_as_it_went_is_not_lent_twice() -> None:
+    """The same, where the job had waited: the renewal that comes too late tells of no grant."""
+    world = World()
+    world.store.remove_worker(MODEL, "w1")
+    await world.queue.enqueue(job("a"))
+    world.store.set_worker(MODEL, W1)
+
+    async def go_away() -> None:
+        world.store.down = True
+        await world.queue.enqueue(job("other"))
+
+    world.store.meanwhile["renew"] = go_away
+    assert (await world.queue.renew(MODEL, {}, frozenset("a"))).granted == ()
+    (alone,) = world.heard
+    assert (alone.job_id, alone.degraded) == ("a", True)
+    await world.come_back(empty=False)
+    await world.queue.renew(MODEL, {"a": alone.nonce}, frozenset(("other",)))
+    assert world.at_store()["a"] == alone.nonce
 
 
 async def lost_with_text(world: World, name: str = "a") -> str:
