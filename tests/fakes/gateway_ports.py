@@ -132,6 +132,7 @@ class FakeQueue:
         taken: What `take_up` tells, by job.
         tails: The tails of logs that ends of jobs brought.
         used: What requeues and withdrawals told of used tokens.
+        pins: What each `enqueue`, `requeue` and `register` told of the text's revision.
     """
 
     calls: list[tuple[str, str]] = field(default_factory=list)
@@ -148,6 +149,7 @@ class FakeQueue:
     taken: dict[str, TakenUp] = field(default_factory=dict)
     tails: list[LogTail | None] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
+    pins: list[str] = field(default_factory=list)
 
     def note(self, verb: str, name: str) -> None:
         """Remembers a call, or fails."""
@@ -170,6 +172,7 @@ class FakeQueue:
     async def enqueue(self, job: QueuedJob) -> Grant | Waiting:
         """See `JobQueue.enqueue`."""
         self.note("enqueue", job.submission)
+        self.pins.append(job.pin)
         if isinstance(self.answer, InterlockError):
             raise self.answer
         return self.answer or grant(f"n{len(self.calls)}", job.job_id)
@@ -203,11 +206,12 @@ class FakeQueue:
         return self.settles
 
     async def requeue(
-        self, model: str, job_id: str, nonce: str, *, emitted: bool, used_tokens: int = 0
+        self, model: str, job_id: str, nonce: str, *, pin: str = "", used_tokens: int = 0
     ) -> bool:
         """See `JobQueue.requeue`."""
         self.used.append(used_tokens)
         self.note("requeue", nonce)
+        self.pins.append(pin)
         return True
 
     async def refused(self, model: str, job_id: str, nonce: str, *, hold_s: float) -> bool:
@@ -218,6 +222,7 @@ class FakeQueue:
     async def register(self, job: QueuedJob, grant: Grant, *, instead: bool = False) -> bool:
         """See `JobQueue.register`."""
         self.note("register", grant.nonce)
+        self.pins.append(job.pin)
         return self.registers
 
     async def cancel(

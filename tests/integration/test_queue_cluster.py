@@ -78,7 +78,7 @@ async def test_every_operation_works_on_every_node(store: RedisStore) -> None:
         await queue.cancel(model, f"{model}-c", f"submission-of-{model}-c")
         assert await queue.refused(model, second.job_id, second.nonce, hold_s=0.0)
         second = heard.pop()
-        assert await queue.requeue(model, second.job_id, second.nonce, emitted=True)
+        assert await queue.requeue(model, second.job_id, second.nonce, pin=second.revision)
         await queue.list_open(model, "w1", None)
         await queue.list_closed(model, "w1")
         await queue.reap(model)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from services.gateway.core.jobs import Grant
+from services.gateway.core.jobs import Grant, Waiting
+from tests.fixtures.queue_audit import audit
 from tests.fixtures.queue_world import MODEL, REVISION, QueueWorld, make_job
 
 
@@ -85,7 +87,7 @@ async def test_a_job_that_has_emitted_goes_on_with_its_revision_only(empty_world
     grant = await empty_world.grant("a")
     await empty_world.set_route(epoch=2, r2=100)
     await empty_world.routes.remove_worker(MODEL, "w1", 1)
-    await empty_world.gateway().requeue(MODEL, "a", grant.nonce, emitted=True)
+    await empty_world.gateway().requeue(MODEL, "a", grant.nonce, pin=grant.revision)
     await empty_world.wait("b")
     await empty_world.add_worker("w2", ready=("r2",))
     await empty_world.gateway().reap(MODEL)
@@ -101,17 +103,62 @@ async def test_a_pinned_job_goes_before_older_ones(empty_world: QueueWorld) -> N
     await empty_world.add_worker()
     grant = await empty_world.grant("a")
     await empty_world.wait("older", waited_s=100.0)
-    await empty_world.gateway().requeue(MODEL, "a", grant.nonce, emitted=True)
+    await empty_world.gateway().requeue(MODEL, "a", grant.nonce, pin=grant.revision)
     empty_world.advance(1)
     await empty_world.gateway().reap(MODEL)
     assert [granted.job_id for granted in empty_world.received["g1"]] == ["a"]
+
+
+@pytest.mark.parametrize("known", ["not-at-all", "waiting", "granted", "granted-and-heard", "registered"])
+async def test_a_job_with_a_text_takes_its_pin_with_it(empty_world: QueueWorld, known: str) -> None:
+    """Redis was emptied, or has it without a pin, or lent it another revision's slot that nobody heard of."""
+    world, job = empty_world, replace(make_job("a"), pin="r1", waited_s=1.0)
+    gateway = world.gateway()
+    await world.set_route(r2=100)
+    if known.startswith("granted"):
+        await world.add_worker("w2", ready=("r2",))
+    answer = None if known in {"not-at-all", "registered"} else await gateway.enqueue(make_job("a"))
+    await world.add_worker("w2", ready=("r2",))
+    if known == "registered":
+        await world.add_worker("w1", ready=("r1",))
+        assert await gateway.register(job, Grant("a", 2, "n", "w1", "w1:1", "r1", 1))
+        assert await gateway.refused(MODEL, "a", "n", hold_s=0.1)
+        await world.routes.remove_worker(MODEL, "w1", 1)
+    elif known == "granted-and-heard":
+        assert isinstance(answer, Grant)
+        assert await gateway.requeue(MODEL, "a", answer.nonce, pin="r1")
+    else:
+        assert isinstance(await gateway.enqueue(job), Waiting)
+    await gateway.reap(MODEL)
+    audit(world.client)
+    assert await world.routes.read_awaited(MODEL) == {"r1"}
+    assert await gateway.length(MODEL) == 1
+    await world.add_worker("w3", ready=("r1",))
+    await gateway.reap(MODEL)
+    assert [grant.revision for grant in world.received["g1"]] == ["r1"]
+
+
+async def test_a_grant_that_nobody_heard_of_is_not_refused_into_another_revision(
+    empty_world: QueueWorld,
+) -> None:
+    """It is of the text's revision, made without a pin; its worker refuses, and the other waits in vain."""
+    world, gateway = empty_world, empty_world.gateway()
+    await world.set_route(r1=100, r2=100)
+    await world.add_worker("w1", ready=("r1",))
+    first = await world.grant("a")
+    await world.add_worker("w2", ready=("r2",))
+    again = await gateway.enqueue(replace(make_job("a"), pin="r1", waited_s=1.0))
+    assert again == first
+    assert await gateway.refused(MODEL, "a", first.nonce, hold_s=0.1)
+    assert world.received["g1"] == []
+    audit(world.client)
 
 
 async def test_a_pinned_job_waits_for_its_revision_and_not_for_ever(world: QueueWorld) -> None:
     """A worker that was lost may return within the failover wait; then the job ends."""
     grant = await world.grant("a")
     await world.routes.remove_worker(MODEL, "w1", 1)
-    await world.gateway().requeue(MODEL, "a", grant.nonce, emitted=True)
+    await world.gateway().requeue(MODEL, "a", grant.nonce, pin=grant.revision)
     for seconds, lost in ((14.0, set()), (2.0, {"a"})):
         world.advance(seconds)
         await world.gateway().reap(MODEL)
@@ -122,7 +169,7 @@ async def test_a_pinned_job_waits_while_any_worker_holds_its_revision(world: Que
     """A worker that is draining, or busy for long, may still take it before its deadline."""
     grant = await world.grant("a")
     await world.add_worker(draining=True)
-    await world.gateway().requeue(MODEL, "a", grant.nonce, emitted=True)
+    await world.gateway().requeue(MODEL, "a", grant.nonce, pin=grant.revision)
     world.advance(60)
     await world.gateway().reap(MODEL)
     assert await world.gateway().length(MODEL) == 1
@@ -139,7 +186,7 @@ async def test_a_retry_avoids_its_worker_beyond_the_suspicion(world: QueueWorld)
     await world.add_worker("w2")
     first, other = await world.grant("a"), await world.grant("b")
     assert (first.worker_id, other.worker_id) == ("w1", "w2")
-    await world.gateway().requeue(MODEL, "a", first.nonce, emitted=False)
+    await world.gateway().requeue(MODEL, "a", first.nonce)
     world.advance(1)
     await world.finish(other)
     (second,) = world.received["g1"]
@@ -151,7 +198,7 @@ async def test_a_retry_prefers_another_worker(world: QueueWorld) -> None:
     await world.add_worker("w2", slots=8)
     grants = [await world.grant(name) for name in "ab"]
     failed = next(grant for grant in grants if grant.worker_id == "w1")
-    await world.gateway().requeue(MODEL, failed.job_id, failed.nonce, emitted=False)
+    await world.gateway().requeue(MODEL, failed.job_id, failed.nonce)
     (retried,) = world.received["g1"]
     assert retried.worker_id == "w2"
 
@@ -159,7 +206,7 @@ async def test_a_retry_prefers_another_worker(world: QueueWorld) -> None:
 async def test_a_worker_that_failed_gets_no_job_for_a_moment(world: QueueWorld) -> None:
     """A dead worker that the controller has not missed yet does not use up the attempts of all who wait."""
     grant = await world.grant("a")
-    await world.gateway().requeue(MODEL, "a", grant.nonce, emitted=False)
+    await world.gateway().requeue(MODEL, "a", grant.nonce)
     await world.wait("b")
     world.advance(0.5)
     await world.wait("c")
@@ -171,7 +218,7 @@ async def test_a_worker_that_failed_gets_no_job_for_a_moment(world: QueueWorld) 
 async def test_a_worker_that_returns_as_a_new_process_is_not_suspect(world: QueueWorld) -> None:
     """A new incarnation starts clean; the same one does not."""
     grant = await world.grant("a")
-    await world.gateway().requeue(MODEL, "a", grant.nonce, emitted=False)
+    await world.gateway().requeue(MODEL, "a", grant.nonce)
     await world.add_worker(incarnation="i1")
     await world.wait("b")
     await world.add_worker(incarnation="i2")

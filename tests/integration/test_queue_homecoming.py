@@ -128,7 +128,7 @@ async def test_a_gateway_comes_back_whose_job_another_one_took_over(home: Home) 
     assert isinstance(before, Grant)
     home.leave()
     assert await home.renew({"a": before.nonce}) == frozenset()
-    await home.queue.requeue(MODEL, "a", before.nonce, emitted=True)
+    await home.queue.requeue(MODEL, "a", before.nonce, pin=before.revision)
     home.come_back()
     adopted: tuple[str, ...] = ()
     while not adopted:

@@ -140,6 +140,8 @@ async def take(twins: Twins, step: tuple[str, str, str, Band, bool, int]) -> Non
     nonces = twins.nonces.get(job_id, ("none", "none"))
     match verb:
         case "enqueue":
+            # A waiting job may learn its pin later, and a job may be met running with another revision.
+            pin = WORKERS[worker][-1] if flag and number > 1 else ""
             job = make_job(
                 job_id,
                 tenant=f"t{number}",
@@ -150,12 +152,13 @@ async def take(twins: Twins, step: tuple[str, str, str, Band, bool, int]) -> Non
                 # Some more than any worker has.
                 slots=(1, 1, 2, 1, 4)[JOB_IDS.index(job_id) % 5],
             )
+            job = replace(job, pin=pin, used_tokens=5 * number if pin else 0)
             await twins.same(lambda queue, _: queue.enqueue(job))
         case "settle":
             await twins.same(lambda q, i: q.settle(MODEL, job_id, nonces[i], Outcome.FINISHED, 15 * number))
         case "requeue":
-            used = 15 * number
-            await twins.same(lambda q, i: q.requeue(MODEL, job_id, nonces[i], emitted=flag, used_tokens=used))
+            used, pin = 15 * number, WORKERS[worker][0] if flag else ""
+            await twins.same(lambda q, i: q.requeue(MODEL, job_id, nonces[i], pin=pin, used_tokens=used))
         case "refused":
             await twins.same(lambda q, i: q.refused(MODEL, job_id, nonces[i], hold_s=float(number)))
         case "cancel":
@@ -181,7 +184,7 @@ async def register(twins: Twins, job_id: str, worker: str, number: int, *, flag:
     # One submission is of one tenant, and of one size.
     known = line.find(job_id)
     job = make_job(job_id, tenant=f"t{number}", limits=TENANTS[number]) if known is None else known.job
-    job = replace(job, used_tokens=5 * number)
+    job = replace(job, used_tokens=5 * number, pin=WORKERS[worker][0] if number > 1 else "")
     grant = Grant(job_id, 1, f"registered-{number}", worker, f"{worker}:1", WORKERS[worker][0], 1)
     await twins.same(lambda queue, _: queue.register(job, grant, instead=flag))
     if line.current(job_id, grant.nonce) is not None:

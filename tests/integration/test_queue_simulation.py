@@ -86,12 +86,12 @@ class Gateway:
         job, grant = self.running.pop(job_id)
         self.waiting[job_id] = job
         current = False
-        emitted, refused = self.chance.random() < 0.5, self.chance.random() < 0.5
+        pin, refused = self.chance.choice(("", grant.revision)), self.chance.random() < 0.5
         for _ in range(1 + self.loses_answer()):
             if refused:
                 current = await self.queue.refused(MODEL, job_id, grant.nonce, hold_s=0.1)
             else:
-                current = await self.queue.requeue(MODEL, job_id, grant.nonce, emitted=emitted)
+                current = await self.queue.requeue(MODEL, job_id, grant.nonce, pin=pin)
         if not current and job_id not in self.running:
             self.end(job_id, "lost")
 

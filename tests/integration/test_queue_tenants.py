@@ -95,7 +95,7 @@ async def test_a_requeue_gives_back_the_charge(world: QueueWorld) -> None:
     """A worker's failure is not the tenant's debt."""
     running = await world.grant("a", tenant="a", cost=100)
     assert world.client.zscore(KEYS.prefix + "served:2", "a") == 100.0
-    await world.gateway().requeue(MODEL, "a", running.nonce, emitted=False)
+    await world.gateway().requeue(MODEL, "a", running.nonce)
     assert world.client.zscore(KEYS.prefix + "served:2", "a") == 0.0
 
 
@@ -107,7 +107,7 @@ async def test_what_was_produced_before_a_loss_is_charged_however_the_job_ends(
     lost = await world.grant("a", tenant="a", cost=1_000, timeout_s=20.0)
     await world.wait("b", tenant="b")
     await world.routes.remove_worker(MODEL, "w1", 1)
-    await world.gateway().requeue(MODEL, "a", lost.nonce, emitted=True, used_tokens=900)
+    await world.gateway().requeue(MODEL, "a", lost.nonce, pin=lost.revision, used_tokens=900)
     if end == "cancel":
         await world.gateway().cancel(MODEL, "a", "submission-of-a")
     elif end == "stop":
@@ -137,7 +137,7 @@ async def test_going_on_after_a_failure_costs_a_turn_too(world: QueueWorld) -> N
     """A pinned job goes before all turns; while it runs, the next job of its tenant waits its turn."""
     await world.add_worker("w2")
     failed, other = await world.grant("a0", tenant="a"), await world.grant("x", tenant="x")
-    await world.gateway().requeue(MODEL, "a0", failed.nonce, emitted=True)
+    await world.gateway().requeue(MODEL, "a0", failed.nonce, pin=failed.revision)
     await world.wait("a1", tenant="a")
     await world.wait("b0", tenant="b")
     await world.finish(other)

@@ -131,7 +131,7 @@ async def test_requeue_keeps_the_place_and_counts_the_attempt(world: QueueWorld)
     """A job whose worker failed goes before those that came after it."""
     first = await world.grant("a")
     await world.wait("b")
-    assert await world.gateway().requeue(MODEL, "a", first.nonce, emitted=False)
+    assert await world.gateway().requeue(MODEL, "a", first.nonce)
     world.advance(1)
     await world.gateway().reap(MODEL)
     (second,) = world.received["g1"]
@@ -141,10 +141,10 @@ async def test_requeue_keeps_the_place_and_counts_the_attempt(world: QueueWorld)
 async def test_requeue_of_a_fenced_attempt_is_refused(world: QueueWorld) -> None:
     """The caller learns that the job is not its own any more, and nothing changes."""
     grant = await world.grant("a")
-    assert not await world.gateway().requeue(MODEL, "a", "another", emitted=False)
+    assert not await world.gateway().requeue(MODEL, "a", "another")
     assert not await world.gateway().refused(MODEL, "a", "another", hold_s=0.0)
     await world.finish(grant)
-    assert not await world.gateway().requeue(MODEL, "a", grant.nonce, emitted=False)
+    assert not await world.gateway().requeue(MODEL, "a", grant.nonce)
 
 
 @pytest.mark.parametrize("verb", ["requeue", "refused"])
@@ -155,7 +155,7 @@ async def test_putting_back_is_safe_to_repeat(world: QueueWorld, verb: str) -> N
 
     async def put_back() -> bool:
         if verb == "requeue":
-            return await gateway.requeue(MODEL, "a", first.nonce, emitted=False)
+            return await gateway.requeue(MODEL, "a", first.nonce)
         return await gateway.refused(MODEL, "a", first.nonce, hold_s=60.0)
 
     assert await put_back()
@@ -329,7 +329,7 @@ async def test_a_pinned_job_of_several_slots_keeps_those_of_its_revision(empty_w
         await world.finish(beside)
         beside = await world.grant("beside" + beside.job_id)
     assert pair.worker_id == "w1", "the other one has too few slots for it"
-    await world.gateway().requeue(MODEL, "pair", pair.nonce, emitted=True)
+    await world.gateway().requeue(MODEL, "pair", pair.nonce, pin=pair.revision)
     await world.add_worker("w1", slots=2, ready=("r1",))
     world.advance(1.0)
     assert (await world.grant("elsewhere")).worker_id == "w2"

@@ -109,7 +109,7 @@ async def test_a_revision_that_a_request_must_go_on_with_stays_while_no_other_wo
     """Its text began there; another worker that holds the revision lifts the ban."""
     grant = await world.grant("a")
     assert await world.routes.read_awaited(MODEL) == frozenset()
-    await world.gateway().requeue(MODEL, "a", grant.nonce, emitted=True)
+    await world.gateway().requeue(MODEL, "a", grant.nonce, pin=grant.revision)
     assert await world.routes.read_awaited(MODEL) == {"r1"}
     await world.set_route(epoch=2, r2=100)
     assert not await world.routes.unready(MODEL, "w1", "r1", 1)

@@ -9,7 +9,6 @@ every job is told to it, and the queue in memory is thrown away.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -17,7 +16,7 @@ from typing import TypeVar
 from services.common import logs
 from services.common.clock import Clock
 from services.common.errors import InterlockError, StoreUnavailable
-from services.gateway.adapters.homecoming import bring_home, tell_end
+from services.gateway.adapters.homecoming import Homecoming
 from services.gateway.adapters.job_book import JobBook, LiveEntry, OwedEnd
 from services.gateway.adapters.memory_queue import MemoryJobQueue
 from services.gateway.adapters.pybreaker_circuit import Circuit
@@ -29,11 +28,6 @@ from services.gateway.core.ports import BreakerBoard, JobQueue, SharedQueue
 from services.gateway.core.tenancy import TenantUsage
 
 T = TypeVar("T")
-
-# Ends that the store has not heard of; beyond it the oldest are left to the leases, which end them too.
-OWED_MAX = 4_096
-# Jobs come and go while others are brought home; what is left after so many rounds is found by renewals.
-ROUNDS_MAX = 4
 
 
 class FallbackJobQueue:
@@ -52,7 +46,7 @@ class FallbackJobQueue:
         self._circuit = circuit
         self._clock = clock
         self._book = JobBook()
-        self._owed: deque[OwedEnd] = deque(maxlen=OWED_MAX)
+        self._home = Homecoming(primary, self._book, clock)
         self._own: MemoryJobQueue | None = None
         self._returning = asyncio.Lock()
         self._receive: Callable[[Grant], None] = _ignore
@@ -92,11 +86,13 @@ class FallbackJobQueue:
     ) -> Renewal:
         """See `JobQueue.renew`. Here, once a second, the way back is looked for."""
         await self._return(model)
-        renewal = await self._either(
-            model, lambda queue: queue.renew(model, running, waiting, leaving=leaving)
-        )
-        granted = tuple(map(self._note, renewal.granted))
-        return replace(renewal, granted=granted)
+
+        async def renew(queue: JobQueue) -> Renewal:
+            renewal = await queue.renew(model, running, waiting, leaving=leaving)
+            heard = (self._hear(queue, grant) for grant in renewal.granted)
+            return replace(renewal, granted=tuple(grant for grant in heard if grant is not None))
+
+        return await self._either(model, renew)
 
     async def settle(
         self,
@@ -112,33 +108,36 @@ class FallbackJobQueue:
         settled = await self._either(
             model, lambda queue: queue.settle(model, job_id, nonce, outcome, used_tokens, tail)
         )
-        if self.degraded and entry is not None and entry.at_store is not None:
-            self._owed.append(
-                OwedEnd(model, job_id, entry.at_store, entry.job.submission, outcome, used_tokens)
-            )
+        if self.degraded and entry is not None and entry.told:
+            self._home.owe(entry.end(outcome, used_tokens))
         return settled
 
     async def requeue(
-        self, model: str, job_id: str, nonce: str, *, emitted: bool, used_tokens: int = 0
+        self, model: str, job_id: str, nonce: str, *, pin: str = "", used_tokens: int = 0
     ) -> bool:
         """See `JobQueue.requeue`."""
-        self._give_back(job_id, nonce, emitted=emitted, used_tokens=used_tokens)
-        return await self._either(
-            model,
-            lambda queue: queue.requeue(model, job_id, nonce, emitted=emitted, used_tokens=used_tokens),
+        entry = self._give_back(job_id, nonce, pin, used_tokens)
+        given_back = await self._either(
+            model, lambda queue: queue.requeue(model, job_id, nonce, pin=pin, used_tokens=used_tokens)
         )
+        self._note_given_back(entry, nonce)
+        return given_back
 
     async def refused(self, model: str, job_id: str, nonce: str, *, hold_s: float) -> bool:
         """See `JobQueue.refused`."""
-        self._give_back(job_id, nonce, emitted=False, used_tokens=0)
-        return await self._either(model, lambda queue: queue.refused(model, job_id, nonce, hold_s=hold_s))
+        entry = self._give_back(job_id, nonce)
+        given_back = await self._either(
+            model, lambda queue: queue.refused(model, job_id, nonce, hold_s=hold_s)
+        )
+        self._note_given_back(entry, nonce)
+        return given_back
 
     async def register(self, job: QueuedJob, grant: Grant, *, instead: bool = False) -> bool:
         """See `JobQueue.register`."""
         entry = self._book.write(job, self._clock.monotonic())
         entry.grant = grant
         current = await self._either(
-            job.model, lambda queue: queue.register(entry.job, grant, instead=instead)
+            job.model, lambda queue: queue.register(self._known_as(queue, entry), grant, instead=instead)
         )
         if not current:
             # Somebody else's now: nothing further is heard of it.
@@ -157,13 +156,17 @@ class FallbackJobQueue:
         """See `JobQueue.cancel`."""
         entry = self._book.find(job_id)
         if entry is not None:
-            submission = entry.job.submission
             self._book.strike(entry)
-        await self._either(
-            model, lambda queue: queue.cancel(model, job_id, submission, tail, used_tokens=used_tokens)
-        )
-        if self.degraded:
-            self._owed.append(OwedEnd(model, job_id, "", submission, Outcome.CANCELLED, used_tokens))
+
+        async def cancel(queue: JobQueue) -> None:
+            name = submission if entry is None else self._known_as(queue, entry).submission
+            await queue.cancel(model, job_id, name, tail, used_tokens=used_tokens)
+
+        await self._either(model, cancel)
+        if self.degraded and entry is None:
+            self._home.owe(OwedEnd(model, job_id, (), submission, Outcome.CANCELLED, used_tokens))
+        elif self.degraded and entry is not None and entry.told:
+            self._home.owe(entry.end(Outcome.CANCELLED, used_tokens))
 
     async def stop(self, model: str, job_id: str) -> bool:
         """See `JobQueue.stop`."""
@@ -177,7 +180,7 @@ class FallbackJobQueue:
         """See `JobQueue.release`."""
         entry = self._book.find(job_id)
         if entry is not None:
-            submission = entry.job.submission
+            submission = entry.stored_job.submission
         released = await self._either(model, lambda queue: queue.release(model, job_id, submission))
         if released and entry is not None:
             self._book.strike(entry)
@@ -257,19 +260,33 @@ class FallbackJobQueue:
             if self._circuit.breaker.state in {State.OPEN, State.FORCED_OPEN}:
                 await self._retreat()
 
+    def _known_as(self, queue: JobQueue, entry: LiveEntry) -> QueuedJob:
+        return entry.stored_job if queue is self._primary else entry.job
+
     async def _enqueue(self, queue: JobQueue, entry: LiveEntry) -> Grant | Waiting:
-        if queue is self._primary:
-            # Whatever becomes of the call, the store may know the job from now on.
+        from_store = queue is self._primary
+        # Whatever becomes of the call, the store may know the job from now on.
+        entry.told = entry.told or from_store
+        answer = await queue.enqueue(self._known_as(queue, entry))
+        if from_store and isinstance(answer, Grant):
+            entry.at_store = answer.nonce
+        elif from_store and entry.grant is None:
             entry.at_store = ""
-        answer = await queue.enqueue(entry.job)
         if not isinstance(answer, Grant):
             return answer
-        if queue is self._primary:
-            entry.at_store = answer.nonce
-        noted = self._note(answer)
-        if queue is self._primary and self._own is not None:
-            await self._own.register(entry.job, noted)
-        return noted
+        if from_store and self._own is not None:
+            if entry.grant is not None:
+                # It went meanwhile, and the job was lent a slot here: it is told so on the way back.
+                return entry.grant
+            self._own.hold(entry.job, answer)
+        return self._note(answer)
+
+    def _hear(self, queue: JobQueue, grant: Grant) -> Grant | None:
+        """Enters a grant that a renewal found, unless it is the store's and came too late."""
+        if queue is self._primary and self.degraded:
+            self._granted_by_primary(grant)
+            return None
+        return self._note(grant)
 
     def _note(self, grant: Grant) -> Grant:
         """Enters a grant of the queue that lends now; returns it as the client is told of it."""
@@ -282,23 +299,27 @@ class FallbackJobQueue:
             entry.at_store = grant.nonce
         return told
 
-    def _give_back(self, job_id: str, nonce: str, *, emitted: bool, used_tokens: int) -> None:
+    def _give_back(self, job_id: str, nonce: str, pin: str = "", used_tokens: int = 0) -> LiveEntry | None:
+        """Notes that a job waits again; returns it, or None where `nonce` is not the grant that counts."""
         entry = self._book.find(job_id)
-        if entry is not None and entry.grant is not None and entry.grant.nonce == nonce:
-            entry.grant = None
-            entry.emitted = entry.emitted or emitted
-            entry.note_used(used_tokens)
-            if not self.degraded:
-                entry.at_store = ""
+        if entry is None or entry.grant is None or entry.grant.nonce != nonce:
+            return None
+        entry.note_return(pin, used_tokens)
+        if self.degraded and not entry.at_store:
+            # Where it waits there as well, it is not known to have begun.
+            entry.at_store = None
+        return entry
+
+    def _note_given_back(self, entry: LiveEntry | None, nonce: str) -> None:
+        """Notes that the store knows it, too, unless that has lent another slot to the job at once."""
+        if entry is not None and not self.degraded and entry.at_store == nonce:
+            entry.at_store = ""
 
     def _granted_by_primary(self, grant: Grant) -> None:
-        entry = self._book.find(grant.job_id)
-        if self.degraded:
-            # It comes too late: the job runs, or waits, here. The store is told so on the way back.
-            if entry is not None:
-                entry.at_store = grant.nonce
-            return
-        self._receive(self._note(grant))
+        if not self.degraded:
+            self._receive(self._note(grant))
+        elif (entry := self._book.find(grant.job_id)) is not None:
+            self._granted_at_home(entry, grant)
 
     def _granted_by_own(self, grant: Grant) -> None:
         self._receive(self._note(grant))
@@ -352,22 +373,19 @@ class FallbackJobQueue:
     async def _bring_all_home(self, model: str) -> None:
         # This writes the clock, too: a store that may only be read is not back.
         await self._primary.length(model)
-        while self._owed:
-            await tell_end(self._primary, self._owed[0])
-            self._owed.popleft()
-        for _ in range(ROUNDS_MAX):
-            abroad = [entry for entry in self._book if not entry.at_home]
-            for entry in abroad:
-                if self._book.lives(entry):
-                    await bring_home(self._primary, entry, self._clock.monotonic(), self._granted_at_home)
-            if not abroad:
-                return
+        await self._home.bring_all(self._granted_at_home)
 
     def _granted_at_home(self, entry: LiveEntry, grant: Grant) -> None:
-        """The shared queue lent a slot to a job that it was told of."""
+        """The shared queue lent a slot to a job while the own one lends, too.
+
+        On the way back it is taken: the store answers, and the own queue must not lend another one. In all
+        other cases, as where the job runs or its text is another revision's, the store is told otherwise.
+        """
         entry.at_store = grant.nonce
-        if entry.grant is None and self._book.lives(entry):
+        is_wanted = entry.grant is None and entry.job.pin in {"", grant.revision} and self._book.lives(entry)
+        if self._own is not None and self._returning.locked() and is_wanted:
             entry.grant = grant
+            self._own.hold(entry.job, grant)
             self._receive(grant)
 
 

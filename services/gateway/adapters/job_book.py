@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob
 
 # A job that lives for a submission is known to the store as `<submission>` and, once an earlier record stands
-# in its way, as `<submission>+`.
+# in its way, as `<submission>+`. The gateway's own queue knows it by the former.
 ANOTHER = "+"
 
 
@@ -20,24 +20,31 @@ class LiveEntry:
     """One live job.
 
     Attributes:
-        job: As it was submitted last.
+        job: As it was submitted last, with what it has used and is pinned to since.
         submitted_s: When that was.
         grant: The slot that it runs in; None while it waits.
-        emitted: Whether its last requeue pinned it.
-        at_store: What the store may know of it: None: nothing; empty: that it waits, or perhaps runs under a
-            grant that nobody heard of; else the nonce under which it runs there.
+        told: Whether the store may have heard of it: a call was made, whatever became of that.
+        at_store: What the store knows of it. None: nothing, or not all; empty: that it waits, or perhaps runs
+            under a grant that nobody heard of; else the nonce under which it runs there.
+        suffix: What the store knows its submission by besides.
     """
 
     job: QueuedJob
     submitted_s: float
     grant: Grant | None = None
-    emitted: bool = False
+    told: bool = False
     at_store: str | None = None
+    suffix: str = ""
 
     @property
     def at_home(self) -> bool:
         """Whether the store knows the job as it is."""
         return self.at_store == ("" if self.grant is None else self.grant.nonce)
+
+    @property
+    def stored_job(self) -> QueuedJob:
+        """The job as the store knows it."""
+        return replace(self.job, submission=self.job.submission + self.suffix) if self.suffix else self.job
 
     def aged(self, now_s: float) -> QueuedJob:
         """The job with what is left of its time; it has waited, so that no bound refuses it."""
@@ -48,22 +55,38 @@ class LiveEntry:
             waited_s=max(self.job.waited_s + passed_s, 0.001),
         )
 
-    def note_used(self, tokens: int) -> None:
-        """Notes what the job has used so far."""
-        self.job = self.job.having_used(tokens)
+    def stored_aged(self, now_s: float) -> QueuedJob:
+        """The same, as the store knows it."""
+        return replace(self.aged(now_s), submission=self.stored_job.submission)
+
+    def note_return(self, pin: str, used_tokens: int) -> None:
+        """Notes that the job waits again: the revision of its text, if any, and what it has used so far."""
+        self.grant = None
+        self.note_text(pin, used_tokens)
+
+    def note_text(self, pin: str, used_tokens: int) -> None:
+        """Notes which revision's text the job has, if any, and what it has used so far."""
+        self.job = replace(self.job.having_used(used_tokens), pin=pin or self.job.pin)
 
     def rename(self) -> None:
-        """Takes another submission nonce: the store remembers an end of the one before."""
-        self.job = replace(self.job, submission=self.job.submission + ANOTHER)
+        """Takes another submission nonce at the store: it remembers an end of the one before."""
+        self.suffix += ANOTHER
+
+    def end(self, outcome: Outcome, used_tokens: int) -> OwedEnd:
+        """How the job has ended, for a store that has not heard of it."""
+        # A store that is being told that it runs here may know the one or the other.
+        nonces = dict.fromkeys(nonce for nonce in (self.at_store, self.grant and self.grant.nonce) if nonce)
+        job = self.stored_job
+        return OwedEnd(job.model, job.job_id, tuple(nonces), job.submission, outcome, used_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class OwedEnd:
-    """An end that the store has not heard of; `nonce` is empty where the job was withdrawn."""
+    """An end that the store has not heard of; it may know the job under any of the nonces, or as waiting."""
 
     model: str
     job_id: str
-    nonce: str
+    nonces: tuple[str, ...]
     submission: str
     outcome: Outcome
     used_tokens: int
@@ -89,10 +112,13 @@ class JobBook:
     def write(self, job: QueuedJob, now_s: float) -> LiveEntry:
         """Enters a submission, or the repetition of one, which keeps what is known of it."""
         known = self._entries.get(job.job_id)
-        if known is not None and known.job.submission.rstrip(ANOTHER) == job.submission:
-            known.job, known.submitted_s = replace(job, submission=known.job.submission), now_s
+        if known is not None and known.job.submission == job.submission:
+            pin, used_tokens = known.job.pin, known.job.used_tokens
+            known.job, known.submitted_s = job, now_s
+            known.note_text(job.pin or pin, used_tokens)
             return known
-        entry = LiveEntry(job, now_s)
+        # What has waited was accepted by the store once.
+        entry = LiveEntry(job, now_s, told=job.waited_s > 0)
         self._entries[job.job_id] = entry
         return entry
 

@@ -92,6 +92,10 @@ class MemoryJobQueue:
             self._admit(line, job)
         elif known.job.submission != job.submission:
             raise RequestExists("This request id is in use by a request that has not ended.")
+        else:
+            known.note_used(job.used_tokens)
+            if job.pin:
+                line.bind(known, job.pin, self._pin_until())
         self._deliver(self._grant_free(line), besides=job.job_id)
         entry = line.find(job.job_id)
         if entry is None:
@@ -159,16 +163,16 @@ class MemoryJobQueue:
         return entry is not None
 
     async def requeue(
-        self, model: str, job_id: str, nonce: str, *, emitted: bool, used_tokens: int = 0
+        self, model: str, job_id: str, nonce: str, *, pin: str = "", used_tokens: int = 0
     ) -> bool:
         """See `JobQueue.requeue`."""
         line = self._line(model)
         entry = line.current(job_id, nonce)
         if entry is None or entry.grant is None:
             return self._is_repeated(line, job_id, nonce)
-        entry.pin_until = self._now() + self._limits.failover_wait_s
+        entry.pin_until = self._pin_until()
         entry.note_used(used_tokens)
-        self._put_back(line, entry, self._limits.suspect_s, pin=emitted)
+        self._put_back(line, entry, self._limits.suspect_s, pin=pin)
         return True
 
     async def refused(self, model: str, job_id: str, nonce: str, *, hold_s: float) -> bool:
@@ -178,11 +182,15 @@ class MemoryJobQueue:
         if entry is None or entry.grant is None:
             return self._is_repeated(line, job_id, nonce)
         entry.attempt -= 1
-        self._put_back(line, entry, hold_s, pin=False)
+        self._put_back(line, entry, hold_s)
         return True
 
     async def register(self, job: QueuedJob, grant: Grant, *, instead: bool = False) -> bool:
         """See `JobQueue.register`."""
+        return self.hold(job, grant, instead=instead)
+
+    def hold(self, job: QueuedJob, grant: Grant, *, instead: bool = False) -> bool:
+        """What `register` does, for who cannot wait."""
         line = self._line(job.model)
         known, ended = line.find(job.job_id), line.ended.get(job.job_id)
         if line.current(job.job_id, grant.nonce) is not None:
@@ -195,7 +203,8 @@ class MemoryJobQueue:
             return False
         if known is None:
             line.quotas.reserve(job.tenant, job.cost_tokens, None, self._now())
-        line.hold(job, grant, self._now(), self._limits.aging_s)
+        held = line.hold(job, grant, self._now(), self._limits.aging_s)
+        held.pin_until = self._pin_until()
         return True
 
     async def cancel(
@@ -274,6 +283,10 @@ class MemoryJobQueue:
     def _now(self) -> float:
         return self._clock.monotonic()
 
+    def _pin_until(self) -> float:
+        """Until when a job that is pinned now waits for a worker with its revision."""
+        return self._now() + self._limits.failover_wait_s
+
     def _allowance(self, job: QueuedJob) -> Allowance | None:
         """What is left to a job's tenant; None: it has no limit."""
         line, limits, now = self._line(job.model), job.limits, self._now()
@@ -298,7 +311,7 @@ class MemoryJobQueue:
         else:
             self._check_room(line, job.tenant)
         line.quotas.reserve(job.tenant, job.cost_tokens, limit, self._now())
-        line.add(job, self._now(), self._limits.aging_s)
+        line.add(job, self._now(), self._limits.aging_s).pin_until = self._pin_until()
 
     def _check_room(self, line: QueueLine, tenant: str) -> None:
         if self._is_crowded(line, tenant):
@@ -327,7 +340,7 @@ class MemoryJobQueue:
             line.remove(entry, 0, self._now())
             raise hopeless(place.position, place.estimated_wait_s, left_s)
 
-    def _put_back(self, line: QueueLine, entry: LiveJob, hold_s: float, *, pin: bool) -> None:
+    def _put_back(self, line: QueueLine, entry: LiveJob, hold_s: float, *, pin: str = "") -> None:
         line.put_back(entry, pin=pin)
         line.places.suspect_until[entry.avoid] = self._now() + hold_s
         self._deliver(self._grant_free(line))

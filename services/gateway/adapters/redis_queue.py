@@ -131,6 +131,7 @@ class RedisJobQueue:
                 int(self._expects_route(job.model)),
                 job.slots,
                 job.used_tokens,
+                *self._pinned(job),
             )
         grants = reply[3] if len(reply) > 3 else []
         own = self._deliver(grants, besides=job.job_id)
@@ -185,14 +186,14 @@ class RedisJobQueue:
         return bool(current)
 
     async def requeue(
-        self, model: str, job_id: str, nonce: str, *, emitted: bool, used_tokens: int = 0
+        self, model: str, job_id: str, nonce: str, *, pin: str = "", used_tokens: int = 0
     ) -> bool:
         """See `JobQueue.requeue`."""
         suspect_s = self._limits.suspect_s
         pin_ms = ms(self._limits.failover_wait_s)
         with self._calling(job_id):
             current, grants = await self._run(
-                "requeue", model, job_id, nonce, int(emitted), ms(suspect_s), pin_ms, used_tokens
+                "requeue", model, job_id, nonce, pin, ms(suspect_s), pin_ms, used_tokens
             )
         self._deliver(grants)
         self._look_after(model, suspect_s)
@@ -226,6 +227,7 @@ class RedisJobQueue:
                 job.slots,
                 job.used_tokens,
                 int(instead),
+                *self._pinned(job),
             )
         return bool(current)
 
@@ -310,6 +312,10 @@ class RedisJobQueue:
     def _kept(self, job: QueuedJob) -> tuple[str, str, int]:
         """What a record says of the job's body, and of the log that may outlive it."""
         return job.digest, job.payload, ms(self._limits.resume_ttl_s)
+
+    def _pinned(self, job: QueuedJob) -> tuple[str, int]:
+        """The revision that a job must go on with, and how long it waits while no worker has it."""
+        return job.pin, ms(self._limits.failover_wait_s)
 
     def _deliver(self, grants: list[str], *, besides: str | None = None) -> Grant | None:
         """Hands grants to the receiver; returns the one for the job `besides` instead."""

@@ -52,6 +52,7 @@ class QueuedJob:
         slots: Slots of one worker that it takes: one for each sequence.
         used_tokens: What it has used of them already, in attempts whose workers were lost: it is charged no
             less, however it ends.
+        pin: The revision whose text it has, which alone may go on with it; empty: any may begin.
     """
 
     job_id: str
@@ -67,6 +68,7 @@ class QueuedJob:
     payload: str = ""
     slots: int = 1
     used_tokens: int = 0
+    pin: str = ""
 
     def having_used(self, tokens: int) -> QueuedJob:
         """The job once it has used so much; what was noted before does not become less."""

@@ -86,13 +86,14 @@ class JobQueue(Protocol):
         ...
 
     async def requeue(
-        self, model: str, job_id: str, nonce: str, *, emitted: bool, used_tokens: int = 0
+        self, model: str, job_id: str, nonce: str, *, pin: str = "", used_tokens: int = 0
     ) -> bool:
-        """Puts a job back at its old place after its worker failed; pinned to its revision if `emitted`.
+        """Puts a job back at its old place after its worker failed.
 
-        The charge is taken back. `used_tokens` is what the job has used so far: it is charged when the job
-        ends, be it while it waits. Returns whether the grant was current; if not, the job is somebody else's
-        or gone.
+        `pin` is the revision whose text it has, and which alone may go on; empty: what bound it before still
+        does. The charge is taken back. `used_tokens` is what the job has used so far: it is charged when the
+        job ends, be it while it waits. Returns whether the grant was current; if not, the job is somebody
+        else's or gone.
         """
         ...
 

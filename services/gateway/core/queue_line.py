@@ -70,19 +70,33 @@ class QueueLine:
     def add(self, job: QueuedJob, now: float, aging_s: float) -> LiveJob:
         """Takes a job in, whose tokens are reserved; it waits."""
         entry = self._new_entry(job, now, aging_s)
-        self._enter(entry)
+        if not entry.pin:
+            self._enter(entry)
         self.jobs.put(entry)
         return entry
 
-    def hold(self, job: QueuedJob, grant: Grant, now: float, aging_s: float) -> None:
+    def hold(self, job: QueuedJob, grant: Grant, now: float, aging_s: float) -> LiveJob:
         """Takes in a job that runs already, free of charge; in the place of what is known of it."""
         entry = self._new_entry(job, now, aging_s)
         if (known := self.find(job.job_id)) is not None:
             self._correct(known, 0)
             self.jobs.take(known)
             entry.band = known.band
+            entry.pin = entry.pin or known.pin
             entry.note_used(known.job.used_tokens)
         entry.grant, entry.attempt, entry.granted_at = grant, grant.attempt, now
+        self.jobs.put(entry)
+        return entry
+
+    def bind(self, entry: LiveJob, pin: str, pin_until: float) -> None:
+        """Pins a job that was submitted again. A grant of another revision was heard by nobody and ends."""
+        if entry.pin == pin:
+            return
+        self.jobs.take(entry)
+        if (grant := entry.grant) is not None and grant.revision != pin:
+            self._correct(entry, 0)
+            entry.grant, entry.ended_nonce = None, grant.nonce
+        entry.pin, entry.pin_until = pin, pin_until
         self.jobs.put(entry)
 
     def remove(self, entry: LiveJob, used_tokens: int, now: float) -> None:
@@ -109,15 +123,17 @@ class QueueLine:
             del self.ended[oldest]
         self.ended[entry.job.job_id] = EndedJob(entry.job.submission, outcome, kept_until)
 
-    def put_back(self, entry: LiveJob, *, pin: bool) -> None:
-        """Ends an attempt; the job waits at its old place, and its tenant is given back the charge."""
+    def put_back(self, entry: LiveJob, *, pin: str = "") -> None:
+        """Ends an attempt; the job waits at its old place, and its tenant is given back the charge.
+
+        `pin` is the revision that must go on with it from now on; empty: what bound it before still does.
+        """
         grant = entry.grant
         assert grant is not None
         self._correct(entry, 0)
         self.jobs.take(entry)
         entry.avoid, entry.ended_nonce = grant.worker_id, grant.nonce
-        if pin:
-            entry.pin = grant.revision
+        entry.pin = pin or entry.pin
         entry.grant = None
         if not entry.pin:
             self._enter(entry)
@@ -279,4 +295,5 @@ class QueueLine:
             deadline=now + job.timeout_s,
             band=job.band,
             ages_at=now - job.waited_s + aging_s,
+            pin=job.pin,
         )

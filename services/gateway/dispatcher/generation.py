@@ -80,7 +80,7 @@ class Generation:
         self.outbox = Outbox(limits.credit_tokens, job.params.n)
         self._narration = Narration(job, self.outbox, clock, meter)
         self._engagement = Engagement(workers, self, job.request_id, meter)
-        self._ticket = Ticket(job, queue, clock, self, self._narration.charged_tokens, self._look_for_end)
+        self._ticket = Ticket(job, queue, clock, self, self._narration, self._look_for_end)
         self.chronicle = Chronicle(job, self.outbox, log, self, clock) if job.resumable else None
         self.attendance = Attendance(
             limits.detach_grace_s, lambda: log.unattended_s(job.model, job.job_id), self._give_up

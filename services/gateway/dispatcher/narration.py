@@ -124,6 +124,10 @@ class Narration:
         """What is charged of a request that waits again or leaves; the prompt once anything was generated."""
         return self.answers.used_tokens if self.answers.progress else 0
 
+    def pin(self) -> str:
+        """The revision whose text the client has, and which alone may go on; empty while there is none."""
+        return self.started.revision if self.started is not None and self.answers.progress else ""
+
     def _say_started(self) -> None:
         if self._unsaid and self.started is not None:
             self._unsaid = False

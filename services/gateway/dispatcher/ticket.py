@@ -52,6 +52,18 @@ class TicketHolder(Protocol):
         ...
 
 
+class TicketText(Protocol):
+    """What has been generated of the job."""
+
+    def charged_tokens(self) -> int:
+        """What is charged however the job ends."""
+        ...
+
+    def pin(self) -> str:
+        """The revision that alone may go on with the text; empty while there is none."""
+        ...
+
+
 class Ticket:
     """The place of one job in the queue.
 
@@ -60,7 +72,7 @@ class Ticket:
         queue: The queue.
         clock: Measures what is left of the deadline.
         holder: Hears the answers.
-        used_tokens: Tells what is charged however the job ends.
+        text: Tells what the queue must know of the text.
         on_idle: Is called whenever nothing is owed to the queue.
     """
 
@@ -70,14 +82,14 @@ class Ticket:
         queue: JobQueue,
         clock: Clock,
         holder: TicketHolder,
-        used_tokens: Callable[[], int],
+        text: TicketText,
         on_idle: Callable[[], None],
     ) -> None:
         self._job = job
         self._queue = queue
         self._clock = clock
         self._holder = holder
-        self._used_tokens = used_tokens
+        self._text = text
         self._accepted_s = clock.monotonic() - job.waited_s
         # The queue knows a job that another gateway began.
         self._known = job.waited_s > 0
@@ -108,7 +120,8 @@ class Ticket:
             digest=job.digest,
             payload=self._payload,
             slots=job.params.n,
-            used_tokens=self._used_tokens(),
+            used_tokens=self._text.charged_tokens(),
+            pin=self._text.pin(),
         )
 
     def do(self, errand: Errand) -> None:
@@ -124,7 +137,7 @@ class Ticket:
 
         async def call() -> None:
             job = self._job
-            tail, used_tokens = self._holder.tail(), self._used_tokens()
+            tail, used_tokens = self._holder.tail(), self._text.charged_tokens()
             await self._queue.cancel(job.model, job.job_id, job.submission, tail, used_tokens=used_tokens)
             self._holder.settled(current=True)
 
@@ -136,7 +149,11 @@ class Ticket:
         async def call() -> None:
             job = self._job
             known = await self._queue.requeue(
-                job.model, job.job_id, grant.nonce, emitted=emitted, used_tokens=self._used_tokens()
+                job.model,
+                job.job_id,
+                grant.nonce,
+                pin=grant.revision if emitted else "",
+                used_tokens=self._text.charged_tokens(),
             )
             self._after_return(known=known)
 

@@ -4,86 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import replace
 
 import pytest
 
 from services.common.errors import QueueFull, StoreUnavailable
-from services.gateway.adapters.breakers import STORE_LIMITS
-from services.gateway.adapters.fallback_queue import FallbackJobQueue
-from services.gateway.adapters.memory_queue import MemoryJobQueue
-from services.gateway.adapters.pybreaker_circuit import Circuit
-from services.gateway.adapters.standby import FleetView, Standby
 from services.gateway.core.breaker import State
-from services.gateway.core.jobs import Band, Grant, Outcome, QueuedJob, Waiting
-from services.gateway.core.queue_jobs import LiveJobs
-from services.gateway.core.queue_limits import QueueLimits
-from services.gateway.core.queue_line import QueueWorker
+from services.gateway.core.jobs import Band, Outcome, QueuedJob, Waiting
 from services.gateway.core.tenancy import TenantLimits
-from tests.fakes.turned_clock import TurnedClock
-
-MODEL = "m"
-LIMITS = QueueLimits(waiting_jobs_max=3)
-
-
-class FaultyQueue(MemoryJobQueue):
-    """A queue that is gone on cue: before a call, or after it, so that only its answer is lost."""
-
-    down = False
-    loses_answers = False
-
-    def __getattribute__(self, name: str) -> object:
-        """Every verb of the queue may fail; the rest is as it is."""
-        found = super().__getattribute__(name)
-        verbs = {"enqueue", "renew", "settle", "requeue", "refused", "register", "cancel", "reap", "length"}
-        return self._faulty(found) if name in verbs else found
-
-    def _faulty(self, call: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
-        async def attempt(*args: object, **fields: object) -> object:
-            if self.down:
-                raise StoreUnavailable("gone")
-            answer = await call(*args, **fields)
-            if self.loses_answers:
-                raise StoreUnavailable("no answer")
-            return answer
-
-        return attempt
-
-
-class World:
-    """A queue over a faulty store, with one worker of two slots that two gateways share."""
-
-    def __init__(self) -> None:
-        self.clock = TurnedClock()
-        self.activated: dict[str, tuple[str, int]] = {}
-        self.standby = Standby(self.clock, LIMITS, self.activated.get)
-        self.circuit = Circuit("store", STORE_LIMITS, self.clock, lambda _: None)
-        worker = QueueWorker("w1", "127.0.0.1:1", 2, frozenset({"r1"}))
-        self.store = FaultyQueue(self.clock, LIMITS)
-        self.fill(self.store, worker)
-        self.standby.remember(MODEL, FleetView(1, {"r1": 1}, [worker], {"w1": "i1"}, 2))
-        self.queue = FallbackJobQueue(self.store, self.standby, self.circuit, self.clock)
-        self.heard: list[Grant] = []
-        self.queue.on_grant(self.heard.append)
-
-    @staticmethod
-    def fill(queue: MemoryJobQueue, worker: QueueWorker) -> None:
-        """Lets the queue grant the worker's slots."""
-        queue.set_route(MODEL, 1, {"r1": 1})
-        queue.set_worker(MODEL, worker)
-
-    async def come_back(self, *, empty: bool) -> None:
-        """The store answers again, as it was or without any job; the next renewal finds it."""
-        self.store.down = self.store.loses_answers = False
-        if empty:
-            self.store._lines[MODEL].jobs = LiveJobs()
-        self.clock.turn(1)
-
-    def at_store(self) -> dict[str, str]:
-        """What the store knows: the job's nonce, or empty while it waits."""
-        jobs = self.store._lines[MODEL].jobs.by_id
-        return {name: "" if entry.grant is None else entry.grant.nonce for name, entry in jobs.items()}
+from tests.fixtures.fallback_world import MODEL, World, job
 
 
 @pytest.fixture
@@ -92,21 +22,9 @@ def world() -> World:
     return World()
 
 
-def job(name: str) -> QueuedJob:
-    """A job with plain values."""
-    return QueuedJob(name, MODEL, "alice", Band.INTERACTIVE, 10, 60.0, f"s-{name}")
-
-
-async def granted(world: World, name: str) -> Grant:
-    """Enqueues a job that gets a slot at once."""
-    answer = await world.queue.enqueue(job(name))
-    assert isinstance(answer, Grant)
-    return answer
-
-
 async def test_while_the_store_answers_nothing_is_degraded(world: World) -> None:
     """Grants are the store's own; the book is empty once all has ended."""
-    grant = await granted(world, "a")
+    grant = await world.granted("a")
     assert not grant.degraded
     await world.queue.settle(MODEL, "a", grant.nonce, Outcome.FINISHED, 10)
     await world.queue.enqueue(job("b"))
@@ -118,7 +36,7 @@ async def test_while_the_store_answers_nothing_is_degraded(world: World) -> None
 async def test_a_new_job_is_served_at_once_when_the_store_is_gone(world: World) -> None:
     """The very call that finds it out is answered with a degraded grant; the store is not asked again."""
     world.store.down = True
-    grant = await granted(world, "a")
+    grant = await world.granted("a")
     assert grant.degraded
     assert world.circuit.breaker.state is State.OPEN
     world.store.down = False
@@ -129,7 +47,7 @@ async def test_a_new_job_is_served_at_once_when_the_store_is_gone(world: World) 
 async def test_its_own_queue_is_bounded_and_lends_its_share(world: World) -> None:
     """Of two slots that two gateways share it lends one; three jobs wait, and the next is refused."""
     world.store.down = True
-    await granted(world, "a")
+    await world.granted("a")
     for name in "bcd":
         assert isinstance(await world.queue.enqueue(job(name)), Waiting)
     with pytest.raises(QueueFull):
@@ -144,11 +62,11 @@ async def test_its_own_queue_lends_by_the_route_that_the_controller_told_last(
     """The controller reaches it though the store does not; workers refuse grants of an old epoch."""
     world.store.down = True
     if late:
-        grant = await granted(world, "a")
+        grant = await world.granted("a")
         assert grant.epoch == 1
         await world.queue.settle(MODEL, "a", grant.nonce, Outcome.FINISHED, 1)
     world.activated[MODEL] = ("r1", 5)
-    assert (await granted(world, "b")).epoch == 5
+    assert (await world.granted("b")).epoch == 5
 
 
 async def test_its_own_queue_lends_nothing_of_a_revision_that_was_replaced(world: World) -> None:
@@ -161,7 +79,7 @@ async def test_its_own_queue_lends_nothing_of_a_revision_that_was_replaced(world
 async def test_a_hold_of_its_own_queue_ends_by_itself(world: World) -> None:
     """The job that was refused is granted when the hold is over, though nobody calls."""
     world.store.down = True
-    grant = await granted(world, "a")
+    grant = await world.granted("a")
     world.heard.clear()
     await world.queue.refused(MODEL, "a", grant.nonce, hold_s=0.02)
     assert world.heard == []
@@ -174,7 +92,7 @@ async def test_a_hold_of_its_own_queue_ends_by_itself(world: World) -> None:
 
 async def test_running_jobs_keep_their_slots_and_waiting_ones_their_turn(world: World) -> None:
     """Two run and one waits as the store goes: the slots are not lent twice, and the third gets the first."""
-    first, second = await granted(world, "a"), await granted(world, "b")
+    first, second = await world.granted("a"), await world.granted("b")
     await world.queue.enqueue(job("c"))
     world.store.down = True
     renewal = await world.queue.renew(MODEL, {"a": first.nonce, "b": second.nonce}, frozenset("c"))
@@ -189,11 +107,11 @@ async def test_running_jobs_keep_their_slots_and_waiting_ones_their_turn(world: 
 @pytest.mark.parametrize("empty", [True, False], ids=["empty", "as-it-was"])
 async def test_the_store_learns_the_truth_when_it_is_back(world: World, empty: bool) -> None:  # noqa: FBT001 - a parameter of the table
     """One job ran before, one began meanwhile, one waits, one ended: it knows the others."""
-    before = await granted(world, "a")
-    ended = await granted(world, "e")
+    before = await world.granted("a")
+    ended = await world.granted("e")
     world.store.down = True
     await world.queue.settle(MODEL, "e", ended.nonce, Outcome.FINISHED, 10)
-    await world.queue.requeue(MODEL, "a", before.nonce, emitted=True)
+    await world.queue.requeue(MODEL, "a", before.nonce, pin=before.revision)
     world.clock.turn(0.8)
     during = next((grant for grant in world.heard if grant.job_id == "a"), None)
     during = during or (await world.queue.renew(MODEL, {}, frozenset("a"))).granted[0]
@@ -214,9 +132,9 @@ async def test_the_store_learns_the_truth_when_it_is_back(world: World, empty: b
 @pytest.mark.parametrize("back", [False, True], ids=["ends-meanwhile", "ends-after"])
 async def test_what_was_produced_before_a_loss_is_charged_at_the_store(world: World, *, back: bool) -> None:
     """The worker is lost while the store is gone, and so is the job's end, or it comes after the return."""
-    before = await granted(world, "a")
+    before = await world.granted("a")
     world.store.down = True
-    await world.queue.requeue(MODEL, "a", before.nonce, emitted=True, used_tokens=7)
+    await world.queue.requeue(MODEL, "a", before.nonce, pin=before.revision, used_tokens=7)
     if not back:
         await world.queue.cancel(MODEL, "a", "s-a", used_tokens=7)
     await world.come_back(empty=False)
@@ -230,7 +148,7 @@ async def test_what_was_produced_before_a_loss_is_charged_at_the_store(world: Wo
 async def test_a_call_whose_answer_was_lost_is_undone(world: World) -> None:
     """The store granted a slot that nobody heard of; the job runs there once, under its own grant."""
     world.store.loses_answers = True
-    grant = await granted(world, "a")
+    grant = await world.granted("a")
     assert grant.degraded
     assert world.at_store()["a"] != grant.nonce
     await world.come_back(empty=False)
@@ -244,7 +162,7 @@ async def test_a_call_whose_answer_was_lost_is_undone(world: World) -> None:
 async def test_it_comes_back_by_itself_and_not_before_the_sleep_is_over(world: World) -> None:
     """A renewal at once does not ask; one after the sleep does; one that is still gone is left alone."""
     world.store.down = True
-    await granted(world, "a")
+    await world.granted("a")
     world.store.down = False
     await world.queue.renew(MODEL, {}, frozenset())
     assert world.queue.degraded
@@ -286,7 +204,7 @@ async def steps_of(work: Awaitable[object]) -> int:
 async def steps_with_a_full_queue(waiting: int) -> dict[str, int]:
     """What it costs to lose the store while so many jobs of ten tenants wait, and to go on without it."""
     world, limits = World(), TenantLimits(concurrency=1)
-    running = [await granted(world, name) for name in "xy"]
+    running = [await world.granted(name) for name in "xy"]
     names = [f"j{number}" for number in range(waiting)]
     for number, name in enumerate(names):
         band = list(Band)[number % 3]
@@ -315,7 +233,7 @@ async def test_a_full_queue_does_not_hold_the_loop_when_the_store_goes() -> None
 async def test_an_operator_may_keep_the_store_out(world: World) -> None:
     """Forced open: degraded though the store is well, until it is released."""
     world.circuit.force(State.FORCED_OPEN)
-    assert (await granted(world, "a")).degraded
+    assert (await world.granted("a")).degraded
     world.clock.turn(60)
     await world.queue.renew(MODEL, {}, frozenset())
     assert world.queue.degraded

@@ -86,6 +86,32 @@ async def test_what_was_produced_before_a_loss_is_told_to_the_queue(
     assert world.queue.used == [used, used]
 
 
+@pytest.mark.parametrize(("said", "pin"), [("abc", "r1"), ("", "")], ids=["tokens", "nothing"])
+async def test_the_revision_of_a_text_is_told_whenever_the_queue_hears_of_the_job(
+    world: World, said: str, pin: str
+) -> None:
+    """A worker is lost, the queue is emptied while the job waits, and once more while it runs."""
+    await world.dispatcher.submit(job())
+    sink = world.workers.attempts[0].sink
+    if said:
+        sink.output(Output(0, ids(said)))
+    world.queue.answer = Waiting(1)
+    sink.lost("test", Loss.PROCESS)
+    await world.queue.wait_for("requeue", "n1")
+    await asyncio.sleep(0)
+    world.queue.renewal = Renewal(lost=frozenset({"j"}))
+    await world.dispatcher.renew()
+    world.queue.changed.clear()
+    await world.queue.changed.wait()
+    world.queue.receive(grant("n2"))
+    await world.workers.wait_started(2)
+    await asyncio.sleep(0)
+    world.queue.renewal = Renewal(lost=frozenset({"j"}))
+    await world.dispatcher.renew()
+    assert ("register", "n2") in world.queue.calls
+    assert world.queue.pins == ["", pin, pin, pin]
+
+
 @pytest.mark.parametrize("output", [Output(1, ids("x")), Output(0, ids("x" * 101))], ids=["gap", "too many"])
 async def test_tokens_that_do_not_continue_the_text_end_the_attempt(world: World, output: Output) -> None:
     """A worker that breaks the protocol is treated as lost, and told to stop."""

@@ -106,9 +106,9 @@ async def test_a_failed_worker_is_left_alone_for_a_moment(
 ) -> None:
     """A fenced attempt cannot put the job back; the current one can, at the cost of an attempt."""
     first = await enqueue_granted(queue, "a")
-    assert not await queue.requeue(MODEL, "a", "another", emitted=False)
-    assert await queue.requeue(MODEL, "a", first.nonce, emitted=True)
-    assert await queue.requeue(MODEL, "a", first.nonce, emitted=True)
+    assert not await queue.requeue(MODEL, "a", "another")
+    assert await queue.requeue(MODEL, "a", first.nonce, pin=first.revision)
+    assert await queue.requeue(MODEL, "a", first.nonce, pin=first.revision)
     assert received == []
     clock.seconds += 1
     (second,) = (await queue.renew(MODEL, {}, frozenset("a"))).granted
@@ -121,7 +121,7 @@ async def test_a_pinned_job_ends_when_nobody_can_continue_it(
     """It waits for the worker's return first."""
     first = await enqueue_granted(queue, "a")
     queue.remove_worker(MODEL, "w1")
-    await queue.requeue(MODEL, "a", first.nonce, emitted=True)
+    await queue.requeue(MODEL, "a", first.nonce, pin=first.revision)
     await queue.reap(MODEL)
     assert await queue.length(MODEL) == 1
     clock.seconds += 16
@@ -135,7 +135,7 @@ async def test_a_pinned_job_waits_for_a_worker_s_return_from_when_the_last_one_w
     """It had waited for longer than that already, while another worker held its revision."""
     first = await enqueue_granted(queue, "a")
     queue.set_worker(MODEL, QueueWorker("w1", "w1:1", 1, frozenset({"r1"}), draining=True))
-    await queue.requeue(MODEL, "a", first.nonce, emitted=True)
+    await queue.requeue(MODEL, "a", first.nonce, pin=first.revision)
     for seconds, left in ((20, 1), (14, 1), (2, 0)):
         clock.seconds += seconds
         await queue.reap(MODEL)
@@ -150,7 +150,7 @@ async def test_what_was_produced_before_a_loss_is_charged_however_the_job_ends(
     """As in Redis: the job waits for another worker when it ends."""
     first = await enqueue_granted(queue, "a")
     queue.remove_worker(MODEL, "w1")
-    await queue.requeue(MODEL, "a", first.nonce, emitted=True, used_tokens=7)
+    await queue.requeue(MODEL, "a", first.nonce, pin=first.revision, used_tokens=7)
     clock.seconds += {"cancel": 0, "deadline": 61, "reap": 16}[end]
     if end == "cancel":
         await queue.cancel(MODEL, "a", "a")

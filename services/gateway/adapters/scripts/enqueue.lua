@@ -1,7 +1,8 @@
 -- enqueue(job_id, submission, tenant, band, cost_tokens, timeout_ms, waited_ms, weight, concurrency | '',
 --         tokens_per_minute | '', waiting_jobs_max, tenant_waiting_jobs_max, aging_ms, digest, payload, keep_ms,
---         expects_route, slots, used_tokens)
--- Accepts a job, and grants it its slots of a worker at once where they are free and it is its turn.
+--         expects_route, slots, used_tokens, pin | '', pin_ms)
+-- Accepts a job, and grants it its slots of a worker at once where they are free and it is its turn. A job that
+-- is known learns what it has used and which revision's text it has.
 -- Returns {'granted' | 'waiting', position, wait_ms, grants, account}, {'exists'}, {'ended', outcome},
 -- {'emptied'} where the caller knows of a route that is not here, or a refusal: {'full' | 'tenant_full',
 -- waiting, wait_ms, grants, account}, {'quota', taken tokens, ms until the window ends, grants, account} or
@@ -14,7 +15,7 @@ local cost, timeout_ms, waited_ms = ARGV[10], tonumber(ARGV[11]), tonumber(ARGV[
 local weight, cap, limit = ARGV[13], ARGV[14], tonumber(ARGV[15])
 local jobs_max, tenant_jobs_max, aging_ms = tonumber(ARGV[16]), tonumber(ARGV[17]), tonumber(ARGV[18])
 local digest, payload, keep_ms, expects_route = ARGV[19], ARGV[20], ARGV[21], ARGV[22] == '1'
-local slots, used_tokens = ARGV[23], tonumber(ARGV[24])
+local slots, used_tokens, pin, pin_ms = ARGV[23], tonumber(ARGV[24]), ARGV[25], tonumber(ARGV[26])
 
 if expects_route and not has_route() then return { 'emptied' } end
 
@@ -38,6 +39,29 @@ local function answer_of(job)
   -- A repeated call whose first answer was lost hears of the grant again.
   if job.state == 'running' then GRANTED[#GRANTED + 1] = encode_grant(current) end
   return is_live(current) and { 'granted', 0, 0, GRANTED, account() } or { 'ended', current.state }
+end
+
+-- Pins a known job. A grant of another revision was heard by nobody, or the text would be of that one: it is
+-- taken back.
+local function bind(job)
+  if job.state == 'waiting' then
+    take_waiting(job)
+  elseif job.revision ~= pin then
+    take_running(job)
+    correct_charge(job, 0)
+    job.state, job.nonce, job.ended_nonce = 'waiting', '', job.nonce
+  end
+  job.pin, job.pin_until = pin, NOW + pin_ms
+  store_job(job)
+  if job.state == 'waiting' then put_waiting(job) end
+end
+
+local function go_on(job)
+  if used_tokens > 0 then
+    note_used(job, used_tokens)
+    store_job(job)
+  end
+  if pin ~= '' and job.pin ~= pin then bind(job) end
 end
 
 -- Returns why there is no place for the job, or nil.
@@ -64,7 +88,10 @@ end
 
 local known = load_job(id)
 if known and known.submission == submission then
-  if is_live(known) then return answer_of(known) end
+  if is_live(known) then
+    go_on(known)
+    return answer_of(known)
+  end
   return { 'ended', known.state }
 end
 -- The answer of a resumable job is kept in its log, and never generated twice.
@@ -78,7 +105,8 @@ redis.call('DEL', PREFIX .. 'job:' .. id)
 local job = {
   id = id, state = 'waiting', submission = submission, owner = CALLER, tenant = tenant, band = band, aged = '0',
   cost = cost, weight = weight, cap = cap, deadline = NOW + timeout_ms, ages_at = NOW - waited_ms + aging_ms,
-  attempt = 0, nonce = '', ended_nonce = '', pin = '', avoid = '', charged = '', arrival = arrival_of(waited_ms),
+  attempt = 0, nonce = '', ended_nonce = '', pin = pin, avoid = '', charged = '', arrival = arrival_of(waited_ms),
+  pin_until = NOW + pin_ms,
   -- Most jobs take one, and their records do not say so.
   slots = slots ~= '1' and slots or nil,
 }
