@@ -18,7 +18,7 @@ SPAN_POSITIONS = 128
 
 HALF_MAX = 65_504.0
 
-# Less than any score.
+# Less than any finite score.
 LOWEST = -3.0e38
 
 

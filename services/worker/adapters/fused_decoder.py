@@ -8,27 +8,27 @@ import torch
 
 from services.worker.adapters.fused_int8 import INT8_MAX, KEPT_COLUMNS, TINY
 from services.worker.adapters.fused_parts import FusedShape
-from services.worker.adapters.integer_products import product_with
 from services.worker.adapters.lean_decoder import Heads, Turns
-from services.worker.adapters.packed_product import PackedProduct
+from services.worker.adapters.packed_product import BLOCK, WORD, PackedProduct
 
 
 class Int8Weight:
     """A weight of LLM.int8, and the columns of it that outliers have met.
 
     Args:
-        weight: int8, `[outputs, inputs]`, or as `packed_product.packed` makes it; used as it is: it may be
-            pages of a file that other workers share.
+        weight: int8, as `packed_product.packed` makes it; used as it is: it may be pages of a file that other
+            workers share.
         scales: Of each output, `[outputs]`.
         bias: `[outputs]`, or None.
     """
 
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.outputs = scales.shape[0]
-        self.product = product_with(weight, self.outputs)
-        self.inputs = weight.shape[1] * self.product.word
-        lines = -(-self.outputs // self.product.block) * self.product.block
-        _agree("bytes", (weight.numel(),), (lines * self.inputs,))
+        self.product = PackedProduct(weight, self.outputs)
+        self.inputs = weight.shape[1] * WORD
+        _agree("weight", tuple(weight.shape), (-(-self.outputs // BLOCK), self.inputs // WORD, BLOCK, WORD))
+        if bias is not None:
+            _agree("bias", tuple(bias.shape), (self.outputs,))
         self._stored = {"weight": weight, "scales": scales}
         if bias is not None:
             self._stored["bias"] = bias.float()
@@ -45,13 +45,12 @@ class Int8Weight:
     def fields(self) -> dict[str, int]:
         """What of a frame of `fused_parts` belongs to the weight."""
         tensors = self._stored | self._met
-        lies = {"inputs": self.inputs, "block": self.product.block, "word": self.product.word}
-        return lies | {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        return {"inputs": self.inputs} | {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
     @property
     def bytes(self) -> int:
-        """Memory of the weight."""
-        return sum(tensor.nbytes for tensor in self._stored.values())
+        """Memory of the weight, and of the columns of it that may come to be kept."""
+        return sum(tensor.nbytes for tensor in (*self._stored.values(), self._met["kept"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +119,6 @@ class FusedDecoder:
         )
 
     @property
-    def packed(self) -> bool:
-        """Whether weights are in the processor's order."""
-        return isinstance(self.head.product, PackedProduct)
-
-    @property
     def bytes(self) -> int:
         """Memory of the weights."""
         weights = [weight for layer in self.layers for weight in layer.weights]
@@ -140,6 +134,7 @@ class FusedDecoder:
         outer = {"norm": self.norm.shape, "head": (self.head.inputs,), "embedding": self.embedding.shape[1:]}
         for name, found in outer.items():
             _agree(name, tuple(found), (shape.width,))
+        _agree("turns", tuple(self.turns.table(1).shape[1:]), (shape.head_dim // 2,))
         for layer in self.layers:
             for name in ("attention_norm", "mlp_norm"):
                 _agree(name, tuple(getattr(layer, name).shape), (shape.width,))

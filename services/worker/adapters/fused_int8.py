@@ -9,10 +9,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
+from services.worker.adapters.packed_product import BLOCK, WORD, ZERO_POINT
 from services.worker.adapters.vector_code import F32, I8, I32, I64, LANES, Array, Lane, Value, Variable
 from services.worker.adapters.vector_program import Sweep
 
-# From which magnitude on a number is an outlier, by the paper.
+# Beyond this magnitude a number is an outlier, by the paper.
 OUTLIER_THRESHOLD = 6.0
 INT8_MAX = 127
 
@@ -50,12 +51,11 @@ def quantize(code: Sweep, widest: int, token: Value, inputs: int, read: Callable
     code.array("steps", F32).put(token, largest * (1.0 / INT8_MAX))
     inverse = code.number(float(INT8_MAX)) / largest
     target = code.array("bytes", I8).at(token * inputs)
-    flip = code.converted(code.argument("flip"), I8)
 
     def write(lane: Lane) -> None:
         numbers = read(lane)
         inner = code.select(beyond(numbers)[1], 0.0, numbers * inverse)
-        lane.store(target, code.converted(code.converted(code.rounded(inner), I32), I8) ^ flip)
+        lane.store(target, code.converted(code.converted(code.rounded(inner), I32), I8) ^ -ZERO_POINT)
 
     code.each(inputs, write)
     found = code.total(apart.get())
@@ -126,10 +126,9 @@ def _replace(code: Sweep, outputs: int, places: tuple[Array, Array], place: Valu
 
 
 def _byte(code: Sweep, output: Value, column: Value) -> Value:
-    """One byte of the weight: blocks of outputs, in them words of inputs, in them outputs, in them bytes."""
-    inputs, block, word = (code.field(name) for name in ("inputs", "block", "word"))
-    lines = output // block * inputs * block + column // word * block * word
-    return code.array("weight", I8).get(lines + output % block * word + column % word)
+    """One byte of the weight, which is packed."""
+    words = output // BLOCK * code.field("inputs") * BLOCK + column // WORD * (BLOCK * WORD)
+    return code.array("weight", I8).get(words + output % BLOCK * WORD + column % WORD)
 
 
 def finish(code: Sweep, widest: int, token: Value, outputs: int) -> Array:

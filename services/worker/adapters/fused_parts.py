@@ -22,16 +22,14 @@ FIELDS = (
     "states",  # float [tokens, width]
     "rows",  # int64 [tokens]: of the cache
     "positions",  # int64 [tokens]
-    "bytes",  # uint8 [tokens, inputs of the next product]
+    "bytes",  # uint8 [tokens, inputs of the next product]: signed bytes, with ZERO_POINT added
     "steps",  # float [tokens]: what an integer of the row is worth
     "counts",  # int32 [tokens]: outliers of the row
     "columns",  # int32 [tokens, widest]: where they are
     "outliers",  # float [tokens, widest]
     # Of the weight whose product comes in.
     "inputs",  # its inputs
-    "weight",  # int8 [outputs / block, inputs / word, block, word]
-    "block",
-    "word",
+    "weight",  # int8, as `packed_product.packed` makes it
     "scales",  # float [outputs]
     "bias",  # float [outputs]; 0: none
     "slots",  # int32 [inputs]: where a column is kept; negative: nowhere
@@ -53,7 +51,6 @@ NUMBERS = (
     "threads",
     "attention_threads",
     "product",  # the address of the product, int32 [tokens, outputs]; it becomes float where it lies
-    "flip",  # what turns a signed byte into what the next product wants
 )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 
@@ -120,6 +119,8 @@ class FusedPass:
         Returns:
             `[drawn, vocabulary]`, in single precision.
         """
+        if not 0 <= min(rows) <= max(rows) < self._rows.rows or max(positions) >= self._rows.capacity:
+            raise ValueError("A token stands outside of the cache.")
         tokens, space = len(token_ids), self._roomy(len(token_ids))
         plan = self._planned(max(positions) + 1)
         ids = torch.tensor(token_ids)
@@ -130,37 +131,35 @@ class FusedPass:
             self._rows.fill(row, position + 1)
         scores = (sum(positions) + tokens) * self._shape.queries
         call = self._caller(tokens, scores)
-        call("enter", plan.first, tokens, None, plan.calls[0].weight)
-        for one, following in pairwise(plan.calls):
-            call(one.name, one.frame, tokens, space.multiply(one.weight, tokens), following.weight)
+        call("enter", plan.first, tokens, None)
+        *calls, last = plan.calls
+        for one in calls:
+            call(one.name, one.frame, tokens, space.multiply(one.weight, tokens))
         if not drawn:
             return torch.empty((0, self._shape.vocabulary))
-        last = plan.calls[-1]
         space.pick(drawn, tokens, last.weight.inputs)
         product = space.multiply(last.weight, len(drawn))
-        call(last.name, last.frame, len(drawn), product, last.weight)
+        call(last.name, last.frame, len(drawn), product)
         return product.view(torch.float32)
 
     def give_up(self) -> None:
-        """Lets go of weights and rows; nothing passes from then on."""
+        """Lets go of layers and rows; nothing passes from then on."""
         self._decoder = replace(self._decoder, layers=())
         self._rows = LeanRows(self._rows.shape, 0)
         self._plan = None
 
-    def _caller(
-        self, tokens: int, scores: int
-    ) -> Callable[[str, Frame, int, torch.Tensor | None, Int8Weight], None]:
-        """What makes the calls of one pass; each is told what multiplies next."""
+    def _caller(self, tokens: int, scores: int) -> Callable[[str, Frame, int, torch.Tensor | None], None]:
+        """What makes the calls of one pass."""
         few = tokens <= FEW_TOKENS
-        function = self._functions.brief if few and scores <= FEW_SCORES else self._functions.long
+        brief = few and scores <= FEW_SCORES
         threads = 1 if few else self._threads
         attending = 1 if scores <= FEW_SCORES else self._threads
 
-        def call(
-            name: str, frame: Frame, count: int, product: torch.Tensor | None, following: Int8Weight
-        ) -> None:
-            place, flip = 0 if product is None else product.data_ptr(), following.product.flip
-            function(name)(ctypes.addressof(frame), count, threads, attending, place, flip)
+        def call(name: str, frame: Frame, count: int, product: torch.Tensor | None) -> None:
+            # A vocabulary is long, and a column of it that is met for the first time takes milliseconds.
+            function = (self._functions.brief if brief and name != "leave" else self._functions.long)(name)
+            place = 0 if product is None else product.data_ptr()
+            function(ctypes.addressof(frame), count, threads, attending, place)
 
         return call
 

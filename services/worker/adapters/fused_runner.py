@@ -16,7 +16,7 @@ from services.worker.adapters.torch_runner import DecoderModel, TorchRunner
 from services.worker.core.batch import Batch, Decode
 from services.worker.core.revision import ModelFacts
 
-# Rows up to four take hardly longer than one where the weights are in the processor's order.
+# Four rows take hardly longer than one: that is as long as it takes to read the weights.
 GUESS_TOKENS = 3
 
 
@@ -42,7 +42,7 @@ class FusedRunner(TorchRunner):
 
     def settle(self, facts: ModelFacts) -> None:
         """As for any runner; the module, which the probe has been compared with, is given up."""
-        super().settle(replace(facts, guess_tokens=GUESS_TOKENS if self._decoder.packed else 0))
+        super().settle(replace(facts, guess_tokens=GUESS_TOKENS))
         self._model = replace(self._model, module=None)
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """The KV cache of the lean forwards. Owns: where keys and values lie, and how there come to be more of them.
 
-A layer keeps `[2, rows, heads, capacity, head_dim]`: keys, then values. Rows and heads are neighbours, so a
+A layer keeps `[2, rows, heads, capacity, head_dim]`: keys, then values; in blocks, keys lie in an order of
+their own (see `fused_parts`). Rows and heads are neighbours, so a
 piece of the cache is one batch of matrices without a copy, and one copy writes both. Knows positions, never
 tokens or requests.
 
@@ -74,7 +75,7 @@ class LeanRows:
         self.shape = shape
         # Of each layer; another list whenever they are made anew.
         self.layers: list[torch.Tensor] = []
-        # Of each row: how many positions were written since it was last cleared. Zeros lie beyond.
+        # Of each row: how many positions were written since it was last cleared. Zeros lie beyond its block.
         self._filled: list[int] = []
 
     @property
@@ -105,7 +106,9 @@ class LeanRows:
         try:
             self._lay_out(old, filled, row_by_row=lazy)
         except BaseException:
-            # Half of it is of no use: the next step begins with nothing, as its sequences do.
+            # Half of it is of no use: the next step begins with nothing, as its sequences do. Whoever still
+            # has the list keeps no memory with it.
+            old.clear()
             self.rows = self.capacity = 0
             self._filled, self.layers = [], []
             raise

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from services.worker.adapters import vector_code
 from services.worker.adapters.fused_decoder import FusedDecoder, FusedLayer, Int8Weight, quantized
 from services.worker.adapters.lean_decoder import Heads, Layer, LeanDecoder, Turns
 from services.worker.adapters.lean_linear import Linear, Norm
-from services.worker.adapters.packed_product import packed, packs
+from services.worker.adapters.packed_product import WORD, packed
 
 # What the decoder was written for, and is tested with. Others run as the library's modules.
 KINDS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -45,6 +46,15 @@ def serves(config: Any) -> bool:
         and rope.get("partial_rotary_factor", 1.0) in (1.0, None)
         and getattr(config, "pretraining_tp", 1) == 1
     )
+
+
+def fuses(config: Any) -> bool:
+    """Whether the fused forward computes it in LLM.int8, on this processor: rows must be whole words."""
+    if not vector_code.able() or not serves(config):
+        return False
+    heads = heads_of(config)
+    inputs = (config.hidden_size, config.intermediate_size, heads.queries * heads.dim)
+    return not any(count % WORD for count in inputs)
 
 
 def tensors_of(module: Any, dtype: torch.dtype, progress: Progress, *, int8: bool) -> Named:
@@ -143,8 +153,8 @@ def _plain(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Named:
 
 def _int8(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Named:
     integers, scales = quantized(weight)
-    # What the processor multiplies is stored as it wants it, so that no worker makes a copy.
-    yield f"{name}.weight", packed(integers) if packs(integers.shape[1]) else integers
+    # Stored as the processor wants it, so that no worker makes a copy.
+    yield f"{name}.weight", packed(integers)
     yield f"{name}.scales", scales
     if bias is not None:
         yield f"{name}.bias", bias.float()

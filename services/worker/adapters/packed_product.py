@@ -1,8 +1,9 @@
 """Products with packed weights. Owns: the order in which the processor multiplies bytes, and how it does.
 
 One instruction adds, for sixteen outputs, the products of four neighbouring bytes of a row with four bytes of
-each output. So a packed weight has, for each sixteen outputs, the bytes of four inputs of all of them side by
-side. A weight is read from memory once, for any number of rows.
+each output. So a packed weight has the bytes of four inputs side by side, of two times sixteen outputs. It is
+read from memory once, for any number of rows. Where the processor lacks the instruction, others do the same,
+exactly: libraries let the sums of two products overflow there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import ctypes
 import functools
 
 import torch
-from llvmlite import binding
 
 from services.worker.adapters.vector_code import I8, I32, I64, LANES, Array, Lane, Value, Variable
 from services.worker.adapters.vector_program import Compiled, Program, Sweep
@@ -31,16 +31,6 @@ BLOCK = VECTORS * LANES
 ZERO_POINT = 128
 
 
-def packs(inputs: int) -> bool:
-    """Whether this processor has the instruction, and a weight with so many inputs can be packed."""
-    return bool(binding.get_host_cpu_features().get("avx512vnni")) and not inputs % WORD
-
-
-def is_packed(weight: torch.Tensor) -> bool:
-    """Whether a weight is in the processor's order."""
-    return weight.dim() > len(("outputs", "inputs"))
-
-
 def packed(weight: torch.Tensor) -> torch.Tensor:
     """The bytes of a weight in the processor's order.
 
@@ -49,8 +39,13 @@ def packed(weight: torch.Tensor) -> torch.Tensor:
 
     Returns:
         int8, `[blocks, inputs / WORD, BLOCK, WORD]`: outputs that lack in the last block are zeros.
+
+    Raises:
+        ValueError: The inputs are no multiple of WORD.
     """
     outputs, inputs = weight.shape
+    if inputs % WORD:
+        raise ValueError(f"{inputs} inputs are no multiple of {WORD}")
     blocks = -(-outputs // BLOCK)
     whole = weight.new_zeros((blocks * BLOCK, inputs))
     whole[:outputs] = weight
@@ -65,10 +60,6 @@ class PackedProduct:
         outputs: How many outputs it has.
     """
 
-    flip = ZERO_POINT
-    block = BLOCK
-    word = WORD
-
     def __init__(self, weight: torch.Tensor, outputs: int) -> None:
         inputs = weight.shape[1] * WORD
         corrections = weight.sum((1, 3), dtype=torch.int32).flatten().mul_(-ZERO_POINT)
@@ -76,10 +67,17 @@ class PackedProduct:
         self._kept = (weight, corrections)
         self._outputs = outputs
         self._frame = (ctypes.c_int64 * len(fields))(*fields)
-        self._call = _compiled().long("multiply")
+        self._call = compiled_product().long("multiply")
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """See `integer_products.IntegerProduct`."""
+        """Multiplies.
+
+        Args:
+            rows: uint8 `[rows, inputs]`, contiguous: signed bytes, with ZERO_POINT added.
+
+        Returns:
+            The exact sums, int32 `[rows, outputs]`, contiguous and nobody else's.
+        """
         count = rows.shape[0]
         sums = torch.empty((count, self._outputs), dtype=torch.int32)
         threads = torch.get_num_threads()
@@ -88,7 +86,8 @@ class PackedProduct:
 
 
 @functools.cache
-def _compiled() -> Compiled:
+def compiled_product() -> Compiled:
+    """The function, which all weights share."""
     program = Program(("weight", "corrections", "inputs", "outputs"), ("rows", "product", "count", "threads"))
     program.function("multiply", _multiply)
     return program.compile()

@@ -22,7 +22,7 @@ from services.common.partial_file import directory_descriptor
 from services.common.safetensors_files import check_header, read_header
 
 # Names what a form must look like: it changes whenever the files' content changes its meaning.
-LAYOUT = 1
+LAYOUT = 2
 
 # How often a worker looks whether another one has made what it waits for; it also notices an abort then.
 LOCK_POLL_S = 0.1

@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from services.common.errors import ArtifactInvalid, InterlockError
 from services.common.safetensors_files import check_counts, check_files, count_elements, read_config
-from services.worker.adapters import decoder_config, lean_weights, vector_code
+from services.worker.adapters import decoder_config, lean_weights
 from services.worker.adapters.fused_runner import FusedRunner
 from services.worker.adapters.lean_runner import LeanRunner
 from services.worker.adapters.stored_forms import StoredForms
@@ -204,8 +204,8 @@ def resolve_quantization(spec: RevisionSpec, config: Any, settings: TorchSetting
     """
     if spec.quantization is not Quantization.AUTO:
         return spec.quantization
-    fused = settings.lean and Quantization.INT8 in _lean_kinds(settings.device)
-    return Quantization.INT8 if fused and lean_weights.serves(config) else Quantization.NONE
+    fused = settings.lean and settings.device.type == "cpu" and lean_weights.fuses(config)
+    return Quantization.INT8 if fused else Quantization.NONE
 
 
 def compute_dtype(spec: RevisionSpec, device: torch.device) -> torch.dtype:
@@ -227,19 +227,17 @@ def compute_dtype(spec: RevisionSpec, device: torch.device) -> torch.dtype:
 
 def _way(spec: RevisionSpec, config: Any, settings: TorchSettings) -> Way:
     quantization = resolve_quantization(spec, config, settings)
-    able = _lean_kinds(settings.device)
-    lean = settings.lean and quantization in able and lean_weights.serves(config)
+    # Integer products are the processor's; four-bit weights are the library's everywhere.
+    match quantization:
+        case Quantization.NONE:
+            able = lean_weights.serves(config)
+        case Quantization.INT8:
+            able = settings.device.type == "cpu" and lean_weights.fuses(config)
+        case _:
+            able = False
+    lean = settings.lean and able
     dtype = compute_dtype(replace(spec, quantization=quantization), settings.device)
     return Way(quantization, dtype, settings.device, lean)
-
-
-def _lean_kinds(device: torch.device) -> frozenset[Quantization]:
-    """What the lean forwards compute on a device.
-
-    Integer products are the processor's; four-bit weights are the library's everywhere.
-    """
-    fuses = device.type == "cpu" and vector_code.able()
-    return frozenset({Quantization.NONE, Quantization.INT8} if fuses else {Quantization.NONE})
 
 
 def _vocabulary(config: Any) -> int:

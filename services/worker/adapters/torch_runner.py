@@ -42,7 +42,7 @@ class DecoderModel:
         attention: The kinds of attention in it: FULL, SLIDING or both.
         window: Positions that sliding attention sees; 0 where there is none.
         device: Where it computes.
-        dtype: Of activations, masks and the KV cache.
+        dtype: Of activations and masks, and of the KV cache but for fused models.
         threads: CPU threads of a forward pass.
     """
 

@@ -18,7 +18,6 @@ from llvmlite import binding, ir
 LANES = 16
 
 VOID = ir.VoidType()
-BIT = ir.IntType(1)
 I8 = ir.IntType(8)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
@@ -32,6 +31,11 @@ _FEATURES = binding.get_host_cpu_features()
 
 # Whether the processor rounds a product and a sum once.
 FUSES = _ARM or bool(_FEATURES.get("fma"))
+
+# Whether it multiplies four bytes with four others, and adds, in one instruction.
+DOTS = bool(_FEATURES.get("avx512vnni"))
+
+_HALF_WORDS = ir.VectorType(ir.IntType(16), 2 * LANES)
 
 _FLOATS = (F16, F32)
 
@@ -267,9 +271,31 @@ class Code:
         return self._intrinsic("fma" if FUSES else "fmuladd", left, right, added)
 
     def dot(self, added: Value, unsigned: Value, signed: Value) -> Value:
-        """Adds to each word the products of its four unsigned bytes with four signed ones; on x86 alone."""
-        name, kind = "llvm.x86.avx512.vpdpbusd.512", added.raw.type
-        return self._call(name, kind, [added.raw, unsigned.raw, signed.raw])
+        """Adds to each word the products of its four unsigned bytes with four signed ones."""
+        if DOTS:
+            operands = [added.raw, unsigned.raw, signed.raw]
+            return self._call("llvm.x86.avx512.vpdpbusd.512", added.raw.type, operands)
+        halves = [self.builder.bitcast(value.raw, _HALF_WORDS) for value in (unsigned, signed)]
+        eight = ir.Constant(_HALF_WORDS, [8] * 2 * LANES)
+        low = self.builder.and_(halves[0], ir.Constant(_HALF_WORDS, [0xFF] * 2 * LANES))
+        high = self.builder.lshr(halves[0], eight)
+        signed_low = self.builder.ashr(self.builder.shl(halves[1], eight), eight)
+        signed_high = self.builder.ashr(halves[1], eight)
+        return added + self._pairs(low, signed_low) + self._pairs(high, signed_high)
+
+    def _pairs(self, left: Any, right: Any) -> Value:
+        """The sums of the products of neighbouring half words: there are instructions for it everywhere."""
+        wide = ir.VectorType(I32, 2 * LANES)
+        products = self.builder.mul(self.builder.sext(left, wide), self.builder.sext(right, wide))
+        even, odd = (
+            self.builder.shuffle_vector(
+                products,
+                products,
+                ir.Constant(ir.VectorType(I32, LANES), list(range(first, 2 * LANES, 2))),
+            )
+            for first in (0, 1)
+        )
+        return Value(self, self.builder.add(even, odd))
 
     def root(self, value: Value) -> Value:
         """The square root."""

@@ -19,13 +19,7 @@ import transformers
 
 from services.common import logs
 from services.common.safetensors_files import INDEX_SUFFIX
-from services.worker.adapters import (
-    lean_weights,
-    mapped_tensors,
-    module_weights,
-    packed_product,
-    packed_weights,
-)
+from services.worker.adapters import lean_weights, mapped_tensors, module_weights, packed_weights
 from services.worker.adapters.module_weights import ModuleKind
 from services.worker.adapters.stored_forms import StoredForms, key_of
 from services.worker.core.ports import LoadWatch
@@ -148,8 +142,7 @@ def _key(spec: RevisionSpec, way: Way) -> str:
     files = sorted((file.path, file.sha256) for file in spec.files if _shapes_weights(file.path))
     held = (way.quantization.value, way.dtype, way.device.type)
     if way.lean:
-        # Integers are stored in the processor's order, if it has one.
-        return key_of("lean", files, *held, packed_product.packs(packed_product.WORD))
+        return key_of("lean", files, *held)
     versions = (version("bitsandbytes"), transformers.__version__)
     packed = way.quantization in {Quantization.NF4, Quantization.FP4} and packed_weights.packs()
     return key_of("module", files, *held, *versions, packed)

@@ -41,3 +41,13 @@ def test_on_the_processor_int8_is_lean_where_the_model_is_served() -> None:
     assert (way.quantization, way.lean, way.dtype) == (Quantization.INT8, True, torch.float32)
     assert not _way(spec_of(Quantization.INT8), transformers.GPT2Config(), cpu).lean
     assert not _way(spec_of(Quantization.NF4), tiny_models.CONFIGS["llama"](), cpu).lean
+
+
+@pytest.mark.parametrize(
+    "odd", [{"intermediate_size": 126}, {"hidden_size": 66, "num_attention_heads": 3, "head_dim": 16}]
+)
+def test_widths_that_are_no_whole_words_are_the_librarys(odd: dict[str, int]) -> None:
+    """The product takes four inputs at a time."""
+    config = transformers.LlamaConfig(**tiny_models._COMMON | {"num_key_value_heads": 1} | odd)
+    assert not _way(spec_of(Quantization.INT8), config, settings_on("cpu")).lean
+    assert _way(spec_of(Quantization.AUTO), config, settings_on("cpu")).quantization is Quantization.NONE
