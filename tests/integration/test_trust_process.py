@@ -46,6 +46,7 @@ def environment(tmp_path: Path, service: str, redis_url: str, jwks: str) -> dict
     own = {"BIND": "127.0.0.1:0", "ANNOUNCE_FILE": str(tmp_path / f"{service}.json")}
     if service == "controller":
         own |= {"MODEL_PATH": str(write_model(tmp_path / "model")), "MODEL_NAME": "m"}
+        own["DATA_DIR"] = str(tmp_path / "data")
     shared = {
         "JWT_ALGORITHM": "EdDSA",
         "JWT_JWKS": jwks,
