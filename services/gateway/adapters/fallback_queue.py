@@ -109,7 +109,7 @@ class FallbackJobQueue:
             model, lambda queue: queue.settle(model, job_id, nonce, outcome, used_tokens, tail)
         )
         if self.degraded and entry is not None and entry.told:
-            self._home.owe(entry.end(outcome, used_tokens))
+            self._home.owe(entry.end(outcome, used_tokens, tail))
         return settled
 
     async def requeue(
@@ -136,9 +136,14 @@ class FallbackJobQueue:
         """See `JobQueue.register`."""
         entry = self._book.write(job, self._clock.monotonic())
         entry.grant = grant
-        current = await self._either(
-            job.model, lambda queue: queue.register(self._known_as(queue, entry), grant, instead=instead)
-        )
+
+        async def register(queue: JobQueue) -> bool:
+            # A slot that the store lent while this one was lent here was never used.
+            unused = queue is self._primary and bool(entry.at_store) and entry.at_store != grant.nonce
+            job_there = self._known_as(queue, entry)
+            return await queue.register(job_there, grant, instead=instead or unused)
+
+        current = await self._either(job.model, register)
         if not current:
             # Somebody else's now: nothing further is heard of it.
             self._book.strike(entry)
@@ -164,9 +169,9 @@ class FallbackJobQueue:
 
         await self._either(model, cancel)
         if self.degraded and entry is None:
-            self._home.owe(OwedEnd(model, job_id, (), submission, Outcome.CANCELLED, used_tokens))
+            self._home.owe(OwedEnd(model, job_id, (), submission, Outcome.CANCELLED, used_tokens, tail))
         elif self.degraded and entry is not None and entry.told:
-            self._home.owe(entry.end(Outcome.CANCELLED, used_tokens))
+            self._home.owe(entry.end(Outcome.CANCELLED, used_tokens, tail))
 
     async def stop(self, model: str, job_id: str) -> bool:
         """See `JobQueue.stop`."""

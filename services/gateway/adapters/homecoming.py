@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from services.common.clock import Clock
 from services.common.errors import InterlockError, StoreUnavailable
@@ -22,6 +23,8 @@ from services.gateway.core.ports import JobQueue
 
 # Ends that the store has not heard of; beyond it the oldest are left to the leases, which end them too.
 OWED_MAX = 4_096
+# How many of them bring what their logs lack, each as much as one log may hold; others end without.
+TAILS_MAX = 256
 # Jobs come and go while others are brought home; what is left after so many rounds is found by renewals.
 ROUNDS_MAX = 4
 
@@ -43,6 +46,8 @@ class Homecoming:
 
     def owe(self, end: OwedEnd) -> None:
         """Keeps an end that the store has not heard of."""
+        if end.tail is not None and sum(one.tail is not None for one in self._owed) >= TAILS_MAX:
+            end = replace(end, tail=None)
         self._owed.append(end)
 
     async def bring_all(self, granted: Callable[[LiveEntry, Grant], None]) -> None:
@@ -74,9 +79,13 @@ class Homecoming:
     async def _tell_end(self, owed: OwedEnd) -> None:
         """Without effect where the store knows no such job."""
         for nonce in owed.nonces:
-            if await self._store.settle(owed.model, owed.job_id, nonce, owed.outcome, owed.used_tokens):
+            if await self._store.settle(
+                owed.model, owed.job_id, nonce, owed.outcome, owed.used_tokens, owed.tail
+            ):
                 return
-        await self._store.cancel(owed.model, owed.job_id, owed.submission, used_tokens=owed.used_tokens)
+        await self._store.cancel(
+            owed.model, owed.job_id, owed.submission, owed.tail, used_tokens=owed.used_tokens
+        )
 
     async def _bring(self, entry: LiveEntry, granted: Callable[[LiveEntry, Grant], None]) -> None:
         """Tells the store one job as it is now."""

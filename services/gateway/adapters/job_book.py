@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob
+from services.gateway.core.log import LogTail
 
 # A job that lives for a submission is known to the store as `<submission>` and, once an earlier record stands
 # in its way, as `<submission>+`. The gateway's own queue knows it by the former.
@@ -72,12 +73,12 @@ class LiveEntry:
         """Takes another submission nonce at the store: it remembers an end of the one before."""
         self.suffix += ANOTHER
 
-    def end(self, outcome: Outcome, used_tokens: int) -> OwedEnd:
+    def end(self, outcome: Outcome, used_tokens: int, tail: LogTail | None) -> OwedEnd:
         """How the job has ended, for a store that has not heard of it."""
         # A store that is being told that it runs here may know the one or the other.
         nonces = dict.fromkeys(nonce for nonce in (self.at_store, self.grant and self.grant.nonce) if nonce)
         job = self.stored_job
-        return OwedEnd(job.model, job.job_id, tuple(nonces), job.submission, outcome, used_tokens)
+        return OwedEnd(job.model, job.job_id, tuple(nonces), job.submission, outcome, used_tokens, tail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,8 @@ class OwedEnd:
     submission: str
     outcome: Outcome
     used_tokens: int
+    # What its log lacks there, of a resumable one.
+    tail: LogTail | None = None
 
 
 class JobBook:

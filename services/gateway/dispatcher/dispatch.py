@@ -41,6 +41,8 @@ ENDED_MAX = 4_096
 # Another gateway may have room now; this one has within seconds, as requests end all the time.
 RETRY_WHEN_FULL_S = 1.0
 RETRY_WHEN_DRAINING_S = 1.0
+# A renewal takes milliseconds; without Redis nobody would hear it.
+TELL_LEAVING_S = 1.0
 # Withdrawn requests need a moment to give their slots back; leases free them otherwise.
 SETTLE_GRACE_S = 2.0
 
@@ -218,8 +220,8 @@ class Dispatcher:
     async def drain(self, grace_s: float) -> None:
         """Refuses new requests, lets the running ones end within `grace_s`, hands over or ends the rest."""
         self._draining = True
-        # From the next renewal on nobody hands anything over to this gateway.
-        self._rounds.hurry()
+        # Once that is told nobody hands anything over to this gateway, though it may end at once.
+        await self._rounds.leave(min(grace_s, TELL_LEAVING_S))
         await self._wait_briefly(grace_s)
         await asyncio.gather(*(self._part_with(generation) for generation in tuple(self._live.values())))
         self._resumption.end_all(_draining())
@@ -294,7 +296,8 @@ class Dispatcher:
         if self._live.get(generation.job.job_id) is not generation:
             return
         del self._live[generation.job.job_id]
-        self._ended[generation.job.job_id] = None
+        if not generation.moved:
+            self._ended[generation.job.job_id] = None
         if len(self._ended) > ENDED_MAX:
             self._ended.popitem(last=False)
         if generation.job.digest and not generation.job.resumable:

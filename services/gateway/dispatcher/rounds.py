@@ -82,6 +82,7 @@ class Rounds:
         self._workerless_since: dict[str, float] = {}
         self._taking: set[str] = set()
         self._hurried = asyncio.Event()
+        self._told_leaving = asyncio.Event()
 
     async def run(self) -> None:
         """Renews and reaps until it is cancelled."""
@@ -98,9 +99,12 @@ class Rounds:
         except StoreUnavailable:
             self._note_store(reachable=False)
 
-    def hurry(self) -> None:
-        """Has the next renewal made at once."""
+    async def leave(self, within_s: float) -> None:
+        """Has a renewal made at once that says that this gateway leaves; waits for it, at most so long."""
         self._hurried.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._told_leaving.wait()
 
     def known_models(self) -> tuple[str, ...]:
         """Models that are served, or asked for by a request that is under way."""
@@ -220,6 +224,8 @@ class Rounds:
         waiting = frozenset(job_id for job_id, grant in named.items() if grant is None)
         leaving = not self._register.is_open()
         renewal = await self._queue.renew(model, running, waiting, leaving=leaving)
+        if leaving:
+            self._told_leaving.set()
         self._place(renewal)
         self._judge_workers(model, renewal)
         for grant in renewal.granted:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from services.gateway.adapters import homecoming
+from services.gateway.adapters.memory_queue import MemoryJobQueue
 from services.gateway.core.jobs import Grant, Outcome, Waiting
+from services.gateway.core.log import LogTail
 from services.gateway.core.queue_line import QueueWorker
 from tests.fixtures.fallback_world import MODEL, W1, World, job
 
@@ -210,3 +214,59 @@ async def test_a_return_that_the_store_did_not_hear_of_ends_the_attempt_there() 
     await world.queue.renew(MODEL, {"b": second.nonce}, frozenset("a"))
     assert world.at_store() == {"a": "", "b": second.nonce}
     assert world.store._lines[MODEL].jobs.by_id["a"].pin == "r1"
+
+
+@pytest.mark.parametrize("verb", ["settle", "cancel"])
+async def test_what_a_log_lacks_is_brought_home_with_the_end(
+    verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that began before the store went, and ended while it was away, can be read to its end."""
+    world, tail = World(), LogTail(3, ())
+    grant = await world.granted("a")
+    await world.go_away()
+    if verb == "settle":
+        assert await world.queue.settle(MODEL, "a", grant.nonce, Outcome.FINISHED, 7, tail)
+    else:
+        await world.queue.cancel(MODEL, "a", "s-a", tail, used_tokens=7)
+    brought: list[LogTail | None] = []
+    settle = MemoryJobQueue.settle
+
+    async def heard(queue: MemoryJobQueue, *told: Any) -> bool:
+        brought.append(told[5])
+        return await settle(queue, *told)
+
+    monkeypatch.setattr(MemoryJobQueue, "settle", heard)
+    await world.come_back(empty=False)
+    await world.queue.renew(MODEL, {}, frozenset())
+    assert (brought, world.at_store()) == ([tail], {})
+
+
+async def test_a_bounded_number_of_ends_bring_what_logs_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are told all the same."""
+    monkeypatch.setattr(homecoming, "TAILS_MAX", 1)
+    world = wide()
+    grants = [await world.granted(name) for name in "ab"]
+    await world.go_away()
+    for grant in grants:
+        await world.queue.settle(MODEL, grant.job_id, grant.nonce, Outcome.FINISHED, 7, LogTail(3, ()))
+    assert [owed.tail is not None for owed in world.queue._home._owed] == [True, False]
+    await world.come_back(empty=False)
+    await world.queue.renew(MODEL, {}, frozenset())
+    assert world.at_store() == {}
+
+
+async def test_a_slot_that_was_lent_here_in_the_last_round_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store has lent the job another one, which nobody has used: what is registered replaces it."""
+    monkeypatch.setattr(homecoming, "ROUNDS_MAX", 1)
+    world = World()
+    await world.go_away()
+    first = await world.granted("a")
+    await world.queue.enqueue(job("b"))
+    world.store.meanwhile["enqueue"] = lambda: finish(world, first, 1)
+    await world.come_back(empty=True)
+    await world.queue.renew(MODEL, {"a": first.nonce}, frozenset({"b"}))
+    (lent,) = [grant for grant in world.heard if grant.job_id == "b"]
+    renewal = await world.queue.renew(MODEL, {"b": lent.nonce}, frozenset())
+    assert renewal.lost == frozenset({"b"})
+    assert await world.queue.register(job("b"), lent)
+    assert world.at_store() == {"b": lent.nonce}

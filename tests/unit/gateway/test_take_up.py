@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from services.common.errors import RequestUnknown
 from services.gateway.core.jobs import Grant, Renewal
 from services.gateway.core.log import Notice, NoticeKind, TakenUp
 from services.gateway.core.payload import write_payload
@@ -89,10 +90,19 @@ async def test_a_gateway_that_leaves_says_so_at_once(world: World) -> None:
     work = asyncio.create_task(world.dispatcher.run())
     await world.queue.wait_for("renew", "")
     assert not world.queue.leaving
-    await world.dispatcher.drain(0)
     async with asyncio.timeout(0.5):
-        while not world.queue.leaving:
-            world.queue.changed.clear()
-            await world.queue.changed.wait()
+        # It carries nothing, and ends as soon as it has said so.
+        await world.dispatcher.drain(30)
+    assert world.queue.leaving
     work.cancel()
     await asyncio.gather(work, return_exceptions=True)
+
+
+async def test_what_has_moved_away_can_be_cancelled(world: World) -> None:
+    """It goes on elsewhere: this gateway looks for it there, in vain, and does not say that it has ended."""
+    stream = await world.dispatcher.submit(job("a", resumable=True, digest="d"))
+    world.dispatcher._live["a"].leave()
+    await stream.aclose()
+    await world.dispatcher.wait_empty()
+    with pytest.raises(RequestUnknown):
+        await world.dispatcher.cancel("a")
