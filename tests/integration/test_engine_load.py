@@ -139,6 +139,10 @@ async def test_random_requests_leave_nothing_behind(quantization: Quantization, 
         assert runner._cache.held_bytes == 0
     assert after < 1.05 * before, f"{before} bytes became {after}"
     assert asyncio.all_tasks() == tasks
+    for thread in set(threading.enumerate()) - threads:
+        if thread.name.startswith("asyncio-waitpid"):
+            # It waits for a child that has been killed, and ends with it.
+            await asyncio.to_thread(thread.join, 10)
     left = {thread.name for thread in set(threading.enumerate()) - threads}
     assert not [name for name in left if not name.startswith("asyncio_")], left
 
