@@ -108,9 +108,11 @@ def goal(
         return Goal(rollout.spec.model, holds, rollout.id, prepare_timeout_s=patience_s)
     asked = worker_goal(rollout, member.id)
     wanted, stages = asked.holds, frozenset({asked.stages} if asked.stages else ())
-    # A worker that comes back with nothing loads first what most requests wait for.
+    # A worker that comes back with nothing loads first what most requests wait for; on the way back, what
+    # that leads to: a revision that kills its workers would kill it again before it had the other one.
     shares = dict(weights)
-    ordered = sorted(wanted, key=lambda name: (-shares.get(name, 0), name))
+    first = rollout.previous if rollout.state is State.ROLLING_BACK else ""
+    ordered = sorted(wanted, key=lambda name: (name != first, -shares.get(name, 0), name))
     whole = Goal(
         rollout.spec.model,
         dict.fromkeys(ordered, epoch),

@@ -22,7 +22,7 @@ from services.controller.core.member import (
 from services.controller.core.membership import Rules, step
 from services.controller.core.residency import Phase, Resident
 from services.controller.core.rollout_events import Standing, WorkerView
-from services.controller.core.rollout_fleet import fleet, keepers
+from services.controller.core.rollout_fleet import fleet, goal, keepers
 from services.controller.core.rollout_record import Rollout, Spec, State
 from tests.fixtures.rollout_world import World
 
@@ -174,3 +174,10 @@ async def test_workers_that_come_back_load_first_what_is_routed(*, bakes: bool, 
         asked = [command.revision for _, command in world.told if isinstance(command, SendPrepare)]
         wanted = {"old": world.old, "new": world.new}
         assert (asked[0], len(asked)) == (wanted[first], 2)
+
+
+@pytest.mark.parametrize(("state", "first"), [(State.BAKING, "new"), (State.ROLLING_BACK, "old")])
+def test_who_is_back_on_the_way_back_loads_first_what_that_leads_to(state: State, first: str) -> None:
+    """The route leads to the new revision still; one that kills its workers would kill them again before it."""
+    whole = goal(rollout(state), worker(), (("new", 100),), epoch=2)
+    assert (next(iter(whole.holds)), len(whole.holds)) == (first, 2)
