@@ -178,6 +178,6 @@ async def test_workers_that_come_back_load_first_what_is_routed(*, bakes: bool, 
 
 @pytest.mark.parametrize(("state", "first"), [(State.BAKING, "new"), (State.ROLLING_BACK, "old")])
 def test_who_is_back_on_the_way_back_loads_first_what_that_leads_to(state: State, first: str) -> None:
-    """The route leads to the new revision still; one that kills its workers would kill them again before it."""
+    """The route leads to the new revision still: one that kills its workers would kill them again first."""
     whole = goal(rollout(state), worker(), (("new", 100),), epoch=2)
     assert (next(iter(whole.holds)), len(whole.holds)) == (first, 2)
