@@ -148,7 +148,8 @@ def _mixed_lengths(runner: ModelRunner, arguments: argparse.Namespace) -> dict[s
             ids = (
                 _prompt(99, arguments.prompt_tokens) if number < long_ones else _prompt(number, SHORT_TOKENS)
             )
-            bench.admit([*ids, TOKEN_FIRST + number], 64)
+            # Longer than the prefill beside them takes: none ends before all decode.
+            bench.admit([*ids, TOKEN_FIRST + number], 1_000)
         while len(bench.step()[1]) < STREAMS:
             pass
         found[name] = statistics.median(bench.step()[0] for _ in range(20))
