@@ -87,7 +87,7 @@ class FusedPass:
 
     Args:
         decoder: The model.
-        rows: Its cache, in half precision and blocks of `fused_parts.BLOCK_POSITIONS`.
+        rows: Its cache, in half precision and blocks of `fused_attention.BLOCK_POSITIONS`.
         threads: How many take part.
     """
 
@@ -166,7 +166,7 @@ class FusedPass:
     def _roomy(self, tokens: int) -> _Space:
         """The workspace, with room for so many tokens."""
         if self._space.tokens < tokens:
-            # Twice as many at least, so that it is made a few times.
+            # A power of two, so that it is made anew a few times at most.
             self._space = _Space(1 << (tokens - 1).bit_length(), self._shape)
         return self._space
 
