@@ -74,8 +74,9 @@ def _http2() -> dict[str, Any]:
         "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
         "explicit_http_config": {
             "http2_protocol_options": {
-                # A gateway that vanished without a FIN is noticed; more often than 5 s the server forbids.
-                "connection_keepalive": {"interval": "30s", "timeout": "5s"},
+                # Who vanished without a FIN, or stands still, is noticed, and its callers are told to come
+                # again: health checks keep new calls from it, and end none.
+                "connection_keepalive": {"interval": "5s", "timeout": "3s"},
                 # The same room a stream as downstream; a connection carries hundreds of them.
                 "initial_stream_window_size": 65_536,
                 "initial_connection_window_size": 8_388_608,

@@ -17,6 +17,10 @@ INTERNAL_HEADERS = ("x-interlock-status", "x-interlock-mesh-token", "x-interlock
 # A process says by it that it did nothing for a call.
 UNSTARTED_HEADER = "x-interlock-unstarted"
 
+# Only where the request surely reached nobody, or reached one who says that it did nothing for it, as a
+# gateway that drains: a generation must not run twice.
+_UNBEGUN = "connect-failure,refused-stream,retriable-headers"
+
 # Members of the mesh attach and download past Envoy; from outside these do not exist.
 _HIDDEN = (
     "/interlock.v1.ControllerService/Attach",
@@ -34,6 +38,14 @@ _ROUTES = (
     # Tools of both generations ask: grpcurl before 1.9 knows v1alpha alone.
     ("/grpc.reflection.v1alpha.ServerReflection/", GATEWAYS),
     ("/grpc.reflection.v1.ServerReflection/", GATEWAYS),
+)
+
+# What only reads, and may run twice: the caller of a controller that stops answering in the middle is served
+# by the one that took over, where one did.
+_READS = tuple(
+    f"/{service}/{verb}"
+    for service in ("interlock.v1.ControllerService", "interlock.http.v1.AdminHttpService")
+    for verb in ("Get", "List")
 )
 
 # Where REST requests come in. They find a route here only for its CORS policy, which needs one that
@@ -105,6 +117,7 @@ _CORS_RESPONSE_HEADERS = (
 def route_configuration(parameters: Parameters) -> dict[str, Any]:
     """The one virtual host, for every name that clients may know the mesh by."""
     routes = [_absent({"path": path}) for path in _HIDDEN]
+    routes += [_forwarded({"prefix": prefix}, CONTROLLER, retried=f"{_UNBEGUN},reset") for prefix in _READS]
     routes += [_forwarded({"prefix": prefix}, cluster) for prefix, cluster in _ROUTES]
     routes += [_forwarded(match, GATEWAYS) for match in _REST]
     routes.append(_absent({"prefix": "/"}))
@@ -124,7 +137,7 @@ def _absent(match: dict[str, str]) -> dict[str, Any]:
     return {"match": match, "direct_response": {"status": 404}}
 
 
-def _forwarded(match: dict[str, str], cluster: str) -> dict[str, Any]:
+def _forwarded(match: dict[str, str], cluster: str, retried: str = _UNBEGUN) -> dict[str, Any]:
     route: dict[str, Any] = {
         "cluster": cluster,
         # A stream lasts as long as its request; the deadline is the gateway's to keep.
@@ -135,9 +148,7 @@ def _forwarded(match: dict[str, str], cluster: str) -> dict[str, Any]:
         # one of 0: it runs out before the client's, and what has begun is then reset with INTERNAL.
         "max_stream_duration": {"max_stream_duration": "0s"},
         "retry_policy": {
-            # Only where the request surely reached nobody, or reached one who says that it did nothing for
-            # it, as a gateway that drains: a generation must not run twice.
-            "retry_on": "connect-failure,refused-stream,retriable-headers",
+            "retry_on": retried,
             "retriable_headers": [{"name": UNSTARTED_HEADER, "present_match": True}],
             # One for a restarting gateway, one for its neighbour; more would only delay the error.
             "num_retries": 2,

@@ -24,8 +24,8 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     # Otherwise a second server binds a taken port silently and gets half of the calls.
     ("grpc.so_reuseport", 0),
-    # Envoy and the mesh's own channels ping every 10 s; more often is abuse.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # Envoy pings every 5 s, the mesh's own channels every 10 s; much more often is abuse.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 2_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # Envoy keeps about one connection a thread, and 400 clients may share it.
     ("grpc.max_concurrent_streams", 4_096),
