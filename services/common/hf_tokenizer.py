@@ -9,6 +9,7 @@ encoded, the private characters taken out, by a tokenizer that treats special to
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import re
 import time
@@ -33,6 +34,9 @@ BRIEF_CHARS_MAX = 1_000
 BRIEF_RENDER_LIMIT_S = 0.005
 SLOW_PAUSE_S = 5.0
 
+# Texts of single tokens that are kept: the commonest of a large vocabulary, in a few megabytes.
+ALONE_MAX = 1 << 15
+
 # Characters that no text uses by agreement; the first that a conversation does not contain breaks tokens.
 _PRIVATE = range(0xE000, 0xF8FF)
 
@@ -56,6 +60,7 @@ class HfTokenizer:
         # Longest first, so that `<|end|>` wins over a `<|` that is a token too.
         names = sorted(self._specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
+        self._decode_alone = functools.lru_cache(ALONE_MAX)(self._decode_one)
         self._turn = asyncio.Semaphore(ENCODINGS_AT_ONCE)
         self._brief_from_s = 0.0
 
@@ -122,7 +127,13 @@ class HfTokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
+        if len(token_ids) == 1:
+            # Every token of every stream is decoded alone once, as what the next one follows.
+            return self._decode_alone(token_ids[0])
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def _decode_one(self, token_id: int) -> str:
+        return str(self._tokenizer.decode((token_id,), skip_special_tokens=True))
 
     def _encode_within(self, messages: Sequence[Message], limit_s: float) -> tuple[int, ...] | None:
         """The ids; None where the template takes longer than `limit_s`."""

@@ -23,6 +23,8 @@ from services.gateway.adapters.counted_workers import CountedWorkerPool
 from services.gateway.adapters.fallback_queue import FallbackJobQueue
 from services.gateway.adapters.grpc_worker import GrpcWorkerPool
 from services.gateway.adapters.guarded_workers import GuardedWorkerPool
+from services.gateway.adapters.pace import Pace
+from services.gateway.adapters.paced_workers import PacedWorkerPool
 from services.gateway.adapters.prometheus_meter import GatewayCollector, PrometheusMeter
 from services.gateway.adapters.redis_directory import RedisRequestDirectory
 from services.gateway.adapters.redis_fleet import RedisFleet
@@ -128,7 +130,8 @@ async def _serve(
     breakers.use_board(store.queue)
     pool = _pool(settings, clock)
     tallies = Tallies()
-    counted = CountedWorkerPool(pool, tallies, clock)
+    paced = PacedWorkerPool(pool, Pace(settings.events_per_s))
+    counted = CountedWorkerPool(paced, tallies, clock)
     workers = GuardedWorkerPool(counted, breakers, RetryBudget(), clock)
     dispatcher = _dispatcher(settings, store, workers, clock, catalog)
     reception = Reception(

@@ -81,7 +81,7 @@ def read_output(
         tuple(output.token_ids),
         finish,
         output.cached_prompt_tokens,
-        tuple(_read_logprob(one) for one in output.logprobs),
+        tuple(map(_read_logprob, output.logprobs)),
         output.sequence,
         others,
     )

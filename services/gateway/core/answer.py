@@ -109,6 +109,8 @@ class Answer:
         piece = self._transcript.push(output.token_ids)
         self._stop_text = piece.stop or ""
         self._stopped = piece.stop is not None
+        if not output.logprobs:
+            return piece
         return replace(piece, logprobs=output.logprobs[: len(piece.token_ids)])
 
     def flush(self, reason: FinishReason) -> Piece:

@@ -74,6 +74,8 @@ class StopMatcher:
 
     def push(self, text: str) -> Cut:
         """Takes a piece of text, holding back what could be the beginning of a stop string."""
+        if not self._stops:
+            return Cut(text)
         text = self._held + text
         found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:

@@ -96,7 +96,7 @@ class Request:
         starts: How often a worker was asked; refusals count.
         failures: Workers that it has used up; refusals do not count.
         blames: Those of them that were lost before they emitted anything for it.
-        emitted: Tokens that were generated so far.
+        emitted: Whether anything was generated so far.
         revision: The revision of the latest grant; once tokens were emitted, of all of them.
         missed: Whether a worker that was lent to it since the last loss, or since the last time of waiting
             was over, was not there.
@@ -110,7 +110,7 @@ class Request:
     starts: int = 0
     failures: int = 0
     blames: int = 0
-    emitted: int = 0
+    emitted: bool = False
     revision: str = ""
     missed: bool = False
     waited_out: bool = False
@@ -164,8 +164,12 @@ def _reject(request: Request, event: Rejected) -> Step:
     return replace(request, phase=Phase.FAILED), (*doubt, Close(event.error))
 
 
-def _progress(request: Request, event: Progressed) -> Step:
-    return replace(request, phase=Phase.RUNNING, emitted=request.emitted + event.tokens), ()
+def _run(request: Request, _: Progressed) -> Step:
+    return replace(request, phase=Phase.RUNNING, emitted=True), ()
+
+
+def _run_on(request: Request, _: Progressed) -> Step:
+    return request, ()
 
 
 def _complete(request: Request, _: Completed) -> Step:
@@ -219,7 +223,7 @@ def _fail_over(request: Request, event: AttemptLost | Refused) -> Step:
     waiting = replace(
         request, phase=Phase.QUEUED, grant=None, failures=failures, missed=False, waited_out=False
     )
-    return waiting, (Requeue(request.grant, request.emitted > 0), AwaitWorker())
+    return waiting, (Requeue(request.grant, request.emitted), AwaitWorker())
 
 
 def _lose_lease(request: Request, _: LeaseLost) -> Step:
@@ -297,7 +301,7 @@ TABLE: dict[tuple[Phase, type], Transition] = {
     (Phase.QUEUED, Withdrawn): _withdraw,
     (Phase.QUEUED, DeadlinePassed): _expire,
     (Phase.QUEUED, WaitedOut): _note_wait,
-    (Phase.GRANTED, Progressed): _progress,
+    (Phase.GRANTED, Progressed): _run,
     (Phase.GRANTED, Completed): _complete,
     (Phase.GRANTED, Refused): _refuse,
     (Phase.GRANTED, AttemptLost): _blame,
@@ -305,7 +309,7 @@ TABLE: dict[tuple[Phase, type], Transition] = {
     (Phase.GRANTED, Withdrawn): _withdraw,
     (Phase.GRANTED, DeadlinePassed): _expire,
     (Phase.GRANTED, WaitedOut): _note_wait,
-    (Phase.RUNNING, Progressed): _progress,
+    (Phase.RUNNING, Progressed): _run_on,
     (Phase.RUNNING, Completed): _complete,
     (Phase.RUNNING, StopReached): _stop,
     # A worker that refuses what it has begun broke the protocol.

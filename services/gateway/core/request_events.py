@@ -32,9 +32,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Progressed:
-    """The worker sent tokens."""
-
-    tokens: int
+    """The worker sent tokens, or told the end of a sequence."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,8 @@ ADOPTION_BITS = 16
 # The wait for a worker begins again while it is in vain: where none is allowed, it is still no busy loop.
 AWAIT_LEAST_S = 0.05
 
+_PROGRESSED = request_events.Progressed()
+
 
 class Generation:
     """A request from `open` to its end.
@@ -153,7 +155,7 @@ class Generation:
             # Other numbers than those that a worker may have heard from the process before.
             starts=taken.adoptions << ADOPTION_BITS,
             failures=0 if started is None else started.attempt,
-            emitted=self._narration.answers.progress,
+            emitted=self._narration.answers.progress > 0,
             revision="" if started is None else started.revision,
         )
         if not is_exact:
@@ -264,7 +266,7 @@ class Generation:
         if output.token_ids:
             index = narration.answers[sequence].index
             piece = narration.take(output)
-            self._apply(request_events.Progressed(len(piece.token_ids)))
+            self._apply(_PROGRESSED)
             narration.tell(piece, sequence, index)
             if piece.stop is not None:
                 self._stop(sequence)
@@ -272,7 +274,7 @@ class Generation:
         if output.finish is not None:
             if not narration.answers.is_last(sequence):
                 # An end that is told binds the others to the revision, as a token does.
-                self._apply(request_events.Progressed(1))
+                self._apply(_PROGRESSED)
             self._complete(sequence, output.finish)
 
     def refused(self, reason: RefusalReason, message: str) -> None:

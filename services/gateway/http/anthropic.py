@@ -9,12 +9,13 @@ had, as the vendor counts them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from services.common import http_errors
 from services.common.errors import InterlockError
 from services.gateway.core.events import Finished, FinishReason, Usage
+from services.gateway.http.bodies import dump
 from services.gateway.http.tool_calls import ToolCall
 
 # Where the vendor has another status than the native API.
@@ -38,7 +39,7 @@ def message_body(
     content = [_text_block(text)] if text or not calls else []
     content += [{**_call_block(call), "input": json.loads(call.arguments)} for call in calls]
     ending = {"content": content, **_ending(finished, calls=bool(calls)), "usage": _usage(finished.usage)}
-    return _dump({**_message(message_id, model), **ending})
+    return dump({**_message(message_id, model), **ending})
 
 
 def opening_events(message_id: str, model: str, prompt_tokens: int) -> bytes:
@@ -84,12 +85,12 @@ def models_body(models: Sequence[tuple[str, int]]) -> bytes:
     """The models with their context lengths; all of them are one page."""
     names = [name for name, _ in models]
     ends = {"first_id": names[0] if names else None, "last_id": names[-1] if names else None}
-    return _dump({"data": [_model(*model) for model in models], "has_more": False, **ends})
+    return dump({"data": [_model(*model) for model in models], "has_more": False, **ends})
 
 
 def model_body(name: str, context_tokens: int) -> bytes:
     """One model."""
-    return _dump(_model(name, context_tokens))
+    return dump(_model(name, context_tokens))
 
 
 def heartbeat_body() -> bytes:
@@ -99,7 +100,7 @@ def heartbeat_body() -> bytes:
 
 def count_body(prompt_tokens: int) -> bytes:
     """The size of a conversation."""
-    return _dump({"input_tokens": prompt_tokens})
+    return dump({"input_tokens": prompt_tokens})
 
 
 def status_of(error: InterlockError) -> int:
@@ -114,7 +115,7 @@ def headers(request_id: str) -> tuple[tuple[str, str], ...]:
 
 def error_body(error: InterlockError, request_id: str) -> bytes:
     """The reply of a request that failed before its first byte."""
-    return _dump(_error(error, request_id))
+    return dump(_error(error, request_id))
 
 
 def error_event_body(error: InterlockError, request_id: str) -> bytes:
@@ -192,8 +193,4 @@ def _usage(usage: Usage) -> dict[str, Any]:
 
 
 def _event(name: str, **fields: Any) -> bytes:
-    return b"event: %s\ndata: %s\n\n" % (name.encode(), _dump({"type": name, **fields}))
-
-
-def _dump(fields: Mapping[str, Any]) -> bytes:
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), dump({"type": name, **fields}))

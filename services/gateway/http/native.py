@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from services.gateway.core.params import (
     TextPrompt,
     TokenPrompt,
 )
+from services.gateway.http.bodies import dump
 from services.gateway.http.native_fields import FIELDS, SAMPLING_FIELDS
 from services.gateway.http.whole import Answer, Said
 
@@ -100,7 +100,7 @@ def result_body(answer: Answer) -> bytes:
     """
     started = answer.started
     several = len(answer.sequences) > 1
-    return _dump(
+    return dump(
         {
             **_said_fields(answer.sequences[0]),
             "request_id": started.request_id,
@@ -116,7 +116,7 @@ def result_body(answer: Answer) -> bytes:
 def event_body(cursor: int, event: Event) -> bytes:
     """One server-sent event."""
     name, fields = _event_fields(event)
-    data = _dump({"cursor": cursor, name: fields})
+    data = dump({"cursor": cursor, name: fields})
     return b"id: %d\nevent: %s\ndata: %s\n\n" % (cursor, name.encode(), data)
 
 
@@ -127,7 +127,7 @@ def heartbeat_body() -> bytes:
 
 def cancelled_body(request_id: str, *, cancelled: bool) -> bytes:
     """The reply to a cancellation."""
-    return _dump({"request_id": request_id, "cancelled": cancelled})
+    return dump({"request_id": request_id, "cancelled": cancelled})
 
 
 def status_of(error: InterlockError) -> int:
@@ -143,12 +143,12 @@ def headers(request_id: str) -> tuple[tuple[str, str], ...]:
 
 def error_body(error: InterlockError, request_id: str) -> bytes:
     """The reply of a request that failed before its first byte."""
-    return _dump({"error": http_errors.fields(error, request_id)})
+    return dump({"error": http_errors.fields(error, request_id)})
 
 
 def error_event_body(error: InterlockError, request_id: str) -> bytes:
     """The last event of a stream that failed."""
-    return b"event: error\ndata: %s\n\n" % _dump({"error": http_errors.fields(error, request_id)})
+    return b"event: error\ndata: %s\n\n" % dump({"error": http_errors.fields(error, request_id)})
 
 
 def _prompt(read: Mapping[str, Any]) -> Prompt:
@@ -165,10 +165,6 @@ def _prompt(read: Mapping[str, Any]) -> Prompt:
 
 
 # --- writing ------------------------------------------------------------------------------------------------
-
-
-def _dump(fields: Mapping[str, Any]) -> bytes:
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _event_fields(event: Event) -> tuple[str, dict[str, Any]]:

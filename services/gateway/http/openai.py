@@ -7,7 +7,6 @@ reason; after the last of them, on request, one with the usage, then `[DONE]`. O
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from services.common import http_errors
 from services.common.errors import InterlockError
 from services.gateway.core.events import Chunk, Finished, FinishReason, TokenLogprob, Usage
 from services.gateway.core.params import Decode
+from services.gateway.http.bodies import dump
 from services.gateway.http.tool_calls import ToolCall
 
 _FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
@@ -61,7 +61,7 @@ class Head:
 
 def chat_body(head: Head, choices: Sequence[Mapping[str, Any]], usage: Usage) -> bytes:
     """A whole completion of a conversation."""
-    return _dump({**_head(head, "chat.completion"), "choices": choices, "usage": usage_fields(usage)})
+    return dump({**_head(head, "chat.completion"), "choices": choices, "usage": usage_fields(usage)})
 
 
 def chat_choice(
@@ -129,7 +129,7 @@ def chat_logprobs(chunks: Iterable[Chunk], decode: Decode) -> dict[str, Any]:
 
 def completion_body(head: Head, choices: Sequence[Mapping[str, Any]], usage: Usage) -> bytes:
     """A whole completion of a text."""
-    return _dump({**_head(head, "text_completion"), "choices": choices, "usage": usage_fields(usage)})
+    return dump({**_head(head, "text_completion"), "choices": choices, "usage": usage_fields(usage)})
 
 
 def completion_choice(text: str, finished: Finished, logprobs: dict[str, Any] | None) -> dict[str, Any]:
@@ -178,12 +178,12 @@ def completion_logprobs(chunks: Iterable[Chunk], decode: Decode, offset: int) ->
 
 def models_body(models: Iterable[str], created_s: int) -> bytes:
     """The models that can be asked."""
-    return _dump({"object": "list", "data": [_model(name, created_s) for name in models]})
+    return dump({"object": "list", "data": [_model(name, created_s) for name in models]})
 
 
 def model_body(name: str, created_s: int) -> bytes:
     """One model."""
-    return _dump(_model(name, created_s))
+    return dump(_model(name, created_s))
 
 
 def heartbeat_body() -> bytes:
@@ -208,7 +208,7 @@ def headers(request_id: str) -> tuple[tuple[str, str], ...]:
 def error_body(error: InterlockError, request_id: str) -> bytes:
     """The reply of a request that failed before its first byte."""
     del request_id
-    return _dump({"error": _error(error)})
+    return dump({"error": _error(error)})
 
 
 def error_event_body(error: InterlockError, request_id: str) -> bytes:
@@ -318,8 +318,4 @@ def _model(name: str, created_s: int) -> dict[str, Any]:
 
 
 def _data(fields: Mapping[str, Any]) -> bytes:
-    return b"data: %s\n\n" % _dump(fields)
-
-
-def _dump(fields: Mapping[str, Any]) -> bytes:
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"data: %s\n\n" % dump(fields)

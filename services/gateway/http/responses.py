@@ -16,6 +16,7 @@ from typing import Any
 from services.common.errors import InterlockError
 from services.gateway.core.events import Finished, FinishReason, Usage
 from services.gateway.http import openai
+from services.gateway.http.bodies import dump
 from services.gateway.http.tool_calls import ToolCall
 
 # What the ids of calls begin with.
@@ -46,7 +47,7 @@ class Head:
 
 def response_body(head: Head, text: str, calls: Sequence[ToolCall], finished: Finished) -> bytes:
     """A whole response; beside calls, an empty text is none."""
-    return _dump(
+    return dump(
         _response(head, finished, _output(head, text if text or not calls else None, calls, finished))
     )
 
@@ -196,8 +197,4 @@ def _usage(usage: Usage) -> dict[str, Any]:
 
 
 def _event(name: str, fields: Mapping[str, Any]) -> bytes:
-    return b"event: %s\ndata: %s\n\n" % (name.encode(), _dump(fields))
-
-
-def _dump(fields: Mapping[str, Any]) -> bytes:
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), dump(fields))
