@@ -176,3 +176,8 @@ class GenerationJob:
     digest: str = ""
     resumable: bool = False
     waited_s: float = 0.0
+
+    @property
+    def cost_tokens(self) -> int:
+        """The prompt, and the most tokens of each sequence: what is charged until more is known."""
+        return len(self.prompt_ids) + self.params.n * self.params.max_tokens

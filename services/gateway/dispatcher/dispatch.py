@@ -23,10 +23,12 @@ from services.common.errors import (
     RequestUnknown,
     StoreUnavailable,
 )
+from services.gateway.core.jobs import Outcome
 from services.gateway.core.log import Notice, NoticeKind
 from services.gateway.core.params import GenerationJob
 from services.gateway.core.ports import JobQueue, Meter, WorkerPool
 from services.gateway.core.queue_errors import exists_with_other_body
+from services.gateway.core.refusals import Refusals
 from services.gateway.dispatcher.direct_stream import DirectStream
 from services.gateway.dispatcher.generation import Generation
 from services.gateway.dispatcher.limits import GenerationLimits
@@ -97,6 +99,7 @@ class Dispatcher:
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._emptied = asyncio.Event()
         self._draining = False
+        self._refusals = Refusals()
         self._chores: set[asyncio.Task[None]] = set()
         self._rounds = Rounds(
             queue,
@@ -265,6 +268,9 @@ class Dispatcher:
         """Enqueues a request; raises what the queue says against it."""
         try:
             await generation.open()
+        except QueueFull as error:
+            self._refusals.note(generation.job, error, self._clock.monotonic())
+            raise
         except StoreUnavailable:
             self._rounds.store_reachable = False
             raise
@@ -291,6 +297,12 @@ class Dispatcher:
                 f"This gateway carries {self._limits.requests_max} requests already.",
                 retry_after_s=RETRY_WHEN_FULL_S,
             )
+        if job.digest:
+            # It may be under way already, here or elsewhere.
+            return
+        if (refusal := self._refusals.recall(job, self._clock.monotonic())) is not None:
+            self._meter.request_ended(job.model, Outcome.FAILED, None)
+            raise refusal
 
     def _forget(self, generation: Generation) -> None:
         if self._live.get(generation.job.job_id) is not generation:

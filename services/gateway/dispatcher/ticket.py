@@ -111,7 +111,7 @@ class Ticket:
             model=job.model,
             tenant=job.tenant,
             band=job.band,
-            cost_tokens=len(job.prompt_ids) + job.params.n * job.params.max_tokens,
+            cost_tokens=job.cost_tokens,
             # The deadline's own timer ends a job that has no time left.
             timeout_s=max(job.timeout_s - waited_s, 0.001),
             waited_s=waited_s,

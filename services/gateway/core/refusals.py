@@ -1,0 +1,91 @@
+"""Refusals of a crowded queue. Owns: when what was refused just now need not be asked again.
+
+A queue that is asked ten times as often as it serves says no nine times of ten. Each no costs the store and
+the gateway as much as a yes, and that time is missing where tokens are made. So in a flood a refusal stands
+for a moment, for requests of the same tenant that have no better prospects. Must not know: clocks, or where
+the queue is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from services.common.errors import QueueFull
+from services.gateway.core.jobs import Band
+from services.gateway.core.params import GenerationJob
+
+# A queue that serves fifty requests a second has moved by two or three in this time.
+STANDS_S = 0.05
+# So many refusals of one tenant in a second are a flood; below, every request is put to the queue.
+FLOOD = 32
+FLOOD_WINDOW_S = 1.0
+# Two clients that give the same deadline differ by their way here; no estimate of the queue is as fine.
+ALIKE_S = 0.1
+# Tenants beyond are put to the queue each time.
+KEPT_MAX = 1_024
+
+Key = tuple[str, str, Band]
+
+
+@dataclass(slots=True)
+class _Refused:
+    """What is remembered of a tenant's requests in one band of one model."""
+
+    error: QueueFull
+    timeout_s: float
+    slot_tokens: float
+    at_s: float
+    window_s: float
+    count: int = 0
+    before: int = 0
+
+    def tally(self, now_s: float) -> None:
+        """Counts one more."""
+        elapsed = (now_s - self.window_s) // FLOOD_WINDOW_S
+        if elapsed >= 1:
+            self.before = self.count if elapsed == 1 else 0
+            self.window_s, self.count = self.window_s + elapsed * FLOOD_WINDOW_S, 0
+        self.count += 1
+
+    def stands(self, job: GenerationJob, now_s: float) -> bool:
+        """Whether a request would be refused as well: it has no more time, and takes no less."""
+        if max(self.count, self.before) < FLOOD or now_s - self.at_s >= STANDS_S:
+            return False
+        return job.timeout_s <= self.timeout_s + ALIKE_S and _slot_tokens(job) >= self.slot_tokens
+
+
+class Refusals:
+    """What the queue refused lately, tenant by tenant."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Key, _Refused] = OrderedDict()
+
+    def note(self, job: GenerationJob, error: QueueFull, now_s: float) -> None:
+        """The queue refused a request."""
+        refused = self._kept.setdefault(_key(job), _Refused(error, 0.0, 0.0, now_s, now_s))
+        refused.error, refused.at_s = error, now_s
+        refused.timeout_s, refused.slot_tokens = job.timeout_s, _slot_tokens(job)
+        refused.tally(now_s)
+        self._kept.move_to_end(_key(job))
+        if len(self._kept) > KEPT_MAX:
+            self._kept.popitem(last=False)
+
+    def recall(self, job: GenerationJob, now_s: float) -> QueueFull | None:
+        """The refusal that stands for a request; None: it is put to the queue."""
+        refused = self._kept.get(_key(job))
+        if refused is None or not refused.stands(job, now_s):
+            return None
+        refused.tally(now_s)
+        # Its own, for whoever raises it.
+        return copy.copy(refused.error)
+
+
+def _slot_tokens(job: GenerationJob) -> float:
+    """What each of its slots is taken for: how long it will take follows from it."""
+    return job.cost_tokens / job.params.n
+
+
+def _key(job: GenerationJob) -> Key:
+    return job.model, job.tenant, job.band
