@@ -46,17 +46,24 @@ class Pace:
         """So many have ended."""
         self._streams -= streams
 
-    def await_turn(self, come: Callable[[], None]) -> bool:
-        """Returns whether it is a turn now; otherwise `come` is called at the next one."""
+    def await_turn(self, told_s: float, come: Callable[[], None]) -> bool:
+        """Returns whether a stream may be told now; otherwise `come` is called at the next turn.
+
+        Args:
+            told_s: When it was told last, on the loop's clock: one that was told nothing for a whole pause, as
+                its worker is slow or stood still, need not wait.
+            come: Is called in a turn, once.
+        """
         pause_s = self.pause_s
         if pause_s <= TURN_S:
             return True
         loop = asyncio.get_running_loop()
-        since_s = loop.time() - self._began_s
-        if since_s <= TURN_S:
-            return True
+        now_s = loop.time()
+        since_s = now_s - self._began_s
         if since_s >= pause_s and self._timer is None:
-            self._began_s = loop.time()
+            self._began_s = now_s
+            return True
+        if since_s <= TURN_S or now_s - told_s >= pause_s:
             return True
         self._waiting[come] = None
         if self._timer is None:

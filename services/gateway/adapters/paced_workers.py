@@ -7,6 +7,7 @@ before an end of any kind, unless the request itself has ended the attempt.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable
 from dataclasses import dataclass, field, replace
 
@@ -78,6 +79,8 @@ class _Paced:
     _gathered: dict[int, _Gathered] = field(default_factory=dict)
     # Those that have had a token, and have not ended.
     _begun: set[int] = field(default_factory=set)
+    # On the loop's clock.
+    _told_s: float = 0.0
     _waits: bool = False
     _over: bool = False
 
@@ -97,7 +100,7 @@ class _Paced:
             if len(held.token_ids) >= self.tokens_max:
                 self._tell(sequence)
         elif self._may_tell(sequence):
-            self.sink.output(output)
+            self._pass_on(output)
         else:
             self._gathered[sequence] = _Gathered(output, list(output.token_ids), list(output.logprobs))
 
@@ -132,7 +135,7 @@ class _Paced:
             self.pace.begin(1)
             return True
         if not self._waits:
-            self._waits = not self.pace.await_turn(self._come)
+            self._waits = not self.pace.await_turn(self._told_s, self._come)
         return not self._waits
 
     def _come(self) -> None:
@@ -143,7 +146,11 @@ class _Paced:
 
     def _tell(self, sequence: int) -> None:
         held = self._gathered.pop(sequence)
-        self.sink.output(held.whole(held.first))
+        self._pass_on(held.whole(held.first))
+
+    def _pass_on(self, output: Output) -> None:
+        self._told_s = asyncio.get_running_loop().time()
+        self.sink.output(output)
 
     def _conclude(self) -> bool:
         """Tells what waits before an end; returns whether the end is still to be told after it."""

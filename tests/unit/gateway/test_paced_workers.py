@@ -43,8 +43,9 @@ class ByHand(Pace):
         self.waiting: dict[Callable[[], None], None] = {}
         self.open = False
 
-    def await_turn(self, come: Callable[[], None]) -> bool:
+    def await_turn(self, told_s: float, come: Callable[[], None]) -> bool:
         """See `Pace.await_turn`."""
+        assert 0 < told_s <= asyncio.get_running_loop().time()
         if not self.open:
             self.waiting[come] = None
         return self.open
@@ -105,7 +106,7 @@ class World:
         return [output.token_ids for output in self.heard if output.sequence == sequence]
 
 
-def test_the_first_token_does_not_wait_and_the_next_ones_come_together() -> None:
+async def test_the_first_token_does_not_wait_and_the_next_ones_come_together() -> None:
     """Of each sequence."""
     world = World()
     world.say(0, 1, 2)
@@ -116,7 +117,7 @@ def test_the_first_token_does_not_wait_and_the_next_ones_come_together() -> None
     assert [output.index for output in world.heard] == [0, 0, 1, 1]
 
 
-def test_an_end_tells_what_waits_with_it() -> None:
+async def test_an_end_tells_what_waits_with_it() -> None:
     """As one output, with what the end says; the other sequence waits on."""
     world = World()
     world.say(0, 1)
@@ -128,7 +129,7 @@ def test_an_end_tells_what_waits_with_it() -> None:
     assert world.told(1) == [(0,), (1,)]
 
 
-def test_an_end_without_tokens_tells_what_waits() -> None:
+async def test_an_end_without_tokens_tells_what_waits() -> None:
     """A worker may end a text after its last token."""
     world = World()
     world.say(0, 1, 2)
@@ -137,7 +138,7 @@ def test_an_end_without_tokens_tells_what_waits() -> None:
 
 
 @pytest.mark.parametrize("end", ["lost", "refused"])
-def test_what_waits_is_told_before_a_loss(end: str) -> None:
+async def test_what_waits_is_told_before_a_loss(end: str) -> None:
     """It was generated: who goes on elsewhere goes on behind it."""
     world = World()
     world.say(0, 1, 2)
@@ -170,7 +171,7 @@ async def test_who_cancels_hears_nothing_more() -> None:
     assert (other.told(), other.ends) == ([(0,), (1,)], [])
 
 
-def test_a_sequence_that_is_ended_is_told_no_more() -> None:
+async def test_a_sequence_that_is_ended_is_told_no_more() -> None:
     """The other one goes on; also where the first one's last words end it."""
     world = World()
     world.say(0, 1)
@@ -181,14 +182,14 @@ def test_a_sequence_that_is_ended_is_told_no_more() -> None:
     assert world.below.ended == [1]
 
 
-def test_a_worker_near_the_end_of_its_credit_is_not_kept_waiting() -> None:
+async def test_a_worker_near_the_end_of_its_credit_is_not_kept_waiting() -> None:
     """A quarter of it is told whether or not it is a turn."""
     world = World()
     world.say(*range(10))
     assert world.told() == [(0,), (1, 2, 3, 4), (5, 6, 7, 8)]
 
 
-def test_what_does_not_fit_is_told_as_it_is() -> None:
+async def test_what_does_not_fit_is_told_as_it_is() -> None:
     """A gap, and scores that are missing: whoever hears it judges the worker by what it said."""
     world = World()
     world.say(0, 1, 3)
@@ -229,7 +230,7 @@ ACTIONS = st.one_of(
 
 
 @given(st.lists(ACTIONS, max_size=40))
-def test_whatever_happens_each_sequence_is_told_whole_and_in_order(
+async def test_whatever_happens_each_sequence_is_told_whole_and_in_order(
     actions: list[tuple[str, int, int]],
 ) -> None:
     """Once it has ended, or the worker was lost, nothing that was said is missing, double or late."""
@@ -279,29 +280,42 @@ async def test_all_streams_have_the_same_turn() -> None:
     """The first to come after a pause begins one; those that come later wait for the next, together."""
     pace, came = Pace(RARE), asyncio.Queue[str]()
     pace.begin(1)
-    assert pace.await_turn(lambda: came.put_nowait("nobody"))
+    loop = asyncio.get_running_loop()
+    assert pace.await_turn(loop.time(), lambda: came.put_nowait("nobody"))
     await asyncio.sleep(5 * TURN_S)
     for name in ("a", "b", "c"):
-        assert not pace.await_turn(lambda name=name: came.put_nowait(name))  # type: ignore[misc]
+        assert not pace.await_turn(loop.time(), lambda name=name: came.put_nowait(name))  # type: ignore[misc]
     async with asyncio.timeout(10.0):
         assert [await came.get() for _ in range(3)] == ["a", "b", "c"]
-    assert pace.await_turn(lambda: came.put_nowait("nobody"))
+    assert pace.await_turn(loop.time(), lambda: came.put_nowait("nobody"))
+
+
+async def test_who_was_told_nothing_for_a_pause_does_not_wait_for_a_turn() -> None:
+    """A slow worker's stream among quick ones, or one that stood still."""
+    pace = Pace(RARE)
+    pace.begin(1)
+    loop = asyncio.get_running_loop()
+    assert pace.await_turn(loop.time(), lambda: None)
+    await asyncio.sleep(5 * TURN_S)
+    assert not pace.await_turn(loop.time(), lambda: None)
+    assert pace.await_turn(loop.time() - PAUSE_MAX_S, lambda: None)
 
 
 async def test_who_does_not_wait_any_more_is_not_called_nor_is_one_hurt_by_another() -> None:
     """A turn goes on where one of those that wait fails."""
     pace, came, failed = Pace(RARE), asyncio.Event(), asyncio.Event()
     pace.begin(1)
-    assert pace.await_turn(came.set)
+    loop = asyncio.get_running_loop()
+    assert pace.await_turn(loop.time(), came.set)
     await asyncio.sleep(5 * TURN_S)
     gone = asyncio.Event()
-    asyncio.get_running_loop().set_exception_handler(lambda *_: failed.set())
+    loop.set_exception_handler(lambda *_: failed.set())
 
     def fail() -> None:
         raise ValueError
 
-    waiting = [gone.set, fail, came.set]
-    assert not any(map(pace.await_turn, waiting))
+    for come in (gone.set, fail, came.set):
+        assert not pace.await_turn(loop.time(), come)
     pace.forgo(gone.set)
     async with asyncio.timeout(10.0):
         await came.wait()
