@@ -12,6 +12,14 @@ from deploy.envoy.routes import CONTROLLER, GATEWAYS
 # shall meet, with its reason and delay, so Envoy's own stands above it.
 _STREAMS_PER_ENDPOINT = 4_096
 
+# Who vanished without a FIN, or stands still, is noticed, and its callers are told to come again: health
+# checks keep new calls from it, and end none. A gateway that stood still for less than the lease of its
+# requests (5 s) goes on with them.
+_KEEPALIVE = {
+    GATEWAYS: {"interval": "10s", "timeout": "6s"},
+    CONTROLLER: {"interval": "5s", "timeout": "3s"},
+}
+
 
 def clusters(parameters: Parameters) -> list[dict[str, Any]]:
     """The gateways and the controllers."""
@@ -35,7 +43,7 @@ def _cluster(name: str, endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
             "update_merge_window": "0s",
         },
         "typed_extension_protocol_options": {
-            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _http2()
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _http2(_KEEPALIVE[name])
         },
         "health_checks": [_health_check()],
         "outlier_detection": _outlier_detection(),
@@ -69,14 +77,12 @@ def _discovery(endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
     }
 
 
-def _http2() -> dict[str, Any]:
+def _http2(keepalive: dict[str, str]) -> dict[str, Any]:
     return {
         "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
         "explicit_http_config": {
             "http2_protocol_options": {
-                # Who vanished without a FIN, or stands still, is noticed, and its callers are told to come
-                # again: health checks keep new calls from it, and end none.
-                "connection_keepalive": {"interval": "5s", "timeout": "3s"},
+                "connection_keepalive": keepalive,
                 # The same room a stream as downstream; a connection carries hundreds of them.
                 "initial_stream_window_size": 65_536,
                 "initial_connection_window_size": 8_388_608,

@@ -150,11 +150,16 @@ class MessageTooLarge(InterlockError):
 
 
 class QueueFull(InterlockError):
-    """The queue is at its bound."""
+    """The queue is at its bound.
+
+    Attributes:
+        lasting: Whether the next request like it is refused as well, as far as can be said.
+    """
 
     code = Code.RESOURCE_EXHAUSTED
     reason = "QUEUE_FULL"
     retryable = True
+    lasting: bool = True
 
 
 class QuotaExceeded(InterlockError):

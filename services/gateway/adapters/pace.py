@@ -50,8 +50,8 @@ class Pace:
         """Returns whether a stream may be told now; otherwise `come` is called at the next turn.
 
         Args:
-            told_s: When it was told last, on the loop's clock: one that was told nothing for a whole pause, as
-                its worker is slow or stood still, need not wait.
+            told_s: When it was told last, on the loop's clock: one that was told nothing for a whole pause
+                need not wait, for its worker is slow, or stood still.
             come: Is called in a turn, once.
         """
         pause_s = self.pause_s

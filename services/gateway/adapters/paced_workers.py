@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable
 from dataclasses import dataclass, field, replace
 
+from services.common import logs
 from services.gateway.adapters.pace import Pace
 from services.gateway.core.attempts import Loss, Output, RefusalReason, WorkOrder
 from services.gateway.core.breaker import Verdict
@@ -79,8 +80,8 @@ class _Paced:
     _gathered: dict[int, _Gathered] = field(default_factory=dict)
     # Those that have had a token, and have not ended.
     _begun: set[int] = field(default_factory=set)
-    # On the loop's clock.
-    _told_s: float = 0.0
+    # When each was told last, on the loop's clock.
+    _told_s: dict[int, float] = field(default_factory=dict)
     _waits: bool = False
     _over: bool = False
 
@@ -90,6 +91,9 @@ class _Paced:
         held = self._gathered.get(sequence)
         if held is not None and not held.takes(output):
             self._tell(sequence)
+            if sequence not in self._begun:
+                # What heard it has ended the sequence, or the attempt.
+                return
             held = None
         if held is not None:
             held.add(output)
@@ -99,7 +103,7 @@ class _Paced:
         elif held is not None:
             if len(held.token_ids) >= self.tokens_max:
                 self._tell(sequence)
-        elif self._may_tell(sequence):
+        elif self._may_tell(sequence) or len(output.token_ids) >= self.tokens_max:
             self._pass_on(output)
         else:
             self._gathered[sequence] = _Gathered(output, list(output.token_ids), list(output.logprobs))
@@ -135,7 +139,7 @@ class _Paced:
             self.pace.begin(1)
             return True
         if not self._waits:
-            self._waits = not self.pace.await_turn(self._told_s, self._come)
+            self._waits = not self.pace.await_turn(self._told_s[sequence], self._come)
         return not self._waits
 
     def _come(self) -> None:
@@ -149,12 +153,15 @@ class _Paced:
         self._pass_on(held.whole(held.first))
 
     def _pass_on(self, output: Output) -> None:
-        self._told_s = asyncio.get_running_loop().time()
+        self._told_s[output.sequence] = asyncio.get_running_loop().time()
         self.sink.output(output)
 
     def _conclude(self) -> bool:
         """Tells what waits before an end; returns whether the end is still to be told after it."""
-        self._come()
+        try:
+            self._come()
+        except Exception:  # noqa: BLE001 - a defect there must not keep the end from those who wait for it
+            logs.get_logger().error("attempt.crashed", exc_info=True)
         was_over = self._over
         self._drop()
         return not was_over

@@ -34,11 +34,14 @@ def tenant_full(waiting: int, wait_s: float | None) -> QueueFull:
 
 def hopeless(position: int, wait_s: float, left_s: float) -> QueueFull:
     """The job could not be done before its deadline; it may once the queue has become shorter by the rest."""
-    return QueueFull(
+    error = QueueFull(
         f"The queue is too long for the deadline: {position} requests are ahead, which takes about "
         f"{wait_s:.1f} s, and {left_s:.1f} s are left.",
         retry_after_s=_retry_s(wait_s - left_s),
     )
+    # With nobody ahead it was a slot that was missing just then.
+    error.lasting = position > 0
+    return error
 
 
 def ended_error(outcome: Outcome) -> InterlockError:

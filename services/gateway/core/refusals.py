@@ -2,8 +2,8 @@
 
 A queue that is asked ten times as often as it serves says no nine times of ten. Each no costs the store and
 the gateway as much as a yes, and that time is missing where tokens are made. So in a flood a refusal stands
-for a moment, for requests of the same tenant that have no better prospects. Must not know: clocks, or where
-the queue is.
+for a moment, for requests of the same tenant that are like the one that was refused and take no less. Must
+not know: clocks, or where the queue is.
 """
 
 from __future__ import annotations
@@ -15,27 +15,29 @@ from dataclasses import dataclass
 from services.common.errors import QueueFull
 from services.gateway.core.jobs import Band
 from services.gateway.core.params import GenerationJob
+from services.gateway.core.tenancy import TenantLimits
 
 # A queue that serves fifty requests a second has moved by two or three in this time.
 STANDS_S = 0.05
 # So many refusals of one tenant in a second are a flood; below, every request is put to the queue.
 FLOOD = 32
 FLOOD_WINDOW_S = 1.0
-# Two clients that give the same deadline differ by their way here; no estimate of the queue is as fine.
+# Clients that give the same deadline differ by their way here: by so much, or this part of it.
 ALIKE_S = 0.1
-# Tenants beyond are put to the queue each time.
+ALIKE_PART = 0.1
+# Those beyond are put to the queue each time.
 KEPT_MAX = 1_024
 
-Key = tuple[str, str, Band]
+Key = tuple[str, str, Band, int, TenantLimits]
 
 
 @dataclass(slots=True)
 class _Refused:
-    """What is remembered of a tenant's requests in one band of one model."""
+    """What is remembered of requests of one kind: the latest refusal, and how many there were lately."""
 
     error: QueueFull
     timeout_s: float
-    slot_tokens: float
+    cost_tokens: int
     at_s: float
     window_s: float
     count: int = 0
@@ -50,23 +52,28 @@ class _Refused:
         self.count += 1
 
     def stands(self, job: GenerationJob, now_s: float) -> bool:
-        """Whether a request would be refused as well: it has no more time, and takes no less."""
+        """Whether a request would be refused in the same words: it has as much time, and takes no less."""
         if max(self.count, self.before) < FLOOD or now_s - self.at_s >= STANDS_S:
             return False
-        return job.timeout_s <= self.timeout_s + ALIKE_S and _slot_tokens(job) >= self.slot_tokens
+        alike_s = min(ALIKE_S, ALIKE_PART * self.timeout_s)
+        return abs(job.timeout_s - self.timeout_s) <= alike_s and job.cost_tokens >= self.cost_tokens
 
 
 class Refusals:
-    """What the queue refused lately, tenant by tenant."""
+    """What the queue refused lately, by tenant, model, band, slots and limits."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Key, _Refused] = OrderedDict()
 
     def note(self, job: GenerationJob, error: QueueFull, now_s: float) -> None:
         """The queue refused a request."""
-        refused = self._kept.setdefault(_key(job), _Refused(error, 0.0, 0.0, now_s, now_s))
+        if not error.lasting:
+            return
+        # The error itself was raised: it holds all that was under way then, prompts too.
+        error = copy.copy(error)
+        refused = self._kept.setdefault(_key(job), _Refused(error, 0.0, 0, now_s, now_s))
         refused.error, refused.at_s = error, now_s
-        refused.timeout_s, refused.slot_tokens = job.timeout_s, _slot_tokens(job)
+        refused.timeout_s, refused.cost_tokens = job.timeout_s, job.cost_tokens
         refused.tally(now_s)
         self._kept.move_to_end(_key(job))
         if len(self._kept) > KEPT_MAX:
@@ -75,17 +82,14 @@ class Refusals:
     def recall(self, job: GenerationJob, now_s: float) -> QueueFull | None:
         """The refusal that stands for a request; None: it is put to the queue."""
         refused = self._kept.get(_key(job))
-        if refused is None or not refused.stands(job, now_s):
+        quota = job.limits.tokens_per_minute
+        if refused is None or not refused.stands(job, now_s) or (quota and job.cost_tokens > quota):
+            # What no minute could hold is told so.
             return None
         refused.tally(now_s)
         # Its own, for whoever raises it.
         return copy.copy(refused.error)
 
 
-def _slot_tokens(job: GenerationJob) -> float:
-    """What each of its slots is taken for: how long it will take follows from it."""
-    return job.cost_tokens / job.params.n
-
-
 def _key(job: GenerationJob) -> Key:
-    return job.model, job.tenant, job.band
+    return job.model, job.tenant, job.band, job.params.n, job.limits

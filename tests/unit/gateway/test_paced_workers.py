@@ -157,6 +157,11 @@ def cancel(world: World) -> None:
     world.attempt.cancel()
 
 
+def fail() -> None:
+    """A defect."""
+    raise ValueError("a defect")
+
+
 async def test_who_cancels_hears_nothing_more() -> None:
     """What waits is dropped; nor is a loss told that its last words made the request cancel."""
     world = World()
@@ -204,6 +209,35 @@ async def test_what_does_not_fit_is_told_as_it_is() -> None:
     assert [output.logprobs for output in scored.heard] == [(score,), (score, score)]
     scored.turn()
     assert scored.heard[-1].logprobs == ()
+
+
+async def test_who_ends_the_attempt_over_what_does_not_fit_hears_nothing_more() -> None:
+    """Nor does it count any more: a gap tells what was before it, and that makes the request give up."""
+    world = World()
+    world.say(0, 1)
+    world.reaction = lambda _: cancel(world)
+    world.say(3)
+    world.turn()
+    assert world.told() == [(0,), (1,)]
+    assert world.pace.pause_s == 0.0
+
+
+async def test_an_end_is_told_whatever_the_last_words_do() -> None:
+    """A defect in what hears them must not leave the request waiting for it."""
+    world = World()
+    world.say(0, 1)
+    world.reaction = lambda _: fail()
+    world.below.sink.lost("it died", Loss.PROCESS)
+    assert len(world.ends) == 1
+    assert world.pace.pause_s == 0.0
+
+
+async def test_many_tokens_at_once_do_not_wait() -> None:
+    """A worker that sends so many has used its credit, or will soon."""
+    world = World()
+    world.say(0)
+    world.below.sink.output(Output(1, (1, 2, 3, 4)))
+    assert world.told() == [(0,), (1, 2, 3, 4)]
 
 
 async def test_an_attempt_counts_while_it_runs() -> None:

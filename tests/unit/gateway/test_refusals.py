@@ -10,7 +10,9 @@ import pytest
 from services.common.errors import QueueFull
 from services.gateway.core.jobs import Band, Outcome
 from services.gateway.core.params import GenerationJob, GenerationParams, SamplingParams
+from services.gateway.core.queue_errors import hopeless
 from services.gateway.core.refusals import ALIKE_S, FLOOD, FLOOD_WINDOW_S, KEPT_MAX, STANDS_S, Refusals
+from services.gateway.core.tenancy import TenantLimits
 from tests.fixtures.dispatcher_world import dispatcher_world, job
 
 FULL = QueueFull("full", retry_after_s=3.0)
@@ -41,35 +43,80 @@ def test_a_refusal_stands_for_a_moment() -> None:
     assert refusals.recall(job(), STANDS_S) is None
 
 
+LIMITS = TenantLimits(tokens_per_minute=1_000)
+
+
 @pytest.mark.parametrize(
-    "better",
+    "other",
     [
         {"timeout_s": 30.0 + 2 * ALIKE_S},
+        {"timeout_s": 1.0},
         {"params": GenerationParams(99, SamplingParams(seed=1))},
         {"prompt_ids": (1,)},
-        # More in all, but less for each of its slots.
         {"params": GenerationParams(100, SamplingParams(seed=1), n=2)},
+        {"limits": LIMITS},
+        {"tenant": "bob"},
+        {"band": Band.SYSTEM},
+        {"model": "n"},
     ],
-    ids=["more time", "fewer tokens", "a shorter prompt", "more slots"],
+    ids=[
+        "more time",
+        "less time",
+        "fewer tokens",
+        "a shorter prompt",
+        "slots",
+        "limits",
+        "tenant",
+        "band",
+        "model",
+    ],
 )
-def test_whoever_has_better_prospects_is_put_to_the_queue(better: dict[str, Any]) -> None:
-    """More time, or less to do."""
-    assert flooded().recall(job(**better), 0.0) is None
+def test_nobody_is_refused_for_another_one(other: dict[str, Any]) -> None:
+    """Their prospects may be better, their words would be others: the queue knows."""
+    assert flooded().recall(replace(job(), **other), 0.0) is None
 
 
-def test_whoever_has_worse_ones_or_alike_is_not() -> None:
-    """Less time, or more to do; and a deadline that differs by the way here."""
+def test_whoever_is_alike_and_takes_no_less_is_refused() -> None:
+    """More to do; and a deadline that differs by the way here, which of a short one is a part of it."""
     refusals = flooded()
-    assert refusals.recall(job(timeout_s=30.0 + ALIKE_S / 2), 0.0) is not None
-    assert refusals.recall(job(timeout_s=1.0, prompt_ids=(1,) * 50), 0.0) is not None
+    assert refusals.recall(job(timeout_s=30.0 - ALIKE_S / 2), 0.0) is not None
+    assert refusals.recall(job(timeout_s=30.0 + ALIKE_S / 2, prompt_ids=(1,) * 50), 0.0) is not None
+    brief = flooded(asked=job(timeout_s=0.1))
+    assert brief.recall(job(timeout_s=0.105), 0.0) is not None
+    assert brief.recall(job(timeout_s=0.12), 0.0) is None
 
 
-@pytest.mark.parametrize(
-    "other", [{"tenant": "bob"}, {"band": Band.SYSTEM}, {"model": "n"}], ids=["tenant", "band", "model"]
-)
-def test_nobody_is_refused_for_another_one(other: dict[str, str]) -> None:
-    """The queue is fair by tenant and band: the place of one says nothing of another one's."""
-    assert flooded().recall(replace(job(), **other), 0.0) is None  # type: ignore[arg-type]
+def test_what_no_minute_could_hold_is_put_to_the_queue() -> None:
+    """It has an answer of its own, which says that no waiting helps."""
+    refusals = flooded(asked=job(limits=LIMITS))
+    assert refusals.recall(job(limits=LIMITS), 0.0) is not None
+    assert refusals.recall(job(limits=LIMITS, prompt_ids=(1,) * 1_000), 0.0) is None
+
+
+def test_a_slot_that_was_missing_for_a_moment_says_nothing_of_the_next_request() -> None:
+    """Nobody was ahead; it could just not be done in time any more."""
+    refusals = Refusals()
+    for _ in range(2 * FLOOD):
+        refusals.note(job(), hopeless(0, 0.2, 0.1), 0.0)
+    assert refusals.recall(job(), 0.0) is None
+
+
+def fail() -> None:
+    """As the queue does."""
+    raise QueueFull("full")
+
+
+def test_what_is_kept_holds_nothing_of_the_request() -> None:
+    """A raised error holds the frames that it came through, and with them the prompt."""
+    refusals = Refusals()
+    for _ in range(FLOOD):
+        with pytest.raises(QueueFull) as caught:
+            fail()
+        refusals.note(job(), caught.value, 0.0)
+    found = refusals.recall(job(), 0.0)
+    kept = [one.error for one in refusals._kept.values()]
+    assert found is not None
+    assert [one.__traceback__ for one in (*kept, found)] == [None, None]
 
 
 def test_a_flood_lasts_while_it_lasts() -> None:
