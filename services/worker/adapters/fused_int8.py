@@ -6,6 +6,7 @@ precision; the others share a scale, and are multiplied as integers, exactly.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ TINY = 1e-20
 
 # The sign's place; numbers without it have the order of their bits, and what is no number is the largest.
 MAGNITUDE_BITS = 0x7FFF_FFFF
+INFINITE_BITS = 0x7F80_0000
 (THRESHOLD_BITS,) = struct.unpack("<i", struct.pack("<f", OUTLIER_THRESHOLD))
 
 # Outliers come in the same few columns again and again; of each weight so many are kept side by side.
@@ -34,8 +36,13 @@ def product(code: Sweep) -> Array:
 
 
 def quantize(code: Sweep, widest: int, token: Value, inputs: int, read: Callable[[Lane], Value]) -> None:
-    """Says a row in bytes, and apart from them what is beyond the threshold or no number."""
+    """Says a row in bytes, and apart from them what is beyond the threshold.
+
+    A row with a number that is infinite, or none, is spoilt: all that is made of it is none either, and costs
+    no more than a row with one outlier, so that its neighbours do not wait for it.
+    """
     size, apart = Variable(code, code.filled(0, I32)), Variable(code, code.filled(0, I32))
+    largest_of_all = Variable(code, code.filled(0, I32))
 
     def beyond(numbers: Value) -> tuple[Value, Value]:
         magnitudes = code.reread(numbers, I32) & MAGNITUDE_BITS
@@ -43,6 +50,7 @@ def quantize(code: Sweep, widest: int, token: Value, inputs: int, read: Callable
 
     def look(lane: Lane) -> None:
         magnitudes, outside = beyond(read(lane))
+        largest_of_all.set(code.largest(magnitudes, largest_of_all.get()))
         size.set(code.largest(code.select(outside, 0, magnitudes), size.get()))
         apart.set(apart.get() + code.converted(outside, I32))
 
@@ -58,11 +66,20 @@ def quantize(code: Sweep, widest: int, token: Value, inputs: int, read: Callable
         lane.store(target, code.converted(code.converted(code.rounded(inner), I32), I8) ^ -ZERO_POINT)
 
     code.each(inputs, write)
-    found = code.total(apart.get())
-    # Each lane counts with minus one: that is what a true condition is as a number.
-    code.array("counts", I32).put(token, code.number(0, I32) - found)
-    with code.when(found.differs(0)):
-        _list_outliers(code, widest, token, inputs, read)
+    counts, found = code.array("counts", I32), code.total(apart.get())
+
+    def spoil() -> None:
+        counts.put(token, code.number(1, I32))
+        code.array("columns", I32).put(token * widest, code.number(0, I32))
+        code.array("outliers", F32).put(token * widest, code.number(math.nan))
+
+    def list_them() -> None:
+        # Each lane counts with minus one: that is what a true condition is as a number.
+        counts.put(token, code.number(0, I32) - found)
+        with code.when(found.differs(0)):
+            _list_outliers(code, widest, token, inputs, read)
+
+    code.either(code.peak(largest_of_all.get()) >= INFINITE_BITS, spoil, list_them)
 
 
 def _list_outliers(
@@ -120,15 +137,22 @@ def _replace(code: Sweep, outputs: int, places: tuple[Array, Array], place: Valu
         slots.put(code.converted(former, I64), code.number(-1, I32))
     owners.put(place, column)
     slots.put(code.converted(column, I64), code.converted(place, I32))
-    kept, column = code.array("kept", I8).at(place * outputs), code.converted(column, I64)
+    kept, byte = code.array("kept", I8).at(place * outputs), _Column(code, code.converted(column, I64))
     with code.loop(0, outputs) as output:
-        kept.put(output, _byte(code, output, column))
+        kept.put(output, byte.get(output))
 
 
-def _byte(code: Sweep, output: Value, column: Value) -> Value:
-    """One byte of the weight, which is packed."""
-    words = output // BLOCK * code.field("inputs") * BLOCK + column // WORD * (BLOCK * WORD)
-    return code.array("weight", I8).get(words + output % BLOCK * WORD + column % WORD)
+class _Column:
+    """The bytes of one column of the weight, which is packed."""
+
+    def __init__(self, code: Sweep, column: Value) -> None:
+        # Read once: what a loop writes could be these, as far as the compiler knows.
+        self._block_bytes = code.field("inputs") * BLOCK
+        self._bytes = code.array("weight", I8).at(column // WORD * (BLOCK * WORD) + column % WORD)
+
+    def get(self, output: Value) -> Value:
+        """The one of an output."""
+        return self._bytes.get(output // BLOCK * self._block_bytes + output % BLOCK * WORD)
 
 
 def finish(code: Sweep, widest: int, token: Value, outputs: int) -> Array:
@@ -158,8 +182,9 @@ def finish(code: Sweep, widest: int, token: Value, outputs: int) -> Array:
             code.each(outputs, add)
 
         def scattered(column: Value = column, outlier: Value = outlier) -> None:
+            byte = _Column(code, column)
             with code.loop(0, outputs) as output:
-                number = code.converted(_byte(code, output, column), F32) * scales.get(output)
+                number = code.converted(byte.get(output), F32) * scales.get(output)
                 row.put(output, code.fused(outlier, number, row.get(output)))
 
         code.either(kept >= 0, beside, scattered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 
@@ -22,5 +23,8 @@ def lazy_zeros(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         area = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{length} bytes cannot be mapped") from error
+    with contextlib.suppress(OSError, AttributeError):
+        # Where the system gives huge pages unasked, the first token of a row would take one for each head.
+        area.madvise(mmap.MADV_NOHUGEPAGE)
     # The tensor keeps the area, and gives it back when it is freed.
     return torch.frombuffer(area, dtype=dtype).view(size)

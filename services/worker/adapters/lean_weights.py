@@ -18,7 +18,7 @@ from services.worker.adapters import vector_code
 from services.worker.adapters.fused_decoder import FusedDecoder, FusedLayer, Int8Weight, quantized
 from services.worker.adapters.lean_decoder import Heads, Layer, LeanDecoder, Turns
 from services.worker.adapters.lean_linear import Linear, Norm
-from services.worker.adapters.packed_product import WORD, packed
+from services.worker.adapters.packed_product import INPUTS_MAX, WORD, packed
 
 # What the decoder was written for, and is tested with. Others run as the library's modules.
 KINDS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -39,6 +39,8 @@ def serves(config: Any) -> bool:
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return (
         config.model_type in KINDS
+        # Weights that come quantized are numbers of another kind.
+        and getattr(config, "quantization_config", None) is None
         and not windowed
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         and config.hidden_act == "silu"
@@ -54,7 +56,7 @@ def fuses(config: Any) -> bool:
         return False
     heads = heads_of(config)
     inputs = (config.hidden_size, config.intermediate_size, heads.queries * heads.dim)
-    return not any(count % WORD for count in inputs)
+    return not any(count % WORD or count > INPUTS_MAX for count in inputs)
 
 
 def tensors_of(module: Any, dtype: torch.dtype, progress: Progress, *, int8: bool) -> Named:

@@ -30,6 +30,9 @@ BLOCK = VECTORS * LANES
 # signed byte adds as much.
 ZERO_POINT = 128
 
+# The largest sum of so many products of signed bytes fits a word.
+INPUTS_MAX = (2**31 - 1) // 127**2
+
 
 def packed(weight: torch.Tensor) -> torch.Tensor:
     """The bytes of a weight in the processor's order.

@@ -26,7 +26,7 @@ F32 = ir.FloatType()
 
 BYTES = {I8: 1, I32: 4, I64: 8, F16: 2, F32: 4}
 
-_ARM = binding.get_default_triple().startswith("aarch64")
+_ARM = binding.get_default_triple().startswith(("aarch64", "arm64"))
 _FEATURES = binding.get_host_cpu_features()
 
 # Whether the processor rounds a product and a sum once.

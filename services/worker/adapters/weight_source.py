@@ -6,6 +6,7 @@ have a say in the layout.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,10 +108,14 @@ class WeightSource:
 
     def tensors(self, make: Callable[[], lean_weights.Named]) -> dict[str, torch.Tensor]:
         """The tensors of the lean forward by name: mapped, or as they are made where nothing is stored."""
-        path = self._obtain(lambda directory: mapped_tensors.write(directory / _LEAN_FILE, make()))
-        if path is None:
-            return dict(make())
-        return mapped_tensors.read(path / _LEAN_FILE, partial(self.watch, LoadStage.MAP))
+        for _ in range(2):
+            path = self._obtain(lambda directory: mapped_tensors.write(directory / _LEAN_FILE, make()))
+            if path is None:
+                break
+            # Another worker that needs the room may have removed it since.
+            with contextlib.suppress(FileNotFoundError):
+                return mapped_tensors.read(path / _LEAN_FILE, partial(self.watch, LoadStage.MAP))
+        return dict(make())
 
     def discard(self) -> bool:
         """Gives up a form that was there before; returns whether there was one."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
 
+from services.worker.adapters.packed_product import INPUTS_MAX, WORD
 from services.worker.adapters.torch_loader import TorchSettings, _way
 from services.worker.core.revision import ComputeDtype, Quantization, RevisionSpec
 from tests.fakes import tiny_models
@@ -49,5 +52,22 @@ def test_on_the_processor_int8_is_lean_where_the_model_is_served() -> None:
 def test_widths_that_are_no_whole_words_are_the_librarys(odd: dict[str, int]) -> None:
     """The product takes four inputs at a time."""
     config = transformers.LlamaConfig(**tiny_models._COMMON | {"num_key_value_heads": 1} | odd)
+    assert not _way(spec_of(Quantization.INT8), config, settings_on("cpu")).lean
+    assert _way(spec_of(Quantization.AUTO), config, settings_on("cpu")).quantization is Quantization.NONE
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"intermediate_size": INPUTS_MAX // WORD * WORD + WORD},
+    ],
+    ids=["weights that come quantized", "sums beyond a word"],
+)
+def test_what_the_integer_products_cannot_hold_is_left_to_the_library(fields: dict[str, Any]) -> None:
+    """Numbers of another kind, and rows so wide that a sum could wrap around."""
+    config = tiny_models.CONFIGS["llama"]()
+    assert _way(spec_of(Quantization.INT8), config, settings_on("cpu")).lean
+    config.update(fields)
     assert not _way(spec_of(Quantization.INT8), config, settings_on("cpu")).lean
     assert _way(spec_of(Quantization.AUTO), config, settings_on("cpu")).quantization is Quantization.NONE

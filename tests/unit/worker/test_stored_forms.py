@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from services.common import artifacts
+from services.worker.adapters import mapped_tensors
 from services.worker.adapters.lean_runner import LeanRunner
 from services.worker.adapters.stored_forms import StoredForms
 from services.worker.adapters.torch_loader import TorchLoader, TorchSettings
@@ -306,3 +309,26 @@ def test_the_least_recently_used_forms_go_first(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"b", "c"}
     forms.obtain("d", write(b"x" * 9_000), lambda: None)
     assert {path.name for path in tmp_path.iterdir()} == {"d"}
+
+
+def test_a_form_that_another_worker_removes_in_the_meantime_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look for it and its opening: the revision is not to blame for it."""
+    directory, spec = made(tmp_path / "model")
+    model, forms = (directory, replace(spec, quantization=Quantization.INT8)), tmp_path / "forms"
+    expected, read, times = logits(load(model, forms)), mapped_tensors.read, [2]
+
+    def removed(path: Path, *rest: Any) -> dict[str, torch.Tensor]:
+        times[0] -= 1
+        if times[0] > 0:
+            shutil.rmtree(path.parent)
+        return read(path, *rest)
+
+    monkeypatch.setattr(mapped_tensors, "read", removed)
+    assert torch.equal(logits(load(model, forms)), expected)
+    assert times == [0]
+    # Where that happens again and again, nothing is mapped.
+    times[0] = 9
+    assert torch.equal(logits(load(model, forms)), expected)
+    assert times == [7]
