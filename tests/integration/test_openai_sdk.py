@@ -120,7 +120,7 @@ async def test_scores_of_what_may_be_a_call(world: World, answer: str) -> None:
     choices = [chunk.choices[0] async for chunk in await world.create(**asked, stream=True)]
     scored = [entry for one in choices if one.logprobs for entry in one.logprobs.content]
     assert scored == whole.logprobs.content
-    assert "".join(one.delta.content or "" for one in choices).rstrip() == (whole.message.content or "")
+    assert "".join(one.delta.content or "" for one in choices) == (whole.message.content or "")
     assert sum(len(one.delta.tool_calls or ()) for one in choices) == len(whole.message.tool_calls or ())
 
 
