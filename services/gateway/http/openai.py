@@ -8,9 +8,8 @@ reason; after the last of them, on request, one with the usage, then `[DONE]`. O
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 from services.common import http_errors
@@ -160,16 +159,16 @@ def completion_closing(head: Head, usage: Usage | None) -> bytes:
     return _closing(head, "text_completion", usage)
 
 
-def completion_logprobs(chunks: Iterable[Chunk], decode: Decode, offset: int) -> dict[str, Any]:
-    """The scores of some tokens; `offset` is where the first of them begins in the text."""
+def completion_logprobs(
+    chunks: Iterable[Chunk], decode: Decode, offset_of: Callable[[int], int]
+) -> dict[str, Any]:
+    """The scores of some tokens; `offset_of` says, of one after the other, where it begins in the text."""
     scored = [pair for chunk in chunks for pair in zip(chunk.token_ids, chunk.logprobs, strict=False)]
-    tokens = [decode([token_id]) for token_id, _ in scored]
-    *offsets, _ = accumulate(map(len, tokens), initial=offset)
     return {
-        "tokens": tokens,
+        "tokens": [decode([token_id]) for token_id, _ in scored],
         "token_logprobs": [score.logprob for _, score in scored],
         "top_logprobs": [_top(decode, score) for _, score in scored],
-        "text_offset": offsets,
+        "text_offset": [offset_of(token_id) for token_id, _ in scored],
     }
 
 

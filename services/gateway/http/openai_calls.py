@@ -19,6 +19,7 @@ from services.gateway.dispatcher.reception import GENERATE_SCOPE, MODELS_SCOPE, 
 from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http import openai, openai_fields, tool_calls
 from services.gateway.http.bodies import read_body, written
+from services.gateway.http.offsets import TextOffsets
 from services.gateway.http.openai import Head
 from services.gateway.http.openai_fields import OpenAiRequest
 from services.gateway.http.reply import Reply, event, timely_events, whole_answer
@@ -185,12 +186,10 @@ class _ChatChoice:
 
 
 def _completion_body(reception: Reception, reply: Reply, asked: OpenAiRequest, answer: Answer) -> bytes:
-    head, offset = _head(reply, "cmpl-", answer.started), len(asked.echo)
+    head = _head(reply, "cmpl-", answer.started)
     choices = [
         openai.completion_choice(
-            asked.echo + said.text,
-            said.finished,
-            _completion_scores(reception, asked, head, said.chunks, offset),
+            asked.echo + said.text, said.finished, _TextScores(reception, asked, head).of(said.chunks)
         )
         for said in answer.sequences
     ]
@@ -201,7 +200,7 @@ async def _completion_stream(
     reception: Reception, reply: Reply, asked: OpenAiRequest, events: AsyncGenerator[Event | None, None]
 ) -> Bodies:
     head: Head | None = None
-    offsets = [len(asked.echo)] * asked.choices
+    scored: list[_TextScores] = []
     used = Usage()
     async for happened in events:
         match happened:
@@ -209,12 +208,12 @@ async def _completion_stream(
                 yield event(openai.heartbeat_body())
             case Started() if head is None:
                 head = _head(reply, "cmpl-", happened)
+                scored = [_TextScores(reception, asked, head) for _ in range(asked.choices)]
                 for index in range(asked.choices if asked.echo else 0):
                     yield event(openai.completion_text(head, index, asked.echo, None, usage=asked.usage))
             case Chunk(text=text, sequence=index):
                 assert head is not None
-                scores = _completion_scores(reception, asked, head, (happened,), offsets[index])
-                offsets[index] += len(text)
+                scores = scored[index].of((happened,))
                 if text or scores:
                     yield event(openai.completion_text(head, index, text, scores, usage=asked.usage))
             case Finished():
@@ -226,12 +225,18 @@ async def _completion_stream(
                 yield event(data)
 
 
-def _completion_scores(
-    reception: Reception, asked: OpenAiRequest, head: Head, chunks: tuple[Chunk, ...], offset: int
-) -> dict[str, Any] | None:
-    if asked.generation.logprobs is None:
-        return None
-    return openai.completion_logprobs(chunks, _decode(reception, head), offset)
+class _TextScores:
+    """The scores of one continuation of a text, as its tokens come."""
+
+    def __init__(self, reception: Reception, asked: OpenAiRequest, head: Head) -> None:
+        self._decode = None if asked.generation.logprobs is None else _decode(reception, head)
+        self._offsets = None if self._decode is None else TextOffsets(self._decode)
+
+    def of(self, chunks: tuple[Chunk, ...]) -> dict[str, Any] | None:
+        """Those of what was said next; None: they were not asked for."""
+        if self._decode is None or self._offsets is None:
+            return None
+        return openai.completion_logprobs(chunks, self._decode, self._offsets.next)
 
 
 def _decode(reception: Reception, head: Head) -> Decode:

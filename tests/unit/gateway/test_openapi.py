@@ -53,7 +53,7 @@ def test_answers_with_calls_and_scores(finished: Finished, calls: list[ToolCall]
     scores = openai.chat_logprobs([CHUNK], str)
     choice = openai.chat_choice("ab", calls, finished, scores)
     check("OpenAiChat", json.loads(openai.chat_body(head, [choice], finished.usage)))
-    told = openai.completion_choice("ab", finished, openai.completion_logprobs([CHUNK], str, 0))
+    told = openai.completion_choice("ab", finished, openai.completion_logprobs([CHUNK], str, int))
     check("OpenAiText", json.loads(openai.completion_body(head, [told], finished.usage)))
     asked = responses.Head("1", 1, "m", REPEATED)
     check("OpenAiResponse", json.loads(responses.response_body(asked, "ab", calls, finished)))
