@@ -14,7 +14,7 @@ from services.common import logs
 from services.common.errors import InternalError
 from services.common.grpc_types import Context
 from services.gateway.core.events import Chunk, Event, Finished, Started, Usage
-from services.gateway.core.params import Decode
+from services.gateway.core.ports import Tokenizer
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, MODELS_SCOPE, Reception
 from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http import openai, openai_fields, tool_calls
@@ -112,7 +112,7 @@ def _chat_choice(reception: Reception, head: Head, asked: OpenAiRequest, said: S
     text, calls = tool_calls.read_calls(said.text, asked.tools, ids, bare=asked.bare, single=asked.single)
     scores = None
     if asked.generation.logprobs is not None:
-        scores = openai.chat_logprobs(said.chunks, _decode(reception, head))
+        scores = openai.chat_logprobs(said.chunks, _tokenizer(reception, head).piece)
     return openai.chat_choice(text, calls, said.finished, scores)
 
 
@@ -182,7 +182,7 @@ class _ChatChoice:
     def _scores(self) -> dict[str, Any] | None:
         """Those of the tokens since the last ones; None where there are none, or they were not asked for."""
         chunks, self._unscored = self._unscored, []
-        return openai.chat_logprobs(chunks, _decode(self._reception, self.head)) if chunks else None
+        return openai.chat_logprobs(chunks, _tokenizer(self._reception, self.head).piece) if chunks else None
 
 
 def _completion_body(reception: Reception, reply: Reply, asked: OpenAiRequest, answer: Answer) -> bytes:
@@ -229,21 +229,21 @@ class _TextScores:
     """The scores of one continuation of a text, as its tokens come."""
 
     def __init__(self, reception: Reception, asked: OpenAiRequest, head: Head) -> None:
-        self._decode = None if asked.generation.logprobs is None else _decode(reception, head)
-        self._offsets = None if self._decode is None else TextOffsets(self._decode)
+        self._tokenizer = None if asked.generation.logprobs is None else _tokenizer(reception, head)
+        self._offsets = None if self._tokenizer is None else TextOffsets(self._tokenizer.decode)
 
     def of(self, chunks: tuple[Chunk, ...]) -> dict[str, Any] | None:
         """Those of what was said next; None: they were not asked for."""
-        if self._decode is None or self._offsets is None:
+        if self._tokenizer is None or self._offsets is None:
             return None
-        return openai.completion_logprobs(chunks, self._decode, self._offsets.next)
+        return openai.completion_logprobs(chunks, self._tokenizer.piece, self._offsets.next)
 
 
-def _decode(reception: Reception, head: Head) -> Decode:
-    decode = reception.decoder(head.model)
-    if decode is None:
+def _tokenizer(reception: Reception, head: Head) -> Tokenizer:
+    tokenizer = reception.tokenizer(head.model)
+    if tokenizer is None:
         raise InternalError("The model was replaced while it answered.")
-    return decode
+    return tokenizer
 
 
 def _call_ids(head: Head, index: int) -> str:

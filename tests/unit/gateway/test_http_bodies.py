@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.common.errors import ArgumentInvalid
+from services.common.token_pieces import TokenPiece
 from services.gateway.core.detokenizer import Transcript
 from services.gateway.core.events import Chunk, TokenLogprob
 from services.gateway.http import openai, openai_fields
@@ -38,15 +39,20 @@ def decode(token_ids: Sequence[int]) -> str:
     return bytes(token_ids).decode(errors="replace")
 
 
+def piece_of(token_id: int) -> TokenPiece:
+    """What one of its tokens stands for."""
+    return TokenPiece.of_bytes(bytes([token_id]))
+
+
 def test_the_offsets_of_many_tokens_take_linear_time() -> None:
     """Each token begins where the ones before it end; a sum over all of them for each would take a minute."""
     ids = tuple(range(97, 123)) * 2_000
     chunks = [Chunk(0, "", ids, (TokenLogprob(-1.0),) * len(ids))]
     began_s = time.monotonic()
-    scores = openai.completion_logprobs(chunks, decode, TextOffsets(decode).next)
+    scores = openai.completion_logprobs(chunks, piece_of, TextOffsets(decode).next)
     assert time.monotonic() - began_s < 10
     assert scores["text_offset"] == list(range(len(ids)))
-    assert openai.completion_logprobs([], decode, TextOffsets(decode).next)["text_offset"] == []
+    assert openai.completion_logprobs([], piece_of, TextOffsets(decode).next)["text_offset"] == []
 
 
 @given(
@@ -63,8 +69,23 @@ def test_a_token_begins_where_its_character_does(text: str, stops: list[str], si
             break
         piece = transcript.push(ids[taken : taken + size])
         chunk = Chunk(taken, piece.text, piece.token_ids, (TokenLogprob(-1.0),) * len(piece.token_ids))
-        told += openai.completion_logprobs([chunk], decode, offsets.next)["text_offset"]
+        told += openai.completion_logprobs([chunk], piece_of, offsets.next)["text_offset"]
         taken, stop = taken + len(piece.token_ids), piece.stop
     begins = [at for at, character in enumerate(text) for _ in character.encode()]
     assert told == begins[: len(told)]
     assert len(told) == len(transcript.token_ids)
+
+
+def test_half_of_a_character_is_told_by_its_bytes() -> None:
+    """Those of all tokens are the text's; of alternatives that look the same the likelier one is told."""
+    said = "🎉 é"
+    score = TokenLogprob(-0.5, ((0xF0, -0.5), (0x9F, -1.0)))
+    chunks = [Chunk(0, said, tuple(said.encode()), (score,) * len(said.encode()))]
+    told = openai.chat_logprobs(chunks, piece_of)["content"]
+    assert bytes(byte for entry in told for byte in entry["bytes"]).decode() == said
+    assert [entry["token"] for entry in told[:2]] == ["\\xf0", "\\x9f"]
+    assert [[other["bytes"] for other in entry["top_logprobs"]] for entry in told[:1]] == [[[0xF0], [0x9F]]]
+    scores = openai.completion_logprobs(chunks, piece_of, int)
+    assert scores["top_logprobs"][0] == {"\\xf0": -0.5, "\\x9f": -1.0}
+    alike = openai.completion_logprobs(chunks, lambda _: TokenPiece("x", b"x"), int)
+    assert alike["top_logprobs"][0] == {"x": -0.5}
