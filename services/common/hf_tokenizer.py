@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from services.common.chat_template import RENDER_LIMIT_S, ChatTemplate
 from services.common.conversation import Message
 from services.common.errors import ArgumentInvalid, ArtifactInvalid
+from services.common.token_pieces import TokenPiece, TokenPieces
 
 # Tokenizing a prompt of 1 MiB takes about a second of one core: more at once would starve the event loop.
 ENCODINGS_AT_ONCE = 4
@@ -34,7 +35,8 @@ BRIEF_CHARS_MAX = 1_000
 BRIEF_RENDER_LIMIT_S = 0.005
 SLOW_PAUSE_S = 5.0
 
-# Texts of single tokens that are kept: the commonest of a large vocabulary, in a few megabytes.
+# Texts of single tokens that are kept, and what they stand for: those of the commonest of a large vocabulary,
+# in a few megabytes each.
 ALONE_MAX = 1 << 15
 
 # Characters that no text uses by agreement; the first that a conversation does not contain breaks tokens.
@@ -61,6 +63,10 @@ class HfTokenizer:
         names = sorted(self._specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
         self._decode_alone = functools.lru_cache(ALONE_MAX)(self._decode_one)
+        pieces = TokenPieces(
+            _special_names(tokenizer), _decoder_kinds(tokenizer), tokenizer.id_to_token, tokenizer.decode
+        )
+        self._read_piece = functools.lru_cache(ALONE_MAX)(pieces.read)
         self._turn = asyncio.Semaphore(ENCODINGS_AT_ONCE)
         self._brief_from_s = 0.0
 
@@ -131,6 +137,10 @@ class HfTokenizer:
             # Every token of every stream is decoded alone once, as what the next one follows.
             return self._decode_alone(token_ids[0])
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def piece(self, token_id: int) -> TokenPiece:
+        """See `Tokenizer.piece`."""
+        return self._read_piece(token_id)
 
     def _decode_one(self, token_id: int) -> str:
         return str(self._tokenizer.decode((token_id,), skip_special_tokens=True))
@@ -214,6 +224,24 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
         for token_id, token in added.items()
         if token.special and len(token.content) > 1
     }
+
+
+def _special_names(tokenizer: Tokenizer) -> dict[int, str]:
+    """All special tokens by their ids."""
+    added = tokenizer.get_added_tokens_decoder()
+    return {token_id: token.content for token_id, token in added.items() if token.special}
+
+
+def _decoder_kinds(tokenizer: Tokenizer) -> frozenset[str]:
+    """The kinds of decoder that make the tokens text, those within others among them."""
+    # The library has no other way to look into a decoder.
+    parts = [] if tokenizer.decoder is None else [json.loads(tokenizer.decoder.__getstate__())]
+    kinds: set[str] = set()
+    while parts:
+        part = parts.pop()
+        kinds.add(part["type"])
+        parts.extend(part.get("decoders", ()))
+    return frozenset(kinds)
 
 
 def _unused_character(texts: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from services.common.conversation import Message
 from services.common.errors import InterlockError, RequestUnknown, StoreUnavailable
+from services.common.token_pieces import TokenPiece
 from services.gateway.core.attempts import AttemptEnd, WorkOrder
 from services.gateway.core.breaker import Verdict
 from services.gateway.core.events import Finished
@@ -41,6 +42,10 @@ class FakeTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
         return "".join(map(chr, token_ids))
+
+    def piece(self, token_id: int) -> TokenPiece:
+        """See `Tokenizer.piece`."""
+        return TokenPiece.of_bytes(chr(token_id).encode())
 
 
 @dataclass

@@ -93,7 +93,7 @@ async def test_a_stream(world: World) -> None:
 
 async def test_log_probabilities(world: World) -> None:
     """One entry a token, with as many alternatives as were asked for, whole and streamed."""
-    await world.gateway.add_worker("w1", Script(answer="ab"))
+    worker = await world.gateway.add_worker("w1", Script(answer="ab"))
     completion = await world.create(logprobs=True, top_logprobs=2)
     check("CreateChatCompletionResponse", completion.model_dump(exclude_unset=True))
     content = completion.choices[0].logprobs.content
@@ -108,6 +108,15 @@ async def test_log_probabilities(world: World) -> None:
     check("CreateCompletionResponse", text.model_dump(exclude_unset=True))
     assert text.choices[0].logprobs.tokens == ["a", "b"]
     assert text.choices[0].logprobs.text_offset == [0, 1]
+    # What is held back for a stop string moves no token.
+    worker.script = Script(answer="abcd")
+    asked = {"model": MODEL, "prompt": "x", "logprobs": 0, "stop": ["bx"]}
+    (whole,) = (await world.client.completions.create(**asked)).choices
+    stream = await world.client.completions.create(**asked, stream=True)
+    parts = [choice async for chunk in stream for choice in chunk.choices]
+    assert "".join(one.text for one in parts) == whole.text == "abcd"
+    streamed = [at for one in parts if one.logprobs for at in one.logprobs.text_offset]
+    assert streamed == whole.logprobs.text_offset == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("answer", ["a < b <t", "<", f"So: {CALL}", CALL, "", "a"])
@@ -120,7 +129,7 @@ async def test_scores_of_what_may_be_a_call(world: World, answer: str) -> None:
     choices = [chunk.choices[0] async for chunk in await world.create(**asked, stream=True)]
     scored = [entry for one in choices if one.logprobs for entry in one.logprobs.content]
     assert scored == whole.logprobs.content
-    assert "".join(one.delta.content or "" for one in choices).rstrip() == (whole.message.content or "")
+    assert "".join(one.delta.content or "" for one in choices) == (whole.message.content or "")
     assert sum(len(one.delta.tool_calls or ()) for one in choices) == len(whole.message.tool_calls or ())
 
 

@@ -68,28 +68,35 @@ async def test_several_answers_with_tools(world: World) -> None:
 
 
 async def test_several_completions_of_a_text(world: World) -> None:
-    """Each says the prompt again, and its scores begin behind it; `best_of` may say what `n` says."""
+    """Each says the prompt again, or has scores of its own; `best_of` may say what `n` says."""
     await world.gateway.add_worker("w1", Script(answer="one", others=("another",)))
-    asked: dict[str, Any] = {"model": MODEL, "prompt": "Once ", "n": 2, "echo": True, "logprobs": 0}
-    response = await world.client.completions.with_raw_response.create(**asked, best_of=2)
-    completion = response.parse()
-    assert [choice.text for choice in completion.choices] == ["Once one", "Once another"]
-    assert [choice.index for choice in completion.choices] == [0, 1]
-    assert [choice.logprobs.text_offset[0] for choice in completion.choices] == [5, 5]
-    assert completion.usage.completion_tokens == 3 + 7
-    check("CreateCompletionResponse", response.http_response.json())
-    stream = await world.client.completions.create(
-        **asked, stream=True, stream_options={"include_usage": True}
-    )
-    chunks = [chunk async for chunk in stream]
-    streamed = ["", ""]
-    offsets: list[list[int]] = [[], []]
-    for chunk in chunks:
-        for choice in chunk.choices:
+    asked: dict[str, Any] = {"model": MODEL, "prompt": "Once ", "n": 2}
+    starts = [list(range(3)), list(range(7))]
+    for more, before, offsets in (({"echo": True}, "Once ", [[], []]), ({"logprobs": 0}, "", starts)):
+        response = await world.client.completions.with_raw_response.create(**asked, **more, best_of=2)
+        completion = response.parse()
+        said = [f"{before}one", f"{before}another"]
+        assert [choice.text for choice in completion.choices] == said
+        assert [choice.index for choice in completion.choices] == [0, 1]
+        assert [scores_of(choice) for choice in completion.choices] == offsets
+        assert completion.usage.completion_tokens == 3 + 7
+        check("CreateCompletionResponse", response.http_response.json())
+        stream = await world.client.completions.create(
+            **asked, **more, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+        streamed = ["", ""]
+        scored: list[list[int]] = [[], []]
+        for choice in (choice for chunk in chunks for choice in chunk.choices):
             streamed[choice.index] += choice.text
-            offsets[choice.index] += choice.logprobs.text_offset if choice.logprobs else []
-    assert streamed == ["Once one", "Once another"]
-    assert offsets == [[5, 6, 7], [5, 6, 7, 8, 9, 10, 11]]
-    assert chunks[-1].usage == completion.usage
-    with pytest.raises(openai.BadRequestError, match="best_of"):
-        await world.client.completions.create(model=MODEL, prompt="Once", best_of=2)
+            scored[choice.index] += scores_of(choice)
+        assert (streamed, scored) == (said, offsets)
+        assert chunks[-1].usage == completion.usage
+    for refused in ({"best_of": 2}, {"echo": True, "logprobs": 0}):
+        with pytest.raises(openai.BadRequestError, match=next(iter(refused))):
+            await world.client.completions.create(model=MODEL, prompt="Once", **refused)
+
+
+def scores_of(choice: Any) -> list[int]:
+    """Where the tokens of a choice begin; none where it has no scores."""
+    return choice.logprobs.text_offset if choice.logprobs else []

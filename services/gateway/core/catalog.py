@@ -130,8 +130,13 @@ class Catalog:
 
     def decoder(self, model: str) -> Decode | None:
         """A model's way back to text; None where it is not served."""
+        tokenizer = self.tokenizer(model)
+        return None if tokenizer is None else tokenizer.decode
+
+    def tokenizer(self, model: str) -> Tokenizer | None:
+        """A model's tokenizer; None where it is not served."""
         entry = self._entries.get(model)
-        return None if entry is None else entry.tokenizer.decode
+        return None if entry is None else entry.tokenizer
 
     def activated(self, model: str) -> tuple[str, int] | None:
         """The revision that a model serves with, and the route's epoch that made it so; None: none."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from services.common.conversation import Message
+from services.common.token_pieces import TokenPiece
 from services.gateway.core.jobs import Band
 from services.gateway.core.tenancy import TenantLimits
 
@@ -139,6 +140,9 @@ class GenerationParams:
 
 Decode = Callable[[Sequence[int]], str]
 """Turns token ids into text; special tokens become nothing."""
+
+PieceOf = Callable[[int], TokenPiece]
+"""Says what one token stands for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 from services.common.conversation import Message
+from services.common.token_pieces import TokenPiece
 from services.gateway.core.attempts import AttemptEnd, Loss, Output, RefusalReason, WorkOrder
 from services.gateway.core.breaker import Verdict
 from services.gateway.core.events import Finished
@@ -258,6 +259,10 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of some ids; special tokens become nothing."""
+        ...
+
+    def piece(self, token_id: int) -> TokenPiece:
+        """What one token stands for beside others; a special one for its name."""
         ...
 
 

@@ -20,7 +20,6 @@ from services.gateway.core import validation
 from services.gateway.core.catalog import Catalog, CatalogEntry
 from services.gateway.core.jobs import Principal
 from services.gateway.core.params import (
-    Decode,
     GenerationJob,
     GenerationParams,
     GenerationRequest,
@@ -30,6 +29,7 @@ from services.gateway.core.params import (
     TokenPrompt,
 )
 from services.gateway.core.payload import digest_of
+from services.gateway.core.ports import Tokenizer
 from services.gateway.core.tenancy import TenantBounds
 from services.gateway.dispatcher.dispatch import RETRY_WHEN_DRAINING_S, Dispatcher
 from services.gateway.dispatcher.streams import AnswerStream
@@ -207,9 +207,9 @@ class Reception:
         prompt_ids = await self._tokenize(entry, validation.check_prompt(prompt))
         return Count(len(prompt_ids), entry)
 
-    def decoder(self, model: str) -> Decode | None:
-        """A model's way back to text; None where it is not served any more."""
-        return self._catalog.decoder(model)
+    def tokenizer(self, model: str) -> Tokenizer | None:
+        """A model's tokenizer; None where it is not served any more."""
+        return self._catalog.tokenizer(model)
 
     def model(self, name: str) -> CatalogEntry:
         """One model.

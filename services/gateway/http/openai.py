@@ -8,15 +8,14 @@ reason; after the last of them, on request, one with the usage, then `[DONE]`. O
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 from services.common import http_errors
 from services.common.errors import InterlockError
 from services.gateway.core.events import Chunk, Finished, FinishReason, TokenLogprob, Usage
-from services.gateway.core.params import Decode
+from services.gateway.core.params import PieceOf
 from services.gateway.http.bodies import dump
 from services.gateway.http.tool_calls import ToolCall
 
@@ -109,14 +108,14 @@ def chat_closing(head: Head, usage: Usage | None) -> bytes:
     return _closing(head, "chat.completion.chunk", usage)
 
 
-def chat_logprobs(chunks: Iterable[Chunk], decode: Decode) -> dict[str, Any]:
+def chat_logprobs(chunks: Iterable[Chunk], piece_of: PieceOf) -> dict[str, Any]:
     """The scores of some tokens."""
     scored = [pair for chunk in chunks for pair in zip(chunk.token_ids, chunk.logprobs, strict=False)]
     return {
         "content": [
             {
-                **_scored(decode, token_id, score.logprob),
-                "top_logprobs": [_scored(decode, other, logprob) for other, logprob in score.alternatives],
+                **_scored(piece_of, token_id, score.logprob),
+                "top_logprobs": [_scored(piece_of, other, logprob) for other, logprob in score.alternatives],
             }
             for token_id, score in scored
         ],
@@ -160,16 +159,16 @@ def completion_closing(head: Head, usage: Usage | None) -> bytes:
     return _closing(head, "text_completion", usage)
 
 
-def completion_logprobs(chunks: Iterable[Chunk], decode: Decode, offset: int) -> dict[str, Any]:
-    """The scores of some tokens; `offset` is where the first of them begins in the text."""
+def completion_logprobs(
+    chunks: Iterable[Chunk], piece_of: PieceOf, offset_of: Callable[[int], int]
+) -> dict[str, Any]:
+    """The scores of some tokens; `offset_of` says, of one after the other, where it begins in the text."""
     scored = [pair for chunk in chunks for pair in zip(chunk.token_ids, chunk.logprobs, strict=False)]
-    tokens = [decode([token_id]) for token_id, _ in scored]
-    *offsets, _ = accumulate(map(len, tokens), initial=offset)
     return {
-        "tokens": tokens,
+        "tokens": [piece_of(token_id).text for token_id, _ in scored],
         "token_logprobs": [score.logprob for _, score in scored],
-        "top_logprobs": [_top(decode, score) for _, score in scored],
-        "text_offset": offsets,
+        "top_logprobs": [_top(piece_of, score) for _, score in scored],
+        "text_offset": [offset_of(token_id) for token_id, _ in scored],
     }
 
 
@@ -304,13 +303,17 @@ def _completion_chunk(
     return _data({**_head(head, "text_completion"), "choices": [choice], **told})
 
 
-def _scored(decode: Decode, token_id: int, logprob: float) -> dict[str, Any]:
-    text = decode([token_id])
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _scored(piece_of: PieceOf, token_id: int, logprob: float) -> dict[str, Any]:
+    piece = piece_of(token_id)
+    return {"token": piece.text, "logprob": logprob, "bytes": list(piece.raw)}
 
 
-def _top(decode: Decode, score: TokenLogprob) -> dict[str, float]:
-    return {decode([token_id]): logprob for token_id, logprob in score.alternatives}
+def _top(piece_of: PieceOf, score: TokenLogprob) -> dict[str, float]:
+    told: dict[str, float] = {}
+    for token_id, logprob in score.alternatives:
+        # Of tokens that look the same the first is the likeliest.
+        told.setdefault(piece_of(token_id).text, logprob)
+    return told
 
 
 def _model(name: str, created_s: int) -> dict[str, Any]:

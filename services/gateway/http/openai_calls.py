@@ -14,11 +14,12 @@ from services.common import logs
 from services.common.errors import InternalError
 from services.common.grpc_types import Context
 from services.gateway.core.events import Chunk, Event, Finished, Started, Usage
-from services.gateway.core.params import Decode
+from services.gateway.core.ports import Tokenizer
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, MODELS_SCOPE, Reception
 from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http import openai, openai_fields, tool_calls
 from services.gateway.http.bodies import read_body, written
+from services.gateway.http.offsets import TextOffsets
 from services.gateway.http.openai import Head
 from services.gateway.http.openai_fields import OpenAiRequest
 from services.gateway.http.reply import Reply, event, timely_events, whole_answer
@@ -111,7 +112,7 @@ def _chat_choice(reception: Reception, head: Head, asked: OpenAiRequest, said: S
     text, calls = tool_calls.read_calls(said.text, asked.tools, ids, bare=asked.bare, single=asked.single)
     scores = None
     if asked.generation.logprobs is not None:
-        scores = openai.chat_logprobs(said.chunks, _decode(reception, head))
+        scores = openai.chat_logprobs(said.chunks, _tokenizer(reception, head).piece)
     return openai.chat_choice(text, calls, said.finished, scores)
 
 
@@ -181,16 +182,14 @@ class _ChatChoice:
     def _scores(self) -> dict[str, Any] | None:
         """Those of the tokens since the last ones; None where there are none, or they were not asked for."""
         chunks, self._unscored = self._unscored, []
-        return openai.chat_logprobs(chunks, _decode(self._reception, self.head)) if chunks else None
+        return openai.chat_logprobs(chunks, _tokenizer(self._reception, self.head).piece) if chunks else None
 
 
 def _completion_body(reception: Reception, reply: Reply, asked: OpenAiRequest, answer: Answer) -> bytes:
-    head, offset = _head(reply, "cmpl-", answer.started), len(asked.echo)
+    head = _head(reply, "cmpl-", answer.started)
     choices = [
         openai.completion_choice(
-            asked.echo + said.text,
-            said.finished,
-            _completion_scores(reception, asked, head, said.chunks, offset),
+            asked.echo + said.text, said.finished, _TextScores(reception, asked, head).of(said.chunks)
         )
         for said in answer.sequences
     ]
@@ -201,7 +200,7 @@ async def _completion_stream(
     reception: Reception, reply: Reply, asked: OpenAiRequest, events: AsyncGenerator[Event | None, None]
 ) -> Bodies:
     head: Head | None = None
-    offsets = [len(asked.echo)] * asked.choices
+    scored: list[_TextScores] = []
     used = Usage()
     async for happened in events:
         match happened:
@@ -209,12 +208,12 @@ async def _completion_stream(
                 yield event(openai.heartbeat_body())
             case Started() if head is None:
                 head = _head(reply, "cmpl-", happened)
+                scored = [_TextScores(reception, asked, head) for _ in range(asked.choices)]
                 for index in range(asked.choices if asked.echo else 0):
                     yield event(openai.completion_text(head, index, asked.echo, None, usage=asked.usage))
             case Chunk(text=text, sequence=index):
                 assert head is not None
-                scores = _completion_scores(reception, asked, head, (happened,), offsets[index])
-                offsets[index] += len(text)
+                scores = scored[index].of((happened,))
                 if text or scores:
                     yield event(openai.completion_text(head, index, text, scores, usage=asked.usage))
             case Finished():
@@ -226,19 +225,25 @@ async def _completion_stream(
                 yield event(data)
 
 
-def _completion_scores(
-    reception: Reception, asked: OpenAiRequest, head: Head, chunks: tuple[Chunk, ...], offset: int
-) -> dict[str, Any] | None:
-    if asked.generation.logprobs is None:
-        return None
-    return openai.completion_logprobs(chunks, _decode(reception, head), offset)
+class _TextScores:
+    """The scores of one continuation of a text, as its tokens come."""
+
+    def __init__(self, reception: Reception, asked: OpenAiRequest, head: Head) -> None:
+        self._tokenizer = None if asked.generation.logprobs is None else _tokenizer(reception, head)
+        self._offsets = None if self._tokenizer is None else TextOffsets(self._tokenizer.decode)
+
+    def of(self, chunks: tuple[Chunk, ...]) -> dict[str, Any] | None:
+        """Those of what was said next; None: they were not asked for."""
+        if self._tokenizer is None or self._offsets is None:
+            return None
+        return openai.completion_logprobs(chunks, self._tokenizer.piece, self._offsets.next)
 
 
-def _decode(reception: Reception, head: Head) -> Decode:
-    decode = reception.decoder(head.model)
-    if decode is None:
+def _tokenizer(reception: Reception, head: Head) -> Tokenizer:
+    tokenizer = reception.tokenizer(head.model)
+    if tokenizer is None:
         raise InternalError("The model was replaced while it answered.")
-    return decode
+    return tokenizer
 
 
 def _call_ids(head: Head, index: int) -> str:

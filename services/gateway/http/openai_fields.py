@@ -112,6 +112,11 @@ def read_completion(body: bytes, content_type: str) -> OpenAiRequest:
         raise FeatureUnsupported("best_of: is served where it equals n.")
     if read.get("echo") and not isinstance(prompt, RawPrompt):
         raise FeatureUnsupported("echo: is served for a prompt that is text.")
+    if read.get("echo") and "logprobs" in read:
+        # Workers have none of a prompt. Callers sum what they get of both, and without them the sum is wrong.
+        raise FeatureUnsupported(
+            "echo: is not served with logprobs, for a prompt has none here; leave one of the two out."
+        )
     echo = prompt.text if read.get("echo") and isinstance(prompt, RawPrompt) else ""
     return OpenAiRequest(
         generation,

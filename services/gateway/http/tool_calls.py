@@ -183,7 +183,9 @@ def _marked(text: str) -> list[str]:
 class HeldText:
     """The text of a stream, of which that is held back which may be a call.
 
-    What may be a call is told at the end, whole: a part of one is of no use to anybody.
+    What may be a call is told at the end, whole: a part of one is of no use to anybody. White space is held
+    until it is known what it stands before, as there is none before a call. So what is said depends on the
+    text so far, and not on the pieces that it came in.
 
     Args:
         names: The functions that exist; none: nothing is held.
@@ -205,19 +207,24 @@ class HeldText:
         self._held += text
         if self._bare and not self._is_text:
             self._is_text = not may_be_bare_call(self._held, self._names)
-        if not self._is_text and (self._bare or may_begin_call(self._held)):
-            return None
-        said, self._held = self._held, ""
-        return said
+        cut = len(self._held)
+        if not self._is_text:
+            cut = 0 if self._bare else len(self._held[: call_begins_at(self._held)].rstrip())
+        said, self._held = self._held[:cut], self._held[cut:]
+        return said if said or not self._held else None
 
     def end(self) -> tuple[str, list[ToolCall]]:
         """The rest of the text, and the calls in it."""
         return read_calls(self._held, self._names, self._id_of, bare=self._bare, single=self._single)
 
 
-def may_begin_call(text: str) -> bool:
-    """Whether a text that has begun so may turn out to be, or to hold, a call."""
-    return BEGIN in text or any(text.endswith(BEGIN[:size]) for size in range(1, len(BEGIN)))
+def call_begins_at(text: str) -> int:
+    """Where a call begins in a text, or may begin with what follows; the text's length: nowhere."""
+    begin = text.find(BEGIN)
+    if begin >= 0:
+        return begin
+    sizes = (size for size in range(len(BEGIN) - 1, 0, -1) if text.endswith(BEGIN[:size]))
+    return len(text) - next(sizes, 0)
 
 
 def may_be_bare_call(text: str, names: frozenset[str]) -> bool:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 from google.api.httpbody_pb2 import HttpBody
+from hypothesis import given
+from hypothesis import strategies as st
 
 from services.common.errors import ArgumentInvalid
+from services.common.token_pieces import TokenPiece
+from services.gateway.core.detokenizer import Transcript
 from services.gateway.core.events import Chunk, TokenLogprob
 from services.gateway.http import openai, openai_fields
 from services.gateway.http.bodies import LOOP_BYTES_MAX, read_body
+from services.gateway.http.offsets import TextOffsets
 
 
 async def test_a_large_body_is_read_beside_the_loop() -> None:
@@ -28,12 +34,58 @@ async def test_a_large_body_is_read_beside_the_loop() -> None:
             await read_body(body, openai_fields.read_chat)
 
 
+def decode(token_ids: Sequence[int]) -> str:
+    """A tokenizer of bytes: a character beyond ASCII is several tokens."""
+    return bytes(token_ids).decode(errors="replace")
+
+
+def piece_of(token_id: int) -> TokenPiece:
+    """What one of its tokens stands for."""
+    return TokenPiece.of_bytes(bytes([token_id]))
+
+
 def test_the_offsets_of_many_tokens_take_linear_time() -> None:
     """Each token begins where the ones before it end; a sum over all of them for each would take a minute."""
     ids = tuple(range(97, 123)) * 2_000
     chunks = [Chunk(0, "", ids, (TokenLogprob(-1.0),) * len(ids))]
     began_s = time.monotonic()
-    scores = openai.completion_logprobs(chunks, lambda given: "".join(map(chr, given)) * 2, 7)
+    scores = openai.completion_logprobs(chunks, piece_of, TextOffsets(decode).next)
     assert time.monotonic() - began_s < 10
-    assert scores["text_offset"] == list(range(7, 7 + 2 * len(ids), 2))
-    assert openai.completion_logprobs([], str, 7)["text_offset"] == []
+    assert scores["text_offset"] == list(range(len(ids)))
+    assert openai.completion_logprobs([], piece_of, TextOffsets(decode).next)["text_offset"] == []
+
+
+@given(
+    st.text(alphabet="abxé日🎉\n", max_size=30),
+    st.lists(st.text(alphabet="abx", min_size=1, max_size=3), max_size=3),
+    st.lists(st.integers(1, 7), max_size=30),
+)
+def test_a_token_begins_where_its_character_does(text: str, stops: list[str], sizes: list[int]) -> None:
+    """However tokens are grouped, and whatever of the text is held back for a stop string."""
+    transcript, offsets = Transcript(decode, stops), TextOffsets(decode)
+    ids, told, taken, stop = text.encode(), [], 0, None
+    for size in [*sizes, len(ids)]:
+        if stop is not None:
+            break
+        piece = transcript.push(ids[taken : taken + size])
+        chunk = Chunk(taken, piece.text, piece.token_ids, (TokenLogprob(-1.0),) * len(piece.token_ids))
+        told += openai.completion_logprobs([chunk], piece_of, offsets.next)["text_offset"]
+        taken, stop = taken + len(piece.token_ids), piece.stop
+    begins = [at for at, character in enumerate(text) for _ in character.encode()]
+    assert told == begins[: len(told)]
+    assert len(told) == len(transcript.token_ids)
+
+
+def test_half_of_a_character_is_told_by_its_bytes() -> None:
+    """Those of all tokens are the text's; of alternatives that look the same the likelier one is told."""
+    said = "🎉 é"
+    score = TokenLogprob(-0.5, ((0xF0, -0.5), (0x9F, -1.0)))
+    chunks = [Chunk(0, said, tuple(said.encode()), (score,) * len(said.encode()))]
+    told = openai.chat_logprobs(chunks, piece_of)["content"]
+    assert bytes(byte for entry in told for byte in entry["bytes"]).decode() == said
+    assert [entry["token"] for entry in told[:2]] == ["\\xf0", "\\x9f"]
+    assert [[other["bytes"] for other in entry["top_logprobs"]] for entry in told[:1]] == [[[0xF0], [0x9F]]]
+    scores = openai.completion_logprobs(chunks, piece_of, int)
+    assert scores["top_logprobs"][0] == {"\\xf0": -0.5, "\\x9f": -1.0}
+    alike = openai.completion_logprobs(chunks, lambda _: TokenPiece("x", b"x"), int)
+    assert alike["top_logprobs"][0] == {"x": -0.5}

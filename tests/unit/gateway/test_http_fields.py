@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from services.common.errors import InterlockError
+from services.common.errors import FeatureUnsupported, InterlockError
 from services.gateway.http import anthropic_fields, native, openai_fields, responses_fields
 
 JSON = "application/json"
@@ -49,7 +49,7 @@ CHAT = {
     "modalities": ["text"],
     "stop": "a",
 }
-TEXT = {"model": "m", "prompt": ["a"], "echo": True, "logprobs": 1, "best_of": 1, "stop": ["a"]}
+TEXT = {"model": "m", "prompt": ["a"], "echo": True, "best_of": 1, "stop": ["a"]}
 RESPONSES = {
     "model": "m",
     "input": [
@@ -109,6 +109,7 @@ READERS: dict[str, tuple[Callable[[bytes, str], Any], dict[str, Any]]] = {
     "native": (native.read_request, NATIVE),
     "chat": (openai_fields.read_chat, CHAT),
     "completions": (openai_fields.read_completion, TEXT),
+    "completions with scores": (openai_fields.read_completion, {**TEXT, "echo": False, "logprobs": 1}),
     "responses": (responses_fields.read_responses, RESPONSES),
     "responses with a format": (responses_fields.read_responses, FORMED),
     "messages": (anthropic_fields.read_messages, MESSAGES),
@@ -165,3 +166,13 @@ def test_a_body_that_is_broken_in_one_place(name: str) -> None:
             except InterlockError:
                 refused += 1
     assert refused > len(body)
+
+
+@pytest.mark.parametrize("logprobs", [0, 1])
+def test_a_prompt_has_no_scores(logprobs: int) -> None:
+    """Who asks to have it said again with them is told, and does not sum the scores of an empty list."""
+    asked = {**TEXT, "logprobs": logprobs}
+    with pytest.raises(FeatureUnsupported, match=r"^echo: .*logprobs"):
+        openai_fields.read_completion(json.dumps(asked).encode(), JSON)
+    for left in ({"echo": False}, {"logprobs": None}):
+        openai_fields.read_completion(json.dumps({**asked, **left}).encode(), JSON)

@@ -17,6 +17,7 @@ from interlock.v1 import controller_service_pb2
 from services.gateway.core.events import Chunk, Finished, FinishReason, TokenLogprob, Usage
 from services.gateway.http import anthropic, native_fields, openai, openapi, openapi_parts, responses
 from services.gateway.http.tool_calls import ToolCall
+from tests.fakes.gateway_ports import FakeTokenizer
 
 DOCUMENT = openapi.document()
 CALL = ToolCall("call_1_0", "weather", '{"city": "Paris"}')
@@ -50,10 +51,12 @@ def check(name: str, body: Any) -> None:
 def test_answers_with_calls_and_scores(finished: Finished, calls: list[ToolCall]) -> None:
     """Bodies as the vendors' writers make them."""
     head = openai.Head("chatcmpl-1", 1, "m", "r")
-    scores = openai.chat_logprobs([CHUNK], str)
+    scores = openai.chat_logprobs([CHUNK], FakeTokenizer().piece)
     choice = openai.chat_choice("ab", calls, finished, scores)
     check("OpenAiChat", json.loads(openai.chat_body(head, [choice], finished.usage)))
-    told = openai.completion_choice("ab", finished, openai.completion_logprobs([CHUNK], str, 0))
+    told = openai.completion_choice(
+        "ab", finished, openai.completion_logprobs([CHUNK], FakeTokenizer().piece, int)
+    )
     check("OpenAiText", json.loads(openai.completion_body(head, [told], finished.usage)))
     asked = responses.Head("1", 1, "m", REPEATED)
     check("OpenAiResponse", json.loads(responses.response_body(asked, "ab", calls, finished)))

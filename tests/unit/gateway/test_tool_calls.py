@@ -7,6 +7,8 @@ import time
 
 import jsonschema
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from services.gateway.http.tool_calls import (
     BEGIN,
@@ -14,8 +16,8 @@ from services.gateway.http.tool_calls import (
     END,
     HeldText,
     Tool,
+    call_begins_at,
     instructions,
-    may_begin_call,
     read_calls,
     said_call,
 )
@@ -79,7 +81,7 @@ def test_hostile_text_takes_no_time() -> None:
     began_s = time.monotonic()
     for text in (BEGIN * 100_000, (BEGIN + "{") * 100_000, BEGIN + "{" * 1_000_000, f"{BEGIN}{{}}" * 50_000):
         read(text)
-        may_begin_call(text)
+        call_begins_at(text)
     assert time.monotonic() - began_s < 5
     assert len(read(CALL * (CALLS_MAX + 5))[1]) == CALLS_MAX
 
@@ -128,7 +130,35 @@ def test_an_answer_without_marks_is_held_while_it_may_be_a_call() -> None:
 
 
 def test_a_text_that_may_become_a_call_is_held() -> None:
-    """As long as its end may be the beginning of a mark."""
-    assert may_begin_call("Hm. <tool")
-    assert may_begin_call(f"Hm. {BEGIN}x")
-    assert not may_begin_call("Hm. <b>")
+    """From where its end may be the beginning of a mark; what stands before that is said at once."""
+    assert call_begins_at("Hm. <tool") == 4
+    assert call_begins_at(f"Hm. {BEGIN}x <") == 4
+    assert call_begins_at("Hm. <b>") == 7
+    text = HeldText(NAMES, "c", bare=False)
+    said = [
+        text.add(one) for one in ("Let me see. <tool", "_c", "ups> or ", "not", f" {CALL[:20]}", CALL[20:])
+    ]
+    assert said == ["Let me see.", None, " <tool_cups> or", " not", None, None]
+    rest, calls = text.end()
+    assert (rest, [call.name for call in calls]) == ("", ["weather"])
+
+
+WORDS = ("a", " ", "\n", "<", "<tool", "b>", BEGIN, END, CALL, said_call("time", "{}"), "é")
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=8).map("".join), st.lists(st.integers(1, 40), max_size=60))
+def test_any_grouping_of_tokens_says_the_same(text: str, sizes: list[int]) -> None:
+    """At every moment that which nothing can make a part of a call, or of the space before one, any more."""
+    held, said, at = HeldText(NAMES, "c", bare=False), "", 0
+    for size in [*sizes, len(text)]:
+        piece = held.add(text[at : at + size])
+        at = min(at + size, len(text))
+        said += piece or ""
+        begun = text[:at]
+        before = begun.partition(BEGIN)[0]
+        if BEGIN not in begun and (mark := before.rfind("<")) >= 0 and BEGIN.startswith(before[mark:]):
+            before = before[:mark]
+        assert said == before.rstrip()
+        assert (piece is None) <= (len(said) < len(begun))
+    rest, calls = held.end()
+    assert (said + rest, calls) == read_calls(text, NAMES, "c", bare=False)
