@@ -25,6 +25,7 @@ from services.gateway.http.anthropic_tools import Choice
 from services.gateway.http.native import check_json_type
 from services.gateway.http.told_calls import ToldCalls
 from services.gateway.http.tool_calls import Tool
+from services.gateway.http.turns import Turns
 
 _SAMPLING = ("temperature", "top_p", "top_k")
 COUNTED = frozenset(
@@ -140,12 +141,13 @@ def _read(
 
 
 def _prompt(read: Mapping[str, Any]) -> ChatPrompt:
-    turns: list[Message] = [Message("system", read["system"])] if read.get("system") else []
+    gathered = Turns()
+    if read.get("system"):
+        gathered.add(Message("system", read["system"]), follows=False)
     for turn in read["messages"]:
-        if turns and turns[-1].role == turn.role:
-            # The vendor reads two turns of one side as one.
-            turn = Message(turn.role, f"{turns.pop().content}\n{turn.content}")  # noqa: PLW2901 - joined
-        turns.append(turn)
+        # The vendor reads two turns of one side as one.
+        gathered.add(turn, follows=True)
+    turns = gathered.all()
     if turns and turns[-1].role == "assistant":
         raise FeatureUnsupported("messages: the last turn must be the user's; it cannot be continued here.")
     tools, _ = _tools(read)
@@ -166,7 +168,7 @@ def _messages(name: str, value: Any) -> tuple[Message, ...]:
     turns = native_fields.read_array(name, value)
     if not turns:
         raise ArgumentInvalid(f"{name}: at least one turn is needed.")
-    calls = ToldCalls()
+    calls = ToldCalls(name)
     return tuple(_message(f"{name}[{at}]", turn, calls) for at, turn in enumerate(turns))
 
 
@@ -185,7 +187,7 @@ def _message(name: str, value: Any, calls: ToldCalls) -> Message:
 
 
 def _system(name: str, value: Any) -> str:
-    return _content(name, value, "system", ToldCalls())
+    return _content(name, value, "system", ToldCalls(name))
 
 
 def _content(name: str, value: Any, role: str, calls: ToldCalls) -> str:

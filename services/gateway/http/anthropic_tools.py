@@ -14,7 +14,7 @@ from typing import Any
 from services.common.errors import ArgumentInvalid, FeatureUnsupported
 from services.common.strict_json import shown
 from services.gateway.http import native_fields, tool_calls
-from services.gateway.http.told_calls import ToldCalls
+from services.gateway.http.told_calls import ToldCalls, read_name
 from services.gateway.http.tool_calls import Tool, ToolCall
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
@@ -73,7 +73,7 @@ def read_use(name: str, fields: Mapping[str, Any]) -> ToolCall:
     """A `tool_use` block of an earlier turn."""
     _refuse_others(name, fields, {"type", "id", "name", "input", "cache_control", "caller"})
     called = _matching(_ID, f"{name}.id", fields.get("id"))
-    function = native_fields.read_text(f"{name}.name", fields.get("name"))
+    function = read_name(f"{name}.name", fields.get("name"))
     arguments = native_fields.read_map(f"{name}.input", fields.get("input"))
     return ToolCall(called, function, json.dumps(arguments, ensure_ascii=False))
 

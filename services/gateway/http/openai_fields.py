@@ -26,6 +26,7 @@ from services.gateway.core.params import (
 )
 from services.gateway.http import native_fields, openai_messages, tool_calls, tool_schemas
 from services.gateway.http.native import check_json_type
+from services.gateway.http.told_calls import read_name
 from services.gateway.http.tool_calls import Tool
 
 # What an absent `max_tokens` means in this API, where the context leaves as many.
@@ -211,7 +212,7 @@ def _tool(name: str, value: Any) -> Tool:
     description = native_fields.given(function, "description", "")
     parameters = native_fields.given(function, "parameters", {})
     return Tool(
-        native_fields.read_text(f"{name}.function.name", function.get("name")),
+        read_name(f"{name}.function.name", function.get("name")),
         native_fields.read_text(f"{name}.function.description", description),
         native_fields.read_map(f"{name}.function.parameters", parameters),
     )

@@ -12,6 +12,7 @@ from services.gateway.http import anthropic_fields
 from services.gateway.http.openapi_parts import (
     BOOLEAN,
     COUNT,
+    FUNCTION_NAME,
     NULL,
     OBJECT,
     REQUEST_ID,
@@ -125,7 +126,9 @@ def _own_fields() -> dict[str, Schema]:
 def _turns(text: Schema) -> tuple[Schema, ...]:
     """A turn of each side; the last must not be the assistant's."""
     use = with_optional(
-        closed(type={"const": "tool_use"}, id=_CALL_ID, name=TEXT, input=OBJECT), cache_control={}, caller={}
+        closed(type={"const": "tool_use"}, id=_CALL_ID, name=FUNCTION_NAME, input=OBJECT),
+        cache_control={},
+        caller={},
     )
     result = with_optional(
         closed(type={"const": "tool_result"}, tool_use_id=_CALL_ID),

@@ -11,6 +11,7 @@ from services.gateway.http import openai_fields, responses_fields
 from services.gateway.http.openapi_parts import (
     BOOLEAN,
     COUNT,
+    FUNCTION_NAME,
     NULL,
     OBJECT,
     TEXT,
@@ -35,7 +36,10 @@ _SEED: Schema = {"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1}
 _FUNCTION: Schema = {"const": "function"}
 _NAMED = closed(name=TEXT)
 _DEFINED = with_optional(
-    _NAMED, description=nullable(TEXT), parameters=nullable(OBJECT), strict=nullable(BOOLEAN)
+    closed(name=FUNCTION_NAME),
+    description=nullable(TEXT),
+    parameters=nullable(OBJECT),
+    strict=nullable(BOOLEAN),
 )
 _MODES: Schema = {"enum": ["auto", "none", "required"]}
 _FINISH: Schema = {"enum": ["stop", "length", "tool_calls"]}
@@ -97,7 +101,7 @@ def _turn() -> dict[str, Any]:
     refused = closed(role={"const": "assistant"}, refusal=TEXT)
     told: dict[str, Schema] = {"name": {}, "refusal": {}, "annotations": {}}
     more = {**told, "tool_call_id": {}}
-    called = closed(function=closed(name=TEXT, arguments=TEXT), id=TEXT, type=_FUNCTION)
+    called = closed(function=closed(name=FUNCTION_NAME, arguments=TEXT), id=TEXT, type=_FUNCTION)
     calls = closed(role={"const": "assistant"}, tool_calls=array(called) | {"minItems": 1})
     return any_of(
         with_optional(turn, **more),
@@ -189,7 +193,7 @@ def _completion(kind: str, choice: Schema) -> dict[str, Any]:
 
 def _response_request() -> dict[str, Any]:
     tool = with_optional(
-        closed(type=_FUNCTION, name=TEXT),
+        closed(type=_FUNCTION, name=FUNCTION_NAME),
         description=nullable(TEXT),
         parameters=nullable(OBJECT),
         strict=nullable(BOOLEAN),
@@ -215,7 +219,7 @@ def _items() -> tuple[Schema, ...]:
     more: dict[str, Schema] = {"id": {}, "status": {}}
     roles = {"enum": ["user", "assistant", "system", "developer"]}
     message = closed(role=roles, content=content)
-    call = closed(type={"const": "function_call"}, call_id=TEXT, name=TEXT, arguments=TEXT)
+    call = closed(type={"const": "function_call"}, call_id=TEXT, name=FUNCTION_NAME, arguments=TEXT)
     result = closed(type={"const": "function_call_output"}, call_id=TEXT, output=content)
     return (
         with_optional(message, type={"const": "message"}, phase={}, **more),

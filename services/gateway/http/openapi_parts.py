@@ -12,6 +12,7 @@ from services.gateway.core import validation
 from services.gateway.core.jobs import Band
 from services.gateway.core.params import FormatKind
 from services.gateway.http import native_fields as fields
+from services.gateway.http.told_calls import NAME_CHARACTERS_MAX
 
 Schema = dict[str, Any]
 Reader = Callable[[str, Any], Any]
@@ -30,6 +31,7 @@ EVENT: Schema = {
     "required": ["data"],
     "description": "Each event; its data is JSON, or the vendor's mark of the end.",
 }
+FUNCTION_NAME: Schema = {"type": "string", "maxLength": NAME_CHARACTERS_MAX}
 TOKEN_ID: Schema = {"type": "integer", "minimum": 0, "maximum": 2**32 - 1}
 # Envoy refuses some requests before they have an id.
 REQUEST_ID: Schema = {"type": ["string", "null"]}

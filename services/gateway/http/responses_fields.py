@@ -26,6 +26,7 @@ from services.gateway.http.openai_fields import TOKENS_WHERE_ABSENT
 from services.gateway.http.openai_messages import read_content
 from services.gateway.http.told_calls import ToldCalls
 from services.gateway.http.tool_calls import Tool
+from services.gateway.http.turns import Turns
 
 _REFUSED = frozenset(
     {
@@ -157,17 +158,15 @@ def _input(name: str, value: Any) -> tuple[Message, ...]:
     if not items:
         raise ArgumentInvalid(f"{name}: at least one message is needed.")
     read = [native_fields.read_map(f"{name}[{at}]", item) for at, item in enumerate(items)]
-    turns: list[Message] = []
-    calls = ToldCalls()
+    turns = Turns()
+    calls = ToldCalls(name)
     for at, fields in enumerate(read):
         beside = (*read[max(at - 1, 0) : at], *read[at + 1 : at + 2])
         alone = all(other.get("type") != "function_call" for other in beside)
         turn, follows = _item(f"{name}[{at}]", fields, calls, alone=alone)
-        if follows and turns and turns[-1].role == turn.role:
-            # Calls belong to what was said with them, and their results to one another.
-            turn = Message(turn.role, f"{turns.pop().content}\n{turn.content}")
-        turns.append(turn)
-    return tuple(turns)
+        # Calls belong to what was said with them, and their results to one another.
+        turns.add(turn, follows=follows)
+    return tuple(turns.all())
 
 
 def _item(name: str, fields: Mapping[str, Any], calls: ToldCalls, *, alone: bool) -> tuple[Message, bool]:

@@ -11,7 +11,7 @@ from typing import Any
 from services.common.errors import ArgumentInvalid, FeatureUnsupported
 from services.common.strict_json import shown
 from services.gateway.http import native_fields, tool_calls
-from services.gateway.http.told_calls import ToldCalls
+from services.gateway.http.told_calls import ToldCalls, read_name
 from services.gateway.http.tool_calls import Tool, ToolCall
 
 _TOOL_FIELDS = frozenset({"type", "name", "description", "parameters", "strict", "defer_loading"})
@@ -57,7 +57,7 @@ def read_call(name: str, fields: Mapping[str, Any]) -> ToolCall:
     _refuse_others(name, fields, _CALL_FIELDS)
     return ToolCall(
         native_fields.read_text(f"{name}.call_id", fields.get("call_id")),
-        native_fields.read_text(f"{name}.name", fields.get("name")),
+        read_name(f"{name}.name", fields.get("name")),
         native_fields.read_text(f"{name}.arguments", fields.get("arguments")),
     )
 
@@ -84,7 +84,7 @@ def _tool(name: str, value: Any) -> Tool:
     if fields.get("defer_loading"):
         raise FeatureUnsupported(f"{name}.defer_loading: is not served here; leave it out.")
     return Tool(
-        native_fields.read_text(f"{name}.name", fields.get("name")),
+        read_name(f"{name}.name", fields.get("name")),
         native_fields.read_text(f"{name}.description", native_fields.given(fields, "description", "")),
         native_fields.read_map(f"{name}.parameters", native_fields.given(fields, "parameters", {})),
     )
