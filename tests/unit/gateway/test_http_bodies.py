@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 
@@ -11,7 +12,7 @@ from google.api.httpbody_pb2 import HttpBody
 from services.common.errors import ArgumentInvalid
 from services.gateway.core.events import Chunk, TokenLogprob
 from services.gateway.http import openai, openai_fields
-from services.gateway.http.bodies import LOOP_BYTES_MAX, read_body
+from services.gateway.http.bodies import LOOP_BYTES_MAX, dump, read_body
 
 
 async def test_a_large_body_is_read_beside_the_loop() -> None:
@@ -26,6 +27,13 @@ async def test_a_large_body_is_read_beside_the_loop() -> None:
         assert (length, kind, thread is not threading.main_thread()) == (size, "text/plain", beside)
         with pytest.raises(ArgumentInvalid):
             await read_body(body, openai_fields.read_chat)
+
+
+def test_what_json_cannot_spell_is_not_written() -> None:
+    """A body with it would be none that a client can read."""
+    for number in (math.inf, -math.inf, math.nan):
+        with pytest.raises(ValueError, match="JSON"):
+            dump({"metadata": {"a": number}})
 
 
 def test_the_offsets_of_many_tokens_take_linear_time() -> None:
