@@ -217,8 +217,8 @@ def _block(name: str, fields: Mapping[str, Any], role: str, calls: ToldCalls, *,
         return None
     if kind != "text":
         raise FeatureUnsupported(f"{name}.type: blocks of type {shown(kind)} are not served here.")
-    for key in fields:
-        if key not in {"type", "text", "cache_control", "citations"}:
+    for key, given in fields.items():
+        if key not in {"type", "text", "cache_control", "citations"} and given is not None:
             raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of a text block.")
     return native_fields.read_text(f"{name}.text", fields.get("text"))
 

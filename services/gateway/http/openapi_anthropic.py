@@ -129,12 +129,14 @@ def _turns(text: Schema) -> tuple[Schema, ...]:
         closed(type={"const": "tool_use"}, id=_CALL_ID, name=FUNCTION_NAME, input=OBJECT),
         cache_control={},
         caller={},
+        toolset_name={},
     )
     result = with_optional(
         closed(type={"const": "tool_result"}, tool_use_id=_CALL_ID),
         content=nullable(any_of(TEXT, array(text))),
         is_error=nullable(BOOLEAN),
         cache_control={},
+        toolset_name={},
     )
     thought: Schema = {
         "type": "object",

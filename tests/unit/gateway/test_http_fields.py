@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from services.common.errors import InterlockError
+from services.common.errors import ArgumentInvalid, InterlockError
 from services.gateway.http import anthropic_fields, native, openai_fields, responses_fields
 
 JSON = "application/json"
@@ -165,3 +165,33 @@ def test_a_body_that_is_broken_in_one_place(name: str) -> None:
             except InterlockError:
                 refused += 1
     assert refused > len(body)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_null_in_a_block_says_nothing(place: int) -> None:
+    """The vendor's client writes down every field that it knows, most of them null; a value is refused."""
+
+    def read(**more: Any) -> None:
+        blocks: list[dict[str, Any]] = [
+            {"type": "text", "text": "t", "citations": None},
+            {
+                "type": "tool_use",
+                "id": "a",
+                "name": "weather",
+                "input": {},
+                "caller": {"type": "direct"},
+                "toolset_name": None,
+            },
+            {"type": "tool_result", "tool_use_id": "a", "content": "rain", "toolset_name": None},
+        ]
+        blocks[place].update(more)
+        turns = [{"role": "assistant", "content": blocks[:2]}, {"role": "user", "content": blocks[2:]}]
+        asked = {"model": "m", "max_tokens": 9, "messages": turns}
+        anthropic_fields.read_messages(json.dumps(asked).encode(), JSON)
+
+    read()
+    read(of_tomorrow=None)
+    if place:
+        read(toolset_name="memory")
+    with pytest.raises(ArgumentInvalid, match=r"of_tomorrow: is not a field"):
+        read(of_tomorrow=1)
