@@ -41,6 +41,8 @@ _DEFINED = with_optional(
     parameters=nullable(OBJECT),
     strict=nullable(BOOLEAN),
 )
+# What more it says is the vendor's.
+_DIRECT: Schema = {"type": "object", "properties": {"type": {"const": "direct"}}, "required": ["type"]}
 _MODES: Schema = {"enum": ["auto", "none", "required"]}
 _FINISH: Schema = {"enum": ["stop", "length", "tool_calls"]}
 
@@ -198,6 +200,9 @@ def _response_request() -> dict[str, Any]:
         parameters=nullable(OBJECT),
         strict=nullable(BOOLEAN),
         defer_loading={"enum": [False, None]},
+        allowed_callers=nullable(array(TEXT) | {"contains": {"const": "direct"}}),
+        output_schema={},
+        **{"async": {"enum": [False, None]}},
     )
     named = with_optional(closed(type={"const": "json_schema"}, name=TEXT, schema=OBJECT), strict={})
     own = {
@@ -217,14 +222,15 @@ def _items() -> tuple[Schema, ...]:
     )
     content = any_of(TEXT, array(part))
     more: dict[str, Schema] = {"id": {}, "status": {}}
+    direct = {**more, "namespace": {}, "caller": nullable(_DIRECT)}
     roles = {"enum": ["user", "assistant", "system", "developer"]}
     message = closed(role=roles, content=content)
     call = closed(type={"const": "function_call"}, call_id=TEXT, name=FUNCTION_NAME, arguments=TEXT)
     result = closed(type={"const": "function_call_output"}, call_id=TEXT, output=content)
     return (
         with_optional(message, type={"const": "message"}, phase={}, **more),
-        with_optional(call, namespace={}, **more),
-        with_optional(result, **more),
+        with_optional(call, **direct, **{"async": {}}),
+        with_optional(result, name={}, **direct),
     )
 
 

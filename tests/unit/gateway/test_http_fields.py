@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -195,3 +196,47 @@ def test_null_in_a_block_says_nothing(place: int) -> None:
         read(toolset_name="memory")
     with pytest.raises(ArgumentInvalid, match=r"of_tomorrow: is not a field"):
         read(of_tomorrow=1)
+
+
+def read_items(call: dict[str, Any], result: dict[str, Any], tool: dict[str, Any]) -> None:
+    """Reads a response's input with these fields more in a call, in what it came to, and in the tool."""
+    body: Any = copy.deepcopy(RESPONSES)
+    body["input"][1].update(call)
+    body["input"][4].update(result)
+    body["tools"][0].update(tool)
+    responses_fields.read_responses(json.dumps(body).encode(), JSON)
+
+
+def test_items_as_the_vendors_client_writes_them_down() -> None:
+    """Null says nothing; what was called directly is served, and so is a tool that may be called so."""
+    direct = {"caller": {"type": "direct"}, "namespace": "n"}
+    tools: tuple[dict[str, Any], ...] = (
+        dict.fromkeys(("allowed_callers", "output_schema", "async", "of_tomorrow")),
+        {"allowed_callers": ["direct", "programmatic"], "output_schema": SCHEMA, "async": False},
+    )
+    read_items({"caller": None, "async": None, "of_tomorrow": None}, {}, tools[0])
+    read_items({}, dict.fromkeys(("caller", "name", "namespace", "of_tomorrow")), tools[1])
+    read_items({**direct, "async": False}, {**direct, "name": "weather"}, {})
+
+
+PROGRAM = {"caller": {"type": "program", "caller_id": "p"}}
+
+
+@pytest.mark.parametrize(
+    ("call", "result", "tool", "named"),
+    [
+        (PROGRAM, {}, {}, "input[1].caller.type"),
+        ({}, PROGRAM, {}, "input[4].caller.type"),
+        ({"caller": "direct"}, {}, {}, "input[1].caller"),
+        ({"of_tomorrow": 1}, {}, {}, "input[1].of_tomorrow"),
+        ({}, {"of_tomorrow": 1}, {}, "input[4].of_tomorrow"),
+        ({}, {}, {"allowed_callers": ["programmatic"]}, "tools[0].allowed_callers"),
+        ({}, {}, {"async": True}, "tools[0].async"),
+        ({}, {}, {"of_tomorrow": 1}, "tools[0].of_tomorrow"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_programs_call_is_refused_by_name(call: Any, result: Any, tool: Any, named: str) -> None:
+    """And so is a field that nobody knows, once it has a value."""
+    with pytest.raises(InterlockError, match=rf"^{re.escape(named)}: "):
+        read_items(call, result, tool)
