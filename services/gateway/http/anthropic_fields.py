@@ -20,7 +20,7 @@ from services.gateway.core.params import (
     OutputFormat,
     SamplingParams,
 )
-from services.gateway.http import anthropic_tools, native_fields, tool_calls, tool_schemas
+from services.gateway.http import anthropic_tools, native_fields, tool_calls, tool_schemas, vendor_fields
 from services.gateway.http.anthropic_tools import Choice
 from services.gateway.http.native import check_json_type
 from services.gateway.http.told_calls import ToldCalls
@@ -266,8 +266,8 @@ FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "stop_sequences": native_fields.read_stop,
     "stream": native_fields.read_boolean,
     "temperature": native_fields.read_number,
-    "top_p": native_fields.read_number,
-    "top_k": native_fields.read_int32,
+    "top_p": vendor_fields.read_top_p,
+    "top_k": vendor_fields.read_top_k,
     "tools": anthropic_tools.read_tools,
     "tool_choice": anthropic_tools.read_choice,
     "thinking": _thinking,

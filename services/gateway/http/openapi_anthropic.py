@@ -18,6 +18,8 @@ from services.gateway.http.openapi_parts import (
     REQUEST_ID,
     TEXT,
     VENDOR_ERRORS,
+    VENDOR_TOP_K,
+    VENDOR_TOP_P,
     Schema,
     any_of,
     array,
@@ -109,6 +111,8 @@ def _own_fields() -> dict[str, Schema]:
     alone = nullable(BOOLEAN)
     return {
         "messages": array(any_of(*_turns(text))) | {"minItems": 1},
+        "top_p": VENDOR_TOP_P,
+        "top_k": VENDOR_TOP_K,
         "system": any_of(TEXT, array(text)),
         "thinking": with_optional(
             closed(type={"enum": ["disabled", "adaptive", "between_tools"]}), display={}

@@ -17,6 +17,8 @@ from services.gateway.http.openapi_parts import (
     TEXT,
     TOKEN_ID,
     VENDOR_ERRORS,
+    VENDOR_TOP_K,
+    VENDOR_TOP_P,
     Schema,
     any_of,
     array,
@@ -33,6 +35,12 @@ _NUMBER: Schema = {"type": "number"}
 _PROMPT: Schema = {"type": "string", "minLength": 1}
 # The vendor's are signed; each of them is one here as well.
 _SEED: Schema = {"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1}
+_SAMPLED: dict[str, Schema] = {
+    "seed": _SEED,
+    "top_p": VENDOR_TOP_P,
+    # Other servers of this API have -1 for all.
+    "top_k": VENDOR_TOP_K | {"minimum": -1},
+}
 _FUNCTION: Schema = {"const": "function"}
 _NAMED = closed(name=TEXT)
 _DEFINED = with_optional(
@@ -89,7 +97,7 @@ def _chat_request() -> dict[str, Any]:
         "response_format": _form(closed(type={"const": "json_schema"}, json_schema=_json_schema())),
         "tools": array(function) | {"maxItems": TOOLS_MAX},
         "tool_choice": any_of(_MODES, closed(type=_FUNCTION, function=_NAMED)),
-        "seed": _SEED,
+        **_SAMPLED,
         "modalities": array({"const": "text"}),
     }
     return body(openai_fields.CHAT_FIELDS, "model", "messages", own=own)
@@ -150,7 +158,7 @@ def _text_request() -> dict[str, Any]:
     own = {
         "prompt": any_of(_PROMPT, ids, array(any_of(_PROMPT, ids)) | {"minItems": 1, "maxItems": 1}),
         "stream_options": _stream_options(),
-        "seed": _SEED,
+        **_SAMPLED,
     }
     return body(openai_fields.TEXT_FIELDS, "model", "prompt", own=own)
 
@@ -211,6 +219,7 @@ def _response_request() -> dict[str, Any]:
         "tools": array(tool) | {"maxItems": TOOLS_MAX},
         "tool_choice": any_of(_MODES, closed(type=_FUNCTION, name=TEXT)),
         "include": array(TEXT),
+        "top_p": VENDOR_TOP_P,
     }
     return body(responses_fields.FIELDS, "model", "input", own=own)
 

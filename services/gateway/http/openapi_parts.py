@@ -36,6 +36,10 @@ TOKEN_ID: Schema = {"type": "integer", "minimum": 0, "maximum": 2**32 - 1}
 # Envoy refuses some requests before they have an id.
 REQUEST_ID: Schema = {"type": ["string", "null"]}
 
+# What the vendors' APIs here have in common of their bounds, which are others than the native API's.
+VENDOR_TOP_P: Schema = {"type": "number", "minimum": 0, "maximum": 1}
+VENDOR_TOP_K: Schema = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+
 # What the vendors' APIs here have in common of their errors.
 VENDOR_ERRORS: Mapping[int, str] = {
     400: "What was sent makes no sense, or is not served; the message names it.",
@@ -97,7 +101,7 @@ _READ: Mapping[Reader, Schema] = {
 }
 _AT_LEAST_ONE: Schema = {"minimum": 1}
 _SCORED: Schema = {"minimum": 0, "maximum": validation.LOGPROBS_MAX}
-# The bounds of numbers, which are the same in every API.
+# The bounds of numbers, which are the same in every API that does not say its own.
 _BOUNDS: Mapping[str, Schema] = {
     **{
         # As a person would write it: a bound in single precision has digits that say nothing.

@@ -20,7 +20,7 @@ from services.gateway.core.params import (
     OutputFormat,
     SamplingParams,
 )
-from services.gateway.http import native_fields, responses_tools, tool_calls, tool_schemas
+from services.gateway.http import native_fields, responses_tools, tool_calls, tool_schemas, vendor_fields
 from services.gateway.http.native import check_json_type
 from services.gateway.http.openai_fields import TOKENS_WHERE_ABSENT
 from services.gateway.http.openai_messages import read_content
@@ -135,7 +135,7 @@ def _told(given: Mapping[str, Any], read: Mapping[str, Any], sampling: SamplingP
         "text": given.get("text") or {"format": {"type": "text"}},
         "tool_choice": given.get("tool_choice", "auto"),
         "tools": responses_tools.told_tools(read.get("tools", ()), given.get("tools", ())),
-        "top_p": sampling.top_p,
+        "top_p": given.get("top_p", sampling.top_p),
     }
 
 
@@ -229,7 +229,7 @@ FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "instructions": native_fields.read_text,
     "max_output_tokens": native_fields.read_int32,
     "temperature": native_fields.read_number,
-    "top_p": native_fields.read_number,
+    "top_p": vendor_fields.read_top_p,
     "text": _text,
     "stream": native_fields.read_boolean,
     "include": _include,

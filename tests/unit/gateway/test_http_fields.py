@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from interlock.v1 import generation_pb2
 
 from services.common.errors import ArgumentInvalid, InterlockError
-from services.gateway.http import anthropic_fields, native, openai_fields, responses_fields
+from services.gateway.core.params import SamplingParams
+from services.gateway.core.validation import check_sampling
+from services.gateway.http import anthropic_fields, native, openai_fields, openapi, responses_fields
 
 JSON = "application/json"
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -240,3 +243,47 @@ def test_what_programs_call_is_refused_by_name(call: Any, result: Any, tool: Any
     """And so is a field that nobody knows, once it has a value."""
     with pytest.raises(InterlockError, match=rf"^{re.escape(named)}: "):
         read_items(call, result, tool)
+
+
+def sampled(api: str, **fields: Any) -> SamplingParams:
+    """How tokens are chosen, as an API reads it, within the bounds of the mesh."""
+    read, body = READERS[api]
+    generation = read(json.dumps({**body, **fields}).encode(), JSON)
+    sampling: SamplingParams = getattr(generation, "generation", generation).sampling
+    check_sampling(sampling)
+    return sampling
+
+
+@pytest.mark.parametrize("api", ["chat", "completions", "responses", "messages"])
+def test_no_mass_at_all_is_the_likeliest_token(api: str) -> None:
+    """The vendors take a `top_p` of 0; a worker gets it in single precision, where it is over 0 still."""
+    for given in (0, 0.0, 1e-300):
+        top_p = sampled(api, top_p=given).top_p
+        assert top_p is not None
+        assert 0 < generation_pb2.SamplingParams(top_p=top_p).top_p == top_p < 1e-37
+    assert sampled(api, top_p=0.5).top_p == 0.5
+    with pytest.raises(ArgumentInvalid, match=r"^top_p: "):
+        sampled(api, top_p=-0.1)
+
+
+def test_a_response_repeats_the_mass_that_was_asked_for() -> None:
+    """Not what is made of it here."""
+    for given, told in (({"top_p": 0}, 0), ({"top_p": None}, 1), ({}, 1)):
+        body = json.dumps({**RESPONSES, **given}).encode()
+        assert responses_fields.read_responses(body, JSON).told["top_p"] == told
+
+
+@pytest.mark.parametrize(
+    ("api", "off", "least"), [("chat", (0, -1), -1), ("completions", (0, -1), -1), ("messages", (0,), 0)]
+)
+def test_so_many_tokens_as_are_none(api: str, off: tuple[int, ...], least: int) -> None:
+    """Where an API has a number for it, every token is kept; what is below is refused, as it is described."""
+    for given in off:
+        assert sampled(api, top_k=given).top_k is None
+    assert sampled(api, top_k=7).top_k == 7
+    with pytest.raises(ArgumentInvalid, match=r"^top_k: "):
+        sampled(api, top_k=least - 1)
+    names = {"chat": "OpenAiChat", "completions": "OpenAiText", "messages": "AnthropicMessage"}
+    described = openapi.document()["components"]["schemas"][f"{names[api]}Request"]["properties"]
+    assert described["top_k"]["anyOf"][0]["minimum"] == least
+    assert described["top_p"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 1}
