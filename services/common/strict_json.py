@@ -1,14 +1,16 @@
 """JSON without surprises. Owns: which bytes count as one JSON object, and how the rest is told.
 
 Two readers of one body must never see two things: duplicate keys, NaN, and bytes that are no UTF-8 are
-refused, and so are halves of surrogate pairs, which nobody could write down again, and nesting that would
-exhaust a parser.
+refused, and so are halves of surrogate pairs and numbers beyond double precision, which nobody could write
+down again, and nesting that would exhaust a parser.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -50,8 +52,30 @@ def read_object(body: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ArgumentInvalid("The body is not UTF-8 text.") from None
     _check_nesting(body)
+    value, is_finite = _parsed(text)
+    if not isinstance(value, dict):
+        raise ArgumentInvalid("The body is JSON, but not an object; send {...}.")
+    if _SURROGATE.search(text):
+        _check_halves(value)
+    if not is_finite:
+        _check_finite(value)
+    return value
+
+
+def _parsed(text: str) -> tuple[Any, bool]:
+    """What a JSON text says, and whether every number in it is finite."""
+    is_finite = True
+
+    def read_float(digits: str) -> float:
+        nonlocal is_finite
+        number = float(digits)
+        is_finite = is_finite and math.isfinite(number)
+        return number
+
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=read_float
+        )
     except json.JSONDecodeError as error:
         raise ArgumentInvalid(
             f"The body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
@@ -59,11 +83,7 @@ def read_object(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         # A whole number of thousands of digits.
         raise ArgumentInvalid("The body is not JSON that this server reads.") from None
-    if not isinstance(value, dict):
-        raise ArgumentInvalid("The body is JSON, but not an object; send {...}.")
-    if _SURROGATE.search(text):
-        _check_halves(value)
-    return value
+    return value, is_finite
 
 
 def _check_nesting(body: bytes) -> None:
@@ -90,6 +110,16 @@ def _check_halves(fields: Mapping[str, Any]) -> None:
         except UnicodeEncodeError:
             raise ArgumentInvalid(
                 f"{shown(name)}: is not valid Unicode text; it has half of a surrogate pair."
+            ) from None
+
+
+def _check_finite(fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise ArgumentInvalid(
+                f"{shown(name)}: has a number that is out of range; at most {sys.float_info.max:.1e} is read."
             ) from None
 
 

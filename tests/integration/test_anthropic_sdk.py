@@ -194,6 +194,12 @@ async def test_tools(world: World) -> None:
     prompt = "".join(map(chr, worker.starts[-1].prompt_ids))
     assert CALL in prompt
     assert "<tool_response>rain</tool_response>" in prompt
+    # As the client itself writes down what it read, whole or streamed.
+    for made in (message, streamed):
+        turns[1] = {"role": "assistant", "content": [block.model_dump() for block in made.content[:2]]}
+        turns[-1]["content"][0]["tool_use_id"] = made.content[1].id
+        await world.create(messages=turns, tools=[WEATHER], tool_choice={"type": "none"}, max_tokens=9)
+        assert CALL in "".join(map(chr, worker.starts[-1].prompt_ids))
     turns[-1]["content"][0].update(is_error=True, content=[{"type": "text", "text": "gone"}])
     await world.create(messages=turns, tools=[WEATHER], max_tokens=9)
     prompt = "".join(map(chr, worker.starts[-1].prompt_ids))

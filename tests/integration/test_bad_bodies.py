@@ -79,6 +79,10 @@ BODIES: Mapping[str, tuple[Any, str]] = {
     "a key twice within": (lambda api: with_more(api, '"metadata": {"a": 1, "a": 2}'), "given twice"),
     "NaN": (lambda api: with_more(api, '"temperature": NaN'), "NaN"),
     "infinity": (lambda api: with_more(api, '"temperature": -Infinity'), "Infinity"),
+    "a number beyond double precision": (
+        lambda api: with_more(api, '"metadata": {"a": 1e400}'),
+        "metadata: ",
+    ),
     "thousands of digits": (lambda api: with_more(api, f'"max_tokens": {"9" * 5_000}'), "not JSON"),
     "half a character": (lambda api: api.with_text("\\ud800"), "Unicode"),
     "half a character within": (lambda api: with_more(api, '"metadata": {"a": "\\ud800"}'), "metadata: "),

@@ -82,6 +82,13 @@ async def test_a_conversation_goes_on_with_what_a_call_came_to(world: World) -> 
         prompt = "".join(map(chr, worker.starts[-1].prompt_ids))
         assert f"user:hi\nassistant:Let me see.\n{CALL}\nuser:<tool_response>rain</tool_response>\n" in prompt
         assert "You can call" not in prompt
+    # As the client itself writes down what it read, and with what it knows of results and tools.
+    made_again = [item.model_dump(by_alias=True) for item in made.output]
+    told = {**result, "output": "rain", "caller": {"type": "direct"}, "name": "weather", "namespace": None}
+    tool = {**WEATHER, "allowed_callers": ["direct"], "output_schema": None, "async": False}
+    turns = [{"role": "user", "content": "hi"}, *made_again, told]
+    await world.client.responses.create(model=MODEL, input=turns, tools=[tool], tool_choice="none")
+    assert worker.starts[-1].prompt_ids == worker.starts[-2].prompt_ids
 
 
 async def test_calls_and_results_beside_one_another_are_one_turn_each(world: World) -> None:
@@ -221,6 +228,8 @@ async def test_what_only_looks_like_a_call_stays_text(world: World) -> None:
         ({"tools": [{**WEATHER, "parameters": []}]}, "tools[0].parameters"),
         ({"tools": [{**WEATHER, "strict": "no"}]}, "tools[0].strict"),
         ({"tools": [{**WEATHER, "defer_loading": True}]}, "tools[0].defer_loading"),
+        ({"tools": [{**WEATHER, "async": True}]}, "tools[0].async"),
+        ({"tools": [{**WEATHER, "allowed_callers": ["programmatic"]}]}, "tools[0].allowed_callers"),
         ({"tools": [WEATHER, WEATHER]}, "tools"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "any"}, "tool_choice"),

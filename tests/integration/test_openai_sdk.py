@@ -239,6 +239,8 @@ async def test_what_ordinary_programs_send_is_taken(world: World) -> None:
     ):
         assert (await world.create(**fields)).choices[0].message.content == "fine"
     sampling = worker.starts[-1].sampling
+    assert (await world.create(top_p=0, extra_body={"top_k": -1})).choices[0].message.content == "fine"
+    assert 0 < worker.starts.pop().sampling.top_p < 1e-37
     assert (sampling.top_k, round(sampling.min_p, 3), sampling.repetition_penalty) == (7, 0.1, 1.5)
     assert "assistant:No.\n" in "".join(map(chr, worker.starts[-2].prompt_ids))
     made = await world.client.responses.create(

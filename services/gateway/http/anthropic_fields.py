@@ -20,11 +20,12 @@ from services.gateway.core.params import (
     OutputFormat,
     SamplingParams,
 )
-from services.gateway.http import anthropic_tools, native_fields, tool_calls, tool_schemas
+from services.gateway.http import anthropic_tools, native_fields, tool_calls, tool_schemas, vendor_fields
 from services.gateway.http.anthropic_tools import Choice
 from services.gateway.http.native import check_json_type
 from services.gateway.http.told_calls import ToldCalls
 from services.gateway.http.tool_calls import Tool
+from services.gateway.http.turns import Turns
 
 _SAMPLING = ("temperature", "top_p", "top_k")
 COUNTED = frozenset(
@@ -140,12 +141,13 @@ def _read(
 
 
 def _prompt(read: Mapping[str, Any]) -> ChatPrompt:
-    turns: list[Message] = [Message("system", read["system"])] if read.get("system") else []
+    gathered = Turns()
+    if read.get("system"):
+        gathered.add(Message("system", read["system"]), follows=False)
     for turn in read["messages"]:
-        if turns and turns[-1].role == turn.role:
-            # The vendor reads two turns of one side as one.
-            turn = Message(turn.role, f"{turns.pop().content}\n{turn.content}")  # noqa: PLW2901 - joined
-        turns.append(turn)
+        # The vendor reads two turns of one side as one.
+        gathered.add(turn, follows=True)
+    turns = gathered.all()
     if turns and turns[-1].role == "assistant":
         raise FeatureUnsupported("messages: the last turn must be the user's; it cannot be continued here.")
     tools, _ = _tools(read)
@@ -166,7 +168,7 @@ def _messages(name: str, value: Any) -> tuple[Message, ...]:
     turns = native_fields.read_array(name, value)
     if not turns:
         raise ArgumentInvalid(f"{name}: at least one turn is needed.")
-    calls = ToldCalls()
+    calls = ToldCalls(name)
     return tuple(_message(f"{name}[{at}]", turn, calls) for at, turn in enumerate(turns))
 
 
@@ -185,7 +187,7 @@ def _message(name: str, value: Any, calls: ToldCalls) -> Message:
 
 
 def _system(name: str, value: Any) -> str:
-    return _content(name, value, "system", ToldCalls())
+    return _content(name, value, "system", ToldCalls(name))
 
 
 def _content(name: str, value: Any, role: str, calls: ToldCalls) -> str:
@@ -215,8 +217,8 @@ def _block(name: str, fields: Mapping[str, Any], role: str, calls: ToldCalls, *,
         return None
     if kind != "text":
         raise FeatureUnsupported(f"{name}.type: blocks of type {shown(kind)} are not served here.")
-    for key in fields:
-        if key not in {"type", "text", "cache_control", "citations"}:
+    for key, given in fields.items():
+        if key not in {"type", "text", "cache_control", "citations"} and given is not None:
             raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of a text block.")
     return native_fields.read_text(f"{name}.text", fields.get("text"))
 
@@ -264,8 +266,8 @@ FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "stop_sequences": native_fields.read_stop,
     "stream": native_fields.read_boolean,
     "temperature": native_fields.read_number,
-    "top_p": native_fields.read_number,
-    "top_k": native_fields.read_int32,
+    "top_p": vendor_fields.read_top_p,
+    "top_k": vendor_fields.read_top_k,
     "tools": anthropic_tools.read_tools,
     "tool_choice": anthropic_tools.read_choice,
     "thinking": _thinking,

@@ -14,7 +14,7 @@ from typing import Any
 from services.common.errors import ArgumentInvalid, FeatureUnsupported
 from services.common.strict_json import shown
 from services.gateway.http import native_fields, tool_calls
-from services.gateway.http.told_calls import ToldCalls
+from services.gateway.http.told_calls import ToldCalls, read_name
 from services.gateway.http.tool_calls import Tool, ToolCall
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
@@ -33,6 +33,8 @@ _TOOL_FIELDS = frozenset(
         "defer_loading",
     }
 )
+_USE_FIELDS = frozenset({"type", "id", "name", "input", "cache_control", "caller", "toolset_name"})
+_RESULT_FIELDS = frozenset({"type", "tool_use_id", "content", "is_error", "cache_control", "toolset_name"})
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -71,16 +73,16 @@ def read_choice(name: str, value: Any) -> Choice:
 
 def read_use(name: str, fields: Mapping[str, Any]) -> ToolCall:
     """A `tool_use` block of an earlier turn."""
-    _refuse_others(name, fields, {"type", "id", "name", "input", "cache_control", "caller"})
+    _refuse_others(name, fields, _USE_FIELDS)
     called = _matching(_ID, f"{name}.id", fields.get("id"))
-    function = native_fields.read_text(f"{name}.name", fields.get("name"))
+    function = read_name(f"{name}.name", fields.get("name"))
     arguments = native_fields.read_map(f"{name}.input", fields.get("input"))
     return ToolCall(called, function, json.dumps(arguments, ensure_ascii=False))
 
 
 def said_result(name: str, fields: Mapping[str, Any], text: str, calls: ToldCalls) -> str:
     """A `tool_result` block whose content is `text`, as the model is told of it."""
-    _refuse_others(name, fields, {"type", "tool_use_id", "content", "is_error", "cache_control"})
+    _refuse_others(name, fields, _RESULT_FIELDS)
     field = f"{name}.tool_use_id"
     called = _matching(_ID, field, fields.get("tool_use_id"))
     failed = fields.get("is_error")
@@ -110,6 +112,7 @@ def _matching(pattern: re.Pattern[str], name: str, value: Any) -> str:
 
 
 def _refuse_others(name: str, fields: Mapping[str, Any], allowed: set[str] | frozenset[str]) -> None:
-    for key in fields:
-        if key not in allowed:
+    for key, given in fields.items():
+        # The vendor's clients send what they read, with each field that they know; null says nothing.
+        if key not in allowed and given is not None:
             raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of it.")

@@ -17,12 +17,12 @@ LOOP_BYTES_MAX = 1 << 16
 
 T = TypeVar("T")
 
-# Made once: every token of every stream is written by it.
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+# Made once: every token of every stream is written by it. What JSON cannot spell must not be written as if.
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def dump(fields: Mapping[str, Any]) -> bytes:
-    """JSON as short as it can be said."""
+    """JSON as short as it can be said. Raises ValueError for NaN and infinity, which it cannot say."""
     return _ENCODER.encode(fields).encode()
 
 

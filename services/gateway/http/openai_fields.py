@@ -24,8 +24,9 @@ from services.gateway.core.params import (
     SamplingParams,
     TokenPrompt,
 )
-from services.gateway.http import native_fields, openai_messages, tool_calls, tool_schemas
+from services.gateway.http import native_fields, openai_messages, tool_calls, tool_schemas, vendor_fields
 from services.gateway.http.native import check_json_type
+from services.gateway.http.told_calls import read_name
 from services.gateway.http.tool_calls import Tool
 
 # What an absent `max_tokens` means in this API, where the context leaves as many.
@@ -216,7 +217,7 @@ def _tool(name: str, value: Any) -> Tool:
     description = native_fields.given(function, "description", "")
     parameters = native_fields.given(function, "parameters", {})
     return Tool(
-        native_fields.read_text(f"{name}.function.name", function.get("name")),
+        read_name(f"{name}.function.name", function.get("name")),
         native_fields.read_text(f"{name}.function.description", description),
         native_fields.read_map(f"{name}.function.parameters", parameters),
     )
@@ -255,13 +256,19 @@ def _zero_seed(name: str, value: Any) -> int:
     return number % 2**64 if -(2**63) <= number < 2**63 else number
 
 
+def _top_k(name: str, value: Any) -> int | None:
+    """Other servers of this API read -1 as they read 0: every token is kept."""
+    number = vendor_fields.read_top_k(name, value)
+    return None if number == -1 else number
+
+
 _SHARED_FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "model": native_fields.read_text,
     "max_tokens": native_fields.read_int32,
     "temperature": native_fields.read_number,
-    "top_p": native_fields.read_number,
+    "top_p": vendor_fields.read_top_p,
     # The vendor has not these three; code for other servers of its API sends them beside the others.
-    "top_k": native_fields.read_int32,
+    "top_k": _top_k,
     "min_p": native_fields.read_number,
     "repetition_penalty": native_fields.read_number,
     "presence_penalty": native_fields.read_number,

@@ -12,8 +12,9 @@ from services.common.conversation import Message
 from services.common.errors import ArgumentInvalid, FeatureUnsupported
 from services.common.strict_json import shown
 from services.gateway.http import native_fields
-from services.gateway.http.told_calls import ToldCalls
+from services.gateway.http.told_calls import ToldCalls, read_name
 from services.gateway.http.tool_calls import ToolCall, said_result
+from services.gateway.http.turns import Turns
 
 _PARTS = {"text": "text", "refusal": "refusal"}
 
@@ -38,22 +39,22 @@ def read_messages(name: str, value: Any) -> tuple[Message, ...]:
     """The turns of a conversation; results that follow one another are one turn of it.
 
     Raises:
-        ArgumentInvalid: It has no message, or one is none; or a result is that of no call before it.
+        ArgumentInvalid: It has no message, or one is none; or a result is that of no call before it; or
+            no prompt has room for its calls and results.
         FeatureUnsupported: A part is no text.
     """
-    turns: list[Message] = []
-    calls = ToldCalls()
+    turns = Turns()
+    calls = ToldCalls(name)
     after_result = False
     for at, given in enumerate(native_fields.read_array(name, value)):
         turn = _message(f"{name}[{at}]", given, calls)
         is_result = given["role"] == "tool"
-        if is_result and after_result:
-            turn = Message(turn.role, f"{turns.pop().content}\n{turn.content}")
-        turns.append(turn)
+        turns.add(turn, follows=is_result and after_result)
         after_result = is_result
-    if not turns:
+    read = turns.all()
+    if not read:
         raise ArgumentInvalid(f"{name}: at least one message is needed.")
-    return tuple(turns)
+    return tuple(read)
 
 
 def _message(name: str, value: Any, calls: ToldCalls) -> Message:
@@ -92,7 +93,7 @@ def _call(name: str, value: Any) -> ToolCall:
     function = native_fields.read_map(f"{name}.function", fields.get("function"))
     return ToolCall(
         native_fields.read_text(f"{name}.id", native_fields.given(fields, "id", "")),
-        native_fields.read_text(f"{name}.function.name", function.get("name")),
+        read_name(f"{name}.function.name", function.get("name")),
         native_fields.read_text(f"{name}.function.arguments", function.get("arguments")),
     )
 

@@ -12,11 +12,14 @@ from services.gateway.http import anthropic_fields
 from services.gateway.http.openapi_parts import (
     BOOLEAN,
     COUNT,
+    FUNCTION_NAME,
     NULL,
     OBJECT,
     REQUEST_ID,
     TEXT,
     VENDOR_ERRORS,
+    VENDOR_TOP_K,
+    VENDOR_TOP_P,
     Schema,
     any_of,
     array,
@@ -108,6 +111,8 @@ def _own_fields() -> dict[str, Schema]:
     alone = nullable(BOOLEAN)
     return {
         "messages": array(any_of(*_turns(text))) | {"minItems": 1},
+        "top_p": VENDOR_TOP_P,
+        "top_k": VENDOR_TOP_K,
         "system": any_of(TEXT, array(text)),
         "thinking": with_optional(
             closed(type={"enum": ["disabled", "adaptive", "between_tools"]}), display={}
@@ -125,13 +130,17 @@ def _own_fields() -> dict[str, Schema]:
 def _turns(text: Schema) -> tuple[Schema, ...]:
     """A turn of each side; the last must not be the assistant's."""
     use = with_optional(
-        closed(type={"const": "tool_use"}, id=_CALL_ID, name=TEXT, input=OBJECT), cache_control={}, caller={}
+        closed(type={"const": "tool_use"}, id=_CALL_ID, name=FUNCTION_NAME, input=OBJECT),
+        cache_control={},
+        caller={},
+        toolset_name={},
     )
     result = with_optional(
         closed(type={"const": "tool_result"}, tool_use_id=_CALL_ID),
         content=nullable(any_of(TEXT, array(text))),
         is_error=nullable(BOOLEAN),
         cache_control={},
+        toolset_name={},
     )
     thought: Schema = {
         "type": "object",

@@ -11,11 +11,14 @@ from services.gateway.http import openai_fields, responses_fields
 from services.gateway.http.openapi_parts import (
     BOOLEAN,
     COUNT,
+    FUNCTION_NAME,
     NULL,
     OBJECT,
     TEXT,
     TOKEN_ID,
     VENDOR_ERRORS,
+    VENDOR_TOP_K,
+    VENDOR_TOP_P,
     Schema,
     any_of,
     array,
@@ -32,11 +35,22 @@ _NUMBER: Schema = {"type": "number"}
 _PROMPT: Schema = {"type": "string", "minLength": 1}
 # The vendor's are signed; each of them is one here as well.
 _SEED: Schema = {"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1}
+_SAMPLED: dict[str, Schema] = {
+    "seed": _SEED,
+    "top_p": VENDOR_TOP_P,
+    # Other servers of this API have -1 for all.
+    "top_k": VENDOR_TOP_K | {"minimum": -1},
+}
 _FUNCTION: Schema = {"const": "function"}
 _NAMED = closed(name=TEXT)
 _DEFINED = with_optional(
-    _NAMED, description=nullable(TEXT), parameters=nullable(OBJECT), strict=nullable(BOOLEAN)
+    closed(name=FUNCTION_NAME),
+    description=nullable(TEXT),
+    parameters=nullable(OBJECT),
+    strict=nullable(BOOLEAN),
 )
+# What more it says is the vendor's.
+_DIRECT: Schema = {"type": "object", "properties": {"type": {"const": "direct"}}, "required": ["type"]}
 _MODES: Schema = {"enum": ["auto", "none", "required"]}
 _FINISH: Schema = {"enum": ["stop", "length", "tool_calls"]}
 
@@ -83,7 +97,7 @@ def _chat_request() -> dict[str, Any]:
         "response_format": _form(closed(type={"const": "json_schema"}, json_schema=_json_schema())),
         "tools": array(function) | {"maxItems": TOOLS_MAX},
         "tool_choice": any_of(_MODES, closed(type=_FUNCTION, function=_NAMED)),
-        "seed": _SEED,
+        **_SAMPLED,
         "modalities": array({"const": "text"}),
     }
     return body(openai_fields.CHAT_FIELDS, "model", "messages", own=own)
@@ -97,7 +111,7 @@ def _turn() -> dict[str, Any]:
     refused = closed(role={"const": "assistant"}, refusal=TEXT)
     told: dict[str, Schema] = {"name": {}, "refusal": {}, "annotations": {}}
     more = {**told, "tool_call_id": {}}
-    called = closed(function=closed(name=TEXT, arguments=TEXT), id=TEXT, type=_FUNCTION)
+    called = closed(function=closed(name=FUNCTION_NAME, arguments=TEXT), id=TEXT, type=_FUNCTION)
     calls = closed(role={"const": "assistant"}, tool_calls=array(called) | {"minItems": 1})
     return any_of(
         with_optional(turn, **more),
@@ -144,7 +158,7 @@ def _text_request() -> dict[str, Any]:
     own = {
         "prompt": any_of(_PROMPT, ids, array(any_of(_PROMPT, ids)) | {"minItems": 1, "maxItems": 1}),
         "stream_options": _stream_options(),
-        "seed": _SEED,
+        **_SAMPLED,
     }
     return body(openai_fields.TEXT_FIELDS, "model", "prompt", own=own)
 
@@ -189,11 +203,14 @@ def _completion(kind: str, choice: Schema) -> dict[str, Any]:
 
 def _response_request() -> dict[str, Any]:
     tool = with_optional(
-        closed(type=_FUNCTION, name=TEXT),
+        closed(type=_FUNCTION, name=FUNCTION_NAME),
         description=nullable(TEXT),
         parameters=nullable(OBJECT),
         strict=nullable(BOOLEAN),
         defer_loading={"enum": [False, None]},
+        allowed_callers=nullable(array(TEXT) | {"contains": {"const": "direct"}}),
+        output_schema={},
+        **{"async": {"enum": [False, None]}},
     )
     named = with_optional(closed(type={"const": "json_schema"}, name=TEXT, schema=OBJECT), strict={})
     own = {
@@ -202,6 +219,7 @@ def _response_request() -> dict[str, Any]:
         "tools": array(tool) | {"maxItems": TOOLS_MAX},
         "tool_choice": any_of(_MODES, closed(type=_FUNCTION, name=TEXT)),
         "include": array(TEXT),
+        "top_p": VENDOR_TOP_P,
     }
     return body(responses_fields.FIELDS, "model", "input", own=own)
 
@@ -213,14 +231,15 @@ def _items() -> tuple[Schema, ...]:
     )
     content = any_of(TEXT, array(part))
     more: dict[str, Schema] = {"id": {}, "status": {}}
+    direct = {**more, "namespace": {}, "caller": nullable(_DIRECT)}
     roles = {"enum": ["user", "assistant", "system", "developer"]}
     message = closed(role=roles, content=content)
-    call = closed(type={"const": "function_call"}, call_id=TEXT, name=TEXT, arguments=TEXT)
+    call = closed(type={"const": "function_call"}, call_id=TEXT, name=FUNCTION_NAME, arguments=TEXT)
     result = closed(type={"const": "function_call_output"}, call_id=TEXT, output=content)
     return (
         with_optional(message, type={"const": "message"}, phase={}, **more),
-        with_optional(call, namespace={}, **more),
-        with_optional(result, **more),
+        with_optional(call, **direct, **{"async": {}}),
+        with_optional(result, name={}, **direct),
     )
 
 

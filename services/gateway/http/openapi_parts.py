@@ -12,6 +12,7 @@ from services.gateway.core import validation
 from services.gateway.core.jobs import Band
 from services.gateway.core.params import FormatKind
 from services.gateway.http import native_fields as fields
+from services.gateway.http.told_calls import NAME_CHARACTERS_MAX
 
 Schema = dict[str, Any]
 Reader = Callable[[str, Any], Any]
@@ -30,9 +31,14 @@ EVENT: Schema = {
     "required": ["data"],
     "description": "Each event; its data is JSON, or the vendor's mark of the end.",
 }
+FUNCTION_NAME: Schema = {"type": "string", "maxLength": NAME_CHARACTERS_MAX}
 TOKEN_ID: Schema = {"type": "integer", "minimum": 0, "maximum": 2**32 - 1}
 # Envoy refuses some requests before they have an id.
 REQUEST_ID: Schema = {"type": ["string", "null"]}
+
+# What the vendors' APIs here have in common of their bounds, which are others than the native API's.
+VENDOR_TOP_P: Schema = {"type": "number", "minimum": 0, "maximum": 1}
+VENDOR_TOP_K: Schema = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 
 # What the vendors' APIs here have in common of their errors.
 VENDOR_ERRORS: Mapping[int, str] = {
@@ -95,7 +101,7 @@ _READ: Mapping[Reader, Schema] = {
 }
 _AT_LEAST_ONE: Schema = {"minimum": 1}
 _SCORED: Schema = {"minimum": 0, "maximum": validation.LOGPROBS_MAX}
-# The bounds of numbers, which are the same in every API.
+# The bounds of numbers, which are the same in every API that does not say its own.
 _BOUNDS: Mapping[str, Schema] = {
     **{
         # As a person would write it: a bound in single precision has digits that say nothing.

@@ -20,12 +20,13 @@ from services.gateway.core.params import (
     OutputFormat,
     SamplingParams,
 )
-from services.gateway.http import native_fields, responses_tools, tool_calls, tool_schemas
+from services.gateway.http import native_fields, responses_tools, tool_calls, tool_schemas, vendor_fields
 from services.gateway.http.native import check_json_type
 from services.gateway.http.openai_fields import TOKENS_WHERE_ABSENT
 from services.gateway.http.openai_messages import read_content
 from services.gateway.http.told_calls import ToldCalls
 from services.gateway.http.tool_calls import Tool
+from services.gateway.http.turns import Turns
 
 _REFUSED = frozenset(
     {
@@ -134,7 +135,7 @@ def _told(given: Mapping[str, Any], read: Mapping[str, Any], sampling: SamplingP
         "text": given.get("text") or {"format": {"type": "text"}},
         "tool_choice": given.get("tool_choice", "auto"),
         "tools": responses_tools.told_tools(read.get("tools", ()), given.get("tools", ())),
-        "top_p": sampling.top_p,
+        "top_p": given.get("top_p", sampling.top_p),
     }
 
 
@@ -157,17 +158,15 @@ def _input(name: str, value: Any) -> tuple[Message, ...]:
     if not items:
         raise ArgumentInvalid(f"{name}: at least one message is needed.")
     read = [native_fields.read_map(f"{name}[{at}]", item) for at, item in enumerate(items)]
-    turns: list[Message] = []
-    calls = ToldCalls()
+    turns = Turns()
+    calls = ToldCalls(name)
     for at, fields in enumerate(read):
         beside = (*read[max(at - 1, 0) : at], *read[at + 1 : at + 2])
         alone = all(other.get("type") != "function_call" for other in beside)
         turn, follows = _item(f"{name}[{at}]", fields, calls, alone=alone)
-        if follows and turns and turns[-1].role == turn.role:
-            # Calls belong to what was said with them, and their results to one another.
-            turn = Message(turn.role, f"{turns.pop().content}\n{turn.content}")
-        turns.append(turn)
-    return tuple(turns)
+        # Calls belong to what was said with them, and their results to one another.
+        turns.add(turn, follows=follows)
+    return tuple(turns.all())
 
 
 def _item(name: str, fields: Mapping[str, Any], calls: ToldCalls, *, alone: bool) -> tuple[Message, bool]:
@@ -230,7 +229,7 @@ FIELDS: Mapping[str, Callable[[str, Any], Any]] = {
     "instructions": native_fields.read_text,
     "max_output_tokens": native_fields.read_int32,
     "temperature": native_fields.read_number,
-    "top_p": native_fields.read_number,
+    "top_p": vendor_fields.read_top_p,
     "text": _text,
     "stream": native_fields.read_boolean,
     "include": _include,

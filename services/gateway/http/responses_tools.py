@@ -11,12 +11,26 @@ from typing import Any
 from services.common.errors import ArgumentInvalid, FeatureUnsupported
 from services.common.strict_json import shown
 from services.gateway.http import native_fields, tool_calls
-from services.gateway.http.told_calls import ToldCalls
+from services.gateway.http.told_calls import ToldCalls, read_name
 from services.gateway.http.tool_calls import Tool, ToolCall
 
-_TOOL_FIELDS = frozenset({"type", "name", "description", "parameters", "strict", "defer_loading"})
-_CALL_FIELDS = frozenset({"type", "id", "call_id", "name", "arguments", "status", "namespace"})
-_RESULT_FIELDS = frozenset({"type", "id", "call_id", "output", "status"})
+_TOOL_FIELDS = frozenset(
+    {
+        "type",
+        "name",
+        "description",
+        "parameters",
+        "strict",
+        "defer_loading",
+        "allowed_callers",
+        "output_schema",
+        "async",
+    }
+)
+_CALL_FIELDS = frozenset(
+    {"type", "id", "call_id", "name", "arguments", "status", "namespace", "caller", "async"}
+)
+_RESULT_FIELDS = frozenset({"type", "id", "call_id", "output", "status", "caller", "name", "namespace"})
 
 
 def read_tools(name: str, value: Any) -> tuple[Tool, ...]:
@@ -55,9 +69,10 @@ def told_tools(tools: Sequence[Tool], given: Sequence[Mapping[str, Any]]) -> lis
 def read_call(name: str, fields: Mapping[str, Any]) -> ToolCall:
     """A `function_call` item of an earlier response."""
     _refuse_others(name, fields, _CALL_FIELDS)
+    _check_caller(name, fields)
     return ToolCall(
         native_fields.read_text(f"{name}.call_id", fields.get("call_id")),
-        native_fields.read_text(f"{name}.name", fields.get("name")),
+        read_name(f"{name}.name", fields.get("name")),
         native_fields.read_text(f"{name}.arguments", fields.get("arguments")),
     )
 
@@ -67,6 +82,7 @@ def said_result(
 ) -> str:
     """A `function_call_output` item, as the model is told of it; `read_content` reads its output."""
     _refuse_others(name, fields, _RESULT_FIELDS)
+    _check_caller(name, fields)
     field = f"{name}.call_id"
     called = native_fields.read_text(field, fields.get("call_id"))
     return calls.result(field, called, read_content(f"{name}.output", fields.get("output")))
@@ -78,19 +94,36 @@ def _tool(name: str, value: Any) -> Tool:
     if kind != "function":
         raise FeatureUnsupported(f"{name}.type: tools of type {shown(kind)} are not served here.")
     _refuse_others(name, fields, _TOOL_FIELDS)
-    for flag in ("strict", "defer_loading"):
-        if fields.get(flag) is not None:
-            native_fields.read_boolean(f"{name}.{flag}", fields[flag])
-    if fields.get("defer_loading"):
-        raise FeatureUnsupported(f"{name}.defer_loading: is not served here; leave it out.")
+    for flag in ("strict", "defer_loading", "async"):
+        asked = native_fields.read_boolean(f"{name}.{flag}", native_fields.given(fields, flag, False))
+        if asked and flag != "strict":
+            raise FeatureUnsupported(f"{name}.{flag}: is not served here; leave it out.")
+    _check_callers(f"{name}.allowed_callers", native_fields.given(fields, "allowed_callers", ["direct"]))
     return Tool(
-        native_fields.read_text(f"{name}.name", fields.get("name")),
+        read_name(f"{name}.name", fields.get("name")),
         native_fields.read_text(f"{name}.description", native_fields.given(fields, "description", "")),
         native_fields.read_map(f"{name}.parameters", native_fields.given(fields, "parameters", {})),
     )
 
 
+def _check_callers(name: str, value: Any) -> None:
+    """Programs of the vendor's, of which there are none here, may be allowed to call, but not alone."""
+    callers = native_fields.read_array(name, value)
+    if "direct" not in callers:
+        raise FeatureUnsupported(f"{name}: only direct calls are served here; allow them.")
+
+
+def _check_caller(name: str, fields: Mapping[str, Any]) -> None:
+    caller = native_fields.read_map(
+        f"{name}.caller", native_fields.given(fields, "caller", {"type": "direct"})
+    )
+    kind = native_fields.read_text(f"{name}.caller.type", caller.get("type"))
+    if kind != "direct":
+        raise FeatureUnsupported(f"{name}.caller.type: calls of a {shown(kind)} are not served here.")
+
+
 def _refuse_others(name: str, fields: Mapping[str, Any], allowed: frozenset[str]) -> None:
-    for key in fields:
-        if key not in allowed:
+    for key, given in fields.items():
+        # The vendor's clients send what they read, with each field that they know; null says nothing.
+        if key not in allowed and given is not None:
             raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of it.")

@@ -129,11 +129,16 @@ def chosen(tools: tuple[Tool, ...], choice: str) -> tuple[tuple[Tool, ...], bool
 def said_call(name: str, arguments: str, call_id: str = "") -> str:
     """A call of an earlier turn, as the model would have written it; with its id where that is told."""
     try:
-        read = json.loads(arguments)
+        said = _told(name, json.loads(arguments), call_id)
     except (ValueError, RecursionError):
-        read = arguments
-    said = {"name": name, "arguments": read, **({"id": call_id} if call_id else {})}
-    return BEGIN + _whole_characters(json.dumps(said, ensure_ascii=False)) + END
+        # No JSON; or nested so deeply that it is read, and one level deeper, as here, it is not written.
+        said = _told(name, arguments, call_id)
+    return BEGIN + _whole_characters(said) + END
+
+
+def _told(name: str, arguments: Any, call_id: str) -> str:
+    fields = {"name": name, "arguments": arguments, **({"id": call_id} if call_id else {})}
+    return json.dumps(fields, ensure_ascii=False)
 
 
 def said_result(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from typing import Any
 
@@ -101,6 +102,21 @@ def test_half_of_a_surrogate_pair_is_refused_by_the_name_of_its_field(body: byte
     with pytest.raises(ArgumentInvalid, match=r"^b: is not valid Unicode"):
         read_object(body)
     assert read_object(rb'{"\ud83d\ude00": "\\ud800 \uD83D\uDE00"}') == {"😀": "\\ud800 😀"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"a": 1.5, "b": 1e400}',
+        b'{"b": {"deep": [1, -1e400]}}',
+        b'{"b": [' + b"9" * 400 + b".0]}",
+    ],
+)
+def test_a_number_beyond_double_precision_is_refused_by_the_name_of_its_field(body: bytes) -> None:
+    """Wherever it stands: read as infinity, it could not be written again; the largest is taken."""
+    with pytest.raises(ArgumentInvalid, match=r"^b: has a number that is out of range"):
+        read_object(body)
+    assert read_object(b'{"b": [1.7976931348623157e308, -1e-400]}') == {"b": [sys.float_info.max, 0.0]}
 
 
 @pytest.mark.parametrize("body", [b'"' + b'\\"' * 900_000, b'"' * 1_900_000, b'{"' + b"\\" * 1_900_000])

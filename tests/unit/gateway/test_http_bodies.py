@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from services.common.token_pieces import TokenPiece
 from services.gateway.core.detokenizer import Transcript
 from services.gateway.core.events import Chunk, TokenLogprob
 from services.gateway.http import openai, openai_fields
-from services.gateway.http.bodies import LOOP_BYTES_MAX, read_body
+from services.gateway.http.bodies import LOOP_BYTES_MAX, dump, read_body
 from services.gateway.http.offsets import TextOffsets
 
 
@@ -42,6 +43,13 @@ def decode(token_ids: Sequence[int]) -> str:
 def piece_of(token_id: int) -> TokenPiece:
     """What one of its tokens stands for."""
     return TokenPiece.of_bytes(bytes([token_id]))
+
+
+def test_what_json_cannot_spell_is_not_written() -> None:
+    """A body with it would be none that a client can read."""
+    for number in (math.inf, -math.inf, math.nan):
+        with pytest.raises(ValueError, match="JSON"):
+            dump({"metadata": {"a": number}})
 
 
 def test_the_offsets_of_many_tokens_take_linear_time() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 
 import jsonschema
@@ -51,6 +52,20 @@ def test_half_of_a_character_in_arguments_is_replaced() -> None:
     assert json.loads(arguments) == {"a": "\N{REPLACEMENT CHARACTER}!", "b": "😀"}
     arguments.encode()
     assert "\N{REPLACEMENT CHARACTER}!" in said_call("time", r'{"a": "\ud83d!"}')
+
+
+def test_arguments_of_any_depth_are_told() -> None:
+    """As JSON while they can be written, and from there on as the text that they are; nothing breaks."""
+
+    def is_text(depth: int) -> bool:
+        arguments = "[" * depth + "]" * depth
+        said = said_call("time", arguments, "a").removeprefix(BEGIN).removesuffix(END)
+        assert arguments in said
+        return said.startswith('{"name": "time", "arguments": "')
+
+    as_text = [is_text(depth) for depth in (*range(1, 2 * sys.getrecursionlimit()), 200_000)]
+    assert as_text == sorted(as_text)
+    assert (as_text[0], as_text[-1]) == (False, True)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def test_frequencies_are_the_probabilities() -> None:
         (Sampling(1.0, top_p=0.6), {1, 2}),
         (Sampling(1.0, top_p=0.86), {1, 2, 3, 4}),
         (Sampling(1.0, top_p=0.01), {1}),
+        (Sampling(1.0, top_p=2.0**-126), {1}),
         (Sampling(1.0, min_p=0.45), {1, 2, 3}),
         (Sampling(1.0, top_k=3, top_p=0.7), {1, 2}),
         (Sampling(0.01), {1}),
