@@ -22,7 +22,7 @@ CHUNK_TOKENS_MIN = 16
 
 # The first chunk that streams wait for: as long as nothing is known of a model, a part is enough, for a
 # hundred tokens of one that is not quantized take a large part of a second.
-SHARED_TOKENS_FIRST = 32
+SHARED_TOKENS_FIRST = 16
 
 # How fast chunks get longer again, for each step that was quicker than it had to be.
 GROWTH_MAX = 1.25
