@@ -187,7 +187,7 @@ async def test_a_body_that_cannot_be_made_keeps_its_status(
 ) -> None:
     """The model is replaced while it answers, and its tokens have no text: an error, and not a 200."""
     await gateway.add_worker("w1")
-    monkeypatch.setattr(gateway.reception, "decoder", lambda _: None)
+    monkeypatch.setattr(gateway.reception, "tokenizer", lambda _: None)
     for method, prompt in (
         (
             gateway.http.CreateChatCompletion,

@@ -194,7 +194,7 @@ def test_the_first_chunk_beside_streams_is_short() -> None:
     pace = PrefillPace(chunk_tokens=512, shared_chunk_tokens=128)
     pace.note(0.05, chunk_tokens=0, decodes=4)
     lengths = []
-    for _ in range(8):
+    for _ in range(12):
         lengths.append(pace.budget(decodes=4))
         pace.note(0.06, chunk_tokens=lengths[-1], decodes=4)
     assert lengths[0] == SHARED_TOKENS_FIRST
