@@ -35,6 +35,10 @@ class Progressed:
     """The worker sent tokens, or told the end of a sequence."""
 
 
+# Told with every token.
+PROGRESSED = Progressed()
+
+
 @dataclass(frozen=True, slots=True)
 class Completed:
     """The worker ended the sequence as it should."""

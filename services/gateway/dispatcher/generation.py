@@ -38,8 +38,6 @@ ADOPTION_BITS = 16
 # The wait for a worker begins again while it is in vain: where none is allowed, it is still no busy loop.
 AWAIT_LEAST_S = 0.05
 
-_PROGRESSED = request_events.Progressed()
-
 
 class Generation:
     """A request from `open` to its end.
@@ -266,7 +264,7 @@ class Generation:
         if output.token_ids:
             index = narration.answers[sequence].index
             piece = narration.take(output)
-            self._apply(_PROGRESSED)
+            self._apply(request_events.PROGRESSED)
             narration.tell(piece, sequence, index)
             if piece.stop is not None:
                 self._stop(sequence)
@@ -274,7 +272,7 @@ class Generation:
         if output.finish is not None:
             if not narration.answers.is_last(sequence):
                 # An end that is told binds the others to the revision, as a token does.
-                self._apply(_PROGRESSED)
+                self._apply(request_events.PROGRESSED)
             self._complete(sequence, output.finish)
 
     def refused(self, reason: RefusalReason, message: str) -> None:
