@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from services.common.errors import QueueFull
 from services.gateway.core.jobs import Band
 from services.gateway.core.params import GenerationJob
+from services.gateway.core.rolling_window import RollingWindow
 from services.gateway.core.tenancy import TenantLimits
 
 # A queue that serves fifty requests a second has moved by two or three in this time.
@@ -22,6 +23,7 @@ STANDS_S = 0.05
 # So many refusals of one tenant in a second are a flood; below, every request is put to the queue.
 FLOOD = 32
 FLOOD_WINDOW_S = 1.0
+FLOOD_BUCKETS = 10
 # Clients that give the same deadline differ by their way here: by so much, or this part of it.
 ALIKE_S = 0.1
 ALIKE_PART = 0.1
@@ -39,21 +41,15 @@ class _Refused:
     timeout_s: float
     cost_tokens: int
     at_s: float
-    window_s: float
-    count: int = 0
-    before: int = 0
+    window: RollingWindow
 
     def tally(self, now_s: float) -> None:
         """Counts one more."""
-        elapsed = (now_s - self.window_s) // FLOOD_WINDOW_S
-        if elapsed >= 1:
-            self.before = self.count if elapsed == 1 else 0
-            self.window_s, self.count = self.window_s + elapsed * FLOOD_WINDOW_S, 0
-        self.count += 1
+        self.window = self.window.counted(now_s, failed=True)
 
     def stands(self, job: GenerationJob, now_s: float) -> bool:
         """Whether a request would be refused in the same words: it has as much time, and takes no less."""
-        if max(self.count, self.before) < FLOOD or now_s - self.at_s >= STANDS_S:
+        if self.window.tally(now_s).failures < FLOOD or now_s - self.at_s >= STANDS_S:
             return False
         alike_s = min(ALIKE_S, ALIKE_PART * self.timeout_s)
         return abs(job.timeout_s - self.timeout_s) <= alike_s and job.cost_tokens >= self.cost_tokens
@@ -71,7 +67,8 @@ class Refusals:
             return
         # The error itself was raised: it holds all that was under way then, prompts too.
         error = copy.copy(error)
-        refused = self._kept.setdefault(_key(job), _Refused(error, 0.0, 0, now_s, now_s))
+        window = RollingWindow(FLOOD_WINDOW_S, FLOOD_BUCKETS)
+        refused = self._kept.setdefault(_key(job), _Refused(error, 0.0, 0, now_s, window))
         refused.error, refused.at_s = error, now_s
         refused.timeout_s, refused.cost_tokens = job.timeout_s, job.cost_tokens
         refused.tally(now_s)
