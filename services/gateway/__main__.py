@@ -23,8 +23,6 @@ from services.gateway.adapters.counted_workers import CountedWorkerPool
 from services.gateway.adapters.fallback_queue import FallbackJobQueue
 from services.gateway.adapters.grpc_worker import GrpcWorkerPool
 from services.gateway.adapters.guarded_workers import GuardedWorkerPool
-from services.gateway.adapters.pace import Pace
-from services.gateway.adapters.paced_workers import PacedWorkerPool
 from services.gateway.adapters.prometheus_meter import GatewayCollector, PrometheusMeter
 from services.gateway.adapters.redis_directory import RedisRequestDirectory
 from services.gateway.adapters.redis_fleet import RedisFleet
@@ -130,8 +128,7 @@ async def _serve(
     breakers.use_board(store.queue)
     pool = _pool(settings, clock)
     tallies = Tallies()
-    paced = PacedWorkerPool(pool, Pace(settings.events_per_s))
-    counted = CountedWorkerPool(paced, tallies, clock)
+    counted = CountedWorkerPool(pool, tallies, clock)
     workers = GuardedWorkerPool(counted, breakers, RetryBudget(), clock)
     dispatcher = _dispatcher(settings, store, workers, clock, catalog)
     reception = Reception(
@@ -204,6 +201,7 @@ def _pool(settings: GatewayConfig, clock: Clock) -> GrpcWorkerPool:
         clock,
         silence_s=settings.worker_silence_s,
         stall_s=settings.worker_stall_s,
+        events_per_s=settings.events_per_s,
     )
 
 

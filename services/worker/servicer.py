@@ -124,6 +124,8 @@ def _dispatch(request: worker_service_pb2.SessionRequest, session: EngineSession
         case "cancel":
             cancel = request.cancel
             session.cancel(cancel.job, cancel.sequence if cancel.HasField("sequence") else None)
+        case "coalesce":
+            session.coalesce(request.coalesce.hold_ms)
 
 
 def _messages(

@@ -97,6 +97,7 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         sent: Tokens sent for each job, by all attempts, of the longest sequence.
         running: Jobs that generate now.
         gateways: Who opened sessions.
+        holds: How long it was asked to hold tokens back, in milliseconds; it does not.
     """
 
     def __init__(self, worker_id: str, script: Script | None = None) -> None:
@@ -109,6 +110,7 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         self.sent: dict[str, int] = {}
         self.running: dict[str, Running] = {}
         self.gateways: list[str] = []
+        self.holds: list[int] = []
         self.changed = asyncio.Condition()
         self._server: Any = None
         self._silent = False
@@ -176,6 +178,8 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
                     self._shorten(request.cancel.job, request.cancel.sequence, outgoing)
                 case "cancel":
                     self._cancel(request.cancel.job, outgoing)
+                case "coalesce":
+                    self.holds.append(request.coalesce.hold_ms)
             await self._notify()
 
     async def _live(self, outgoing: asyncio.Queue[Any]) -> None:

@@ -120,6 +120,18 @@ async def test_a_job_is_answered_with_contiguous_tokens(service: Service) -> Non
     call.cancel()
 
 
+async def test_tokens_are_told_together_where_the_gateway_asks_for_it(service: Service) -> None:
+    """All but the first, and none is missing: the end of an answer that is quicker than a hold tells them."""
+    call = service.open()
+    coalesce = worker_service_pb2.Coalesce(hold_ms=1_000)
+    await call.write(worker_service_pb2.SessionRequest(coalesce=coalesce))
+    await call.write(start("a", max_tokens=40))
+    outputs = await read_outputs(call, "a")
+    assert [token for output in outputs for token in output.token_ids] == continuation(PROMPT, 40)
+    assert len(outputs) <= 4
+    call.cancel()
+
+
 async def test_a_continuation_starts_behind_what_was_emitted(service: Service) -> None:
     """Emitted ids are not repeated: the first output has the next index."""
     answer = continuation(PROMPT, 9)

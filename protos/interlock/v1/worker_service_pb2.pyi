@@ -234,6 +234,30 @@ class CancelJob(_message.Message):
 Global___CancelJob: _TypeAlias = CancelJob  # noqa: Y015
 
 @_typing.final
+class Coalesce(_message.Message):
+    """Lets tokens of a session wait for those of later steps, so that one output tells several. The first token of
+    a sequence, its end, and a quarter of its first credit are told at once. Until it is sent nothing waits.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLD_MS_FIELD_NUMBER: _builtins.int
+    hold_ms: _builtins.int
+    """How long they wait at most, in milliseconds, up to 1,000; more is taken as that. 0: nothing waits."""
+    def __init__(
+        self,
+        *,
+        hold_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold_ms", b"hold_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Coalesce: _TypeAlias = Coalesce  # noqa: Y015
+
+@_typing.final
 class SessionRequest(_message.Message):
     """From gateway to worker."""
 
@@ -242,6 +266,7 @@ class SessionRequest(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     CREDIT_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    COALESCE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def start(self) -> Global___StartJob:
         """Begin a job."""
@@ -254,18 +279,23 @@ class SessionRequest(_message.Message):
     def cancel(self) -> Global___CancelJob:
         """End it."""
 
+    @_builtins.property
+    def coalesce(self) -> Global___Coalesce:
+        """Tell several tokens at once."""
+
     def __init__(
         self,
         *,
         start: Global___StartJob | None = ...,
         credit: Global___AddCredit | None = ...,
         cancel: Global___CancelJob | None = ...,
+        coalesce: Global___Coalesce | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "credit", b"credit", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "coalesce", b"coalesce", "command", b"command", "credit", b"credit", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "credit", b"credit", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "coalesce", b"coalesce", "command", b"command", "credit", b"credit", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "credit", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "credit", "cancel", "coalesce"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 

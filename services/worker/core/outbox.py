@@ -1,7 +1,7 @@
 """The outbox of a session. Owns: what waits to be written to one gateway, and that it stays bounded.
 
-While the writer is behind, outputs of one sequence join into one; so the outbox holds at most what credit
-allows, however slow the reader is.
+While the writer is behind, or outputs are held back, those of one sequence join into one; so the outbox holds
+at most what credit allows, however slow the reader is.
 """
 
 from __future__ import annotations
@@ -39,17 +39,43 @@ class Outbox:
 
     def __init__(self) -> None:
         self._outputs: dict[SequenceKey, Output] = {}
+        self._held: dict[SequenceKey, Output] = {}
         self._refusals: list[Refusal] = []
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to write."""
+        """Whether there is nothing to write now."""
         return not self._outputs and not self._refusals
 
+    @property
+    def holds(self) -> bool:
+        """Whether something is held back."""
+        return bool(self._held)
+
     def put_output(self, output: Output) -> None:
-        """Adds what a sequence produced."""
-        earlier = self._outputs.get(output.key)
+        """Adds what a sequence produced, behind what is held back of it."""
+        earlier = self._held.pop(output.key, None) or self._outputs.get(output.key)
         self._outputs[output.key] = output if earlier is None else earlier.followed_by(output)
+
+    def hold(self, output: Output, tokens_max: int) -> None:
+        """Adds what a sequence produced, to be written later.
+
+        Unless something of it is about to be written, which takes it along, or so many of its tokens are held
+        back together.
+        """
+        if output.key in self._outputs:
+            self.put_output(output)
+            return
+        earlier = self._held.pop(output.key, None)
+        whole = output if earlier is None else earlier.followed_by(output)
+        line = self._held if len(whole.token_ids) < tokens_max else self._outputs
+        line[output.key] = whole
+
+    def release(self) -> None:
+        """Lets everything be written that is held back."""
+        # A sequence is in one of both at a time.
+        self._outputs.update(self._held)
+        self._held.clear()
 
     def put_refusal(self, refusal: Refusal) -> None:
         """Adds a refusal.

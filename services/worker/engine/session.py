@@ -17,6 +17,7 @@ from services.worker.core.format import FormatBusy
 from services.worker.core.outbox import Letter, Outbox, OutboxFull
 from services.worker.core.sequence import Finish, Output, SequenceKey, SequenceStart
 from services.worker.core.stepper import AddCredit, Admit, Cancel, Command, Pulse
+from services.worker.core.turns import Turns
 
 
 class Host(Protocol):
@@ -57,6 +58,7 @@ class _Job:
         request_id: The client's id, for the log.
         revision: Who answers.
         open: Its sequences that have not ended, by their numbers.
+        begun: Those of them that have told a token.
         tokens: Its tokens so far, of all sequences.
         compiling: Compiles its format; None once the step thread has the job.
         credit: What was added meanwhile, by sequence.
@@ -66,6 +68,7 @@ class _Job:
     request_id: str
     revision: str
     open: dict[int, SequenceStart]
+    begun: set[int] = field(default_factory=set)
     tokens: int = 0
     compiling: asyncio.Task[None] | None = None
     credit: Counter[int] = field(default_factory=Counter)
@@ -79,6 +82,8 @@ class EngineSession:
         self._engine = engine
         self._jobs: dict[str, _Job] = {}
         self._outbox = Outbox()
+        self._turns = Turns()
+        self._timer: asyncio.TimerHandle | None = None
         self._wake = asyncio.Event()
         self._closed = False
 
@@ -126,6 +131,12 @@ class EngineSession:
         else:
             self._engine.post(AddCredit(known.open[sequence].key, min(tokens, CREDIT_TOKENS_MAX)))
 
+    def coalesce(self, hold_ms: int) -> None:
+        """Lets tokens wait for those of later steps, so many milliseconds; 0: for none."""
+        self._turns.hold_ms(hold_ms)
+        if not hold_ms:
+            self._turn()
+
     def cancel(self, job: str, sequence: int | None = None) -> None:
         """Ends a job, or one sequence of it; unknown ones are ignored."""
         known = self._jobs.get(job)
@@ -165,10 +176,14 @@ class EngineSession:
             if current is not None:
                 del self._jobs[key.job]
             return
-        self._outbox.put_output(event)
+        if tokens_max := self._held_tokens_max(event, current):
+            self._outbox.hold(event, tokens_max)
+        else:
+            self._outbox.put_output(event)
         if current is not None:
             current.tokens += len(event.token_ids)
             if event.finish is None:
+                current.begun.add(key.sequence)
                 return
             current.open.pop(key.sequence, None)
             if not current.open:
@@ -176,20 +191,45 @@ class EngineSession:
                 del self._jobs[key.job]
 
     def wake(self) -> None:
-        """Lets the writer look into the outbox."""
-        self._wake.set()
+        """Lets the writer look into the outbox, and what is held back wait for its turn."""
+        if self._outbox.holds:
+            loop = asyncio.get_running_loop()
+            if self._turns.is_due(loop.time()):
+                self._turn()
+            elif self._timer is None:
+                self._timer = loop.call_later(self._turns.wait_s(loop.time()), self._turn)
+        if not self._outbox.empty:
+            self._wake.set()
 
     def close(self) -> None:
         """Cancels every job. May be called twice."""
         if self._closed:
             return
         self._closed = True
+        self._turn()
         for job in self._jobs.values():
             self._log(job, "ABANDONED")
             if job.compiling is not None:
                 job.compiling.cancel()
         self._jobs.clear()
         self._engine.forget(self)
+        self._wake.set()
+
+    def _held_tokens_max(self, event: Output, job: _Job | None) -> int:
+        """Tokens of its sequence that may be held back together; 0: none. A first one is not, nor an end."""
+        if not self._turns.hold_s or event.finish is not None or job is None:
+            return 0
+        start = job.open.get(event.key.sequence) if event.key.sequence in job.begun else None
+        # The sequence shall never pause because its tokens wait here.
+        return 0 if start is None else max(1, start.credit_tokens // 4)
+
+    def _turn(self) -> None:
+        """Tells what is held back."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._turns.take(asyncio.get_running_loop().time())
+        self._outbox.release()
         self._wake.set()
 
     async def _compile(self, job: JobStart, known: _Job) -> None:
