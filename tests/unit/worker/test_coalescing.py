@@ -31,7 +31,7 @@ class Host:
     def judge(self, job: JobStart) -> Refusal | None:
         """Every job is taken."""
         del job
-        return None  # noqa: RET501 - the port's other answer
+        return None
 
     async def constrained(self, job: JobStart) -> JobStart:
         """There are no formats here."""
