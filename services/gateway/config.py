@@ -77,12 +77,12 @@ class GatewayConfig(TokenSettings):
     deadline_max_s: Annotated[float, Field(gt=0)] = 3_600.0
     # Fits about half a minute of a fast stream; HTTP/2 alone would buffer megabytes.
     credit_tokens: Annotated[int, Field(ge=1, le=65_536, description="Tokens a worker may be ahead.")] = 256
-    # An event costs gateway, Envoy and client a quarter of a millisecond together: a twentieth of a laptop's
-    # two cores. Up to some six streams hear of each token as it comes; see `adapters.pace`.
+    # An event costs gateway, Envoy and client a quarter of a millisecond together: so many take 4 % of two
+    # cores. Up to some four streams hear of each token as it comes, 32 ten times a second; see `core.pace`.
     events_per_s: Annotated[
         float,
         Field(ge=0, description="Events with tokens that all streams together get in a second; 0: no bound."),
-    ] = 400.0
+    ] = 320.0
     # How long an unread stream keeps its slot.
     client_stall_s: Annotated[float, Field(gt=0)] = 30.0
     attempts_max: Annotated[int, Field(ge=1, le=10, description="Workers that a request may use up.")] = 3
