@@ -5,6 +5,8 @@
 local OVERDUE_MAX = 32
 -- And it lifts at most this many aged ones.
 local AGED_MAX = 16
+-- So many leases are written at once: what Lua can hand over in one go is bounded.
+local LEASES_AT_ONCE = 500
 
 -- Jobs of vanished gateways that this call made the caller's.
 local ADOPTED = {}
@@ -19,6 +21,14 @@ local function load_job(id)
   if #flat == 0 then return nil end
   local job = { id = id }
   for i = 1, #flat, 2 do job[flat[i]] = flat[i + 1] end
+  return job
+end
+
+-- Returns the named fields of the job's record with its id; those that it lacks are false.
+local function read_job(id, ...)
+  local values = redis.call('HMGET', PREFIX .. 'job:' .. id, ...)
+  local job = { id = id }
+  for i, field in ipairs({ ... }) do job[field] = values[i] end
   return job
 end
 
@@ -40,6 +50,19 @@ end
 -- Whether the nonce names the attempt that runs: numbers repeat after a loss in Redis, nonces do not.
 local function is_current(job, nonce)
   return job ~= nil and job.state == 'running' and job.nonce == nonce
+end
+
+-- Prolongs the leases of jobs, however many.
+local function prolong(ids)
+  local lease_end = string.format('%.0f', NOW + LEASE_MS)
+  for first = 1, #ids, LEASES_AT_ONCE do
+    local flat = {}
+    for i = first, math.min(first + LEASES_AT_ONCE - 1, #ids) do
+      flat[#flat + 1] = lease_end
+      flat[#flat + 1] = ids[i]
+    end
+    redis.call('ZADD', PREFIX .. 'lease', unpack(flat))
+  end
 end
 
 -- A job with a pin must go on with its revision, since its text began there; the others wait for the turn of

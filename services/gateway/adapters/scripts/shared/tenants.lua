@@ -24,11 +24,13 @@ local function tenant_of(seat)
   return string.sub(seat, SEAT_DIGITS + 2)
 end
 
--- Returns how many more jobs of a tenant may run, or nil: as many as there are. A cap holds for this model.
+-- Returns how many more jobs of a tenant may run, and its cap, or nil: as many as there are. A cap holds for
+-- this model.
 local function free_of_cap(tenant)
-  local cap = redis.call('HMGET', tenant_key(tenant), 'cap', 'running')
-  if not cap[1] then return nil end
-  return math.max(0, tonumber(cap[1]) - tonumber(cap[2] or 0))
+  local counts = redis.call('HMGET', tenant_key(tenant), 'cap', 'running')
+  if not counts[1] then return nil end
+  local cap = tonumber(counts[1])
+  return math.max(0, cap - tonumber(counts[2] or 0)), cap
 end
 
 -- Gives a tenant the seat in a band that its counter and its oldest job are worth; none while it has no job
