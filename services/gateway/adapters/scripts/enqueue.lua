@@ -34,14 +34,14 @@ local seen
 
 local function answer_of(job)
   grant_free()
-  local current = load_job(id)
+  local current = read_job(id, 'state', 'band', 'tenant', 'pin')
   if current.state == 'waiting' then
     seen = survey()
     local position, wait_ms = place_of(seen, current)
     return { 'waiting', position, wait_ms, GRANTED, account() }
   end
   -- A repeated call whose first answer was lost hears of the grant again.
-  if job.state == 'running' then GRANTED[#GRANTED + 1] = encode_grant(current) end
+  if job.state == 'running' then GRANTED[#GRANTED + 1] = encode_grant(load_job(id)) end
   return is_live(current) and { 'granted', 0, 0, GRANTED, account() } or { 'ended', current.state }
 end
 
@@ -84,8 +84,9 @@ local function refusal()
     local full = crowded()
     if full then return full end
   end
+  if not limit then return end
   local used, reserved = read_account(tenant)
-  if limit and used + reserved + tonumber(cost) > limit then
+  if used + reserved + tonumber(cost) > limit then
     return { 'quota', used + reserved, WINDOW_MS - NOW % WINDOW_MS, GRANTED, account() }
   end
 end
@@ -105,7 +106,7 @@ expire_overdue()
 local refused = is_new and refusal()
 if refused then return refused end
 
-redis.call('DEL', PREFIX .. 'job:' .. id)
+if known then redis.call('DEL', PREFIX .. 'job:' .. id) end
 local job = {
   id = id, state = 'waiting', submission = submission, owner = CALLER, tenant = tenant, band = band, aged = '0',
   cost = cost, weight = weight, cap = cap, deadline = NOW + timeout_ms, ages_at = NOW - waited_ms + aging_ms,

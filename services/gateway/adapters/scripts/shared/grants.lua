@@ -6,6 +6,10 @@ local LOOKS_MAX = 64
 local BOTTOM_UP_EVERY = 8
 -- While breakers are open, a job may be barred from all free workers; then at most this many are looked at.
 local BARRED_LOOKS_MAX = 16
+-- What a grant changes of a job's record.
+local GRANT_FIELDS = {
+  'state', 'worker', 'revision', 'address', 'attempt', 'epoch', 'granted_at', 'trial', 'nonce', 'charged', 'entry',
+}
 -- A mean service time that was not touched for an hour says nothing about now.
 local STATS_TTL_S = 3600
 
@@ -60,8 +64,17 @@ local function next_pinned(view)
   return first_placed(view, line)
 end
 
+-- Whether a revision of the route has a free worker. Most calls of a full mesh end here.
+local function has_free(view)
+  for _, revision in ipairs(view.routed) do
+    if redis.call('EXISTS', PREFIX .. 'free:' .. revision.name) == 1 then return true end
+  end
+  return false
+end
+
 -- Returns the job whose turn it is and its place, or nil: by band, by tenant, the oldest.
 local function next_in_line(view)
+  if not has_free(view) then return nil end
   view.looks_left = view.has_open and BARRED_LOOKS_MAX or 1
   for _, band in ipairs(bands_in_turn()) do
     for _, seat in ipairs(redis.call('ZRANGE', PREFIX .. 'tenants:' .. band, 0, depth(view))) do
@@ -83,7 +96,7 @@ local function grant_job(view, job, place)
   -- The number makes it unique even if this call is repeated with its nonce.
   job.nonce = CALL_NONCE .. '.' .. next_number()
   if place.is_trial then note_trial(job.owner, place.worker_id) end
-  store_job(job)
+  store_fields(job, GRANT_FIELDS)
   put_running(job)
   redis.call('HINCRBY', PREFIX .. 'clock', 'grants', 1)
   if job.owner == CALLER then
@@ -95,6 +108,7 @@ end
 
 -- Lends every free slot. Returns the view of the workers, or nil if nobody waited.
 local function grant_free()
+  if count_waiting() == 0 then return nil end
   expire_overdue()
   lift_aged()
   local view
@@ -160,9 +174,8 @@ local function look_at_tenant(seen, job)
   local name = job.band .. ':' .. job.tenant
   local found = seen.tenants[name]
   if not found then
-    local seat = redis.call('HGET', tenant_key(job.tenant), 'seat:' .. job.band)
+    local seat, free, cap = seat_of(job.band, job.tenant)
     local turn = seat and redis.call('ZRANK', PREFIX .. 'tenants:' .. job.band, seat)
-    local free, cap = free_of_cap(job.tenant)
     found = { turn = turn or look_at_band(seen, job.band).seats, free = free, cap = cap }
     seen.tenants[name] = found
   end

@@ -43,6 +43,18 @@ local function store_job(job)
   redis.call('HSET', PREFIX .. 'job:' .. job.id, unpack(flat))
 end
 
+-- Stores the named fields of a job whose record is there.
+local function store_fields(job, names)
+  local flat = {}
+  for _, field in ipairs(names) do
+    if job[field] then
+      flat[#flat + 1] = field
+      flat[#flat + 1] = job[field]
+    end
+  end
+  redis.call('HSET', PREFIX .. 'job:' .. job.id, unpack(flat))
+end
+
 local function is_live(job)
   return job ~= nil and (job.state == 'waiting' or job.state == 'running')
 end
@@ -76,13 +88,26 @@ local function put_in_line(job)
   local line = PREFIX .. 'waiting:' .. job.band .. ':' .. job.tenant
   if redis.call('EXISTS', line) == 0 then enter_band(job.band, job.tenant) end
   redis.call('ZADD', line, job.arrival, job.id)
-  rank_tenant(job.band, job.tenant)
+  -- The tenant's turn is that of its oldest job.
+  if redis.call('ZRANK', line, job.id) == 0 then rank_tenant(job.band, job.tenant) end
   if job.aged == '0' and job.band == AGING_BAND then
     redis.call('ZADD', PREFIX .. 'aging:' .. job.band, job.ages_at, job.id)
   end
 end
 
+-- How many jobs wait, once it was asked.
+local waiting_count
+
+local function count_waiting()
+  if not waiting_count then
+    waiting_count = 0
+    for _, band in ipairs(BANDS) do waiting_count = waiting_count + redis.call('ZCARD', PREFIX .. 'deadline:' .. band) end
+  end
+  return waiting_count
+end
+
 local function put_waiting(job)
+  waiting_count = count_waiting() + 1
   add_count('tenant:' .. job.tenant, 'waiting', 1)
   add_count('backlog', job.band, job.cost)
   put_in_line(job)
@@ -92,6 +117,7 @@ local function put_waiting(job)
 end
 
 local function take_waiting(job)
+  waiting_count = count_waiting() - 1
   add_count('tenant:' .. job.tenant, 'waiting', -1)
   add_count('backlog', job.band, -job.cost)
   if job.pin ~= '' then
@@ -188,6 +214,7 @@ end
 
 -- A job deep in a queue ends on time too: it is found by its deadline, not by its turn.
 local function expire_overdue()
+  if count_waiting() == 0 then return end
   for _, band in ipairs(BANDS) do
     local index = PREFIX .. 'deadline:' .. band
     for _, id in ipairs(redis.call('ZRANGEBYSCORE', index, '-inf', NOW, 'LIMIT', 0, OVERDUE_MAX)) do
@@ -208,10 +235,4 @@ local function lift_aged()
     store_job(job)
     put_waiting(job)
   end
-end
-
-local function count_waiting()
-  local count = 0
-  for _, band in ipairs(BANDS) do count = count + redis.call('ZCARD', PREFIX .. 'deadline:' .. band) end
-  return count
 end
