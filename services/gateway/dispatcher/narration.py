@@ -22,8 +22,9 @@ from services.gateway.dispatcher.outbox import Outbox
 # Whoever is this near the front hears of every step.
 FRONT_PLACES = 5
 
-# Farther behind a place holds for this part of the wait that was told with it, and at most for the pause:
-# telling each of hundreds every second takes time from the cores that workers compute on.
+# Farther behind a place holds for this part of the wait that was told with it, and at most for the pause;
+# where that is less than a second, until the next renewal. Telling each of hundreds every second takes time
+# from the cores that workers compute on.
 PLACE_HOLDS = 0.5
 PLACE_PAUSE_S = 5.0
 
