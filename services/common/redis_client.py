@@ -55,8 +55,14 @@ class Script:
 
 
 def read_script(*files: Path) -> Script:
-    """Reads a script from one or more files, in their order: shared parts come before the operation."""
-    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    """Reads a script from one or more files, in their order: shared parts come before the operation.
+
+    Each part becomes a function within the one before it: Lua makes the functions of a script anew with each
+    call, and looks for each variable of one among all variables of the function around it, but finds at
+    once what is farther out. A part and those behind it may use 60 names of those before it.
+    """
+    parts = [file.read_text(encoding="utf-8") for file in files]
+    text = "\nreturn (function()\n".join(parts) + "\nend)()" * (len(parts) - 1)
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 

@@ -131,6 +131,7 @@ class FakeQueue:
         down: Whether every call raises StoreUnavailable.
         registers: What `register` answers.
         renewal: What the next `renew` answers.
+        places: The jobs whose places the latest `renew` asked for.
         leaving: Whether the latest `renew` said that its gateway leaves.
         settles: What `settle` answers.
         releases: What `release` answers.
@@ -145,6 +146,7 @@ class FakeQueue:
     down: bool = False
     registers: bool = True
     renewal: Renewal = field(default_factory=Renewal)
+    places: frozenset[str] | None = None
     leaving: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     receive: Callable[[Grant], None] = lambda _: None
@@ -188,11 +190,12 @@ class FakeQueue:
         running: Mapping[str, str],
         waiting: frozenset[str],
         *,
+        places: frozenset[str] | None = None,
         leaving: bool = False,
     ) -> Renewal:
         """See `JobQueue.renew`."""
         self.note("renew", ",".join([*running, *waiting]))
-        self.leaving = leaving
+        self.places, self.leaving = places, leaving
         renewal, self.renewal = self.renewal, Renewal()
         return renewal
 

@@ -169,7 +169,10 @@ async def take(twins: Twins, step: tuple[str, str, str, Band, bool, int]) -> Non
         case "renew":
             named = {name: pair for name, pair in twins.nonces.items() if flag or name != job_id}
             rest = frozenset(JOB_IDS) - named.keys() - ({job_id} if flag else set())
-            await twins.same(lambda q, i: q.renew(MODEL, {n: p[i] for n, p in named.items()}, rest))
+            places = frozenset(sorted(rest)[::number]) if number else None
+            await twins.same(
+                lambda q, i: q.renew(MODEL, {n: p[i] for n, p in named.items()}, rest, places=places)
+            )
         case "reap":
             await twins.same(lambda queue, _: queue.reap(MODEL))
         case "advance":

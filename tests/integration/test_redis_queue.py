@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from services.common.errors import (
@@ -15,6 +17,7 @@ from services.common.errors import (
 from services.gateway.adapters.redis_queue import RedisJobQueue
 from services.gateway.core.jobs import Band, Grant, Outcome, Waiting
 from services.gateway.core.queue_limits import QueueLimits
+from tests.fixtures.queue_audit import Shelf
 from tests.fixtures.queue_world import KEYS, MODEL, REVISION, QueueWorld, make_job
 
 
@@ -214,6 +217,42 @@ async def test_a_waiting_job_expires_on_time_wherever_it_stands(world: QueueWorl
     assert renewal.waiting.keys() == {"b"}
     with pytest.raises(DeadlineExceeded):
         await world.gateway().enqueue(make_job("c"))
+
+
+async def test_a_renewal_prolongs_every_lease_and_tells_the_places_that_are_asked_for(
+    world: QueueWorld,
+) -> None:
+    """More leases than are written at once; a place of nobody who was not named is told."""
+    gateway = world.gateway("g1", QueueLimits(lease_ttl_s=5.0, tenant_waiting_jobs_max=600))
+    running = await world.grant("a")
+    names = [f"w{number}" for number in range(520)]
+    await asyncio.gather(*(gateway.enqueue(make_job(name)) for name in names))
+    world.advance(2)
+    places = frozenset({names[0], names[-1], "unheard-of"})
+    renewal = await gateway.renew(MODEL, {"a": running.nonce}, frozenset(names), places=places)
+    assert {job_id: place.position for job_id, place in renewal.waiting.items()} == {
+        names[0]: 0,
+        names[-1]: 519,
+    }
+    assert (renewal.lost, renewal.unknown, renewal.workers) == (frozenset(), frozenset(), 1)
+    leases = Shelf(world.client).scores("lease")
+    assert leases.keys() == {"a", *names}
+    assert set(leases.values()) == {float(world.client.hget(KEYS.clock, "logical") or 0) + 5_000}
+
+
+async def test_a_place_that_nobody_asked_for_hides_nothing(world: QueueWorld) -> None:
+    """A lost message, an end and another's job are told all the same."""
+    running = await world.grant("a")
+    await world.wait("b")
+    await world.wait("c", timeout_s=5.0)
+    await world.wait("d", gateway="g2")
+    await world.gateway("g2").cancel(MODEL, "a", "submission-of-a")
+    world.advance(6)
+    renewal = await world.gateway().renew(
+        MODEL, {"a": running.nonce}, frozenset("bcde"), places=frozenset("d")
+    )
+    assert [grant.job_id for grant in renewal.granted] == ["b"]
+    assert (renewal.lost, renewal.waiting) == (frozenset("acde"), {})
 
 
 async def test_an_expired_job_is_not_granted_and_takes_no_room(world: QueueWorld) -> None:

@@ -453,8 +453,8 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 
 @_typing.final
 class Queued(_message.Message):
-    """The request waits in the queue. Sent again at most once a second: for each step of the last five places, farther behind
-    when the position has changed by a fifth, or after five seconds.
+    """The request waits in the queue. Sent again when the position has changed, at most once a second: for each step of the last
+    five places, farther behind after half of the estimated wait that was told last, or after five seconds.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

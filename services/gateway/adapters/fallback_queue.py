@@ -82,13 +82,14 @@ class FallbackJobQueue:
         running: Mapping[str, str],
         waiting: frozenset[str],
         *,
+        places: frozenset[str] | None = None,
         leaving: bool = False,
     ) -> Renewal:
         """See `JobQueue.renew`. Here, once a second, the way back is looked for."""
         await self._return(model)
 
         async def renew(queue: JobQueue) -> Renewal:
-            renewal = await queue.renew(model, running, waiting, leaving=leaving)
+            renewal = await queue.renew(model, running, waiting, places=places, leaving=leaving)
             heard = (self._hear(queue, grant) for grant in renewal.granted)
             return replace(renewal, granted=tuple(grant for grant in heard if grant is not None))
 

@@ -122,6 +122,7 @@ class MemoryJobQueue:
         running: Mapping[str, str],
         waiting: frozenset[str],
         *,
+        places: frozenset[str] | None = None,
         leaving: bool = False,  # noqa: ARG002 - see the port
     ) -> Renewal:
         """See `JobQueue.renew`. There is no other gateway that could hand anything over."""
@@ -134,9 +135,10 @@ class MemoryJobQueue:
         lost = {job_id for job_id, nonce in running.items() if line.current(job_id, nonce) is None}
         nonces = {grant.nonce for grant in made}
         missed = [entry.grant for entry in known.values() if entry.grant and entry.grant.nonce not in nonces]
+        asked = known.keys() if places is None else known.keys() & places
         return Renewal(
             granted=(*missed, *made),
-            waiting=line.places_of(entry for entry in known.values() if entry.grant is None),
+            waiting=line.places_of(known[job_id] for job_id in asked if known[job_id].grant is None),
             lost=frozenset(lost | (waiting - known.keys())),
             unknown=frozenset(unknown),
             workers=line.places.open_workers(self._now()) if somebody_waits else None,

@@ -148,13 +148,15 @@ class RedisJobQueue:
         running: Mapping[str, str],
         waiting: frozenset[str],
         *,
+        places: frozenset[str] | None = None,
         leaving: bool = False,
     ) -> Renewal:
         """See `JobQueue.renew`."""
         fences = [text for pair in running.items() for text in pair]
+        asked = waiting if places is None else waiting & places
         with self._renewing() as touched:
             grants, positions, lost, unknown, workers, cancelled = await self._run(
-                "renew", model, int(leaving), len(running), *fences, *waiting
+                "renew", model, int(leaving), len(running), len(asked), *fences, *asked, *(waiting - asked)
             )
         return Renewal(
             granted=tuple(read_grant(text) for text in grants),

@@ -136,7 +136,7 @@ class Renewal:
 
     Attributes:
         granted: Grants of waiting jobs whose message was lost, or that this call made.
-        waiting: Positions of the jobs that wait.
+        waiting: Positions of the jobs that wait, of those whose places the caller asked for.
         lost: Jobs that the caller named and the queue does not give to it: unknown to it (it was
             emptied), ended, expired, or another gateway's.
         unknown: Job ids that the queue gives to this gateway and the caller did not name.

@@ -57,10 +57,12 @@ class JobQueue(Protocol):
         running: Mapping[str, str],
         waiting: frozenset[str],
         *,
+        places: frozenset[str] | None = None,
         leaving: bool = False,
     ) -> Renewal:
-        """Prolongs the leases of `running` (job -> nonce), tells of `waiting`, and grants what can be.
+        """Prolongs the leases of `running` (job -> nonce) and `waiting`, and grants what can be.
 
+        Of those of `waiting` that are in `places` it tells where they stand; None: of all.
         Called every second; it is the sign of life of this gateway. The caller compares `lost` and
         `unknown` with what it knows when the answer arrives, which may be more than when it asked. A job
         that stays unnamed until its lease has passed is ended, unless it is resumable: `take_up` goes on with

@@ -48,6 +48,7 @@ class Generation:
         chronicle: The writer of its log, who takes them where it is resumable.
         attendance: Who follows it, where it is resumable.
         allowance: What was left to its tenant when it was admitted; None where the tenant has no limit.
+        error: What it ended with; None while it is under way and after a success.
 
     Args:
         job: What is asked.
@@ -87,7 +88,7 @@ class Generation:
         )
         self._accepted = False
         self.allowance: Allowance | None = None
-        self._error: InterlockError | None = None
+        self.error: InterlockError | None = None
         self._deadline = asyncio.get_running_loop().call_later(
             max(job.timeout_s - job.waited_s, 0.0), self._apply, request_events.DeadlinePassed()
         )
@@ -104,6 +105,11 @@ class Generation:
     def waits(self) -> bool:
         """Whether the request wants a slot."""
         return self._request.phase is life.Phase.QUEUED
+
+    @property
+    def place_due(self) -> bool:
+        """Whether the client is to hear where the request stands in the queue."""
+        return self._narration.place_due
 
     @property
     def ended(self) -> bool:
@@ -129,11 +135,6 @@ class Generation:
     def started(self) -> Started | None:
         """The latest grant, as the client is told of it; None before the first."""
         return self._narration.started
-
-    @property
-    def error(self) -> InterlockError | None:
-        """What the request ended with; None while it is under way and after a success."""
-        return self._error
 
     def queued_job(self) -> QueuedJob:
         """The request as the queue knows it."""
@@ -166,8 +167,8 @@ class Generation:
         self._ticket.enqueue()
         while not self._accepted and not self.ended:
             await self.outbox.wait()
-        if not self._accepted and self._error is not None:
-            raise self._error
+        if not self._accepted and self.error is not None:
+            raise self.error
 
     def granted(self, grant: Grant) -> None:
         """The queue lent the request a slot. One that it has no use for is given back."""
@@ -372,12 +373,11 @@ class Generation:
         if self._failover is not None:
             self._failover.cancel()
         wait_s = max(self._limits.failover_wait_s, AWAIT_LEAST_S)
-        self._failover = asyncio.get_running_loop().call_later(
-            wait_s, self._apply, request_events.WaitedOut()
-        )
+        loop = asyncio.get_running_loop()
+        self._failover = loop.call_later(wait_s, self._apply, request_events.WaitedOut())
 
     def _close(self, error: InterlockError | None) -> None:
-        self._error = error
+        self.error = error
         for timer in (self._deadline, self._failover):
             if timer is not None:
                 timer.cancel()
@@ -396,5 +396,5 @@ class Generation:
         if not self.idle:
             return
         if self.chronicle is not None:
-            self.chronicle.finish(self._error or store_away())
+            self.chronicle.finish(self.error or store_away())
         self._on_end(self)

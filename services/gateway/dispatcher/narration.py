@@ -22,9 +22,10 @@ from services.gateway.dispatcher.outbox import Outbox
 # Whoever is this near the front hears of every step.
 FRONT_PLACES = 5
 
-# Farther behind a place is told again once it differs by this part of what was told, or after a while where
-# it differs at all: telling each of hundreds every second takes time from the cores that workers compute on.
-PLACE_STEP = 0.2
+# Farther behind a place holds for this part of the wait that was told with it, and at most for the pause;
+# where that is less than a second, until the next renewal. Telling each of hundreds every second takes time
+# from the cores that workers compute on.
+PLACE_HOLDS = 0.5
 PLACE_PAUSE_S = 5.0
 
 
@@ -52,22 +53,27 @@ class Narration:
         self.started: Started | None = None
         self._unsaid = False
         self._position: int | None = None
-        self._placed_s = 0.0
+        self._place_due_s = 0.0
 
     def restore(self, entries: Sequence[Entry], started: Started | None) -> bool:
         """Goes on behind a log; returns whether its text is what comes out here."""
         self.started = started
         return self.answers.restore(entries)
 
+    @property
+    def place_due(self) -> bool:
+        """Whether the client is to hear again where it stands, if it stands elsewhere."""
+        return self._position is None or self._clock.monotonic() >= self._place_due_s
+
     def place(self, place: Waiting) -> None:
-        """Tells a new place in the queue, unless it is hardly another one than was told lately."""
-        now_s, told = self._clock.monotonic(), self._position
-        if told is not None and now_s - self._placed_s < PLACE_PAUSE_S:
-            moved = abs(place.position - told)
-            if place.position > FRONT_PLACES and moved < PLACE_STEP * told:
-                return
-        if place.position != told:
-            self._position, self._placed_s = place.position, now_s
+        """Tells a new place in the queue when one is due."""
+        if not self.place_due:
+            return
+        # While no wait is known nothing has finished and places hardly change: each step is told.
+        pause_s = min(PLACE_HOLDS * (place.estimated_wait_s or 0.0), PLACE_PAUSE_S)
+        self._place_due_s = self._clock.monotonic() + (pause_s if place.position > FRONT_PLACES else 0.0)
+        if place.position != self._position:
+            self._position = place.position
             self._outbox.put(Queued(place.position, place.estimated_wait_s))
 
     def granted(self) -> None:

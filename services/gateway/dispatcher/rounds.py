@@ -222,12 +222,15 @@ class Rounds:
         }
         running = {job_id: grant.nonce for job_id, grant in named.items() if grant is not None}
         waiting = frozenset(job_id for job_id, grant in named.items() if grant is None)
+        # A place costs the queue more than a lease, and its client more still.
+        places = frozenset(job_id for job_id in waiting if self._register.live[job_id].place_due)
         leaving = not self._register.is_open()
-        renewal = await self._queue.renew(model, running, waiting, leaving=leaving)
+        renewal = await self._queue.renew(model, running, waiting, places=places, leaving=leaving)
         if leaving:
             self._told_leaving.set()
         self._place(renewal)
-        self._judge_workers(model, renewal)
+        granted = {grant.job_id for grant in renewal.granted}
+        self._judge_workers(model, renewal, waiting - renewal.lost - granted)
         for grant in renewal.granted:
             await self._deliver_found(model, grant)
         for job_id in renewal.lost & named.keys():
@@ -243,7 +246,7 @@ class Rounds:
             if generation is not None:
                 generation.placed(place)
 
-    def _judge_workers(self, model: str, renewal: Renewal) -> None:
+    def _judge_workers(self, model: str, renewal: Renewal, waiting: frozenset[str]) -> None:
         """Ends the wait of those for whom no worker has come back in time, and says so.
 
         What a worker needs to end what it runs, and to load a revision, is not known here: while one replaces
@@ -255,8 +258,9 @@ class Rounds:
         since = self._workerless_since.setdefault(model, self._clock.monotonic())
         if self._clock.monotonic() - since < self._worker_wait_s:
             return
-        for job_id in renewal.waiting:
-            if (generation := self._register.live.get(job_id)) is not None:
+        for job_id in waiting:
+            # One that was lent a slot meanwhile waits no more.
+            if (generation := self._register.live.get(job_id)) is not None and generation.waits:
                 generation.withdraw(
                     NoWorker(
                         "No worker can take the request at present.", retry_after_s=RETRY_WITHOUT_WORKER_S

@@ -97,6 +97,8 @@ async def test_running_jobs_keep_their_slots_and_waiting_ones_their_turn(world: 
     world.store.down = True
     renewal = await world.queue.renew(MODEL, {"a": first.nonce, "b": second.nonce}, frozenset("c"))
     assert (renewal.lost, list(renewal.waiting)) == (frozenset(), ["c"])
+    renewal = await world.queue.renew(MODEL, {"a": first.nonce}, frozenset("c"), places=frozenset())
+    assert (renewal.lost, renewal.waiting) == (frozenset(), {})
     await world.queue.settle(MODEL, "a", first.nonce, Outcome.FINISHED, 10)
     assert not world.heard
     await world.queue.settle(MODEL, "b", second.nonce, Outcome.FINISHED, 10)

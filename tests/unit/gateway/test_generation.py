@@ -289,17 +289,45 @@ async def test_who_waits_is_told_when_no_worker_comes_back(world: World) -> None
     world.queue.answer = Waiting(0)
     generation = await world.dispatcher.submit(job())
     await asyncio.sleep(0)
-    waiting = {"j": Waiting(0)}
     for workers in (0, 1, 0):
-        world.queue.renewal = Renewal(waiting=waiting, workers=workers)
+        world.queue.renewal = Renewal(workers=workers)
         await world.dispatcher.renew()
     assert generation.error is None
     await asyncio.sleep(0.06)
-    world.queue.renewal = Renewal(waiting=waiting, workers=0)
+    world.queue.renewal = Renewal(workers=0)
     await world.dispatcher.renew()
     with pytest.raises(NoWorker) as caught:
         await rest(generation)
     assert caught.value.retry_after_s
+
+
+@pytest.mark.parametrize(
+    "renewal",
+    [Renewal(workers=0, granted=(grant("n1"),)), Renewal(workers=0, lost=frozenset("j"))],
+    ids=["granted", "lost"],
+)
+async def test_who_does_not_wait_at_the_queue_is_not_turned_away(world: World, renewal: Renewal) -> None:
+    """A grant that the renewal tells of was made, and what the queue has lost is told to it once more."""
+    world.queue.answer = Waiting(0)
+    generation = await world.dispatcher.submit(job())
+    await asyncio.sleep(0)
+    world.queue.renewal = Renewal(workers=0)
+    await world.dispatcher.renew()
+    await asyncio.sleep(0.06)
+    world.queue.renewal = renewal
+    await world.dispatcher.renew()
+    assert generation.error is None
+
+
+async def test_a_place_is_asked_for_when_it_is_to_be_told(world: World) -> None:
+    """The lease of a request whose client needs to hear nothing yet is prolonged all the same."""
+    for name, place in (("far", Waiting(100, 60.0)), ("near", Waiting(2, 60.0))):
+        world.queue.answer = place
+        await world.dispatcher.submit(job(name))
+    await asyncio.sleep(0)
+    await world.dispatcher.renew()
+    assert world.queue.places == frozenset({"near"})
+    assert set(world.queue.calls[-1][1].split(",")) == {"far", "near"}
 
 
 async def test_who_waits_is_not_turned_away_while_the_only_worker_loads_another_revision(

@@ -101,6 +101,16 @@ async def test_a_job_expires_while_it_waits(queue: MemoryJobQueue, clock: Steppe
         await queue.enqueue(make_job("b", timeout_s=5.0))
 
 
+async def test_places_are_told_of_those_that_are_asked_for(queue: MemoryJobQueue) -> None:
+    """All else that a renewal tells is of all."""
+    first = await enqueue_granted(queue, "a")
+    await queue.enqueue(make_job("b"))
+    await queue.enqueue(make_job("c"))
+    renewal = await queue.renew(MODEL, {"a": first.nonce}, frozenset("bcd"), places=frozenset("cde"))
+    assert {job_id: place.position for job_id, place in renewal.waiting.items()} == {"c": 1}
+    assert (renewal.lost, renewal.workers) == (frozenset("d"), 1)
+
+
 async def test_a_failed_worker_is_left_alone_for_a_moment(
     queue: MemoryJobQueue, clock: SteppedClock, received: list[Grant]
 ) -> None:

@@ -29,15 +29,19 @@ local function account()
   return { used + reserved, WINDOW_MS - NOW % WINDOW_MS, tonumber(counts[1] or 0) + tonumber(counts[2] or 0) }
 end
 
+-- What the estimates rest on, once one was made.
+local seen
+
 local function answer_of(job)
   grant_free()
-  local current = load_job(id)
+  local current = read_job(id, 'state', 'band', 'tenant', 'pin')
   if current.state == 'waiting' then
-    local position, wait_ms = place_of(current)
+    seen = survey()
+    local position, wait_ms = place_of(seen, current)
     return { 'waiting', position, wait_ms, GRANTED, account() }
   end
   -- A repeated call whose first answer was lost hears of the grant again.
-  if job.state == 'running' then GRANTED[#GRANTED + 1] = encode_grant(current) end
+  if job.state == 'running' then GRANTED[#GRANTED + 1] = encode_grant(load_job(id)) end
   return is_live(current) and { 'granted', 0, 0, GRANTED, account() } or { 'ended', current.state }
 end
 
@@ -67,9 +71,9 @@ end
 -- Returns why there is no place for the job, or nil.
 local function crowded()
   local waiting = count_waiting()
-  if waiting >= jobs_max then return { 'full', waiting, (wait_of(0)), GRANTED, account() } end
+  if waiting >= jobs_max then return { 'full', waiting, wait_of(survey(), 0), GRANTED, account() } end
   local own = tonumber(redis.call('HGET', tenant_key(tenant), 'waiting') or 0)
-  if own >= tenant_jobs_max then return { 'tenant_full', own, (wait_of(0)), GRANTED, account() } end
+  if own >= tenant_jobs_max then return { 'tenant_full', own, wait_of(survey(), 0), GRANTED, account() } end
 end
 
 -- Returns why the job is not taken, or nil. Nobody is turned away while a slot is free for those that wait: a
@@ -80,8 +84,9 @@ local function refusal()
     local full = crowded()
     if full then return full end
   end
+  if not limit then return end
   local used, reserved = read_account(tenant)
-  if limit and used + reserved + tonumber(cost) > limit then
+  if used + reserved + tonumber(cost) > limit then
     return { 'quota', used + reserved, WINDOW_MS - NOW % WINDOW_MS, GRANTED, account() }
   end
 end
@@ -101,7 +106,7 @@ expire_overdue()
 local refused = is_new and refusal()
 if refused then return refused end
 
-redis.call('DEL', PREFIX .. 'job:' .. id)
+if known then redis.call('DEL', PREFIX .. 'job:' .. id) end
 local job = {
   id = id, state = 'waiting', submission = submission, owner = CALLER, tenant = tenant, band = band, aged = '0',
   cost = cost, weight = weight, cap = cap, deadline = NOW + timeout_ms, ages_at = NOW - waited_ms + aging_ms,
@@ -117,7 +122,8 @@ admit_job(job)
 put_waiting(job)
 local answer = answer_of(job)
 -- Nobody shall wait for nothing: what starts so late that it cannot end in time would take a slot in vain.
-if is_new and answer[1] == 'waiting' and answer[3] >= 0 and answer[3] + service_of(cost) / tonumber(slots) > timeout_ms then
+local starts_ms = is_new and answer[1] == 'waiting' and answer[3] or -1
+if starts_ms >= 0 and starts_ms + service_of(seen, cost) / tonumber(slots) > timeout_ms then
   finish_job(load_job(id), 'expired')
   redis.call('DEL', PREFIX .. 'job:' .. id)
   answer[1], answer[5] = 'late', account()

@@ -18,15 +18,20 @@ local NOW = read_clock(PREFIX)
 redis.call('ZADD', PREFIX .. 'gateways', NOW, CALLER)
 
 local function has_vanished(gateway)
+  if gateway == CALLER then return false end
   local seen = redis.call('ZSCORE', PREFIX .. 'gateways', gateway)
   return not seen or tonumber(seen) < NOW - GATEWAY_MS
 end
 
+-- The last one that this call has drawn.
+local last_number
+
 -- Returns a number greater than all before it, as text: Lua's own conversion keeps 14 digits. Microseconds of
 -- the clock, not a counter: after Redis was emptied a counter would begin again below the jobs that come back.
 local function next_number()
-  local last = tonumber(redis.call('HGET', PREFIX .. 'clock', 'number') or 0)
-  local number = string.format('%.0f', math.max(NOW * 1000, last + 1))
+  last_number = last_number or tonumber(redis.call('HGET', PREFIX .. 'clock', 'number') or 0)
+  last_number = math.max(NOW * 1000, last_number + 1)
+  local number = string.format('%.0f', last_number)
   redis.call('HSET', PREFIX .. 'clock', 'number', number)
   return number
 end

@@ -6,6 +6,10 @@ local LOOKS_MAX = 64
 local BOTTOM_UP_EVERY = 8
 -- While breakers are open, a job may be barred from all free workers; then at most this many are looked at.
 local BARRED_LOOKS_MAX = 16
+-- What a grant changes of a job's record.
+local GRANT_FIELDS = {
+  'state', 'worker', 'revision', 'address', 'attempt', 'epoch', 'granted_at', 'trial', 'nonce', 'charged', 'entry',
+}
 -- A mean service time that was not touched for an hour says nothing about now.
 local STATS_TTL_S = 3600
 
@@ -60,8 +64,17 @@ local function next_pinned(view)
   return first_placed(view, line)
 end
 
+-- Whether a revision of the route has a free worker. Most calls of a full mesh end here.
+local function has_free(view)
+  for _, revision in ipairs(view.routed) do
+    if redis.call('EXISTS', PREFIX .. 'free:' .. revision.name) == 1 then return true end
+  end
+  return false
+end
+
 -- Returns the job whose turn it is and its place, or nil: by band, by tenant, the oldest.
 local function next_in_line(view)
+  if not has_free(view) then return nil end
   view.looks_left = view.has_open and BARRED_LOOKS_MAX or 1
   for _, band in ipairs(bands_in_turn()) do
     for _, seat in ipairs(redis.call('ZRANGE', PREFIX .. 'tenants:' .. band, 0, depth(view))) do
@@ -83,7 +96,7 @@ local function grant_job(view, job, place)
   -- The number makes it unique even if this call is repeated with its nonce.
   job.nonce = CALL_NONCE .. '.' .. next_number()
   if place.is_trial then note_trial(job.owner, place.worker_id) end
-  store_job(job)
+  store_fields(job, GRANT_FIELDS)
   put_running(job)
   redis.call('HINCRBY', PREFIX .. 'clock', 'grants', 1)
   if job.owner == CALLER then
@@ -95,6 +108,7 @@ end
 
 -- Lends every free slot. Returns the view of the workers, or nil if nobody waited.
 local function grant_free()
+  if count_waiting() == 0 then return nil end
   expire_overdue()
   lift_aged()
   local view
@@ -117,59 +131,74 @@ local function read_means()
   if means[1] then return tonumber(means[1]), tonumber(means[2]) end
 end
 
--- Returns milliseconds that a slot is taken by so many estimated tokens, by the means of the jobs that finished.
-local function service_of(tokens)
+-- Returns what the estimates of one call have in common: means, slots, and bands and tenants as they are looked
+-- at. It holds until a job is granted or put in line.
+local function survey()
   local service_ms, service_tokens = read_means()
-  return service_ms and tonumber(tokens) * service_ms / service_tokens or 0
+  return { service_ms = service_ms, service_tokens = service_tokens, slots = count_slots(), bands = {}, tenants = {} }
+end
+
+-- Returns milliseconds that a slot is taken by so many estimated tokens, by the means of the jobs that finished.
+local function service_of(seen, tokens)
+  return seen.service_ms and tonumber(tokens) * seen.service_ms / seen.service_tokens or 0
 end
 
 -- Returns milliseconds until a job starts that has so many estimated tokens before it; -1 while nothing was
 -- measured.
-local function wait_of(tokens)
-  local service_ms, service_tokens = read_means()
-  local slots = count_slots()
-  if not service_ms or slots == 0 then return -1, 0 end
-  return math.floor((tokens * service_ms / service_tokens + service_ms) / slots), service_ms
+local function wait_of(seen, tokens)
+  if not seen.service_ms or seen.slots == 0 then return -1 end
+  return math.floor((service_of(seen, tokens) + seen.service_ms) / seen.slots)
 end
 
--- Whoever may run few jobs at once waits for its own, too.
-local function wait_for_own(tenant, place, service_ms)
-  local free = free_of_cap(tenant)
-  if not free then return 0 end
-  local cap = tonumber(redis.call('HGET', tenant_key(tenant), 'cap'))
-  return math.floor(math.max(0, place + 1 - free) * service_ms / math.max(cap, 1))
-end
-
--- Returns how many jobs are ahead of a waiting one within its band: as many rounds of all tenants as it has
--- jobs of its own before it, and the tenants before its own. And its place among its own.
-local function ahead_in_band(job, waiting)
-  local seats = PREFIX .. 'tenants:' .. job.band
-  local tenants = redis.call('ZCARD', seats)
-  local seat = redis.call('HGET', tenant_key(job.tenant), 'seat:' .. job.band)
-  local turn = seat and redis.call('ZRANK', seats, seat) or tenants
-  local place = redis.call('ZRANK', PREFIX .. 'waiting:' .. job.band .. ':' .. job.tenant, job.id)
-  return math.min(place * math.max(tenants, 1) + turn, waiting - 1), place
-end
-
--- Returns the estimated number of jobs that start before this one, and the estimated milliseconds until it
--- starts, -1 while nothing was measured.
-local function place_of(job)
-  if job.pin ~= '' then
-    return redis.call('ZRANK', PREFIX .. 'pinned:' .. job.pin, job.id), (wait_of(0))
-  end
-  local ahead, tokens = 0, 0
-  for _, band in ipairs(BANDS) do
-    if band > tonumber(job.band) then
-      ahead = ahead + redis.call('ZCARD', PREFIX .. 'deadline:' .. band)
-      tokens = tokens + tonumber(redis.call('HGET', PREFIX .. 'backlog', band) or 0)
+-- Returns the tenants of a band that have a seat, its jobs that wait and their tokens, and those above it.
+local function look_at_band(seen, band)
+  local found = seen.bands[band]
+  if not found then
+    found = { seats = redis.call('ZCARD', PREFIX .. 'tenants:' .. band), jobs_above = 0, tokens_above = 0 }
+    for _, other in ipairs(BANDS) do
+      local jobs = redis.call('ZCARD', PREFIX .. 'deadline:' .. other)
+      local tokens = tonumber(redis.call('HGET', PREFIX .. 'backlog', other) or 0)
+      if other == tonumber(band) then
+        found.jobs, found.tokens = jobs, tokens
+        break
+      end
+      found.jobs_above, found.tokens_above = found.jobs_above + jobs, found.tokens_above + tokens
     end
+    seen.bands[band] = found
   end
-  local waiting = redis.call('ZCARD', PREFIX .. 'deadline:' .. job.band)
-  local before, place = ahead_in_band(job, waiting)
-  tokens = tokens + math.floor(before * tonumber(redis.call('HGET', PREFIX .. 'backlog', job.band)) / waiting)
-  local wait_ms, service_ms = wait_of(tokens)
-  if wait_ms >= 0 then wait_ms = math.max(wait_ms, wait_for_own(job.tenant, place, service_ms)) end
-  return ahead + before, wait_ms
+  return found
+end
+
+-- Returns how many tenants of the job's band come before its own, and what its own may run.
+local function look_at_tenant(seen, job)
+  local name = job.band .. ':' .. job.tenant
+  local found = seen.tenants[name]
+  if not found then
+    local seat, free, cap = seat_of(job.band, job.tenant)
+    local turn = seat and redis.call('ZRANK', PREFIX .. 'tenants:' .. job.band, seat)
+    found = { turn = turn or look_at_band(seen, job.band).seats, free = free, cap = cap }
+    seen.tenants[name] = found
+  end
+  return found
+end
+
+-- Returns the estimated number of jobs that start before a waiting one, and the estimated milliseconds until it
+-- starts, -1 while nothing was measured. Within its band as many rounds of all tenants are ahead as it has jobs of
+-- its own before it, and the tenants before its own.
+local function place_of(seen, job)
+  if job.pin ~= '' then
+    return redis.call('ZRANK', PREFIX .. 'pinned:' .. job.pin, job.id), wait_of(seen, 0)
+  end
+  local band, tenant = look_at_band(seen, job.band), look_at_tenant(seen, job)
+  local place = redis.call('ZRANK', PREFIX .. 'waiting:' .. job.band .. ':' .. job.tenant, job.id)
+  local before = math.min(place * math.max(band.seats, 1) + tenant.turn, band.jobs - 1)
+  local wait_ms = wait_of(seen, band.tokens_above + math.floor(before * band.tokens / band.jobs))
+  if wait_ms >= 0 and tenant.free then
+    -- Whoever may run few jobs at once waits for its own, too.
+    local rounds = math.max(0, place + 1 - tenant.free) / math.max(tenant.cap, 1)
+    wait_ms = math.max(wait_ms, math.floor(rounds * seen.service_ms))
+  end
+  return band.jobs_above + before, wait_ms
 end
 
 -- Takes a finished job's service time, in all of its slots, and what it was expected to cost, into the means, a

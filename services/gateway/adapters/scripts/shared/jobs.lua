@@ -5,6 +5,8 @@
 local OVERDUE_MAX = 32
 -- And it lifts at most this many aged ones.
 local AGED_MAX = 16
+-- So many leases are written at once: what Lua can hand over in one go is bounded.
+local LEASES_AT_ONCE = 500
 
 -- Jobs of vanished gateways that this call made the caller's.
 local ADOPTED = {}
@@ -22,12 +24,32 @@ local function load_job(id)
   return job
 end
 
+-- Returns the named fields of the job's record with its id; those that it lacks are false.
+local function read_job(id, ...)
+  local values = redis.call('HMGET', PREFIX .. 'job:' .. id, ...)
+  local job = { id = id }
+  for i, field in ipairs({ ... }) do job[field] = values[i] end
+  return job
+end
+
 local function store_job(job)
   local flat = {}
   for field, value in pairs(job) do
     if field ~= 'id' then
       flat[#flat + 1] = field
       flat[#flat + 1] = value
+    end
+  end
+  redis.call('HSET', PREFIX .. 'job:' .. job.id, unpack(flat))
+end
+
+-- Stores the named fields of a job whose record is there.
+local function store_fields(job, names)
+  local flat = {}
+  for _, field in ipairs(names) do
+    if job[field] then
+      flat[#flat + 1] = field
+      flat[#flat + 1] = job[field]
     end
   end
   redis.call('HSET', PREFIX .. 'job:' .. job.id, unpack(flat))
@@ -42,6 +64,19 @@ local function is_current(job, nonce)
   return job ~= nil and job.state == 'running' and job.nonce == nonce
 end
 
+-- Prolongs the leases of jobs, however many.
+local function prolong(ids)
+  local lease_end = string.format('%.0f', NOW + LEASE_MS)
+  for first = 1, #ids, LEASES_AT_ONCE do
+    local flat = {}
+    for i = first, math.min(first + LEASES_AT_ONCE - 1, #ids) do
+      flat[#flat + 1] = lease_end
+      flat[#flat + 1] = ids[i]
+    end
+    redis.call('ZADD', PREFIX .. 'lease', unpack(flat))
+  end
+end
+
 -- A job with a pin must go on with its revision, since its text began there; the others wait for the turn of
 -- their tenant.
 local function put_in_line(job)
@@ -53,13 +88,26 @@ local function put_in_line(job)
   local line = PREFIX .. 'waiting:' .. job.band .. ':' .. job.tenant
   if redis.call('EXISTS', line) == 0 then enter_band(job.band, job.tenant) end
   redis.call('ZADD', line, job.arrival, job.id)
-  rank_tenant(job.band, job.tenant)
+  -- The tenant's turn is that of its oldest job.
+  if redis.call('ZRANK', line, job.id) == 0 then rank_tenant(job.band, job.tenant) end
   if job.aged == '0' and job.band == AGING_BAND then
     redis.call('ZADD', PREFIX .. 'aging:' .. job.band, job.ages_at, job.id)
   end
 end
 
+-- How many jobs wait, once it was asked.
+local waiting_count
+
+local function count_waiting()
+  if not waiting_count then
+    waiting_count = 0
+    for _, band in ipairs(BANDS) do waiting_count = waiting_count + redis.call('ZCARD', PREFIX .. 'deadline:' .. band) end
+  end
+  return waiting_count
+end
+
 local function put_waiting(job)
+  waiting_count = count_waiting() + 1
   add_count('tenant:' .. job.tenant, 'waiting', 1)
   add_count('backlog', job.band, job.cost)
   put_in_line(job)
@@ -69,6 +117,7 @@ local function put_waiting(job)
 end
 
 local function take_waiting(job)
+  waiting_count = count_waiting() - 1
   add_count('tenant:' .. job.tenant, 'waiting', -1)
   add_count('backlog', job.band, -job.cost)
   if job.pin ~= '' then
@@ -165,6 +214,7 @@ end
 
 -- A job deep in a queue ends on time too: it is found by its deadline, not by its turn.
 local function expire_overdue()
+  if count_waiting() == 0 then return end
   for _, band in ipairs(BANDS) do
     local index = PREFIX .. 'deadline:' .. band
     for _, id in ipairs(redis.call('ZRANGEBYSCORE', index, '-inf', NOW, 'LIMIT', 0, OVERDUE_MAX)) do
@@ -185,10 +235,4 @@ local function lift_aged()
     store_job(job)
     put_waiting(job)
   end
-end
-
-local function count_waiting()
-  local count = 0
-  for _, band in ipairs(BANDS) do count = count + redis.call('ZCARD', PREFIX .. 'deadline:' .. band) end
-  return count
 end

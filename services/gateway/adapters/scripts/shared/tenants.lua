@@ -24,25 +24,30 @@ local function tenant_of(seat)
   return string.sub(seat, SEAT_DIGITS + 2)
 end
 
--- Returns how many more jobs of a tenant may run, or nil: as many as there are. A cap holds for this model.
-local function free_of_cap(tenant)
-  local cap = redis.call('HMGET', tenant_key(tenant), 'cap', 'running')
-  if not cap[1] then return nil end
-  return math.max(0, tonumber(cap[1]) - tonumber(cap[2] or 0))
+-- Returns a tenant's seat in a band or nil, how many more of its jobs may run, and its cap, which holds for this
+-- model. The latter are nil where it has no cap.
+local function seat_of(band, tenant)
+  local fields = redis.call('HMGET', tenant_key(tenant), 'seat:' .. band, 'cap', 'running')
+  local seat, cap, running = fields[1] or nil, tonumber(fields[2] or nil), tonumber(fields[3] or 0)
+  return seat, cap and math.max(0, cap - running), cap
 end
 
 -- Gives a tenant the seat in a band that its counter and its oldest job are worth; none while it has no job
 -- there or has reached its cap.
 local function rank_tenant(band, tenant)
   local seats, field = PREFIX .. 'tenants:' .. band, 'seat:' .. band
-  local old = redis.call('HGET', tenant_key(tenant), field)
-  if old then redis.call('ZREM', seats, old) end
+  local old, free = seat_of(band, tenant)
   local head = redis.call('ZRANGE', PREFIX .. 'waiting:' .. band .. ':' .. tenant, 0, 0, 'WITHSCORES')
-  if head[1] and free_of_cap(tenant) ~= 0 then
-    local seat = string.format('%0' .. SEAT_DIGITS .. '.0f', tonumber(head[2])) .. ':' .. tenant
+  local seat
+  if head[1] and free ~= 0 then
+    seat = string.format('%0' .. SEAT_DIGITS .. '.0f', tonumber(head[2])) .. ':' .. tenant
     redis.call('ZADD', seats, redis.call('ZSCORE', PREFIX .. 'served:' .. band, tenant), seat)
+  end
+  if seat == old then return end
+  if old then redis.call('ZREM', seats, old) end
+  if seat then
     redis.call('HSET', tenant_key(tenant), field, seat)
-  elseif old then
+  else
     redis.call('HDEL', tenant_key(tenant), field)
   end
 end
