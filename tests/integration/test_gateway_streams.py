@@ -217,22 +217,6 @@ async def test_a_small_credit_is_renewed_as_the_client_reads() -> None:
         assert joined(events) == "abcdefgh" * 20
 
 
-async def test_where_many_streams_run_their_workers_hold_tokens_back() -> None:
-    """Every worker, also one whose session opens later; no more once they have ended, nor for one alone."""
-    async with open_gateway(events_per_s=100.0) as gateway:
-        script = Script(answer="abcdefgh" * 20, interval_s=0.02)
-        first = await gateway.add_worker("w1", script, slots=8)
-        request = pb.GenerateRequest(text="hi", max_tokens=400)
-        many = [asyncio.create_task(gateway.generate(request)) for _ in range(8)]
-        await first.wait_until(lambda: first.holds and first.holds[-1] >= 60)
-        second = await gateway.add_worker("w2", script, slots=8)
-        many.append(asyncio.create_task(gateway.generate(request)))
-        await second.wait_until(lambda: second.starts)
-        assert second.holds[0] >= 60
-        assert {joined(events) for events in await asyncio.gather(*many)} == {script.answer}
-        await first.wait_until(lambda: first.holds[-1] == 0)
-
-
 @pytest.mark.parametrize(
     ("token", "reason"),
     [

@@ -54,9 +54,7 @@ class GrpcWorkerPool:
 
     def start(self, worker_id: str, address: str, order: WorkOrder, sink: AttemptSink) -> Attempt:
         """See `WorkerPool.start`."""
-        attempt = self._session(worker_id, address).start(order, sink)
-        self._keep_pace()
-        return attempt
+        return self._session(worker_id, address).start(order, sink)
 
     async def close(self) -> None:
         """Ends every session; attempts on them are lost."""
@@ -79,10 +77,9 @@ class GrpcWorkerPool:
         return session
 
     def _keep_pace(self) -> None:
-        """Asks every worker for another hold where so many sequences run now that it makes a difference."""
-        if self._pace.follow(sum(session.open_sequences for session in self._sessions.values())):
-            for session in self._sessions.values():
-                session.ask_for_hold()
+        """Asks workers that generate something for another hold; others hear of it with their next order."""
+        for session in tuple(self._sessions.values()):
+            session.keep_pace()
 
     def _end(self, session: WorkerSession, cause: str) -> None:
         if self._sessions.get(session.worker_id) is session:

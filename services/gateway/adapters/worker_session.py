@@ -78,7 +78,7 @@ class WorkerSession:
         signs: Judges it.
         pace: How long the worker is to hold tokens back.
         on_end: Is called once it is over, with the cause.
-        on_look: Is called every now and then while it is open.
+        on_pace: Is called where workers are to hold tokens back longer, or less long.
     """
 
     worker_id: str
@@ -88,7 +88,7 @@ class WorkerSession:
     signs: VitalSigns
     pace: Pace
     on_end: Callable[[WorkerSession, str], None]
-    on_look: Callable[[], None]
+    on_pace: Callable[[], None]
     _carried: dict[Key, _Carried] = field(default_factory=dict)
     # Attempts that were cancelled and not yet confirmed; bounded by the time that each may stay.
     _ending: dict[Key, _Ending] = field(default_factory=dict)
@@ -102,6 +102,12 @@ class WorkerSession:
     # Whether the stream broke, as it does with the worker's process.
     _crashed: bool = False
     _ended_itself: bool = False
+    # Sequences that wait for credit, as the worker last said.
+    _paused: int = 0
+    # Those that generate, as the pace counts them.
+    _counted: int = 0
+    # What the worker was asked for last.
+    _hold_ms: int = 0
 
     def start(self, order: WorkOrder, sink: AttemptSink) -> Attempt:
         """Sends an order, opening the stream with the first."""
@@ -109,8 +115,8 @@ class WorkerSession:
         if not self._carried:
             self.signs.reset(self.clock.monotonic())
         self._carried[key] = _Carried(sink, set(order.open))
-        if self._task is None and self.pace.hold_ms:
-            self.ask_for_hold()
+        self._count()
+        self.keep_pace()
         self.send(worker_service_pb2.SessionRequest(start=start_job(order)))
         if self._task is None:
             # The session outlives the request that opens it, so it must not bear that request's log fields.
@@ -124,10 +130,12 @@ class WorkerSession:
         self._outgoing.append(request)
         self._has_outgoing.set()
 
-    def ask_for_hold(self) -> None:
-        """Sends how long the worker is to hold tokens back."""
-        coalesce = worker_service_pb2.Coalesce(hold_ms=self.pace.hold_ms)
-        self.send(worker_service_pb2.SessionRequest(coalesce=coalesce))
+    def keep_pace(self) -> None:
+        """Sends how long the worker is to hold tokens back, where it has something to generate."""
+        if self._carried and self._hold_ms != self.pace.hold_ms:
+            self._hold_ms = self.pace.hold_ms
+            coalesce = worker_service_pb2.Coalesce(hold_ms=self._hold_ms)
+            self.send(worker_service_pb2.SessionRequest(coalesce=coalesce))
 
     def add_credit(self, key: Key, sequence: int, tokens: int) -> None:
         """Sends credit for a sequence of an attempt that is under way."""
@@ -161,6 +169,7 @@ class WorkerSession:
         self._over = True
         sinks = tuple(carried.sink for carried in self._carried.values())
         self._carried.clear()
+        self._count()
         for key in tuple(self._ending):
             self._ended(key)
         for sink in sinks:
@@ -234,7 +243,8 @@ class WorkerSession:
                     self._refuse(response.refused)
                 case "alive":
                     alive = response.alive
-                    can_step = self.open_sequences > alive.paused_jobs
+                    self._paused = alive.paused_jobs
+                    can_step = self._open_sequences() > self._paused
                     self.signs.hear_alive(alive.step, can_step=can_step, now_s=self.clock.monotonic())
 
     async def _watch(self) -> str:
@@ -246,7 +256,7 @@ class WorkerSession:
             if now_s - looked_s > OWN_PAUSE_S:
                 self.signs.reset(now_s)
             looked_s = now_s
-            self.on_look()
+            self._count()
             if self._carried and (ailment := self.signs.ailment(now_s)) is not None:
                 return ailment
 
@@ -282,10 +292,14 @@ class WorkerSession:
             self.send(worker_service_pb2.SessionRequest(cancel=worker_service_pb2.CancelJob(job=key[0])))
         carried.sink.lost("it ended the sequence without finishing it", Loss.JOB)
 
-    @property
-    def open_sequences(self) -> int:
-        """Sequences under way."""
+    def _open_sequences(self) -> int:
         return sum(len(carried.open) for carried in self._carried.values())
+
+    def _count(self) -> None:
+        """Tells the pace how many sequences generate here: as one starts, and every now and then."""
+        counted, self._counted = self._counted, max(0, self._open_sequences() - self._paused)
+        if self.pace.follow(self._counted - counted):
+            self.on_pace()
 
     def _refuse(self, refused: worker_service_pb2.Refused) -> None:
         carried = self._carried.pop((refused.job, refused.attempt), None)

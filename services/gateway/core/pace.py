@@ -26,11 +26,15 @@ class Pace:
 
     def __init__(self, events_per_s: float) -> None:
         self._events_per_s = events_per_s
+        self._streams = 0
         self.hold_ms = 0
 
-    def follow(self, streams: int) -> bool:
-        """So many run now; returns whether workers are to be asked for another hold."""
-        hold_s = min(streams / self._events_per_s, HOLD_S_MAX) if self._events_per_s else 0.0
+    def follow(self, change: int) -> bool:
+        """So many more streams run, or fewer; returns whether workers are to be asked for another hold."""
+        self._streams += change
+        if not self._events_per_s:
+            return False
+        hold_s = min(self._streams / self._events_per_s, HOLD_S_MAX)
         hold_ms = round(hold_s * 1_000) if hold_s >= HOLD_S_MIN else 0
         low, high = sorted((hold_ms, self.hold_ms))
         if low == high or (low and high < CHANGE * low and hold_ms < HOLD_S_MAX * 1_000):

@@ -11,12 +11,14 @@ def test_a_hold_grows_with_the_streams_up_to_its_most() -> None:
     assert not pace.follow(0)
     assert not pace.follow(1)
     assert pace.hold_ms == 0
-    assert pace.follow(8)
+    assert pace.follow(7)
     assert pace.hold_ms == 20
-    assert pace.follow(1_000)
+    assert pace.follow(28)
+    assert pace.hold_ms == 90
+    assert pace.follow(4)
     assert pace.hold_ms == 100
-    assert not pace.follow(2_000)
-    assert pace.follow(0)
+    assert not pace.follow(1_000)
+    assert pace.follow(-1_040)
     assert pace.hold_ms == 0
 
 
@@ -24,11 +26,11 @@ def test_a_hold_that_hardly_differs_is_not_asked_for() -> None:
     """Streams come and go all the time."""
     pace = Pace(400.0)
     assert pace.follow(16)
-    assert not pace.follow(17)
-    assert not pace.follow(14)
+    assert not pace.follow(1)
+    assert not pace.follow(-3)
     assert pace.hold_ms == 40
-    assert pace.follow(20)
-    assert pace.follow(14)
+    assert pace.follow(6)
+    assert pace.follow(-6)
     assert pace.hold_ms == 35
 
 

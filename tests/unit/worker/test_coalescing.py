@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from services.worker.core.admission import JobStart, Reason, Refusal
 from services.worker.core.outbox import Outbox
-from services.worker.core.sequence import Finish, Output, SequenceKey, SequenceStart
+from services.worker.core.sequence import Finish, Output, SequenceKey, SequenceStart, TokenScore
 from services.worker.core.stepper import Command, Pulse
 from services.worker.core.turns import HOLD_S_MAX, Turns
 from services.worker.engine.session import EngineSession
 
-# Longer than any test takes.
-LONG_MS = 600_000
+LONG_MS = 1_000
+# Longer than any test takes, and than a gateway may ask for.
+LONG_S = 600.0
 SHORT_MS = 20
 CREDIT = 40
 
@@ -55,8 +56,7 @@ class World:
     def __init__(self, hold_ms: int = LONG_MS) -> None:
         self.session = EngineSession(1, Host())
         self.session.start(JobStart("m", "r", 1, tuple(map(start_of, range(2))), "q", None))
-        self.session.coalesce(0)
-        self.session.coalesce(hold_ms)
+        self._hold(hold_ms)
 
     def step(self, *outputs: Output) -> None:
         """A step ends."""
@@ -71,8 +71,13 @@ class World:
 
     def turn(self) -> None:
         """It is a turn."""
+        self._hold(LONG_MS)
+
+    def _hold(self, hold_ms: int) -> None:
         self.session.coalesce(0)
-        self.session.coalesce(LONG_MS)
+        self.session.coalesce(hold_ms)
+        if hold_ms == LONG_MS:
+            self.session._turns.hold_s = LONG_S
 
     async def read(self) -> list[Output]:
         """What is to be written now."""
@@ -126,12 +131,13 @@ async def test_an_end_takes_along_what_is_held_back() -> None:
 
 
 async def test_what_is_held_back_is_told_when_its_time_is_over() -> None:
-    """Also where no step ends any more."""
+    """Also where no step ends any more, and each time anew."""
     world = World(SHORT_MS)
     world.say(0)
     await world.read()
-    world.say(1)
-    assert await world.read() == [Output(key_of(0), 1, (1,))]
+    for token_id in range(1, 4):
+        world.say(token_id)
+        assert await world.read() == [Output(key_of(0), token_id, (token_id,))]
 
 
 async def test_a_step_after_a_whole_hold_is_told_at_once() -> None:
@@ -153,6 +159,18 @@ async def test_a_sequence_near_the_end_of_its_credit_is_not_held_back() -> None:
     assert world.silent
     world.say(CREDIT // 4)
     assert await world.read() == [Output(key_of(0), 1, tuple(range(1, CREDIT // 4 + 1)))]
+
+
+async def test_scores_are_told_with_their_tokens() -> None:
+    """And what was found of the prompt with the first."""
+    world = World()
+    scores = [TokenScore(-float(index), ()) for index in range(3)]
+    world.step(Output(key_of(0), 0, (0,), None, (scores[0],), 7))
+    for index in (1, 2):
+        world.step(Output(key_of(0), index, (index,), None, (scores[index],)))
+    world.step(Output(key_of(0), 3, (), Finish.ERROR))
+    outputs = await world.read()
+    assert outputs == [Output(key_of(0), 0, (0, 1, 2), Finish.ERROR, tuple(scores), 7)]
 
 
 async def test_what_the_writer_has_not_fetched_takes_more_along() -> None:
@@ -206,7 +224,7 @@ async def test_nothing_is_held_back_unless_it_is_asked_for() -> None:
     for token_id in range(3):
         world.say(token_id)
         assert await world.read() == [Output(key_of(0), token_id, (token_id,))]
-    world.session.coalesce(LONG_MS)
+    world.turn()
     world.say(3)
     assert world.silent
     world.session.coalesce(0)
