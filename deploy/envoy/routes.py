@@ -34,11 +34,19 @@ _ROUTES = (
     ("/interlock.http.v1.GatewayHttpService/", GATEWAYS),
     ("/interlock.v1.ControllerService/", CONTROLLER),
     ("/interlock.http.v1.AdminHttpService/", CONTROLLER),
-    ("/grpc.health.v1.Health/", GATEWAYS),
-    # Tools of both generations ask: grpcurl before 1.9 knows v1alpha alone.
-    ("/grpc.reflection.v1alpha.ServerReflection/", GATEWAYS),
-    ("/grpc.reflection.v1.ServerReflection/", GATEWAYS),
 )
+
+# What anybody may hold open without a token. They have a bound of their own, far below that of requests (see
+# `clusters`), so that however many there are no request is kept out by them.
+_OPEN_TO_ALL = (
+    "/grpc.health.v1.Health/",
+    # Tools of both generations ask: grpcurl before 1.9 knows v1alpha alone.
+    "/grpc.reflection.v1alpha.ServerReflection/",
+    "/grpc.reflection.v1.ServerReflection/",
+)
+# A watch of health is silent until something changes. Who is cut off here asks again, as gRPC's own watchers
+# do at once; who has gone without a word, or has forgotten the call, leaves the place to others.
+_OPEN_TO_ALL_IDLE = "300s"
 
 # What only reads, and may run twice: the caller of a controller that stops answering in the middle is served
 # by the one that took over, where one did.
@@ -119,6 +127,7 @@ def route_configuration(parameters: Parameters) -> dict[str, Any]:
     routes = [_absent({"path": path}) for path in _HIDDEN]
     routes += [_forwarded({"prefix": prefix}, CONTROLLER, retried=f"{_UNBEGUN},reset") for prefix in _READS]
     routes += [_forwarded({"prefix": prefix}, cluster) for prefix, cluster in _ROUTES]
+    routes += [_set_apart(_forwarded({"prefix": prefix}, GATEWAYS)) for prefix in _OPEN_TO_ALL]
     routes += [_forwarded(match, GATEWAYS) for match in _REST]
     routes.append(_absent({"prefix": "/"}))
     host = {
@@ -168,6 +177,13 @@ def _forwarded(match: dict[str, str], cluster: str, retried: str = _UNBEGUN) -> 
     }
     # Room for the largest body in its envelope, so that the body's own limit decides and not this one.
     return {"match": match, "route": route, "request_body_buffer_limit": ENVELOPED_BODY_BYTES_MAX}
+
+
+def _set_apart(forwarded: dict[str, Any]) -> dict[str, Any]:
+    """The route under the smaller of its cluster's two bounds."""
+    # To Envoy a priority is another set of thresholds and connections; nothing overtakes anything.
+    apart = {"priority": "HIGH", "idle_timeout": _OPEN_TO_ALL_IDLE}
+    return {**forwarded, "route": forwarded["route"] | apart}
 
 
 def _cors(parameters: Parameters) -> dict[str, Any]:

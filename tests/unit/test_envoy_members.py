@@ -16,9 +16,11 @@ import grpc
 import pytest
 
 from deploy.envoy import generate
+from deploy.envoy.clusters import WATCHES_MAX
 from deploy.envoy.parameters import Endpoint, Parameters
 from tests.fixtures.edge import Edge, ask, started_edge
 
+WATCH = "/grpc.health.v1.Health/Watch"
 GENERATE = "/interlock.v1.GatewayService/Generate"
 WORKERS = "/v1/admin/workers"
 DRAIN = generate.DESCRIPTORS.with_name("drain.sh")
@@ -107,6 +109,23 @@ def test_a_connection_carries_1024_streams(edge: Edge) -> None:
         assert edge.stat("http.interlock.downstream_cx_active") == 1
         held.set()
         assert {call.result() for call in calls} == {b"x"}
+
+
+def test_watches_of_health_have_a_bound_of_their_own(edge: Edge) -> None:
+    """Whoever holds as many open as Envoy takes, without a token, keeps others from watching, and no more."""
+    watching = "cluster.gateways.circuit_breakers.high.remaining_rq"
+    with grpc.insecure_channel(edge.address) as channel:
+        watch: Any = channel.unary_stream(WATCH)
+        watches = [watch(b"") for _ in range(WATCHES_MAX)]
+        assert {next(one) for one in watches} == {b"\x08\x01"}
+        assert edge.stat(watching) == 0
+        with pytest.raises(grpc.RpcError) as caught:
+            next(watch(b""))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert edge.call(GENERATE) == b"x"
+        watches[0].cancel()
+        _await(lambda: edge.stat(watching) == 1, "a place is never free again")
+        assert next(watch(b"")) == b"\x08\x01"
 
 
 def test_a_deadline_in_a_stream_that_has_begun_is_told_as_one(edge: Edge) -> None:
