@@ -128,6 +128,26 @@ def test_watches_of_health_have_a_bound_of_their_own(edge: Edge) -> None:
         assert next(watch(b"")) == b"\x08\x01"
 
 
+def test_a_request_that_never_comes_asks_no_gateway(edge: Edge) -> None:
+    """Headers alone, by HTTP and by gRPC, hold nothing at a gateway; what has come whole is answered."""
+    host, _, port = edge.address.rpartition(":")
+    come = threading.Event()
+
+    def late() -> Iterator[bytes]:
+        come.wait()
+        yield b"x"
+
+    with socket.create_connection((host, int(port))) as half, grpc.insecure_channel(edge.address) as channel:
+        half.sendall(b"POST /v1/generate HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nhalf")
+        begin: Any = channel.stream_unary(GENERATE)
+        call = begin.future(late(), timeout=20)
+        _await(lambda: edge.stat("http.interlock.downstream_rq_active") == 2, "they are not both in")
+        assert edge.call(GENERATE) == b"x"
+        assert edge.stat("cluster.gateways.upstream_rq_total") == 1
+        come.set()
+        assert call.result() == b"x"
+
+
 def test_a_deadline_in_a_stream_that_has_begun_is_told_as_one(edge: Edge) -> None:
     """Envoy keeps no timer of its own, which would reset the stream as INTERNAL before the client's ends."""
     for gateway in edge.gateways:
