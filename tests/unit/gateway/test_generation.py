@@ -86,6 +86,43 @@ async def test_what_was_produced_before_a_loss_is_told_to_the_queue(
     assert world.queue.used == [used, used]
 
 
+@pytest.mark.parametrize(
+    ("end", "said", "charged"),
+    [
+        ("invalid", "", 0),
+        ("budget", "", 0),
+        ("budget", "ab", 5),
+        ("crashes", "", 0),
+        ("finished", "", 3),
+        ("cancelled", "", 3),
+        ("cancelled", "ab", 5),
+    ],
+)
+async def test_a_prompt_that_no_worker_took_is_not_charged(
+    world: World, end: str, said: str, charged: int
+) -> None:
+    """Refused, or lost before the first token, it costs nothing; once a worker is at it, it costs the prompt."""
+    generation = await world.dispatcher.submit(job())
+    sink = world.workers.attempts[0].sink
+    if said:
+        sink.output(Output(0, ids(said)))
+    match end:
+        case "invalid":
+            sink.refused(RefusalReason.INVALID, "what?")
+        case "budget":
+            sink.refused(RefusalReason.BUDGET_SPENT, "")
+        case "crashes":
+            sink.lost("test", Loss.PROCESS)
+            world.queue.receive(grant("n2"))
+            (await world.workers.wait_started(2)).sink.lost("test", Loss.PROCESS)
+        case "finished":
+            sink.output(Output(0, (), FinishReason.STOP))
+        case _:
+            await generation.aclose()
+    await world.dispatcher.wait_empty()
+    assert world.queue.settled == [charged]
+
+
 @pytest.mark.parametrize(("said", "pin"), [("abc", "r1"), ("", "")], ids=["tokens", "nothing"])
 async def test_the_revision_of_a_text_is_told_whenever_the_queue_hears_of_the_job(
     world: World, said: str, pin: str
