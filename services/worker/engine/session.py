@@ -104,6 +104,9 @@ class EngineSession:
 
     def start(self, job: JobStart) -> None:
         """Begins a job, or lets the outbox say why not. A later attempt replaces an earlier one."""
+        if self._closed:
+            # Its end is before this in the mailbox: what began now would keep its slot for good.
+            return
         key = job.key
         refusal = self._engine.judge(job)
         earlier = self._jobs.get(key.job)
@@ -174,7 +177,8 @@ class EngineSession:
         if isinstance(event, Refusal):
             self.refuse(event)
             if current is not None:
-                del self._jobs[key.job]
+                # Where too many refusals wait unread, the session has been closed, and forgot its jobs.
+                self._jobs.pop(key.job, None)
             return
         if tokens_max := self._held_tokens_max(event, current):
             self._outbox.hold(event, tokens_max)
@@ -250,6 +254,8 @@ class EngineSession:
         self.put(Refusal(known.key, reason, message))
 
     def _admit(self, job: JobStart, known: _Job) -> None:
+        if self._closed:
+            return
         known.compiling = None
         # Some may have been cancelled meanwhile.
         starts = tuple(start for start in job.starts if start.key.sequence in known.open)
