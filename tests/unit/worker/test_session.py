@@ -1,4 +1,4 @@
-"""A session with a gateway: what of it goes on once it is closed."""
+"""A session with a gateway: what of it goes on once it is closed, and what credit it goes by."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import contextlib
 from services.worker.core.admission import JobStart, Reason, Refusal
 from services.worker.core.format import Format, FormatKind
 from services.worker.core.outbox import REFUSALS_MAX
-from services.worker.core.sequence import SequenceKey, SequenceStart
+from services.worker.core.sequence import Output, SequenceKey, SequenceStart
 from services.worker.core.stepper import Admit, Command, Pulse
 from services.worker.engine.session import EngineSession
 
 CREDIT = 40
+# Longer than any test takes.
+LONG_MS = 600_000
 
 
 class Host:
@@ -48,10 +50,10 @@ class Host:
         self.forgotten += 1
 
 
-def job_of(name: str, form: Format | None = None) -> JobStart:
-    """A job of one sequence."""
-    start = SequenceStart(SequenceKey(1, name), (1, 2), 100, (), CREDIT)
-    return JobStart("m", "r", 1, (start,), f"req-{name}", form)
+def job_of(name: str, form: Format | None = None, credit: int = CREDIT) -> JobStart:
+    """A job of two sequences."""
+    starts = (SequenceStart(SequenceKey(1, name, 1, at), (1, 2), 100, (), credit) for at in range(2))
+    return JobStart("m", "r", 1, tuple(starts), f"req-{name}", form)
 
 
 async def test_the_refusal_that_is_one_too_many_ends_the_session_and_nothing_else() -> None:
@@ -94,3 +96,28 @@ async def test_what_is_compiled_for_a_closed_session_is_not_admitted() -> None:
     for _ in range(3):
         await asyncio.sleep(0)
     assert not [command for command in host.posted if isinstance(command, Admit)]
+
+
+async def test_a_sequence_that_began_with_little_credit_is_held_back_once_it_has_more() -> None:
+    """A quarter of the most that it was given at once, which goes for no other sequence."""
+    session = EngineSession(1, Host())
+    session.start(job_of("a", credit=2))
+    session.coalesce(LONG_MS)
+
+    async def told(first: int, sequence: int = 0) -> int:
+        """How many tokens it takes, from that index on, until some are told."""
+        for index in range(first, 100):
+            session.put(Output(SequenceKey(1, "a", 1, sequence), index, (index,)))
+            if not session._outbox.empty:
+                letter = await session.receive()
+                assert letter is not None
+                (output,) = letter.outputs
+                assert output.index == first
+                return len(output.token_ids)
+        raise AssertionError("nothing is told")
+
+    assert [await told(0), await told(1), await told(0, 1)] == [1, 1, 1]
+    session.add_credit("a", 0, 24)
+    assert await told(2) == 6
+    session.add_credit("a", 0, 8)
+    assert [await told(8), await told(1, 1)] == [6, 1]
