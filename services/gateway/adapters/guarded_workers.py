@@ -84,8 +84,8 @@ class _Declined:
 class _Guarded:
     """One attempt, and the sink of it: whatever ends it is settled with the breaker, once.
 
-    A trial decides with its first tokens. Its whole answer may take minutes, in which nobody else would be let
-    to a worker that is well again.
+    A trial decides with its first tokens. Its whole answer may take minutes, in which nobody else would be
+    let to a worker that is well again.
     """
 
     sink: AttemptSink
