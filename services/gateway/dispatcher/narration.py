@@ -133,8 +133,8 @@ class Narration:
     def final_tokens(self, outcome: Outcome) -> int:
         """What is charged of a request that ends in a slot.
 
-        Of one that failed there, as of one that leaves: its workers refused it or were lost. Any other one has
-        had its prompt read, or had it begun.
+        Of one that failed there, as of one that leaves: its workers refused it or were lost. Any other one
+        had its prompt read, or begun.
         """
         return self.charged_tokens() if outcome is Outcome.FAILED else self.answers.used_tokens
 
