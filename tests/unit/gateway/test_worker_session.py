@@ -12,7 +12,6 @@ import pytest
 from interlock.v1 import worker_service_pb2 as pb
 
 from services.common.system_clock import SystemClock
-from services.gateway.adapters import worker_session
 from services.gateway.adapters.worker_session import WorkerSession
 from services.gateway.core.attempts import Loss, Output, RefusalReason, WorkOrder
 from services.gateway.core.pace import Pace
@@ -91,8 +90,8 @@ class World:
     def __init__(self, patch: pytest.MonkeyPatch, room: int, *, ready: bool = True) -> None:
         self.stream, self.ended = Stream(room), asyncio.Event()
         self.sinks: dict[str, Sink] = {}
-        patch.setattr(worker_session.channel, "connect", lambda _: Connection(ready))
-        patch.setattr(worker_session.worker_service_pb2_grpc, "WorkerServiceStub", lambda _: self)
+        patch.setattr("services.common.channel.connect", lambda _: Connection(ready))
+        patch.setattr("interlock.v1.worker_service_pb2_grpc.WorkerServiceStub", lambda _: self)
         self.session = WorkerSession(
             "w1", "127.0.0.1:1", (), SystemClock(), VitalSigns(3.0, 10.0), Pace(0), self._end, lambda: None
         )
