@@ -12,12 +12,34 @@ from deploy.envoy.routes import CONTROLLER, GATEWAYS
 # shall meet, with its reason and delay, so Envoy's own stands above it.
 _STREAMS_PER_ENDPOINT = 4_096
 
+# Of a name every address is an endpoint, and how many it has is known to nobody here: the bound is that of so
+# many gateways. Where there are fewer, theirs is met first all the same, and Envoy's memory has its own.
+_ENDPOINTS_OF_A_NAME = 8
+
+# Health and reflection, whom no token keeps within limits: some tools, and a watch for each client's channel
+# that wants to know. Each costs its gateway a task; what else there is asks the probe port.
+WATCHES_MAX = 256
+
 # Who vanished without a FIN, or stands still, is noticed, and its callers are told to come again: health
 # checks keep new calls from it, and end none. A gateway that stood still for less than the lease of its
 # requests (5 s) goes on with them.
 _KEEPALIVE = {
     GATEWAYS: {"interval": "10s", "timeout": "6s"},
     CONTROLLER: {"interval": "5s", "timeout": "3s"},
+}
+
+# What is set apart from requests (see `routes`).
+_APART: dict[str, list[dict[str, Any]]] = {
+    GATEWAYS: [
+        {
+            "priority": "HIGH",
+            "max_requests": WATCHES_MAX,
+            "max_pending_requests": WATCHES_MAX,
+            "max_retries": 16,
+            "track_remaining": True,
+        }
+    ],
+    CONTROLLER: [],
 }
 
 
@@ -47,7 +69,7 @@ def _cluster(name: str, endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
         },
         "health_checks": [_health_check()],
         "outlier_detection": _outlier_detection(),
-        "circuit_breakers": {"thresholds": [_threshold(len(endpoints))]},
+        "circuit_breakers": {"thresholds": [_requests_threshold(endpoints), *_APART[name]]},
         "load_assignment": {
             "cluster_name": name,
             "endpoints": [
@@ -122,9 +144,10 @@ def _outlier_detection() -> dict[str, Any]:
     }
 
 
-def _threshold(endpoints: int) -> dict[str, Any]:
+def _requests_threshold(endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
+    count = sum(_ENDPOINTS_OF_A_NAME if endpoint.is_name else 1 for endpoint in endpoints)
     return {
-        "max_requests": _STREAMS_PER_ENDPOINT * endpoints,
+        "max_requests": _STREAMS_PER_ENDPOINT * count,
         # Calls that wait for a connection while a gateway restarts.
         "max_pending_requests": 256,
         # The calls of the second in which a busy gateway dies or leaves. What is sent again was never begun,

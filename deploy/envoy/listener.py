@@ -151,6 +151,8 @@ def _http_filters(parameters: Parameters) -> list[dict[str, Any]]:
         _filter(
             "grpc_json_transcoder", "grpc_json_transcoder.v3.GrpcJsonTranscoder", **_transcoding(parameters)
         ),
+        # Off but for the routes that turn it on (see `routes`), whose bound holds: this one has to be there.
+        _filter("buffer", "buffer.v3.Buffer", max_request_bytes=BODY_BYTES_MAX) | {"disabled": True},
         # `x-envoy-*` headers would tell clients how long which part took.
         _filter("router", "router.v3.Router", suppress_envoy_headers=True),
     ]

@@ -137,8 +137,9 @@ def mappers() -> list[dict[str, Any]]:
     for reply in _REPLIES:
         found.append(_mapper(reply, [*_on_paths(_ANTHROPIC), *by_version], _anthropic(reply)))
         found.append(_mapper(reply, _on_paths(_OPENAI), _openai(reply)))
-        # gRPC calls match none, and keep a plain message.
         found.append(_mapper(reply, _FROM_HTTP, _native(reply)))
+    # gRPC calls match none of these, and keep a plain message; in one case Envoy's status would mislead.
+    found.append(_too_large_for_grpc())
     return found
 
 
@@ -150,26 +151,33 @@ def _on_paths(regex: str) -> list[dict[str, Any]]:
     ]
 
 
-def _mapper(reply: _Reply, conditions: list[dict[str, Any]], body: dict[str, Any]) -> dict[str, Any]:
-    is_status = {
-        "status_code_filter": {
-            # The runtime key is required; nothing sets it.
-            "comparison": {
-                "op": "EQ",
-                "value": {"default_value": reply.status, "runtime_key": "interlock.none"},
-            }
-        }
-    }
+def _too_large_for_grpc() -> dict[str, Any]:
+    """A message that is too large is told as a gateway tells it, and not as UNKNOWN."""
+    # RESOURCE_EXHAUSTED.
     return {
-        "filter": {"and_filter": {"filters": [is_status, {"or_filter": {"filters": conditions}}]}},
-        "headers_to_add": [
-            {
-                "header": {"key": "x-request-id", "value": "%REQ(X-REQUEST-ID)%"},
-                "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
-            }
-        ],
+        "filter": _is_status(413),
+        "headers_to_add": [_header("grpc-status", "8")],
+    }
+
+
+def _mapper(reply: _Reply, conditions: list[dict[str, Any]], body: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "filter": {
+            "and_filter": {"filters": [_is_status(reply.status), {"or_filter": {"filters": conditions}}]}
+        },
+        "headers_to_add": [_header("x-request-id", "%REQ(X-REQUEST-ID)%")],
         "body_format_override": {**body, "content_type": "application/json"},
     }
+
+
+def _is_status(status: int) -> dict[str, Any]:
+    # The runtime key is required; nothing sets it.
+    value = {"default_value": status, "runtime_key": "interlock.none"}
+    return {"status_code_filter": {"comparison": {"op": "EQ", "value": value}}}
+
+
+def _header(name: str, value: str) -> dict[str, Any]:
+    return {"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
 
 
 def _native(reply: _Reply) -> dict[str, Any]:

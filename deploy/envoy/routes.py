@@ -29,16 +29,20 @@ _HIDDEN = (
 
 # Routing happens on the path after transcoding: `GET /v1/admin/workers` arrives here as
 # `/interlock.http.v1.AdminHttpService/ListWorkers`.
-_ROUTES = (
-    ("/interlock.v1.GatewayService/", GATEWAYS),
-    ("/interlock.http.v1.GatewayHttpService/", GATEWAYS),
-    ("/interlock.v1.ControllerService/", CONTROLLER),
-    ("/interlock.http.v1.AdminHttpService/", CONTROLLER),
-    ("/grpc.health.v1.Health/", GATEWAYS),
+_TO_GATEWAYS = ("/interlock.v1.GatewayService/", "/interlock.http.v1.GatewayHttpService/")
+_TO_CONTROLLER = ("/interlock.v1.ControllerService/", "/interlock.http.v1.AdminHttpService/")
+
+# What anybody may hold open without a token. They have a bound of their own, far below that of requests (see
+# `clusters`), so that however many there are no request is kept out by them.
+_OPEN_TO_ALL = (
+    "/grpc.health.v1.Health/",
     # Tools of both generations ask: grpcurl before 1.9 knows v1alpha alone.
-    ("/grpc.reflection.v1alpha.ServerReflection/", GATEWAYS),
-    ("/grpc.reflection.v1.ServerReflection/", GATEWAYS),
+    "/grpc.reflection.v1alpha.ServerReflection/",
+    "/grpc.reflection.v1.ServerReflection/",
 )
+# A watch of health is silent until something changes. Who is cut off here asks again, as gRPC's own watchers
+# do at once; who has gone without a word, or has forgotten the call, leaves the place to others.
+_OPEN_TO_ALL_IDLE = "300s"
 
 # What only reads, and may run twice: the caller of a controller that stops answering in the middle is served
 # by the one that took over, where one did.
@@ -59,6 +63,12 @@ _REST = (
 # the gateway's 4 MiB message limit; the prompt of a small model's longest context is a tenth of it.
 BODY_BYTES_MAX = 1_048_576
 ENVELOPED_BODY_BYTES_MAX = BODY_BYTES_MAX + 65_536
+
+# The gateway's bound of a message, with gRPC's frame: what Envoy waits for before it asks a gateway.
+MESSAGE_BYTES_MAX = 4_194_304
+_FRAME_BYTES = 5
+
+_BUFFER = "envoy.filters.http.buffer"
 
 # What a page may send: the bearer token in either form, gRPC-Web's own, the contract's headers, and what the
 # vendors' libraries say of themselves. Each has to be named: `*` would leave out `authorization`.
@@ -118,8 +128,10 @@ def route_configuration(parameters: Parameters) -> dict[str, Any]:
     """The one virtual host, for every name that clients may know the mesh by."""
     routes = [_absent({"path": path}) for path in _HIDDEN]
     routes += [_forwarded({"prefix": prefix}, CONTROLLER, retried=f"{_UNBEGUN},reset") for prefix in _READS]
-    routes += [_forwarded({"prefix": prefix}, cluster) for prefix, cluster in _ROUTES]
-    routes += [_forwarded(match, GATEWAYS) for match in _REST]
+    routes += [_forwarded({"prefix": prefix}, CONTROLLER) for prefix in _TO_CONTROLLER]
+    routes += [_whole(_forwarded({"prefix": prefix}, GATEWAYS)) for prefix in _TO_GATEWAYS]
+    routes += [_set_apart(_forwarded({"prefix": prefix}, GATEWAYS)) for prefix in _OPEN_TO_ALL]
+    routes += [_whole(_forwarded(match, GATEWAYS)) for match in _REST]
     routes.append(_absent({"prefix": "/"}))
     host = {
         "name": "interlock",
@@ -168,6 +180,26 @@ def _forwarded(match: dict[str, str], cluster: str, retried: str = _UNBEGUN) -> 
     }
     # Room for the largest body in its envelope, so that the body's own limit decides and not this one.
     return {"match": match, "route": route, "request_body_buffer_limit": ENVELOPED_BODY_BYTES_MAX}
+
+
+def _whole(forwarded: dict[str, Any]) -> dict[str, Any]:
+    """The route for requests of one message, which is there before a gateway is asked.
+
+    A gateway looks at a token when the message has come. Until then whoever sends headers alone would hold
+    one of the requests that Envoy may have at the gateways, for nothing.
+    """
+    buffer = {
+        "@type": "type.googleapis.com/envoy.extensions.filters.http.buffer.v3.BufferPerRoute",
+        "buffer": {"max_request_bytes": MESSAGE_BYTES_MAX + _FRAME_BYTES},
+    }
+    return {**forwarded, "typed_per_filter_config": {_BUFFER: buffer}}
+
+
+def _set_apart(forwarded: dict[str, Any]) -> dict[str, Any]:
+    """The route under the smaller of its cluster's two bounds."""
+    # To Envoy a priority is another set of thresholds and connections; nothing overtakes anything.
+    apart = {"priority": "HIGH", "idle_timeout": _OPEN_TO_ALL_IDLE}
+    return {**forwarded, "route": forwarded["route"] | apart}
 
 
 def _cors(parameters: Parameters) -> dict[str, Any]:

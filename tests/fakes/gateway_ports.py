@@ -138,6 +138,7 @@ class FakeQueue:
         taken: What `take_up` tells, by job.
         tails: The tails of logs that ends of jobs brought.
         used: What requeues and withdrawals told of used tokens.
+        settled: What ends told of them.
         pins: What each `enqueue`, `requeue` and `register` told of the text's revision.
     """
 
@@ -156,6 +157,7 @@ class FakeQueue:
     taken: dict[str, TakenUp] = field(default_factory=dict)
     tails: list[LogTail | None] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
+    settled: list[int] = field(default_factory=list)
     pins: list[str] = field(default_factory=list)
 
     def note(self, verb: str, name: str) -> None:
@@ -209,6 +211,7 @@ class FakeQueue:
         tail: LogTail | None = None,
     ) -> bool:
         """See `JobQueue.settle`."""
+        self.settled.append(used_tokens)
         self.tails.append(tail)
         self.note(f"settle:{outcome}", nonce)
         return self.settles

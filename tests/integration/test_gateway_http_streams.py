@@ -72,6 +72,7 @@ async def test_a_cut_stream_goes_on_behind_the_last_event_id(gateway: GatewayWor
         ("unknown", "-1", 400, "last-event-id"),
         ("unknown", "1e3", 400, "last-event-id"),
         ("unknown", "9" * 30, 400, "last-event-id"),
+        ("unknown", "9" * 18, 400, "cursor"),
     ],
 )
 async def test_a_senseless_resumption_is_refused(

@@ -213,6 +213,11 @@ async def test_foreign_and_unknown_ids_are_not_found(world: ResumptionWorld) -> 
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await follow(world.peers["g2"], 0, request_id, metadata=bearer(subject=subject))
         assert reason_of(caught.value) == "REQUEST_UNKNOWN"
+    # What no log can have is the caller's mistake, and not the store's, which could not even read it.
+    for cursor in (2**31, 10**18, 2**64 - 1):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await follow(world.peers["g2"], cursor)
+        assert reason_of(caught.value) == "ARGUMENT_INVALID"
     await stub(world.peers["g1"]).CancelGeneration(
         pb.CancelGenerationRequest(request_id="r"), metadata=bearer()
     )

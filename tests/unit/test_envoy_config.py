@@ -134,6 +134,19 @@ def test_streams_have_no_route_timeout() -> None:
             assert route["route"]["max_stream_duration"] == {"max_stream_duration": "0s"}
 
 
+def test_only_what_needs_no_token_is_set_apart() -> None:
+    """Health and reflection have the bound and the patience of their own, and no other route has them."""
+    apart = {
+        route["match"]["prefix"]: route["route"]["idle_timeout"]
+        for route in _routes(LOCAL)
+        if route.get("route", {}).get("priority") == "HIGH"
+    }
+    health, *reflection = sorted(apart)
+    assert health == "/grpc.health.v1.Health/"
+    assert [name.startswith("/grpc.reflection.") for name in reflection] == [True, True]
+    assert set(apart.values()) == {"300s"}
+
+
 def test_the_deadline_header_passes() -> None:
     """Internal headers are stripped by name; `x-interlock-deadline` is the client's own."""
     (host,) = _manager(LOCAL)["route_config"]["virtual_hosts"]

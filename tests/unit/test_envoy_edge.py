@@ -20,8 +20,8 @@ from interlock.http.v1 import http_service_pb2
 from deploy.envoy.generate import DESCRIPTORS
 from deploy.envoy.listener import HEADERS_BYTES_MAX, HEADERS_MAX
 from deploy.envoy.replies import HEADERS_MESSAGE
-from deploy.envoy.routes import BODY_BYTES_MAX
-from services.common import allowance
+from deploy.envoy.routes import BODY_BYTES_MAX, MESSAGE_BYTES_MAX
+from services.common import allowance, channel
 from services.common.allowance import Allowance
 from services.local import probes
 from tests.fixtures.edge import Edge, started_edge
@@ -259,6 +259,15 @@ def test_native_grpc_goes_to_its_service(edge: Edge) -> None:
     assert edge.call(listing, b"\x08\x02") == b"\x08\x02"
     assert GENERATE in edge.gateway.seen
     assert listing in edge.controller.seen
+
+
+def test_a_message_of_grpc_has_the_bound_that_gateways_have(edge: Edge) -> None:
+    """Up to it a message arrives; one byte more is told as a gateway would tell it."""
+    assert len(edge.call(GENERATE, b"x" * MESSAGE_BYTES_MAX)) == MESSAGE_BYTES_MAX
+    with pytest.raises(grpc.RpcError) as caught:
+        edge.call(GENERATE, b"x" * (MESSAGE_BYTES_MAX + 1))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert MESSAGE_BYTES_MAX == channel.MESSAGE_BYTES_MAX
 
 
 def test_grpc_web_is_spoken(edge: Edge) -> None:

@@ -16,9 +16,11 @@ import grpc
 import pytest
 
 from deploy.envoy import generate
+from deploy.envoy.clusters import WATCHES_MAX
 from deploy.envoy.parameters import Endpoint, Parameters
 from tests.fixtures.edge import Edge, ask, started_edge
 
+WATCH = "/grpc.health.v1.Health/Watch"
 GENERATE = "/interlock.v1.GatewayService/Generate"
 WORKERS = "/v1/admin/workers"
 DRAIN = generate.DESCRIPTORS.with_name("drain.sh")
@@ -107,6 +109,43 @@ def test_a_connection_carries_1024_streams(edge: Edge) -> None:
         assert edge.stat("http.interlock.downstream_cx_active") == 1
         held.set()
         assert {call.result() for call in calls} == {b"x"}
+
+
+def test_watches_of_health_have_a_bound_of_their_own(edge: Edge) -> None:
+    """Whoever holds as many open as Envoy takes, without a token, keeps others from watching, and no more."""
+    watching = "cluster.gateways.circuit_breakers.high.remaining_rq"
+    with grpc.insecure_channel(edge.address) as channel:
+        watch: Any = channel.unary_stream(WATCH)
+        watches = [watch(b"") for _ in range(WATCHES_MAX)]
+        assert {next(one) for one in watches} == {b"\x08\x01"}
+        assert edge.stat(watching) == 0
+        with pytest.raises(grpc.RpcError) as caught:
+            next(watch(b""))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert edge.call(GENERATE) == b"x"
+        watches[0].cancel()
+        _await(lambda: edge.stat(watching) == 1, "a place is never free again")
+        assert next(watch(b"")) == b"\x08\x01"
+
+
+def test_a_request_that_never_comes_asks_no_gateway(edge: Edge) -> None:
+    """Headers alone, by HTTP and by gRPC, hold nothing at a gateway; what has come whole is answered."""
+    host, _, port = edge.address.rpartition(":")
+    come = threading.Event()
+
+    def late() -> Iterator[bytes]:
+        come.wait()
+        yield b"x"
+
+    with socket.create_connection((host, int(port))) as half, grpc.insecure_channel(edge.address) as channel:
+        half.sendall(b"POST /v1/generate HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nhalf")
+        begin: Any = channel.stream_unary(GENERATE)
+        call = begin.future(late(), timeout=20)
+        _await(lambda: edge.stat("http.interlock.downstream_rq_active") == 2, "they are not both in")
+        assert edge.call(GENERATE) == b"x"
+        assert edge.stat("cluster.gateways.upstream_rq_total") == 1
+        come.set()
+        assert call.result() == b"x"
 
 
 def test_a_deadline_in_a_stream_that_has_begun_is_told_as_one(edge: Edge) -> None:

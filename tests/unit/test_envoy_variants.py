@@ -127,6 +127,20 @@ def test_each_gateway_process_is_an_endpoint_with_checks() -> None:
         assert cluster["outlier_detection"]["enforcing_consecutive_local_origin_failure"] == 100
 
 
+@pytest.mark.parametrize(
+    ("variant", "gateways"),
+    # Of a name nobody knows how many addresses it has.
+    [("local", 1), ("multi-gateway", 4), ("docker", 8), ("kubernetes", 8)],
+)
+def test_what_holds_no_token_has_a_small_share(variant: str, gateways: int) -> None:
+    """Requests have room for each gateway's own bound; health and reflection have a bound apart from it."""
+    found = _clusters(VARIANTS[variant])
+    requests, apart = found["gateways"]["circuit_breakers"]["thresholds"]
+    assert (requests["max_requests"], requests.get("priority")) == (4_096 * gateways, None)
+    assert (apart["max_requests"], apart["priority"]) == (256, "HIGH")
+    assert len(found["controller"]["circuit_breakers"]["thresholds"]) == 1
+
+
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_the_admin_interface_is_nobody_elses(variant: Variant) -> None:
     """It can stop Envoy: loopback in every variant."""

@@ -82,7 +82,11 @@ class _Declined:
 
 @dataclass(slots=True)
 class _Guarded:
-    """One attempt, and the sink of it: whatever ends it is settled with the breaker, once."""
+    """One attempt, and the sink of it: whatever ends it is settled with the breaker, once.
+
+    A trial decides with its first tokens. Its whole answer may take minutes, in which nobody else would be
+    let to a worker that is well again.
+    """
 
     sink: AttemptSink
     circuit: Circuit
@@ -95,6 +99,8 @@ class _Guarded:
 
     def output(self, output: Output) -> None:
         """See `AttemptSink.output`."""
+        if output.token_ids and self.permit.trial and not self._settled:
+            self.permit = self.circuit.pass_trial(self.permit)
         if output.ends_attempt:
             self._settle(Verdict.SUCCESS)
         self.sink.output(output)

@@ -175,6 +175,16 @@ class Circuit:
         """Tells how a call ended."""
         self._become(table.settle(self.breaker, permit, verdict, self._clock.monotonic()))
 
+    def pass_trial(self, permit: Permit) -> Permit:
+        """Tells that a trial goes well before it has ended; how it ends is settled with what is returned.
+
+        That end is then an ordinary call's, of the era that the trial began; of a trial that came too late to
+        decide anything it still changes nothing.
+        """
+        decides = permit.era == self.breaker.era
+        self.settle(permit, Verdict.SUCCESS)
+        return Permit(self.breaker.era if decides else permit.era, trial=False)
+
     def force(self, state: State) -> None:
         """Holds it, or lets it go."""
         self._become(table.force(self.breaker, state, self._clock.monotonic()))

@@ -97,8 +97,6 @@ class WorkerSession:
     _task: asyncio.Task[None] | None = None
     # Set when nothing can be sent any more; `_ended_itself` when no one has to cancel the task for it.
     _over: bool = False
-    # Until then no order has left this process, so none can be to blame for a loss.
-    _connected: bool = False
     # Whether the stream broke, as it does with the worker's process.
     _crashed: bool = False
     _ended_itself: bool = False
@@ -165,18 +163,20 @@ class WorkerSession:
         return ended
 
     def lose(self, cause: str) -> None:
-        """Tells every attempt that the worker is gone, or that it was never reached."""
+        """Tells every attempt that the worker is gone, or that its order has never reached it."""
         self._over = True
-        sinks = tuple(carried.sink for carried in self._carried.values())
+        carried = tuple(self._carried.items())
         self._carried.clear()
         self._count()
         for key in tuple(self._ending):
             self._ended(key)
-        for sink in sinks:
-            if self._connected:
-                sink.lost(cause, Loss.PROCESS if self._crashed else Loss.SILENCE)
+        # None of these can be to blame for the loss.
+        unsent = {_order_key(request) for request in self._outgoing if request.HasField("start")}
+        for key, one in carried:
+            if key in unsent:
+                one.sink.refused(RefusalReason.UNREACHABLE, cause)
             else:
-                sink.refused(RefusalReason.UNREACHABLE, cause)
+                one.sink.lost(cause, Loss.PROCESS if self._crashed else Loss.SILENCE)
 
     async def close(self) -> None:
         """Ends the stream."""
@@ -208,7 +208,6 @@ class WorkerSession:
         """Speaks until one side has enough; returns why."""
         if not await _connects(connection):
             return "it cannot be reached"
-        self._connected = True
         self.signs.reset(self.clock.monotonic())
         stub = worker_service_pb2_grpc.WorkerServiceStub(connection)
         call = stub.Session(metadata=self.metadata)
@@ -227,7 +226,9 @@ class WorkerSession:
     async def _write(self, call: Any) -> None:
         while True:
             while self._outgoing:
-                await call.write(self._outgoing.popleft())
+                # It stays in the line until it is on the wire: a stream that has ended takes nothing.
+                await call.write(self._outgoing[0])
+                self._outgoing.popleft()
             self._has_outgoing.clear()
             await self._has_outgoing.wait()
 
@@ -338,6 +339,11 @@ class _SessionAttempt:
     def cancel(self, verdict: Verdict = Verdict.NEUTRAL) -> asyncio.Future[None]:  # noqa: ARG002 - nobody is judged here
         """See `Attempt.cancel`."""
         return self.session.cancel(self.key)
+
+
+def _order_key(request: worker_service_pb2.SessionRequest) -> Key:
+    """Which attempt an order begins."""
+    return request.start.job, request.start.attempt
 
 
 async def _connects(connection: grpc.aio.Channel) -> bool:

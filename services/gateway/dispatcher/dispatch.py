@@ -30,9 +30,10 @@ from services.gateway.core.ports import JobQueue, Meter, WorkerPool
 from services.gateway.core.queue_errors import exists_with_other_body
 from services.gateway.core.refusals import Refusals
 from services.gateway.dispatcher.direct_stream import DirectStream
+from services.gateway.dispatcher.follower import Follower
 from services.gateway.dispatcher.generation import Generation
 from services.gateway.dispatcher.limits import GenerationLimits
-from services.gateway.dispatcher.resumption import Resumption
+from services.gateway.dispatcher.resumption import Claimed, Resumption
 from services.gateway.dispatcher.rounds import Register, Rounds, cancelled
 from services.gateway.dispatcher.streams import AnswerStream
 
@@ -138,32 +139,46 @@ class Dispatcher:
         self._check_room(job)
         if (known := self._live.get(job.job_id)) is not None:
             return self._join(known, job)
-        if await self._resumption.claim(job) and job.resumable:
+        claimed = await self._resumption.claim(job)
+        if claimed is Claimed.BEFORE and job.resumable:
             with contextlib.suppress(RequestUnknown):
                 return await self._resumption.follow(job.model, job.job_id, 0, job.digest)
         if (known := self._live.get(job.job_id)) is not None:
             return self._join(known, job)
         if job.resumable:
-            return await self._begin_resumable(job)
+            return await self._begin_resumable(job, claimed)
         generation = self._create(job)
         await self._open(generation)
         return DirectStream(
             generation, generation.outbox, self._clock, self._generation_limits.client_stall_s
         )
 
-    async def _begin_resumable(self, job: GenerationJob) -> AnswerStream:
+    async def _begin_resumable(self, job: GenerationJob, claimed: Claimed) -> AnswerStream:
         """Admits a request once there is room for its client: without one it would run on for nobody."""
-        self._resumption.check_room()
-        generation = self._create(job)
+        try:
+            self._resumption.check_room()
+            generation = self._create(job)
+            follower = await self._open_resumable(generation)
+        except InterlockError:
+            if claimed is Claimed.NOW:
+                # Its id stands for nothing, and its client may ask something else by it.
+                await self._resumption.release(job)
+            raise
+        if follower is None:
+            return await self._resumption.follow(job.model, job.job_id, 0, job.digest)
+        follower.allowance = generation.allowance
+        return follower
+
+    async def _open_resumable(self, generation: Generation) -> Follower | None:
+        """Enqueues a request with a client that follows it; None: another gateway has it already."""
         follower = self._resumption.follow_here(generation, 0)
         try:
             await self._open(generation)
         except BaseException as error:
             await follower.aclose()
             if generation.moved and isinstance(error, InterlockError):
-                return await self._resumption.follow(job.model, job.job_id, 0, job.digest)
+                return None
             raise
-        follower.allowance = generation.allowance
         return follower
 
     async def resume(self, job_id: str, cursor: int) -> AnswerStream:

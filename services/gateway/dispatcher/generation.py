@@ -335,7 +335,7 @@ class Generation:
                 self._pause_log()
                 self._ticket.decline(grant, hold_s)
             case request_events.Settle(grant, outcome):
-                self._ticket.settle(grant, outcome, self._narration.answers.used_tokens)
+                self._ticket.settle(grant, outcome)
             case request_events.AwaitWorker():
                 self._await_worker()
             case request_events.Close(error):

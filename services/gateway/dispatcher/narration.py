@@ -13,7 +13,7 @@ from services.gateway.core.answers import Answers
 from services.gateway.core.attempts import Output
 from services.gateway.core.detokenizer import Piece
 from services.gateway.core.events import Finished, FinishReason, Queued, Started
-from services.gateway.core.jobs import Grant, Waiting
+from services.gateway.core.jobs import Grant, Outcome, Waiting
 from services.gateway.core.log import Entry
 from services.gateway.core.params import GenerationJob
 from services.gateway.core.ports import Meter
@@ -129,6 +129,14 @@ class Narration:
     def charged_tokens(self) -> int:
         """What is charged of a request that waits again or leaves; the prompt once anything was generated."""
         return self.answers.used_tokens if self.answers.progress else 0
+
+    def final_tokens(self, outcome: Outcome) -> int:
+        """What is charged of a request that ends in a slot.
+
+        Of one that failed there, as of one that leaves: its workers refused it or were lost. Any other one
+        had its prompt read, or begun.
+        """
+        return self.charged_tokens() if outcome is Outcome.FAILED else self.answers.used_tokens
 
     def pin(self) -> str:
         """The revision whose text the client has, and which alone may go on; empty while there is none."""

@@ -40,6 +40,9 @@ DEADLINE_KEY = "x-interlock-deadline"
 # What a client or Envoy calls the call; logged, so that their lines and ours can be joined.
 CALL_ID_KEY = "x-request-id"
 
+# More events than any log has; the contract's type has 64 bits, of which the store would not read all.
+_CURSOR_MAX = 2**31 - 1
+
 _DECIMAL = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 Metadata = Sequence[tuple[str, str | bytes]]
@@ -189,6 +192,8 @@ class Reception:
             RequestUnknown: The subject has no such request.
         """
         validation.check_request_id(request_id)
+        if cursor > _CURSOR_MAX:
+            raise ArgumentInvalid("cursor: no log has so many events; send the last one that was received.")
         return await self._dispatcher.resume(job_id(principal.subject, request_id), cursor)
 
     async def cancel(self, principal: Principal, request_id: str) -> bool:

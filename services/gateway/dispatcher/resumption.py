@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from services.common.clock import Clock
 from services.common.errors import ArgumentInvalid, InterlockError, QueueFull, StoreUnavailable
@@ -20,6 +21,14 @@ from services.gateway.dispatcher.generation import Generation
 
 # A client may be served by somebody else within this.
 RETRY_WHEN_FULL_S = 1.0
+
+
+class Claimed(Enum):
+    """Whether an id stands for a request. NOT: it has no digest, or the store does not answer."""
+
+    NOW = auto()
+    BEFORE = auto()
+    NOT = auto()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,26 +78,26 @@ class Resumption:
         """Clients that follow a log here."""
         return self._following
 
-    async def claim(self, job: GenerationJob) -> bool:
-        """Lets the request's id stand for it; returns whether it did so already.
+    async def claim(self, job: GenerationJob) -> Claimed:
+        """Lets the request's id stand for it; returns whether it does, and since when.
 
         Raises:
             RequestExists: It stands for something else.
         """
         if not job.digest:
-            return False
+            return Claimed.NOT
         kept_s = self._limits.resume_ttl_s if job.resumable else self._limits.record_ttl_s
         try:
             known = await self._directory.claim(job.job_id, _claim_of(job), job.timeout_s + kept_s)
         except StoreUnavailable:
             # The queue knows by itself whether it can do without the store.
-            return False
+            return Claimed.NOT
         if known is not None and known.digest != job.digest:
             raise exists_with_other_body()
-        return known is not None
+        return Claimed.NOW if known is None else Claimed.BEFORE
 
     async def release(self, job: GenerationJob) -> None:
-        """Lets the id of a request that cannot be resumed be used again, once it has ended."""
+        """Lets an id be used again, of a request that was not accepted, or ended and cannot be resumed."""
         if job.digest:
             # Its time ends by itself.
             with contextlib.suppress(StoreUnavailable):

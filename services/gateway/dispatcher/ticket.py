@@ -59,6 +59,10 @@ class TicketText(Protocol):
         """What is charged however the job ends."""
         ...
 
+    def final_tokens(self, outcome: Outcome) -> int:
+        """What is charged of a job that ends in a slot."""
+        ...
+
     def pin(self) -> str:
         """The revision that alone may go on with the text; empty while there is none."""
         ...
@@ -169,8 +173,9 @@ class Ticket:
 
         self._errands.add(call)
 
-    def settle(self, grant: Grant, outcome: Outcome, used_tokens: int) -> None:
+    def settle(self, grant: Grant, outcome: Outcome) -> None:
         """Gives a slot back for good, and ends the job with it."""
+        used_tokens = self._text.final_tokens(outcome)
 
         async def call() -> None:
             current = await self._settle(grant, outcome, used_tokens)

@@ -62,6 +62,7 @@ class _Job:
         tokens: Its tokens so far, of all sequences.
         compiling: Compiles its format; None once the step thread has the job.
         credit: What was added meanwhile, by sequence.
+        grants: The most credit that was added at once, by sequence.
     """
 
     key: SequenceKey
@@ -72,6 +73,7 @@ class _Job:
     tokens: int = 0
     compiling: asyncio.Task[None] | None = None
     credit: Counter[int] = field(default_factory=Counter)
+    grants: dict[int, int] = field(default_factory=dict)
 
 
 class EngineSession:
@@ -104,6 +106,9 @@ class EngineSession:
 
     def start(self, job: JobStart) -> None:
         """Begins a job, or lets the outbox say why not. A later attempt replaces an earlier one."""
+        if self._closed:
+            # Its end is before this in the mailbox: what began now would keep its slot for good.
+            return
         key = job.key
         refusal = self._engine.judge(job)
         earlier = self._jobs.get(key.job)
@@ -126,6 +131,7 @@ class EngineSession:
         known = self._jobs.get(job)
         if known is None or sequence not in known.open:
             return
+        known.grants[sequence] = max(known.grants.get(sequence, 0), tokens)
         if known.compiling is not None:
             known.credit[sequence] = min(known.credit[sequence] + tokens, CREDIT_TOKENS_MAX)
         else:
@@ -174,7 +180,8 @@ class EngineSession:
         if isinstance(event, Refusal):
             self.refuse(event)
             if current is not None:
-                del self._jobs[key.job]
+                # Where too many refusals wait unread, the session has been closed, and forgot its jobs.
+                self._jobs.pop(key.job, None)
             return
         if tokens_max := self._held_tokens_max(event, current):
             self._outbox.hold(event, tokens_max)
@@ -220,8 +227,12 @@ class EngineSession:
         if not self._turns.hold_s or event.finish is not None or job is None:
             return 0
         start = job.open.get(event.key.sequence) if event.key.sequence in job.begun else None
-        # The sequence shall never pause because its tokens wait here.
-        return 0 if start is None else max(1, start.credit_tokens // 4)
+        if start is None:
+            return 0
+        # The sequence shall never pause because its tokens wait here. One that went on with the little credit
+        # that its client had left is given more by and by.
+        credit_tokens = max(start.credit_tokens, job.grants.get(event.key.sequence, 0))
+        return max(1, credit_tokens // 4)
 
     def _turn(self) -> None:
         """Tells what is held back."""
@@ -250,6 +261,8 @@ class EngineSession:
         self.put(Refusal(known.key, reason, message))
 
     def _admit(self, job: JobStart, known: _Job) -> None:
+        if self._closed:
+            return
         known.compiling = None
         # Some may have been cancelled meanwhile.
         starts = tuple(start for start in job.starts if start.key.sequence in known.open)

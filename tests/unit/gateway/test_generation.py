@@ -19,6 +19,7 @@ from services.common.errors import (
 from services.gateway.core.attempts import AttemptEnd, Loss, Output, RefusalReason
 from services.gateway.core.events import Chunk, Finished, FinishReason, Started, TokenLogprob
 from services.gateway.core.jobs import Outcome, Renewal, Waiting
+from services.gateway.core.log import Claim
 from services.gateway.core.params import GenerationParams, SamplingParams
 from services.gateway.core.queue_errors import ended_error
 from tests.fakes.gateway_ports import grant
@@ -84,6 +85,43 @@ async def test_what_was_produced_before_a_loss_is_told_to_the_queue(
     await generation.aclose()
     await world.queue.wait_for("cancel", "s-j")
     assert world.queue.used == [used, used]
+
+
+@pytest.mark.parametrize(
+    ("end", "said", "charged"),
+    [
+        ("invalid", "", 0),
+        ("budget", "", 0),
+        ("budget", "ab", 5),
+        ("crashes", "", 0),
+        ("finished", "", 3),
+        ("cancelled", "", 3),
+        ("cancelled", "ab", 5),
+    ],
+)
+async def test_a_prompt_that_no_worker_took_is_not_charged(
+    world: World, end: str, said: str, charged: int
+) -> None:
+    """Refused, or lost before the first token, it costs nothing; a worker that is at it costs the prompt."""
+    generation = await world.dispatcher.submit(job())
+    sink = world.workers.attempts[0].sink
+    if said:
+        sink.output(Output(0, ids(said)))
+    match end:
+        case "invalid":
+            sink.refused(RefusalReason.INVALID, "what?")
+        case "budget":
+            sink.refused(RefusalReason.BUDGET_SPENT, "")
+        case "crashes":
+            sink.lost("test", Loss.PROCESS)
+            world.queue.receive(grant("n2"))
+            (await world.workers.wait_started(2)).sink.lost("test", Loss.PROCESS)
+        case "finished":
+            sink.output(Output(0, (), FinishReason.STOP))
+        case _:
+            await generation.aclose()
+    await world.dispatcher.wait_empty()
+    assert world.queue.settled == [charged]
 
 
 @pytest.mark.parametrize(("said", "pin"), [("abc", "r1"), ("", "")], ids=["tokens", "nothing"])
@@ -237,6 +275,30 @@ async def test_a_resumable_request_is_admitted_with_its_client_or_not_at_all() -
         for _ in range(2):
             with pytest.raises(QueueFull, match="full"):
                 await world.dispatcher.submit(job("b", resumable=True, digest="d"))
+
+
+async def test_a_resumable_request_that_is_refused_leaves_its_id_to_another(world: World) -> None:
+    """Its client may ask something else by it, at once; that stands from then on."""
+    world.queue.answer = QueueFull("full", retry_after_s=1)
+    with pytest.raises(QueueFull):
+        await world.dispatcher.submit(job("a", resumable=True, digest="d"))
+    world.queue.answer = None
+    stream = await world.dispatcher.submit(job("a", resumable=True, digest="other"))
+    with pytest.raises(RequestExists):
+        await world.dispatcher.submit(job("a", resumable=True, digest="d"))
+    await stream.aclose()
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["claimed here", "claimed before"])
+async def test_without_room_for_its_client_a_claim_is_given_back_by_who_made_it(known: bool) -> None:  # noqa: FBT001
+    """What another call claimed may be under way by now."""
+    async with dispatcher_world(followers_max=0) as world:
+        claim = Claim("m", "d")
+        if known:
+            await world.logs.claim("a", claim, 1)
+        with pytest.raises(QueueFull):
+            await world.dispatcher.submit(job("a", resumable=True, digest="d"))
+        assert world.logs.claims == ({"a": claim} if known else {})
 
 
 async def test_a_grant_that_comes_after_the_end_is_given_back(world: World) -> None:

@@ -1,0 +1,165 @@
+"""A session with a worker that ends: which attempts were lost with it, and which had never reached it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+from interlock.v1 import worker_service_pb2 as pb
+
+from services.common.system_clock import SystemClock
+from services.gateway.adapters.worker_session import WorkerSession
+from services.gateway.core.attempts import Loss, Output, RefusalReason, WorkOrder
+from services.gateway.core.pace import Pace
+from services.gateway.core.params import SamplingParams
+from services.gateway.core.vital_signs import VitalSigns
+
+
+@dataclass
+class Stream:
+    """A stream whose other end the test plays; it takes so many messages, and the next one waits."""
+
+    room: int
+    written: list[pb.SessionRequest] = field(default_factory=list)
+    took: asyncio.Event = field(default_factory=asyncio.Event)
+    broken: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def write(self, request: pb.SessionRequest) -> None:
+        """Takes a message, or lets it wait for a reader that never comes."""
+        if self.broken.is_set():
+            raise asyncio.InvalidStateError("RPC already finished.")
+        if len(self.written) >= self.room:
+            await asyncio.Event().wait()
+        self.written.append(request)
+        self.took.set()
+
+    async def __aiter__(self) -> AsyncIterator[pb.SessionResponse]:
+        """Nothing, until it breaks."""
+        await self.broken.wait()
+        return
+        yield
+
+    def cancel(self) -> None:
+        """There is nobody to tell."""
+
+
+@dataclass
+class Connection:
+    """A channel that is ready, or never becomes so."""
+
+    ready: bool = True
+
+    def get_state(self, *, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
+        """See `grpc.aio.Channel.get_state`."""
+        del try_to_connect
+        states = grpc.ChannelConnectivity
+        return states.READY if self.ready else states.TRANSIENT_FAILURE
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+class Sink:
+    """Remembers how its attempt ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[RefusalReason | Loss] = []
+
+    def output(self, output: Output) -> None:
+        """Nobody speaks here."""
+        raise AssertionError(output)
+
+    def refused(self, reason: RefusalReason, message: str) -> None:
+        """See `AttemptSink.refused`."""
+        assert message
+        self.ends.append(reason)
+
+    def lost(self, cause: str, loss: Loss) -> None:
+        """See `AttemptSink.lost`."""
+        assert cause
+        self.ends.append(loss)
+
+
+class World:
+    """A session over a stream that the test plays, with an attempt for each name."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, room: int, *, ready: bool = True) -> None:
+        self.stream, self.ended = Stream(room), asyncio.Event()
+        self.sinks: dict[str, Sink] = {}
+        patch.setattr("services.common.channel.connect", lambda _: Connection(ready))
+        patch.setattr("interlock.v1.worker_service_pb2_grpc.WorkerServiceStub", lambda _: self)
+        self.session = WorkerSession(
+            "w1", "127.0.0.1:1", (), SystemClock(), VitalSigns(3.0, 10.0), Pace(0), self._end, lambda: None
+        )
+
+    def Session(self, metadata: Any) -> Stream:
+        """The stub's method."""
+        del metadata
+        return self.stream
+
+    def start(self, name: str) -> None:
+        """Begins an attempt."""
+        order = WorkOrder(
+            job_id=name,
+            attempt=1,
+            request_id="q",
+            model="m",
+            revision="r1",
+            epoch=1,
+            prompt_ids=(1,),
+            emitted=((),),
+            max_tokens=9,
+            sampling=SamplingParams(),
+            credit_tokens=8,
+        )
+        self.sinks[name] = Sink()
+        self.session.start(order, self.sinks[name])
+
+    async def wait_ended(self) -> dict[str, list[RefusalReason | Loss]]:
+        """How each attempt ended."""
+        await asyncio.wait_for(self.ended.wait(), 5)
+        await self.session.close()
+        return {name: sink.ends for name, sink in self.sinks.items()}
+
+    def _end(self, session: WorkerSession, cause: str) -> None:
+        session.lose(cause)
+        self.ended.set()
+
+
+async def test_an_order_that_waits_for_the_wire_is_not_lost_with_the_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It cannot have killed it: it is as if the worker had not been reached, for the next in line too."""
+    world = World(monkeypatch, room=1)
+    for name in "abc":
+        world.start(name)
+    await world.stream.took.wait()
+    world.stream.broken.set()
+    assert await world.wait_ended() == {
+        "a": [Loss.PROCESS],
+        "b": [RefusalReason.UNREACHABLE],
+        "c": [RefusalReason.UNREACHABLE],
+    }
+
+
+async def test_an_order_for_a_stream_that_has_ended_is_not_lost_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The writer finds out before the reader does."""
+    world = World(monkeypatch, room=9)
+    world.start("a")
+    await world.stream.took.wait()
+    world.stream.broken.set()
+    world.start("b")
+    assert await world.wait_ended() == {"a": [Loss.PROCESS], "b": [RefusalReason.UNREACHABLE]}
+
+
+async def test_a_worker_that_cannot_be_reached_has_lost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No order has left the process."""
+    world = World(monkeypatch, room=9, ready=False)
+    world.start("a")
+    assert await world.wait_ended() == {"a": [RefusalReason.UNREACHABLE]}
