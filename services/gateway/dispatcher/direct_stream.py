@@ -78,8 +78,8 @@ class DirectStream:
     async def ready(self, timeout_s: float) -> bool:
         """See `AnswerStream.ready`."""
         self._return()
-        if self._may_read():
-            return True
+        if self._may_read() or timeout_s <= 0:
+            return self._may_read()
         late = False
 
         def give_up() -> None:

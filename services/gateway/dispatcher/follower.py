@@ -146,6 +146,8 @@ class Follower:
 
     async def ready(self, timeout_s: float) -> bool:
         """See `AnswerStream.ready`."""
+        if self._has_news or timeout_s <= 0:
+            return self._has_news
         try:
             async with asyncio.timeout(timeout_s):
                 while not self._has_news:

@@ -54,7 +54,7 @@ class AnswerStream(Protocol):
         ...
 
     async def ready(self, timeout_s: float) -> bool:
-        """Whether, within `timeout_s`, asking for the next event will answer at once."""
+        """Whether, within `timeout_s`, asking for the next event will answer at once; with 0, whether now."""
         ...
 
     async def aclose(self) -> None:

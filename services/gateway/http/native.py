@@ -120,11 +120,6 @@ def event_body(cursor: int, event: Event) -> bytes:
     return b"id: %d\nevent: %s\ndata: %s\n\n" % (cursor, name.encode(), data)
 
 
-def heartbeat_body() -> bytes:
-    """A comment that keeps a waiting connection from looking dead."""
-    return b": waiting\n\n"
-
-
 def cancelled_body(request_id: str, *, cancelled: bool) -> bytes:
     """The reply to a cancellation."""
     return dump({"request_id": request_id, "cancelled": cancelled})

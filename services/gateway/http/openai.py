@@ -185,11 +185,6 @@ def model_body(name: str, created_s: int) -> bytes:
     return dump(_model(name, created_s))
 
 
-def heartbeat_body() -> bytes:
-    """A comment that keeps a waiting connection from looking dead."""
-    return b": waiting\n\n"
-
-
 # --- errors -------------------------------------------------------------------------------------------------
 
 

@@ -15,12 +15,13 @@ from interlock.http.v1 import http_service_pb2_grpc
 from services.common import logs
 from services.common.errors import NoWorker
 from services.common.grpc_types import Context
+from services.gateway.core.events import Event
 from services.gateway.core.readiness import Readiness
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, Metadata, Reception
 from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http import anthropic_calls, console, native, openai_calls, openapi, responses_calls
 from services.gateway.http.bodies import read_body, written
-from services.gateway.http.reply import Reply, event, timely_events, whole_answer
+from services.gateway.http.reply import Reply, streamed, whole_answer
 
 LAST_EVENT_KEY = "last-event-id"
 
@@ -183,9 +184,10 @@ async def _stream(
     generation: AnswerStream, reply: Reply, *, formed: bool = False
 ) -> AsyncGenerator[HttpBody, None]:
     """Sends each event as it comes, and a heartbeat where none does."""
-    async with aclosing(timely_events(generation, reply, formed=formed)) as events:
-        async for happened in events:
-            if happened is None:
-                yield event(native.heartbeat_body())
-            else:
-                yield event(native.event_body(generation.cursor, happened))
+
+    def say(happened: Event) -> tuple[bytes]:
+        return (native.event_body(generation.cursor, happened),)
+
+    async with aclosing(streamed(generation, reply, say, formed=formed)) as bodies:
+        async for body in bodies:
+            yield body
