@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -103,7 +103,7 @@ async def _open(
     return asked, generation
 
 
-def _chat_body(reception: Reception, reply: Reply, asked: OpenAiRequest, answer: Answer) -> bytes:
+def _chat_body(reception: Reception, reply: Reply, asked: OpenAiRequest, answer: Answer) -> Iterable[bytes]:
     head = _head(reply, "chatcmpl-", answer.started)
     choices = [_chat_choice(reception, head, asked, said) for said in answer.sequences]
     return openai.chat_body(head, choices, answer.usage)
@@ -172,17 +172,17 @@ class _ChatChoice:
             return
         scores = self._scores()
         if text or scores:
-            yield openai.chat_text(self.head, self.index, text, scores, usage=self._asked.usage)
+            yield from openai.chat_text(self.head, self.index, text, scores, usage=self._asked.usage)
 
     def _end(self, finished: Finished) -> Iterator[bytes]:
         asked, head = self._asked, self.head
         text, calls = self._text.end()
         scores = self._scores()
         if text or (scores and not calls):
-            yield openai.chat_text(head, self.index, text, scores, usage=asked.usage)
+            yield from openai.chat_text(head, self.index, text, scores, usage=asked.usage)
             scores = None
         if calls:
-            yield openai.chat_calls(head, self.index, calls, scores, usage=asked.usage)
+            yield from openai.chat_calls(head, self.index, calls, scores, usage=asked.usage)
         yield openai.chat_end(head, finished, calls=bool(calls), usage=asked.usage)
 
     def _scores(self) -> dict[str, Any] | None:
@@ -191,7 +191,9 @@ class _ChatChoice:
         return openai.chat_logprobs(chunks, _tokenizer(self._reception, self.head).piece) if chunks else None
 
 
-def _completion_body(reception: Reception, reply: Reply, asked: OpenAiRequest, answer: Answer) -> bytes:
+def _completion_body(
+    reception: Reception, reply: Reply, asked: OpenAiRequest, answer: Answer
+) -> Iterable[bytes]:
     head = _head(reply, "cmpl-", answer.started)
     choices = [
         openai.completion_choice(
@@ -221,12 +223,12 @@ class _CompletionStream:
                 self._head = head = _head(self._reply, "cmpl-", happened)
                 self._scores = [_TextScores(self._reception, asked, head) for _ in range(asked.choices)]
                 for index in range(asked.choices if asked.echo else 0):
-                    yield openai.completion_text(head, index, asked.echo, None, usage=asked.usage)
+                    yield from openai.completion_text(head, index, asked.echo, None, usage=asked.usage)
             case Chunk(text=text, sequence=index):
                 assert head is not None
                 scores = self._scores[index].of((happened,))
                 if text or scores:
-                    yield openai.completion_text(head, index, text, scores, usage=asked.usage)
+                    yield from openai.completion_text(head, index, text, scores, usage=asked.usage)
             case Finished():
                 assert head is not None
                 self._used += happened.usage

@@ -30,6 +30,8 @@ EVENTS_TYPE = "text/event-stream"
 GRANT_WAIT_S = 5.0
 # Proxies give up on connections that are silent for a minute; some sooner.
 HEARTBEAT_S = 10.0
+# A body that has as many bytes is sent before it has more.
+BODY_BYTES = 1 << 14
 # A comment, in every API.
 HEARTBEAT = b": waiting\n\n"
 
@@ -141,17 +143,14 @@ async def streamed(
     Args:
         generation: The request.
         reply: Where its events go.
-        say: What the API says of an event; nothing, if it has no word for it.
+        say: What the API says of an event, in pieces; nothing, if it has no word for it.
         formed: Whether its answer has a format. Only a worker finds out that one cannot be compiled, so the
             headers wait for the first text, and no longer than they would for the grant.
 
     Raises:
         InterlockError: What the request ended with; before the first byte it still has its status.
     """
-    if formed:
-        await generation.first_output(GRANT_WAIT_S)
-    elif await generation.first_grant(GRANT_WAIT_S) is None and generation.error is not None:
-        raise generation.error
+    await _status_known(generation, formed=formed)
     await reply.begin(generation)
     now_s = asyncio.get_running_loop().time
     due_s, unsent = now_s(), b""
@@ -169,11 +168,24 @@ async def streamed(
         if happened is None:
             return
         note_worker(happened)
-        unsent += b"".join(say(happened))
+        for piece in say(happened):
+            unsent += piece
+            if len(unsent) >= BODY_BYTES:
+                # The next piece takes its time: whoever else waits for the loop gets it first.
+                yield event(unsent)
+                due_s, unsent = now_s() + HEARTBEAT_S, b""
         # What comes before the text goes out with it, where that is there already: one write, not three.
         if unsent and not isinstance(happened, Queued | Started):
             yield event(unsent)
             due_s, unsent = now_s() + HEARTBEAT_S, b""
+
+
+async def _status_known(generation: AnswerStream, *, formed: bool) -> None:
+    """Returns when the status can be told, or has waited enough; raises what the request ended with."""
+    if formed:
+        await generation.first_output(GRANT_WAIT_S)
+    elif await generation.first_grant(GRANT_WAIT_S) is None and generation.error is not None:
+        raise generation.error
 
 
 def event(data: bytes) -> HttpBody:

@@ -5,7 +5,7 @@ Envoy passes bodies as they are. What a reply is, and how a failure is told: `re
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 
 from google.api.httpbody_pb2 import HttpBody
@@ -185,8 +185,8 @@ async def _stream(
 ) -> AsyncGenerator[HttpBody, None]:
     """Sends each event as it comes, and a heartbeat where none does."""
 
-    def say(happened: Event) -> tuple[bytes]:
-        return (native.event_body(generation.cursor, happened),)
+    def say(happened: Event) -> Iterable[bytes]:
+        return native.event_body(generation.cursor, happened)
 
     async with aclosing(streamed(generation, reply, say, formed=formed)) as bodies:
         async for body in bodies:

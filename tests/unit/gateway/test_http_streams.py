@@ -129,3 +129,19 @@ async def test_a_start_does_not_wait_for_its_text(world: World) -> None:
     assert (await anext(bodies)).data == b"started "
     assert (await anext(bodies)).data == HEARTBEAT
     await bodies.aclose()
+
+
+async def test_a_long_event_is_several_bodies(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two of its pieces others have the loop; short ones go out together."""
+    monkeypatch.setattr(http_reply, "BODY_BYTES", 4)
+    context: Any = FakeContext()
+    stream = await world.dispatcher.submit(job())
+    sink = world.workers.attempts[0].sink
+    sink.output(Output(0, ids("a")))
+
+    def say(happened: Event) -> list[bytes]:
+        return [b"ab", b"cd", b"e", b"fghijk", b"l"] if isinstance(happened, Chunk) else []
+
+    bodies = streamed(stream, Reply(context, native), say)
+    assert [(await anext(bodies)).data for _ in range(3)] == [b"abcd", b"efghijk", b"l"]
+    await bodies.aclose()
