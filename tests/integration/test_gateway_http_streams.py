@@ -104,7 +104,7 @@ async def test_a_waiting_stream_has_heartbeats(
     gateway: GatewayWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody is there to answer: the stream begins without a worker's name, and comments fill it."""
-    monkeypatch.setattr(http_reply, "GRANT_WAIT_S", 0.02)
+    monkeypatch.setattr(http_reply, "BEGIN_WAIT_S", 0.02)
     monkeypatch.setattr(http_reply, "HEARTBEAT_S", 0.02)
     call = gateway.http.Generate(HttpBody(data=b'{"text": "hi", "stream": true}'), metadata=bearer())
     bodies = [await call.read() for _ in range(4)]
@@ -129,7 +129,7 @@ async def test_a_waiting_stream_of_a_vendors_begins(
     gateway: GatewayWorld, monkeypatch: pytest.MonkeyPatch, method: str, asked: dict[str, Any]
 ) -> None:
     """Its API has no word for a place in the queue: its first body is a heartbeat, and brings the headers."""
-    monkeypatch.setattr(http_reply, "GRANT_WAIT_S", 0.02)
+    monkeypatch.setattr(http_reply, "BEGIN_WAIT_S", 0.02)
     data = json.dumps({"model": MODEL, "stream": True, **asked}).encode()
     call = getattr(gateway.http, method)(HttpBody(data=data), metadata=bearer())
     assert (await asyncio.wait_for(call.read(), 5)).data == b": waiting\n\n"
@@ -137,15 +137,15 @@ async def test_a_waiting_stream_of_a_vendors_begins(
     assert "ü".encode() in b"".join((await read_on(call)).bodies)
 
 
-async def test_a_stream_with_a_format_waits_no_longer_than_for_a_grant(
+async def test_the_headers_of_a_stream_do_not_wait_for_ever_for_its_first_text(
     gateway: GatewayWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its worker says nothing yet: the stream begins with the worker's name, and comments fill it."""
-    monkeypatch.setattr(http_reply, "GRANT_WAIT_S", 0.2)
+    monkeypatch.setattr(http_reply, "BEGIN_WAIT_S", 0.2)
     monkeypatch.setattr(http_reply, "HEARTBEAT_S", 0.02)
     await gateway.add_worker("w1", Script(stall_at=0))
     for more in (b"", b', "resumable": true'):
-        data = b'{"text": "hi", "stream": true, "format": {"choice": ["a"]}%s}' % more
+        data = b'{"text": "hi", "stream": true%s}' % more
         call = gateway.http.Generate(HttpBody(data=data), metadata=bearer())
         bodies = [(await call.read()).data for _ in range(4)]
         assert b": waiting\n\n" in bodies

@@ -54,16 +54,6 @@ class DirectStream:
         """See `AnswerStream.prompt_tokens`."""
         return len(self._generation.job.prompt_ids)
 
-    async def first_grant(self, timeout_s: float) -> Started | None:
-        """See `AnswerStream.first_grant`."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self.started is None and not self._generation.ended:
-                    await self._outbox.wait()
-        except TimeoutError:
-            return None
-        return self.started
-
     async def first_output(self, timeout_s: float) -> None:
         """See `AnswerStream.first_output`."""
         try:

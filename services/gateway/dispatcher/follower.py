@@ -121,16 +121,6 @@ class Follower:
         """See `AnswerStream.prompt_tokens`; a log does not hold the prompt."""
         return None
 
-    async def first_grant(self, timeout_s: float) -> Started | None:
-        """See `AnswerStream.first_grant`."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self.started is None and not self._ended and not self._entries:
-                    await self._fill()
-        except TimeoutError:
-            return None
-        return self.started
-
     async def first_output(self, timeout_s: float) -> None:
         """See `AnswerStream.first_output`."""
         try:

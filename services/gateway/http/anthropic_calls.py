@@ -44,9 +44,8 @@ async def create_message(reception: Reception, request: HttpBody, context: Conte
                 )
                 yield await reply.whole(data, generation)
                 return
-            formed = asked.generation.form is not None
             say = _MessageStream(asked, reply, generation.prompt_tokens or 0).said
-            async with aclosing(streamed(generation, reply, say, formed=formed)) as bodies:
+            async with aclosing(streamed(generation, reply, say)) as bodies:
                 async for body in bodies:
                     yield body
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status

@@ -40,9 +40,8 @@ async def create_chat_completion(reception: Reception, request: HttpBody, contex
                 data = await written(answer, partial(_chat_body, reception, reply, asked))
                 yield await reply.whole(data, generation)
                 return
-            formed = asked.generation.form is not None
             say = _ChatStream(reception, reply, asked).said
-            async with aclosing(streamed(generation, reply, say, formed=formed)) as bodies:
+            async with aclosing(streamed(generation, reply, say)) as bodies:
                 async for body in bodies:
                     yield body
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status

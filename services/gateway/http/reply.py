@@ -25,9 +25,9 @@ from services.gateway.servicer import REQUEST_ID_KEY, note_worker, response_meta
 JSON_TYPE = "application/json"
 EVENTS_TYPE = "text/event-stream"
 
-# Status and headers wait this long for the grant, so that most responses name revision and worker; with a
-# format for the first text, so that one that is none has its status.
-GRANT_WAIT_S = 5.0
+# Status and headers wait this long for the first text: most responses name revision and worker, and what
+# only a worker finds out, such as a format that is none, has its status, streamed as well as whole.
+BEGIN_WAIT_S = 5.0
 # Proxies give up on connections that are silent for a minute; some sooner.
 HEARTBEAT_S = 10.0
 # A body that has as many bytes is sent before it has more.
@@ -133,7 +133,7 @@ async def whole_answer(generation: AnswerStream) -> Answer:
 
 
 async def streamed(
-    generation: AnswerStream, reply: Reply, say: Callable[[Event], Iterable[bytes]], *, formed: bool = False
+    generation: AnswerStream, reply: Reply, say: Callable[[Event], Iterable[bytes]]
 ) -> AsyncGenerator[HttpBody, None]:
     """The bodies of a reply that streams: it begins it, and tells each event as it comes, or a heartbeat.
 
@@ -144,13 +144,11 @@ async def streamed(
         generation: The request.
         reply: Where its events go.
         say: What the API says of an event, in pieces; nothing, if it has no word for it.
-        formed: Whether its answer has a format. Only a worker finds out that one cannot be compiled, so the
-            headers wait for the first text, and no longer than they would for the grant.
 
     Raises:
         InterlockError: What the request ended with; before the first byte it still has its status.
     """
-    await _status_known(generation, formed=formed)
+    await generation.first_output(BEGIN_WAIT_S)
     await reply.begin(generation)
     now_s = asyncio.get_running_loop().time
     due_s, unsent = now_s(), b""
@@ -178,14 +176,6 @@ async def streamed(
         if unsent and not isinstance(happened, Queued | Started):
             yield event(unsent)
             due_s, unsent = now_s() + HEARTBEAT_S, b""
-
-
-async def _status_known(generation: AnswerStream, *, formed: bool) -> None:
-    """Returns when the status can be told, or has waited enough; raises what the request ended with."""
-    if formed:
-        await generation.first_output(GRANT_WAIT_S)
-    elif await generation.first_grant(GRANT_WAIT_S) is None and generation.error is not None:
-        raise generation.error
 
 
 def event(data: bytes) -> HttpBody:

@@ -41,9 +41,8 @@ async def create_response(reception: Reception, request: HttpBody, context: Cont
                 data = responses.response_body(head, text, calls, answer.finished)
                 yield await reply.whole(data, generation)
                 return
-            formed = asked.generation.form is not None
             say = _ResponseStream(reply, asked).said
-            async with aclosing(streamed(generation, reply, say, formed=formed)) as bodies:
+            async with aclosing(streamed(generation, reply, say)) as bodies:
                 async for body in bodies:
                     yield body
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status

@@ -39,10 +39,7 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
         try:
             asked, generation = await self._open(request, context, reply)
             async with aclosing(generation):
-                formed = asked.generation.form is not None
-                bodies = (
-                    _stream(generation, reply, formed=formed) if asked.stream else _whole(generation, reply)
-                )
+                bodies = _stream(generation, reply) if asked.stream else _whole(generation, reply)
                 async with aclosing(bodies):
                     async for body in bodies:
                         yield body
@@ -180,14 +177,12 @@ async def _whole(generation: AnswerStream, reply: Reply) -> AsyncGenerator[HttpB
     yield await reply.whole(await written(answer, native.result_body), generation)
 
 
-async def _stream(
-    generation: AnswerStream, reply: Reply, *, formed: bool = False
-) -> AsyncGenerator[HttpBody, None]:
+async def _stream(generation: AnswerStream, reply: Reply) -> AsyncGenerator[HttpBody, None]:
     """Sends each event as it comes, and a heartbeat where none does."""
 
     def say(happened: Event) -> Iterable[bytes]:
         return native.event_body(generation.cursor, happened)
 
-    async with aclosing(streamed(generation, reply, say, formed=formed)) as bodies:
+    async with aclosing(streamed(generation, reply, say)) as bodies:
         async for body in bodies:
             yield body

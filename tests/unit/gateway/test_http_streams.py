@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from google.api.httpbody_pb2 import HttpBody
 
-from services.gateway.core.attempts import Output
+from services.common.errors import ArgumentInvalid
+from services.gateway.core.attempts import Output, RefusalReason
 from services.gateway.core.events import Chunk, Event, Finished, FinishReason, Started
 from services.gateway.core.jobs import Renewal, Waiting
 from services.gateway.http import native
@@ -44,7 +45,7 @@ async def world() -> AsyncIterator[World]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits of a test's length."""
-    monkeypatch.setattr(http_reply, "GRANT_WAIT_S", 0.05)
+    monkeypatch.setattr(http_reply, "BEGIN_WAIT_S", 0.05)
     monkeypatch.setattr(http_reply, "HEARTBEAT_S", 0.1)
 
 
@@ -129,6 +130,21 @@ async def test_a_start_does_not_wait_for_its_text(world: World) -> None:
     assert (await anext(bodies)).data == b"started "
     assert (await anext(bodies)).data == HEARTBEAT
     await bodies.aclose()
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+async def test_what_only_a_worker_finds_out_has_its_status(world: World, *, resumable: bool) -> None:
+    """It comes after the grant and before the first text: no header is sent by then."""
+    context: Any = FakeContext()
+    stream = await world.dispatcher.submit(job(resumable=resumable))
+    bodies = streamed(stream, Reply(context, native), say)
+    first = asyncio.ensure_future(anext(bodies))
+    await asyncio.sleep(0.01)
+    world.workers.attempts[0].sink.refused(RefusalReason.INVALID, "n: more than this worker has slots.")
+    with pytest.raises(ArgumentInvalid, match="n: more than"):
+        await first
+    assert context.sent is None
+    await stream.aclose()
 
 
 async def test_a_long_event_is_several_bodies(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
