@@ -162,7 +162,8 @@ def read_calls(
     """
     if not names:
         return text, []
-    found = [text] if bare else _marked(text)
+    # Where one is wanted, what comes after it is not read: broken, it would make text of the good one.
+    found = [text] if bare else _marked(text, 1 if single else CALLS_MAX)
     calls: list[ToolCall] = []
     for source in found:
         call = _read(source, names, f"{id_of}{len(calls)}")
@@ -170,14 +171,14 @@ def read_calls(
             return text, []
         calls.append(call)
     before = "" if bare or not calls else text[: text.index(BEGIN)].rstrip()
-    return (before, calls[:1] if single else calls) if calls else (text, [])
+    return (before, calls) if calls else (text, [])
 
 
-def _marked(text: str) -> list[str]:
-    """What stands between the marks; the last end may be missing. Takes time in proportion to the text."""
+def _marked(text: str, most: int) -> list[str]:
+    """What stands between the first marks; the last end may be missing. Takes time as the text is long."""
     found: list[str] = []
     begin = text.find(BEGIN)
-    while begin >= 0 and len(found) < CALLS_MAX:
+    while begin >= 0 and len(found) < most:
         end = text.find(END, begin)
         end = len(text) if end < 0 else end
         found.append(text[begin + len(BEGIN) : end])

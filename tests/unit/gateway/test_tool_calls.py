@@ -45,6 +45,16 @@ def test_calls_are_read_out_of_the_text() -> None:
     assert read('{"name": "time", "arguments": {}}', bare=True) == ("", [("time", "{}")])
 
 
+@pytest.mark.parametrize("more", ["", "broken" + END, '{"name": "unknown"}' + END, CALL[len(BEGIN) :]])
+def test_where_one_call_is_wanted_the_first_is_all(more: str) -> None:
+    """What comes after it cannot undo it, whatever it is; a first one that is none stays text."""
+    text = f"Hm. {CALL} {BEGIN}{more}"
+    before, calls = read_calls(text, NAMES, "c", bare=False, single=True)
+    assert (before, [(call.id, call.name) for call in calls]) == ("Hm.", [("c0", "weather")])
+    broken = f"{BEGIN}broken{END}{CALL}"
+    assert read_calls(broken, NAMES, "c", bare=False, single=True) == (broken, [])
+
+
 def test_half_of_a_character_in_arguments_is_replaced() -> None:
     """A model can spell half of a surrogate pair, which no reply can carry; whole ones stay."""
     call = BEGIN + r'{"name": "time", "arguments": {"a": "\ud83d!", "b": "\ud83d\ude00"}}' + END
