@@ -207,17 +207,28 @@ class HeldText:
         self._single = single
         self._held = ""
         self._is_text = not names
+        # What a bare call of each begins with; none any more once it is known whether this is one.
+        self._openings = _openings(names) if bare else ()
 
     def add(self, text: str) -> str | None:
         """Takes in more text; returns what can be said now, None while it is held."""
         self._held += text
-        if self._bare and not self._is_text:
-            self._is_text = not may_be_bare_call(self._held, self._names)
+        if self._openings:
+            self._look_for_opening()
         cut = len(self._held)
         if not self._is_text:
             cut = 0 if self._bare else len(self._held[: call_begins_at(self._held)].rstrip())
         said, self._held = self._held[:cut], self._held[cut:]
         return said if said or not self._held else None
+
+    def _look_for_opening(self) -> None:
+        """Finds out whether the answer is a call without marks, or cannot be one, once that is known."""
+        # Between the parts of JSON there is white space, but not much of it.
+        begun = _unspaced(self._held[: 4 * max(map(len, self._openings)) + _SPACES_MAX])
+        if any(map(begun.startswith, self._openings)):
+            self._openings = ()
+        elif not any(opening.startswith(begun) for opening in self._openings):
+            self._openings, self._is_text = (), True
 
     def end(self) -> tuple[str, list[ToolCall]]:
         """The rest of the text, and the calls in it."""
@@ -233,14 +244,11 @@ def call_begins_at(text: str) -> int:
     return len(text) - next(sizes, 0)
 
 
-def may_be_bare_call(text: str, names: frozenset[str]) -> bool:
-    """Whether an answer that has begun so may turn out to be a call of one of `names`, without marks."""
-    openings = [
+def _openings(names: frozenset[str]) -> tuple[str, ...]:
+    """What calls of `names` begin with where they have no marks, without white space."""
+    return tuple(
         _unspaced(json.dumps({"name": name, "arguments": {}}, ensure_ascii=False)[:-2]) for name in names
-    ]
-    # Between the parts of JSON there is white space, but not much of it.
-    begun = _unspaced(text[: 4 * max(map(len, openings)) + _SPACES_MAX])
-    return any(begun.startswith(opening) or opening.startswith(begun) for opening in openings)
+    )
 
 
 def _unspaced(text: str) -> str:
