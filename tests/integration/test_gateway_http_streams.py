@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
+import json
 import re
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,7 +17,7 @@ from interlock.http.v1 import http_service_pb2 as pb
 
 from services.gateway.http import reply as http_reply
 from tests.fakes.scripted_worker import Script
-from tests.fixtures.gateway_world import GatewayWorld, HttpReply, bearer, open_gateway, read_reply
+from tests.fixtures.gateway_world import MODEL, GatewayWorld, HttpReply, bearer, open_gateway, read_reply
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ async def test_a_waiting_stream_has_heartbeats(
     gateway: GatewayWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody is there to answer: the stream begins without a worker's name, and comments fill it."""
-    monkeypatch.setattr(http_reply, "GRANT_WAIT_S", 0.02)
+    monkeypatch.setattr(http_reply, "BEGIN_WAIT_S", 0.02)
     monkeypatch.setattr(http_reply, "HEARTBEAT_S", 0.02)
     call = gateway.http.Generate(HttpBody(data=b'{"text": "hi", "stream": true}'), metadata=bearer())
     bodies = [await call.read() for _ in range(4)]
@@ -115,15 +117,36 @@ async def test_a_waiting_stream_has_heartbeats(
     assert rest.events[-1]["event"] == "finished"
 
 
-async def test_a_stream_with_a_format_waits_no_longer_than_for_a_grant(
+@pytest.mark.parametrize(
+    ("method", "asked"),
+    [
+        ("CreateChatCompletion", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("CreateCompletion", {"prompt": "hi"}),
+        ("CreateResponse", {"input": "hi"}),
+        ("CreateMessage", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}),
+    ],
+)
+async def test_a_waiting_stream_of_a_vendors_begins(
+    gateway: GatewayWorld, monkeypatch: pytest.MonkeyPatch, method: str, asked: dict[str, Any]
+) -> None:
+    """Its API has no word for a place in the queue: its first body is a heartbeat, and brings the headers."""
+    monkeypatch.setattr(http_reply, "BEGIN_WAIT_S", 0.02)
+    data = json.dumps({"model": MODEL, "stream": True, **asked}).encode()
+    call = getattr(gateway.http, method)(HttpBody(data=data), metadata=bearer())
+    assert (await asyncio.wait_for(call.read(), 5)).data == b": waiting\n\n"
+    await gateway.add_worker("w1", Script(answer="ü"))
+    assert "ü".encode() in b"".join((await read_on(call)).bodies)
+
+
+async def test_the_headers_of_a_stream_do_not_wait_for_ever_for_its_first_text(
     gateway: GatewayWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its worker says nothing yet: the stream begins with the worker's name, and comments fill it."""
-    monkeypatch.setattr(http_reply, "GRANT_WAIT_S", 0.2)
+    monkeypatch.setattr(http_reply, "BEGIN_WAIT_S", 0.2)
     monkeypatch.setattr(http_reply, "HEARTBEAT_S", 0.02)
     await gateway.add_worker("w1", Script(stall_at=0))
     for more in (b"", b', "resumable": true'):
-        data = b'{"text": "hi", "stream": true, "format": {"choice": ["a"]}%s}' % more
+        data = b'{"text": "hi", "stream": true%s}' % more
         call = gateway.http.Generate(HttpBody(data=data), metadata=bearer())
         bodies = [(await call.read()).data for _ in range(4)]
         assert b": waiting\n\n" in bodies

@@ -14,6 +14,7 @@ import pytest_asyncio
 from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import worker_service_pb2
 
+from services.gateway.http import reply
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_world import MODEL, bearer, make_token
 from tests.fixtures.openai_world import ASKED, CALL, WEATHER, World, check, drained, openai_world
@@ -89,6 +90,21 @@ async def test_a_stream(world: World) -> None:
     plain = [chunk async for chunk in await world.create(stream=True)]
     assert all(chunk.usage is None for chunk in plain)
     assert plain[-1].choices[0].finish_reason == "stop"
+
+
+async def test_a_stream_that_waits_begins(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Envoy passes its headers on while another request has the only slot, and it goes on to its end."""
+    monkeypatch.setattr(reply, "BEGIN_WAIT_S", 0.05)
+    worker = await world.gateway.add_worker("w1", Script(answer="x" * 400, interval_s=0.05), slots=1)
+    other = await world.create(stream=True, max_tokens=400)
+    await anext(aiter(other))
+    waiting = await asyncio.wait_for(world.create(stream=True), 5)
+    assert "x-interlock-worker" not in waiting.response.headers
+    assert worker.running
+    worker.script = Script(answer="one")
+    await other.close()
+    chunks = [chunk async for chunk in waiting]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "one"
 
 
 async def test_log_probabilities(world: World) -> None:

@@ -37,6 +37,8 @@ BIASES_MAX = 1_024
 BIAS_MAX = 100.0
 LOGPROBS_MAX = 20
 SEQUENCES_MAX = 4
+# Scores of all tokens of a request, alternatives included: some 20 MB of JSON, and as much in memory.
+SCORES_MAX = 1 << 18
 CHOICES_MAX = 256
 # Bytes of each text of a format: what a worker compiles within its bound on time.
 FORMAT_BYTES_MAX = {
@@ -239,6 +241,19 @@ def _check_numbers(request: GenerationRequest) -> None:
         raise ArgumentInvalid(f"n: 1 to {SEQUENCES_MAX} are allowed.")
     if request.logprobs is not None and not 0 <= request.logprobs <= LOGPROBS_MAX:
         raise ArgumentInvalid(f"logprobs: 0 to {LOGPROBS_MAX} are allowed.")
+    if request.logprobs is not None:
+        _check_scores(request, request.logprobs)
+
+
+def _check_scores(request: GenerationRequest, alternatives: int) -> None:
+    """Refuses what would be told of too many scores, an absent `max_tokens` at its most."""
+    tokens = request.max_tokens or request.tokens_where_absent
+    scores = (request.n or 1) * tokens * (1 + alternatives)
+    if scores > SCORES_MAX:
+        raise ArgumentInvalid(
+            f"logprobs: n x max_tokens x (1 + alternatives) is {scores}, at most {SCORES_MAX} are told. "
+            "Ask for fewer alternatives or tokens."
+        )
 
 
 def messages_of(prompt: TextPrompt | ChatPrompt) -> tuple[Message, ...]:

@@ -54,16 +54,6 @@ class DirectStream:
         """See `AnswerStream.prompt_tokens`."""
         return len(self._generation.job.prompt_ids)
 
-    async def first_grant(self, timeout_s: float) -> Started | None:
-        """See `AnswerStream.first_grant`."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self.started is None and not self._generation.ended:
-                    await self._outbox.wait()
-        except TimeoutError:
-            return None
-        return self.started
-
     async def first_output(self, timeout_s: float) -> None:
         """See `AnswerStream.first_output`."""
         try:
@@ -78,8 +68,8 @@ class DirectStream:
     async def ready(self, timeout_s: float) -> bool:
         """See `AnswerStream.ready`."""
         self._return()
-        if self._may_read():
-            return True
+        if self._may_read() or timeout_s <= 0:
+            return self._may_read()
         late = False
 
         def give_up() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from services.common.allowance import Allowance
@@ -121,16 +121,6 @@ class Follower:
         """See `AnswerStream.prompt_tokens`; a log does not hold the prompt."""
         return None
 
-    async def first_grant(self, timeout_s: float) -> Started | None:
-        """See `AnswerStream.first_grant`."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self.started is None and not self._ended and not self._entries:
-                    await self._fill()
-        except TimeoutError:
-            return None
-        return self.started
-
     async def first_output(self, timeout_s: float) -> None:
         """See `AnswerStream.first_output`."""
         try:
@@ -146,6 +136,8 @@ class Follower:
 
     async def ready(self, timeout_s: float) -> bool:
         """See `AnswerStream.ready`."""
+        if self._has_news or timeout_s <= 0:
+            return self._has_news
         try:
             async with asyncio.timeout(timeout_s):
                 while not self._has_news:
@@ -218,8 +210,7 @@ class Follower:
         if journal is None or journal.moved:
             await self._fill_from_store()
         elif len(journal.entries) > self._read:
-            self._entries.extend(journal.entries[self._read :])
-            self._read = len(journal.entries)
+            self._take_entries(journal.entries[self._read :])
         elif journal.queued is not self._queued and not journal.started:
             self._queued = self._unsaid = journal.queued
         elif journal.error is not None:
@@ -245,11 +236,17 @@ class Follower:
 
     def _take_page(self, page: LogPage) -> bool:
         """Takes what a page brings; returns whether that is news."""
-        self._entries.extend(page.entries)
-        self._read += len(page.entries)
+        self._take_entries(page.entries)
         if not page.entries and page.outcome is not None:
             self._end_without_word(page, page.outcome)
         return bool(page.entries) or self._ended
+
+    def _take_entries(self, entries: Sequence[Entry]) -> None:
+        self._entries.extend(entries)
+        self._read += len(entries)
+        if entries:
+            # A log begins with a grant: a place that was not told by then is left.
+            self._unsaid = None
 
     def _end_without_word(self, page: LogPage, outcome: Outcome) -> None:
         """The job has ended, and nothing of the log is left to tell."""

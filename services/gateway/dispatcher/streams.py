@@ -41,10 +41,6 @@ class AnswerStream(Protocol):
         """Tokens of the prompt; None: the request runs elsewhere, and only its end tells."""
         ...
 
-    async def first_grant(self, timeout_s: float) -> Started | None:
-        """Returns what is known of the worker once one is granted; None when that takes longer."""
-        ...
-
     async def first_output(self, timeout_s: float) -> None:
         """Returns once there is text to be read, or an end, and when that takes longer.
 
@@ -54,7 +50,7 @@ class AnswerStream(Protocol):
         ...
 
     async def ready(self, timeout_s: float) -> bool:
-        """Whether, within `timeout_s`, asking for the next event will answer at once."""
+        """Whether, within `timeout_s`, asking for the next event will answer at once; with 0, whether now."""
         ...
 
     async def aclose(self) -> None:

@@ -93,11 +93,6 @@ def model_body(name: str, context_tokens: int) -> bytes:
     return dump(_model(name, context_tokens))
 
 
-def heartbeat_body() -> bytes:
-    """A comment that keeps a waiting connection from looking dead."""
-    return b": waiting\n\n"
-
-
 def count_body(prompt_tokens: int) -> bytes:
     """The size of a conversation."""
     return dump({"input_tokens": prompt_tokens})

@@ -14,7 +14,7 @@ from services.gateway.dispatcher.reception import GENERATE_SCOPE, MODELS_SCOPE, 
 from services.gateway.http import anthropic, anthropic_fields, tool_calls
 from services.gateway.http.anthropic_fields import MessagesRequest
 from services.gateway.http.bodies import read_body
-from services.gateway.http.reply import Reply, event, timely_events, whole_answer
+from services.gateway.http.reply import Reply, streamed, whole_answer
 
 Bodies = AsyncGenerator[HttpBody, None]
 
@@ -44,9 +44,9 @@ async def create_message(reception: Reception, request: HttpBody, context: Conte
                 )
                 yield await reply.whole(data, generation)
                 return
-            formed = asked.generation.form is not None
-            async with aclosing(timely_events(generation, reply, formed=formed)) as events:
-                async for body in _stream(events, asked, reply, generation.prompt_tokens or 0):
+            say = _MessageStream(asked, reply, generation.prompt_tokens or 0).said
+            async with aclosing(streamed(generation, reply, say)) as bodies:
+                async for body in bodies:
                     yield body
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
         yield await reply.failed(error)
@@ -91,39 +91,29 @@ def is_asked(context: Context) -> bool:
     return any(key == VERSION_KEY for key, _ in context.invocation_metadata() or ())
 
 
-async def _stream(
-    events: AsyncGenerator[Event | None, None], asked: MessagesRequest, reply: Reply, prompt_tokens: int
-) -> Bodies:
-    stream: _MessageStream | None = None
-    async for happened in events:
-        match happened:
-            case None:
-                yield event(anthropic.heartbeat_body())
-            case Started() if stream is None:
-                # Said again after a failover, which the vendor's clients know nothing of.
-                stream = _MessageStream(asked, reply)
-                yield event(anthropic.opening_events(_message_id(reply), happened.model, prompt_tokens))
-            case Chunk() | Finished():
-                assert stream is not None
-                for data in stream.said(happened):
-                    yield event(data)
-
-
 class _MessageStream:
-    """The blocks of one message."""
+    """The events of one message."""
 
-    def __init__(self, asked: MessagesRequest, reply: Reply) -> None:
-        self._asked = asked
+    def __init__(self, asked: MessagesRequest, reply: Reply, prompt_tokens: int) -> None:
+        self._reply = reply
+        self._prompt_tokens = prompt_tokens
         self._held = tool_calls.HeldText(asked.tools, _call_ids(reply), bare=asked.bare, single=asked.single)
+        self._begun = False
         self._opened = False
 
-    def said(self, happened: Chunk | Finished) -> Iterator[bytes]:
+    def said(self, happened: Event) -> Iterator[bytes]:
         """The events that follow from one of ours."""
-        if isinstance(happened, Finished):
-            yield from self._end(happened)
-            return
-        if text := self._held.add(happened.text):
-            yield from self._text(text)
+        match happened:
+            case Started() if not self._begun:
+                # Said again after a failover, which the vendor's clients know nothing of.
+                self._begun = True
+                message_id = _message_id(self._reply)
+                yield anthropic.opening_events(message_id, happened.model, self._prompt_tokens)
+            case Chunk():
+                if text := self._held.add(happened.text):
+                    yield from self._text(text)
+            case Finished():
+                yield from self._end(happened)
 
     def _end(self, finished: Finished) -> Iterator[bytes]:
         text, calls = self._held.end()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from services.gateway.core.params import (
     TextPrompt,
     TokenPrompt,
 )
-from services.gateway.http.bodies import dump
+from services.gateway.http.bodies import Sliced, at_once, dump, pieces
 from services.gateway.http.native_fields import FIELDS, SAMPLING_FIELDS
 from services.gateway.http.whole import Answer, Said
 
@@ -92,15 +92,15 @@ def read_cursor(last_event_id: str | None) -> int:
     return int(last_event_id)
 
 
-def result_body(answer: Answer) -> bytes:
-    """The one reply to a request that does not stream.
+def result_body(answer: Answer) -> Iterator[bytes]:
+    """The one reply to a request that does not stream, in pieces.
 
     What it says at its top is of the first sequence, but for the usage, which is of all; of several, each
     follows by itself.
     """
     started = answer.started
     several = len(answer.sequences) > 1
-    return dump(
+    return pieces(
         {
             **_said_fields(answer.sequences[0]),
             "request_id": started.request_id,
@@ -113,16 +113,19 @@ def result_body(answer: Answer) -> bytes:
     )
 
 
-def event_body(cursor: int, event: Event) -> bytes:
-    """One server-sent event."""
+def event_body(cursor: int, event: Event) -> Iterable[bytes]:
+    """One server-sent event, in pieces."""
     name, fields = _event_fields(event)
-    data = dump({"cursor": cursor, name: fields})
-    return b"id: %d\nevent: %s\ndata: %s\n\n" % (cursor, name.encode(), data)
+    told = {"cursor": cursor, name: fields}
+    if isinstance(event, Chunk) and event.logprobs:
+        return _event_pieces(cursor, name, told)
+    return (b"id: %d\nevent: %s\ndata: %s\n\n" % (cursor, name.encode(), dump(told)),)
 
 
-def heartbeat_body() -> bytes:
-    """A comment that keeps a waiting connection from looking dead."""
-    return b": waiting\n\n"
+def _event_pieces(cursor: int, name: str, told: Mapping[str, Any]) -> Iterator[bytes]:
+    yield b"id: %d\nevent: %s\ndata: " % (cursor, name.encode())
+    yield from pieces(told)
+    yield b"\n\n"
 
 
 def cancelled_body(request_id: str, *, cancelled: bool) -> bytes:
@@ -183,13 +186,13 @@ def _event_fields(event: Event) -> tuple[str, dict[str, Any]]:
             }
         case Chunk(index, text, token_ids):
             fields = {"sequence": event.sequence, "index": index, "text": text, "token_ids": token_ids}
-            return "chunk", fields | _scores(_score_fields(event))
+            return "chunk", fields | _scores(_scores_of(event))
         case Finished():
             return "finished", _end_fields(event)
 
 
 def _said_fields(said: Said) -> dict[str, Any]:
-    scores = [score for chunk in said.chunks for score in _score_fields(chunk)]
+    scores = [score for chunk in said.chunks for score in _scores_of(chunk)]
     return {"result": said.text, **_scores(scores)}
 
 
@@ -201,19 +204,19 @@ def _end_fields(event: Finished) -> dict[str, Any]:
     return {"sequence": event.sequence, "stop_text": event.stop_text, **_finished_fields(event)}
 
 
-def _scores(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"logprobs": scores} if scores else {}
+def _scores(scores: list[tuple[int, TokenLogprob]]) -> dict[str, Any]:
+    return {"logprobs": Sliced(scores, _score, at_once(scores))} if scores else {}
 
 
-def _score_fields(chunk: Chunk) -> list[dict[str, Any]]:
+def _scores_of(chunk: Chunk) -> list[tuple[int, TokenLogprob]]:
     """One entry a token; none where they were not asked for."""
-    scored = zip(chunk.token_ids, chunk.logprobs, strict=bool(chunk.logprobs))
-    return [{"token_id": token_id, **_score(score)} for token_id, score in scored]
+    return list(zip(chunk.token_ids, chunk.logprobs, strict=True)) if chunk.logprobs else []
 
 
-def _score(score: TokenLogprob) -> dict[str, Any]:
+def _score(pair: tuple[int, TokenLogprob]) -> dict[str, Any]:
+    token_id, score = pair
     alternatives = [{"token_id": other, "logprob": logprob} for other, logprob in score.alternatives]
-    return {"logprob": score.logprob, "alternatives": alternatives}
+    return {"token_id": token_id, "logprob": score.logprob, "alternatives": alternatives}
 
 
 def _finished_fields(event: Finished) -> dict[str, Any]:

@@ -8,7 +8,7 @@ reason; after the last of them, on request, one with the usage, then `[DONE]`. O
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from services.common import http_errors
 from services.common.errors import InterlockError
 from services.gateway.core.events import Chunk, Finished, FinishReason, TokenLogprob, Usage
 from services.gateway.core.params import PieceOf
-from services.gateway.http.bodies import dump
+from services.gateway.http.bodies import SLICE_SCORES, Sliced, at_once, dump, pieces
 from services.gateway.http.tool_calls import ToolCall
 
 _FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
@@ -58,9 +58,9 @@ class Head:
 # --- chat ---------------------------------------------------------------------------------------------------
 
 
-def chat_body(head: Head, choices: Sequence[Mapping[str, Any]], usage: Usage) -> bytes:
-    """A whole completion of a conversation."""
-    return dump({**_head(head, "chat.completion"), "choices": choices, "usage": usage_fields(usage)})
+def chat_body(head: Head, choices: Sequence[Mapping[str, Any]], usage: Usage) -> Iterator[bytes]:
+    """A whole completion of a conversation, in pieces."""
+    return pieces({**_head(head, "chat.completion"), "choices": choices, "usage": usage_fields(usage)})
 
 
 def chat_choice(
@@ -81,18 +81,21 @@ def chat_choice(
 
 def chat_opening(head: Head, index: int, *, usage: bool) -> bytes:
     """The chunk that a choice begins with: who speaks."""
-    return _chat_chunk(head, index, {"role": "assistant", "content": "", "refusal": None}, usage=usage)
+    delta = {"role": "assistant", "content": "", "refusal": None}
+    return b"".join(_chat_chunk(head, index, delta, usage=usage))
 
 
-def chat_text(head: Head, index: int, text: str, logprobs: dict[str, Any] | None, *, usage: bool) -> bytes:
-    """A chunk of text."""
+def chat_text(
+    head: Head, index: int, text: str, logprobs: dict[str, Any] | None, *, usage: bool
+) -> Iterable[bytes]:
+    """A chunk of text, in pieces."""
     return _chat_chunk(head, index, {"content": text}, logprobs=logprobs, usage=usage)
 
 
 def chat_calls(
     head: Head, index: int, calls: Sequence[ToolCall], logprobs: dict[str, Any] | None, *, usage: bool
-) -> bytes:
-    """A chunk with tool calls, and with the scores of what they were said with."""
+) -> Iterable[bytes]:
+    """A chunk with tool calls, and with the scores of what they were said with, in pieces."""
     deltas = [{"index": at, **_call(call)} for at, call in enumerate(calls)]
     return _chat_chunk(head, index, {"tool_calls": deltas}, logprobs=logprobs, usage=usage)
 
@@ -100,7 +103,7 @@ def chat_calls(
 def chat_end(head: Head, finished: Finished, *, calls: bool, usage: bool) -> bytes:
     """What a choice ends with."""
     reason = _finish_reason(finished, calls=calls)
-    return _chat_chunk(head, finished.sequence, {}, finish_reason=reason, usage=usage)
+    return b"".join(_chat_chunk(head, finished.sequence, {}, finish_reason=reason, usage=usage))
 
 
 def chat_closing(head: Head, usage: Usage | None) -> bytes:
@@ -110,25 +113,22 @@ def chat_closing(head: Head, usage: Usage | None) -> bytes:
 
 def chat_logprobs(chunks: Iterable[Chunk], piece_of: PieceOf) -> dict[str, Any]:
     """The scores of some tokens."""
-    scored = [pair for chunk in chunks for pair in zip(chunk.token_ids, chunk.logprobs, strict=False)]
-    return {
-        "content": [
-            {
-                **_scored(piece_of, token_id, score.logprob),
-                "top_logprobs": [_scored(piece_of, other, logprob) for other, logprob in score.alternatives],
-            }
-            for token_id, score in scored
-        ],
-        "refusal": None,
-    }
+    scored = _scores_of(chunks)
+
+    def write(pair: tuple[int, TokenLogprob]) -> dict[str, Any]:
+        token_id, score = pair
+        others = [_scored(piece_of, other, logprob) for other, logprob in score.alternatives]
+        return {**_scored(piece_of, token_id, score.logprob), "top_logprobs": others}
+
+    return {"content": Sliced(scored, write, at_once(scored)), "refusal": None}
 
 
 # --- completions --------------------------------------------------------------------------------------------
 
 
-def completion_body(head: Head, choices: Sequence[Mapping[str, Any]], usage: Usage) -> bytes:
-    """A whole completion of a text."""
-    return dump({**_head(head, "text_completion"), "choices": choices, "usage": usage_fields(usage)})
+def completion_body(head: Head, choices: Sequence[Mapping[str, Any]], usage: Usage) -> Iterator[bytes]:
+    """A whole completion of a text, in pieces."""
+    return pieces({**_head(head, "text_completion"), "choices": choices, "usage": usage_fields(usage)})
 
 
 def completion_choice(text: str, finished: Finished, logprobs: dict[str, Any] | None) -> dict[str, Any]:
@@ -143,15 +143,15 @@ def completion_choice(text: str, finished: Finished, logprobs: dict[str, Any] | 
 
 def completion_text(
     head: Head, index: int, text: str, logprobs: dict[str, Any] | None, *, usage: bool
-) -> bytes:
-    """A chunk of text."""
+) -> Iterable[bytes]:
+    """A chunk of text, in pieces."""
     return _completion_chunk(head, index, text, logprobs, None, usage=usage)
 
 
 def completion_end(head: Head, finished: Finished, *, usage: bool) -> bytes:
     """What a choice ends with."""
     reason = _FINISH_REASONS[finished.reason]
-    return _completion_chunk(head, finished.sequence, "", None, reason, usage=usage)
+    return b"".join(_completion_chunk(head, finished.sequence, "", None, reason, usage=usage))
 
 
 def completion_closing(head: Head, usage: Usage | None) -> bytes:
@@ -163,12 +163,13 @@ def completion_logprobs(
     chunks: Iterable[Chunk], piece_of: PieceOf, offset_of: Callable[[int], int]
 ) -> dict[str, Any]:
     """The scores of some tokens; `offset_of` says, of one after the other, where it begins in the text."""
-    scored = [pair for chunk in chunks for pair in zip(chunk.token_ids, chunk.logprobs, strict=False)]
+    scored = _scores_of(chunks)
+    step = at_once(scored)
     return {
-        "tokens": [piece_of(token_id).text for token_id, _ in scored],
+        "tokens": Sliced(scored, lambda pair: piece_of(pair[0]).text, SLICE_SCORES),
         "token_logprobs": [score.logprob for _, score in scored],
-        "top_logprobs": [_top(piece_of, score) for _, score in scored],
-        "text_offset": [offset_of(token_id) for token_id, _ in scored],
+        "top_logprobs": Sliced(scored, lambda pair: _top(piece_of, pair[1]), step),
+        "text_offset": Sliced(scored, lambda pair: offset_of(pair[0]), SLICE_SCORES),
     }
 
 
@@ -183,11 +184,6 @@ def models_body(models: Iterable[str], created_s: int) -> bytes:
 def model_body(name: str, created_s: int) -> bytes:
     """One model."""
     return dump(_model(name, created_s))
-
-
-def heartbeat_body() -> bytes:
-    """A comment that keeps a waiting connection from looking dead."""
-    return b": waiting\n\n"
 
 
 # --- errors -------------------------------------------------------------------------------------------------
@@ -282,11 +278,12 @@ def _chat_chunk(
     usage: bool,
     logprobs: dict[str, Any] | None = None,
     finish_reason: str | None = None,
-) -> bytes:
+) -> Iterable[bytes]:
     choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
     # Where the usage comes at the end, every chunk before says that it does not know it yet.
     told = {"usage": None} if usage else {}
-    return _data({**_head(head, "chat.completion.chunk"), "choices": [choice], **told})
+    fields = {**_head(head, "chat.completion.chunk"), "choices": [choice], **told}
+    return (_data(fields),) if logprobs is None else _data_pieces(fields)
 
 
 def _completion_chunk(
@@ -297,10 +294,16 @@ def _completion_chunk(
     finish_reason: str | None,
     *,
     usage: bool,
-) -> bytes:
+) -> Iterable[bytes]:
     choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
     told = {"usage": None} if usage else {}
-    return _data({**_head(head, "text_completion"), "choices": [choice], **told})
+    fields = {**_head(head, "text_completion"), "choices": [choice], **told}
+    return (_data(fields),) if logprobs is None else _data_pieces(fields)
+
+
+def _scores_of(chunks: Iterable[Chunk]) -> list[tuple[int, TokenLogprob]]:
+    """Tokens with their scores."""
+    return [pair for chunk in chunks for pair in zip(chunk.token_ids, chunk.logprobs, strict=False)]
 
 
 def _scored(piece_of: PieceOf, token_id: int, logprob: float) -> dict[str, Any]:
@@ -322,3 +325,9 @@ def _model(name: str, created_s: int) -> dict[str, Any]:
 
 def _data(fields: Mapping[str, Any]) -> bytes:
     return b"data: %s\n\n" % dump(fields)
+
+
+def _data_pieces(fields: Mapping[str, Any]) -> Iterator[bytes]:
+    yield b"data: "
+    yield from pieces(fields)
+    yield b"\n\n"

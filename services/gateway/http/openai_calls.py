@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from services.gateway.http.bodies import read_body, written
 from services.gateway.http.offsets import TextOffsets
 from services.gateway.http.openai import Head
 from services.gateway.http.openai_fields import OpenAiRequest
-from services.gateway.http.reply import Reply, event, timely_events, whole_answer
+from services.gateway.http.reply import Reply, streamed, whole_answer
 from services.gateway.http.whole import Answer, Said
 
 Bodies = AsyncGenerator[HttpBody, None]
@@ -40,9 +40,9 @@ async def create_chat_completion(reception: Reception, request: HttpBody, contex
                 data = await written(answer, partial(_chat_body, reception, reply, asked))
                 yield await reply.whole(data, generation)
                 return
-            formed = asked.generation.form is not None
-            async with aclosing(timely_events(generation, reply, formed=formed)) as events:
-                async for body in _chat_stream(reception, reply, asked, events):
+            say = _ChatStream(reception, reply, asked).said
+            async with aclosing(streamed(generation, reply, say)) as bodies:
+                async for body in bodies:
                     yield body
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
         yield await reply.failed(error)
@@ -59,8 +59,9 @@ async def create_completion(reception: Reception, request: HttpBody, context: Co
                 data = await written(answer, partial(_completion_body, reception, reply, asked))
                 yield await reply.whole(data, generation)
                 return
-            async with aclosing(timely_events(generation, reply)) as events:
-                async for body in _completion_stream(reception, reply, asked, events):
+            say = _CompletionStream(reception, reply, asked).said
+            async with aclosing(streamed(generation, reply, say)) as bodies:
+                async for body in bodies:
                     yield body
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
         yield await reply.failed(error)
@@ -101,7 +102,7 @@ async def _open(
     return asked, generation
 
 
-def _chat_body(reception: Reception, reply: Reply, asked: OpenAiRequest, answer: Answer) -> bytes:
+def _chat_body(reception: Reception, reply: Reply, asked: OpenAiRequest, answer: Answer) -> Iterable[bytes]:
     head = _head(reply, "chatcmpl-", answer.started)
     choices = [_chat_choice(reception, head, asked, said) for said in answer.sequences]
     return openai.chat_body(head, choices, answer.usage)
@@ -116,29 +117,33 @@ def _chat_choice(reception: Reception, head: Head, asked: OpenAiRequest, said: S
     return openai.chat_choice(text, calls, said.finished, scores)
 
 
-async def _chat_stream(
-    reception: Reception, reply: Reply, asked: OpenAiRequest, events: AsyncGenerator[Event | None, None]
-) -> Bodies:
-    choices: list[_ChatChoice] = []
-    used = Usage()
-    async for happened in events:
+class _ChatStream:
+    """The chunks of a conversation's completion."""
+
+    def __init__(self, reception: Reception, reply: Reply, asked: OpenAiRequest) -> None:
+        self._reception = reception
+        self._reply = reply
+        self._asked = asked
+        self._choices: list[_ChatChoice] = []
+        self._used = Usage()
+
+    def said(self, happened: Event) -> Iterator[bytes]:
+        """The chunks that follow from an event."""
+        asked = self._asked
         match happened:
-            case None:
-                yield event(openai.heartbeat_body())
-            case Started() if not choices:
+            case Started() if not self._choices:
                 # Said again after a failover, which the vendor's clients know nothing of.
-                head = _head(reply, "chatcmpl-", happened)
-                choices = [_ChatChoice(head, index, asked, reception) for index in range(asked.choices)]
-                opening = [openai.chat_opening(head, one.index, usage=asked.usage) for one in choices]
-                yield event(b"".join(opening))
-            case Chunk() | Finished():
-                data = b"".join(choices[happened.sequence].said(happened))
-                if isinstance(happened, Finished):
-                    used += happened.usage
-                    if happened.is_last:
-                        data += openai.chat_closing(choices[0].head, used if asked.usage else None)
-                if data:
-                    yield event(data)
+                head = _head(self._reply, "chatcmpl-", happened)
+                for index in range(asked.choices):
+                    self._choices.append(_ChatChoice(head, index, asked, self._reception))
+                    yield openai.chat_opening(head, index, usage=asked.usage)
+            case Chunk():
+                yield from self._choices[happened.sequence].said(happened)
+            case Finished():
+                yield from self._choices[happened.sequence].said(happened)
+                self._used += happened.usage
+                if happened.is_last:
+                    yield openai.chat_closing(self._choices[0].head, self._used if asked.usage else None)
 
 
 class _ChatChoice:
@@ -166,17 +171,17 @@ class _ChatChoice:
             return
         scores = self._scores()
         if text or scores:
-            yield openai.chat_text(self.head, self.index, text, scores, usage=self._asked.usage)
+            yield from openai.chat_text(self.head, self.index, text, scores, usage=self._asked.usage)
 
     def _end(self, finished: Finished) -> Iterator[bytes]:
         asked, head = self._asked, self.head
         text, calls = self._text.end()
         scores = self._scores()
         if text or (scores and not calls):
-            yield openai.chat_text(head, self.index, text, scores, usage=asked.usage)
+            yield from openai.chat_text(head, self.index, text, scores, usage=asked.usage)
             scores = None
         if calls:
-            yield openai.chat_calls(head, self.index, calls, scores, usage=asked.usage)
+            yield from openai.chat_calls(head, self.index, calls, scores, usage=asked.usage)
         yield openai.chat_end(head, finished, calls=bool(calls), usage=asked.usage)
 
     def _scores(self) -> dict[str, Any] | None:
@@ -185,7 +190,9 @@ class _ChatChoice:
         return openai.chat_logprobs(chunks, _tokenizer(self._reception, self.head).piece) if chunks else None
 
 
-def _completion_body(reception: Reception, reply: Reply, asked: OpenAiRequest, answer: Answer) -> bytes:
+def _completion_body(
+    reception: Reception, reply: Reply, asked: OpenAiRequest, answer: Answer
+) -> Iterable[bytes]:
     head = _head(reply, "cmpl-", answer.started)
     choices = [
         openai.completion_choice(
@@ -196,33 +203,37 @@ def _completion_body(reception: Reception, reply: Reply, asked: OpenAiRequest, a
     return openai.completion_body(head, choices, answer.usage)
 
 
-async def _completion_stream(
-    reception: Reception, reply: Reply, asked: OpenAiRequest, events: AsyncGenerator[Event | None, None]
-) -> Bodies:
-    head: Head | None = None
-    scored: list[_TextScores] = []
-    used = Usage()
-    async for happened in events:
+class _CompletionStream:
+    """The chunks of a text's completion."""
+
+    def __init__(self, reception: Reception, reply: Reply, asked: OpenAiRequest) -> None:
+        self._reception = reception
+        self._reply = reply
+        self._asked = asked
+        self._head: Head | None = None
+        self._scores: list[_TextScores] = []
+        self._used = Usage()
+
+    def said(self, happened: Event) -> Iterator[bytes]:
+        """The chunks that follow from an event."""
+        asked, head = self._asked, self._head
         match happened:
-            case None:
-                yield event(openai.heartbeat_body())
             case Started() if head is None:
-                head = _head(reply, "cmpl-", happened)
-                scored = [_TextScores(reception, asked, head) for _ in range(asked.choices)]
+                self._head = head = _head(self._reply, "cmpl-", happened)
+                self._scores = [_TextScores(self._reception, asked, head) for _ in range(asked.choices)]
                 for index in range(asked.choices if asked.echo else 0):
-                    yield event(openai.completion_text(head, index, asked.echo, None, usage=asked.usage))
+                    yield from openai.completion_text(head, index, asked.echo, None, usage=asked.usage)
             case Chunk(text=text, sequence=index):
                 assert head is not None
-                scores = scored[index].of((happened,))
+                scores = self._scores[index].of((happened,))
                 if text or scores:
-                    yield event(openai.completion_text(head, index, text, scores, usage=asked.usage))
+                    yield from openai.completion_text(head, index, text, scores, usage=asked.usage)
             case Finished():
                 assert head is not None
-                used += happened.usage
-                data = openai.completion_end(head, happened, usage=asked.usage)
+                self._used += happened.usage
+                yield openai.completion_end(head, happened, usage=asked.usage)
                 if happened.is_last:
-                    data += openai.completion_closing(head, used if asked.usage else None)
-                yield event(data)
+                    yield openai.completion_closing(head, self._used if asked.usage else None)
 
 
 class _TextScores:

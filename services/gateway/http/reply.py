@@ -1,4 +1,4 @@
-"""One HTTP reply on its way. Owns: what may still be said of a failure, and the events of an answer in time.
+"""One HTTP reply on its way. Owns: what may still be said of a failure, and when a stream is written.
 
 The status of a reply that is not 200 travels in the initial metadata `x-interlock-status`, and the call ends
 with gRPC's OK: so that every byte of an error is ours. After the first byte nothing but an event can tell of
@@ -7,8 +7,9 @@ an error. Must not know: the shape of any API; a `Shape` does.
 
 from __future__ import annotations
 
+import asyncio
 import copy
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from google.api.httpbody_pb2 import HttpBody
@@ -16,7 +17,7 @@ from google.api.httpbody_pb2 import HttpBody
 from services.common import http_errors, ids, logs, status
 from services.common.errors import InterlockError, InternalError
 from services.common.grpc_types import Context
-from services.gateway.core.events import Chunk, Event, Finished
+from services.gateway.core.events import Chunk, Event, Finished, Queued, Started
 from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http.whole import Answer, Said
 from services.gateway.servicer import REQUEST_ID_KEY, note_worker, response_metadata
@@ -24,11 +25,15 @@ from services.gateway.servicer import REQUEST_ID_KEY, note_worker, response_meta
 JSON_TYPE = "application/json"
 EVENTS_TYPE = "text/event-stream"
 
-# Status and headers wait this long for the grant, so that most responses name revision and worker; with a
-# format for the first text, so that one that is none has its status.
-GRANT_WAIT_S = 5.0
+# Status and headers wait this long for the first text: most responses name revision and worker, and what
+# only a worker finds out, such as a format that is none, has its status, streamed as well as whole.
+BEGIN_WAIT_S = 5.0
 # Proxies give up on connections that are silent for a minute; some sooner.
 HEARTBEAT_S = 10.0
+# A body that has as many bytes is sent before it has more.
+BODY_BYTES = 1 << 14
+# A comment, in every API.
+HEARTBEAT = b": waiting\n\n"
 
 
 class Shape(Protocol):
@@ -127,34 +132,50 @@ async def whole_answer(generation: AnswerStream) -> Answer:
     return Answer(generation.started, tuple(said))
 
 
-async def timely_events(
-    generation: AnswerStream, reply: Reply, *, formed: bool = False
-) -> AsyncGenerator[Event | None, None]:
-    """Begins the reply, then gives each event as it comes, and None where none does: a heartbeat is due.
+async def streamed(
+    generation: AnswerStream, reply: Reply, say: Callable[[Event], Iterable[bytes]]
+) -> AsyncGenerator[HttpBody, None]:
+    """The bodies of a reply that streams: it begins it, and tells each event as it comes, or a heartbeat.
+
+    A heartbeat is due when nothing was written for a while, whatever has happened meanwhile: there are events
+    of which an API says nothing. The first is due at once, for Envoy keeps headers back until a body comes.
 
     Args:
         generation: The request.
         reply: Where its events go.
-        formed: Whether its answer has a format. Only a worker finds out that one cannot be compiled, so the
-            headers wait for the first text, and no longer than they would for the grant.
+        say: What the API says of an event, in pieces; nothing, if it has no word for it.
 
     Raises:
         InterlockError: What the request ended with; before the first byte it still has its status.
     """
-    if formed:
-        await generation.first_output(GRANT_WAIT_S)
-    elif await generation.first_grant(GRANT_WAIT_S) is None and generation.error is not None:
-        raise generation.error
+    await generation.first_output(BEGIN_WAIT_S)
     await reply.begin(generation)
+    now_s = asyncio.get_running_loop().time
+    due_s, unsent = now_s(), b""
     while True:
-        if not await generation.ready(HEARTBEAT_S):
-            yield None
+        if not await generation.ready(0.0 if unsent else due_s - now_s()):
+            yield event(unsent or HEARTBEAT)
+            due_s, unsent = now_s() + HEARTBEAT_S, b""
             continue
-        happened = await anext(generation, None)
+        try:
+            happened = await anext(generation, None)
+        except InterlockError:
+            if unsent:
+                yield event(unsent)
+            raise
         if happened is None:
             return
         note_worker(happened)
-        yield happened
+        for piece in say(happened):
+            unsent += piece
+            if len(unsent) >= BODY_BYTES:
+                # The next piece takes its time: whoever else waits for the loop gets it first.
+                yield event(unsent)
+                due_s, unsent = now_s() + HEARTBEAT_S, b""
+        # What comes before the text goes out with it, where that is there already: one write, not three.
+        if unsent and not isinstance(happened, Queued | Started):
+            yield event(unsent)
+            due_s, unsent = now_s() + HEARTBEAT_S, b""
 
 
 def event(data: bytes) -> HttpBody:

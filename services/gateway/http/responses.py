@@ -22,7 +22,6 @@ from services.gateway.http.tool_calls import ToolCall
 # What the ids of calls begin with.
 CALL_PREFIX = "call_"
 
-heartbeat_body = openai.heartbeat_body
 status_of = openai.status_of
 headers = openai.headers
 error_body = openai.error_body

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 
 from google.api.httpbody_pb2 import HttpBody
@@ -14,7 +14,7 @@ from services.gateway.core.events import Chunk, Event, Finished, Started
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, Reception
 from services.gateway.http import responses, responses_fields, tool_calls
 from services.gateway.http.bodies import read_body
-from services.gateway.http.reply import Reply, event, timely_events, whole_answer
+from services.gateway.http.reply import Reply, streamed, whole_answer
 from services.gateway.http.responses_fields import ResponsesRequest
 
 Bodies = AsyncGenerator[HttpBody, None]
@@ -41,36 +41,41 @@ async def create_response(reception: Reception, request: HttpBody, context: Cont
                 data = responses.response_body(head, text, calls, answer.finished)
                 yield await reply.whole(data, generation)
                 return
-            formed = asked.generation.form is not None
-            async with aclosing(timely_events(generation, reply, formed=formed)) as events:
-                async for body in _stream(reply, asked, events):
+            say = _ResponseStream(reply, asked).said
+            async with aclosing(streamed(generation, reply, say)) as bodies:
+                async for body in bodies:
                     yield body
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
         yield await reply.failed(error)
 
 
-async def _stream(
-    reply: Reply, asked: ResponsesRequest, events: AsyncGenerator[Event | None, None]
-) -> Bodies:
-    said: responses.Events | None = None
-    held = tool_calls.HeldText(asked.tools, _call_ids(reply), bare=asked.bare, single=asked.single)
-    async for happened in events:
+class _ResponseStream:
+    """The events of one response."""
+
+    def __init__(self, reply: Reply, asked: ResponsesRequest) -> None:
+        self._reply = reply
+        self._asked = asked
+        self._events: responses.Events | None = None
+        self._held = tool_calls.HeldText(asked.tools, _call_ids(reply), bare=asked.bare, single=asked.single)
+
+    def said(self, happened: Event) -> Iterator[bytes]:
+        """The events that follow from one of ours."""
+        events = self._events
         match happened:
-            case None:
-                yield event(responses.heartbeat_body())
-            case Started() if said is None:
+            case Started() if events is None:
                 # Said again after a failover, which the vendor's clients know nothing of.
-                said = responses.Events(_head(reply, asked, happened))
-                yield event(said.opening())
+                self._events = events = responses.Events(_head(self._reply, self._asked, happened))
+                yield events.opening()
             case Chunk():
-                assert said is not None
-                if text := held.add(happened.text):
-                    yield event(said.delta(text))
+                assert events is not None
+                if text := self._held.add(happened.text):
+                    yield events.delta(text)
             case Finished():
-                assert said is not None
-                text, calls = held.end()
-                rest = said.delta(text) if text else b""
-                yield event(rest + said.closing(happened, calls))
+                assert events is not None
+                text, calls = self._held.end()
+                if text:
+                    yield events.delta(text)
+                yield events.closing(happened, calls)
 
 
 def _call_ids(reply: Reply) -> str:

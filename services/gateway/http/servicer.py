@@ -5,7 +5,7 @@ Envoy passes bodies as they are. What a reply is, and how a failure is told: `re
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 
 from google.api.httpbody_pb2 import HttpBody
@@ -15,12 +15,13 @@ from interlock.http.v1 import http_service_pb2_grpc
 from services.common import logs
 from services.common.errors import NoWorker
 from services.common.grpc_types import Context
+from services.gateway.core.events import Event
 from services.gateway.core.readiness import Readiness
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, Metadata, Reception
 from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http import anthropic_calls, console, native, openai_calls, openapi, responses_calls
 from services.gateway.http.bodies import read_body, written
-from services.gateway.http.reply import Reply, event, timely_events, whole_answer
+from services.gateway.http.reply import Reply, streamed, whole_answer
 
 LAST_EVENT_KEY = "last-event-id"
 
@@ -38,10 +39,7 @@ class GatewayHttpServicer(http_service_pb2_grpc.GatewayHttpServiceServicer):
         try:
             asked, generation = await self._open(request, context, reply)
             async with aclosing(generation):
-                formed = asked.generation.form is not None
-                bodies = (
-                    _stream(generation, reply, formed=formed) if asked.stream else _whole(generation, reply)
-                )
+                bodies = _stream(generation, reply) if asked.stream else _whole(generation, reply)
                 async with aclosing(bodies):
                     async for body in bodies:
                         yield body
@@ -179,13 +177,12 @@ async def _whole(generation: AnswerStream, reply: Reply) -> AsyncGenerator[HttpB
     yield await reply.whole(await written(answer, native.result_body), generation)
 
 
-async def _stream(
-    generation: AnswerStream, reply: Reply, *, formed: bool = False
-) -> AsyncGenerator[HttpBody, None]:
+async def _stream(generation: AnswerStream, reply: Reply) -> AsyncGenerator[HttpBody, None]:
     """Sends each event as it comes, and a heartbeat where none does."""
-    async with aclosing(timely_events(generation, reply, formed=formed)) as events:
-        async for happened in events:
-            if happened is None:
-                yield event(native.heartbeat_body())
-            else:
-                yield event(native.event_body(generation.cursor, happened))
+
+    def say(happened: Event) -> Iterable[bytes]:
+        return native.event_body(generation.cursor, happened)
+
+    async with aclosing(streamed(generation, reply, say)) as bodies:
+        async for body in bodies:
+            yield body

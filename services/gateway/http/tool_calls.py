@@ -162,7 +162,8 @@ def read_calls(
     """
     if not names:
         return text, []
-    found = [text] if bare else _marked(text)
+    # Where one is wanted, what comes after it is not read: broken, it would make text of the good one.
+    found = [text] if bare else _marked(text, 1 if single else CALLS_MAX)
     calls: list[ToolCall] = []
     for source in found:
         call = _read(source, names, f"{id_of}{len(calls)}")
@@ -170,14 +171,14 @@ def read_calls(
             return text, []
         calls.append(call)
     before = "" if bare or not calls else text[: text.index(BEGIN)].rstrip()
-    return (before, calls[:1] if single else calls) if calls else (text, [])
+    return (before, calls) if calls else (text, [])
 
 
-def _marked(text: str) -> list[str]:
-    """What stands between the marks; the last end may be missing. Takes time in proportion to the text."""
+def _marked(text: str, most: int) -> list[str]:
+    """What stands between the first marks; the last end may be missing. Takes time as the text is long."""
     found: list[str] = []
     begin = text.find(BEGIN)
-    while begin >= 0 and len(found) < CALLS_MAX:
+    while begin >= 0 and len(found) < most:
         end = text.find(END, begin)
         end = len(text) if end < 0 else end
         found.append(text[begin + len(BEGIN) : end])
@@ -206,17 +207,28 @@ class HeldText:
         self._single = single
         self._held = ""
         self._is_text = not names
+        # What a bare call of each begins with; none any more once it is known whether this is one.
+        self._openings = _openings(names) if bare else ()
 
     def add(self, text: str) -> str | None:
         """Takes in more text; returns what can be said now, None while it is held."""
         self._held += text
-        if self._bare and not self._is_text:
-            self._is_text = not may_be_bare_call(self._held, self._names)
+        if self._openings:
+            self._look_for_opening()
         cut = len(self._held)
         if not self._is_text:
             cut = 0 if self._bare else len(self._held[: call_begins_at(self._held)].rstrip())
         said, self._held = self._held[:cut], self._held[cut:]
         return said if said or not self._held else None
+
+    def _look_for_opening(self) -> None:
+        """Finds out whether the answer is a call without marks, or cannot be one, once that is known."""
+        # Between the parts of JSON there is white space, but not much of it.
+        begun = _unspaced(self._held[: 4 * max(map(len, self._openings)) + _SPACES_MAX])
+        if any(map(begun.startswith, self._openings)):
+            self._openings = ()
+        elif not any(opening.startswith(begun) for opening in self._openings):
+            self._openings, self._is_text = (), True
 
     def end(self) -> tuple[str, list[ToolCall]]:
         """The rest of the text, and the calls in it."""
@@ -232,14 +244,11 @@ def call_begins_at(text: str) -> int:
     return len(text) - next(sizes, 0)
 
 
-def may_be_bare_call(text: str, names: frozenset[str]) -> bool:
-    """Whether an answer that has begun so may turn out to be a call of one of `names`, without marks."""
-    openings = [
+def _openings(names: frozenset[str]) -> tuple[str, ...]:
+    """What calls of `names` begin with where they have no marks, without white space."""
+    return tuple(
         _unspaced(json.dumps({"name": name, "arguments": {}}, ensure_ascii=False)[:-2]) for name in names
-    ]
-    # Between the parts of JSON there is white space, but not much of it.
-    begun = _unspaced(text[: 4 * max(map(len, openings)) + _SPACES_MAX])
-    return any(begun.startswith(opening) or opening.startswith(begun) for opening in openings)
+    )
 
 
 def _unspaced(text: str) -> str:

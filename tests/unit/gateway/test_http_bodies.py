@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 from google.api.httpbody_pb2 import HttpBody
@@ -15,10 +16,19 @@ from hypothesis import strategies as st
 from services.common.errors import ArgumentInvalid
 from services.common.token_pieces import TokenPiece
 from services.gateway.core.detokenizer import Transcript
-from services.gateway.core.events import Chunk, TokenLogprob
-from services.gateway.http import openai, openai_fields
-from services.gateway.http.bodies import LOOP_BYTES_MAX, dump, read_body
+from services.gateway.core.events import Chunk, Finished, FinishReason, Started, TokenLogprob, Usage
+from services.gateway.http import native, openai, openai_fields
+from services.gateway.http.bodies import (
+    LOOP_BYTES_MAX,
+    SLICE_SCORES,
+    Sliced,
+    dump,
+    pieces,
+    read_body,
+    written,
+)
 from services.gateway.http.offsets import TextOffsets
+from services.gateway.http.whole import Answer, Said
 
 
 async def test_a_large_body_is_read_beside_the_loop() -> None:
@@ -58,9 +68,9 @@ def test_the_offsets_of_many_tokens_take_linear_time() -> None:
     chunks = [Chunk(0, "", ids, (TokenLogprob(-1.0),) * len(ids))]
     began_s = time.monotonic()
     scores = openai.completion_logprobs(chunks, piece_of, TextOffsets(decode).next)
+    assert list(scores["text_offset"]) == list(range(len(ids)))
     assert time.monotonic() - began_s < 10
-    assert scores["text_offset"] == list(range(len(ids)))
-    assert openai.completion_logprobs([], piece_of, TextOffsets(decode).next)["text_offset"] == []
+    assert list(openai.completion_logprobs([], piece_of, TextOffsets(decode).next)["text_offset"]) == []
 
 
 @given(
@@ -77,7 +87,7 @@ def test_a_token_begins_where_its_character_does(text: str, stops: list[str], si
             break
         piece = transcript.push(ids[taken : taken + size])
         chunk = Chunk(taken, piece.text, piece.token_ids, (TokenLogprob(-1.0),) * len(piece.token_ids))
-        told += openai.completion_logprobs([chunk], piece_of, offsets.next)["text_offset"]
+        told += list(openai.completion_logprobs([chunk], piece_of, offsets.next)["text_offset"])
         taken, stop = taken + len(piece.token_ids), piece.stop
     begins = [at for at, character in enumerate(text) for _ in character.encode()]
     assert told == begins[: len(told)]
@@ -89,11 +99,91 @@ def test_half_of_a_character_is_told_by_its_bytes() -> None:
     said = "🎉 é"
     score = TokenLogprob(-0.5, ((0xF0, -0.5), (0x9F, -1.0)))
     chunks = [Chunk(0, said, tuple(said.encode()), (score,) * len(said.encode()))]
-    told = openai.chat_logprobs(chunks, piece_of)["content"]
+    told = list(openai.chat_logprobs(chunks, piece_of)["content"])
     assert bytes(byte for entry in told for byte in entry["bytes"]).decode() == said
     assert [entry["token"] for entry in told[:2]] == ["\\xf0", "\\x9f"]
     assert [[other["bytes"] for other in entry["top_logprobs"]] for entry in told[:1]] == [[[0xF0], [0x9F]]]
     scores = openai.completion_logprobs(chunks, piece_of, int)
-    assert scores["top_logprobs"][0] == {"\\xf0": -0.5, "\\x9f": -1.0}
+    assert next(iter(scores["top_logprobs"])) == {"\\xf0": -0.5, "\\x9f": -1.0}
     alike = openai.completion_logprobs(chunks, lambda _: TokenPiece("x", b"x"), int)
-    assert alike["top_logprobs"][0] == {"x": -0.5}
+    assert next(iter(alike["top_logprobs"])) == {"x": -0.5}
+
+
+@given(st.integers(0, 12), st.integers(1, 5), st.text(max_size=5))
+def test_slices_are_the_same_json(items: int, at_once: int, text: str) -> None:
+    """However long they are, and whatever stands around them; what is no JSON is refused as ever."""
+    array = Sliced(range(items), lambda item: {text: item}, at_once)
+    told = [{text: item} for item in range(items)]
+    sliced = pieces({"before": text, "a": [array, {"b": array}], "after": [text]})
+    assert b"".join(sliced) == dump({"before": text, "a": [told, {"b": told}], "after": [text]})
+    for wrong in (math.nan, object()):
+        with pytest.raises((ValueError, TypeError)):
+            list(pieces({"a": Sliced([wrong], lambda item: item, 1)}))
+
+
+SCORED = 300
+SCORE = TokenLogprob(-0.123456789, tuple((65 + at, -1.23456789 * at) for at in range(20)))
+MANY = Chunk(0, "a" * SCORED, (65,) * SCORED, (SCORE,) * SCORED)
+HEAD = openai.Head("id", 1, "m", "r1")
+STARTED = Started("id", "m", "r1", "w1", 1, 0.0)
+END = Finished(FinishReason.STOP)
+
+
+def chat(answer: Answer) -> Iterable[bytes]:
+    """A whole conversation's completion."""
+    scores = openai.chat_logprobs(answer.sequences[0].chunks, piece_of)
+    return openai.chat_body(HEAD, [openai.chat_choice(answer.text, [], END, scores)], Usage())
+
+
+def completion(answer: Answer) -> Iterable[bytes]:
+    """A whole text's completion."""
+    scores = openai.completion_logprobs(answer.sequences[0].chunks, piece_of, TextOffsets(decode).next)
+    return openai.completion_body(HEAD, [openai.completion_choice(answer.text, END, scores)], Usage())
+
+
+STREAMED: dict[str, Callable[[], Iterable[bytes]]] = {
+    "chat": lambda: openai.chat_text(HEAD, 0, "a", openai.chat_logprobs([MANY], piece_of), usage=False),
+    "calls": lambda: openai.chat_calls(HEAD, 0, [], openai.chat_logprobs([MANY], piece_of), usage=False),
+    "completion": lambda: openai.completion_text(
+        HEAD, 0, "a", openai.completion_logprobs([MANY], piece_of, TextOffsets(decode).next), usage=False
+    ),
+    "native": lambda: native.event_body(7, MANY),
+}
+
+
+@pytest.mark.parametrize("write", [chat, completion, native.result_body])
+async def test_many_scores_are_written_in_slices_beside_the_loop(
+    write: Callable[[Answer], Iterable[bytes]],
+) -> None:
+    """No call of the encoder has more of them than take it some milliseconds."""
+    threads: set[threading.Thread] = set()
+    sizes: list[int] = []
+
+    def noted(answer: Answer) -> Iterable[bytes]:
+        for piece in write(answer):
+            threads.add(threading.current_thread())
+            sizes.append(piece.count(b":-") + piece.count(b",-"))
+            yield piece
+
+    body = await written(Answer(STARTED, (Said((MANY,), END),)), noted)
+    assert max(sizes) <= SLICE_SCORES
+    assert sum(sizes) >= 20 * SCORED
+    assert threads
+    assert threading.main_thread() not in threads
+    scores = json.loads(body)
+    for key in ("choices", 0, "logprobs") if "choices" in scores else ("logprobs",):
+        scores = scores[key]
+    scores = scores if isinstance(scores, list) else scores.get("content", scores.get("tokens"))
+    assert len(scores) == SCORED
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_many_scores_of_a_stream_are_one_event_in_pieces(name: str) -> None:
+    """Each is made when it is asked for, so that others have the loop in between."""
+    told = list(STREAMED[name]())
+    assert max(piece.count(b":-") for piece in told) <= SLICE_SCORES
+    event = b"".join(told)
+    assert event.endswith(b"}\n\n")
+    assert event.count(b"data: ") == event.count(b"\n\n") == 1
+    assert event.count(b"-0.123456789") == SCORED
+    json.loads(event.partition(b"data: ")[2])

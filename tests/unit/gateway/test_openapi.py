@@ -53,11 +53,11 @@ def test_answers_with_calls_and_scores(finished: Finished, calls: list[ToolCall]
     head = openai.Head("chatcmpl-1", 1, "m", "r")
     scores = openai.chat_logprobs([CHUNK], FakeTokenizer().piece)
     choice = openai.chat_choice("ab", calls, finished, scores)
-    check("OpenAiChat", json.loads(openai.chat_body(head, [choice], finished.usage)))
+    check("OpenAiChat", json.loads(b"".join(openai.chat_body(head, [choice], finished.usage))))
     told = openai.completion_choice(
         "ab", finished, openai.completion_logprobs([CHUNK], FakeTokenizer().piece, int)
     )
-    check("OpenAiText", json.loads(openai.completion_body(head, [told], finished.usage)))
+    check("OpenAiText", json.loads(b"".join(openai.completion_body(head, [told], finished.usage))))
     asked = responses.Head("1", 1, "m", REPEATED)
     check("OpenAiResponse", json.loads(responses.response_body(asked, "ab", calls, finished)))
     check("AnthropicMessage", json.loads(anthropic.message_body("msg_1", "m", "ab", calls, finished)))
@@ -66,7 +66,7 @@ def test_answers_with_calls_and_scores(finished: Finished, calls: list[ToolCall]
 def test_a_description_notices_what_it_does_not_say() -> None:
     """Schemas are closed: one field more in an answer, or one of another type, is a breach."""
     choice = openai.chat_choice("ab", [], ENDS[0], None)
-    body = json.loads(openai.chat_body(openai.Head("1", 1, "m", "r"), [choice], Usage()))
+    body = json.loads(b"".join(openai.chat_body(openai.Head("1", 1, "m", "r"), [choice], Usage())))
     for wrong in ({**body, "more": 1}, {**body, "created": "now"}):
         with pytest.raises(jsonschema.ValidationError):
             check("OpenAiChat", wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from typing import Any
 
 import jsonschema
 import pytest
@@ -15,6 +16,7 @@ from services.gateway.http.tool_calls import (
     BEGIN,
     CALLS_MAX,
     END,
+    TOOLS_MAX,
     HeldText,
     Tool,
     call_begins_at,
@@ -43,6 +45,16 @@ def test_calls_are_read_out_of_the_text() -> None:
     assert read(CALL.removesuffix(END)) == ("", [city])
     assert read(BEGIN + '\n{"name": "time", "parameters": {"a": 1}}\n' + END) == ("", [("time", '{"a": 1}')])
     assert read('{"name": "time", "arguments": {}}', bare=True) == ("", [("time", "{}")])
+
+
+@pytest.mark.parametrize("more", ["", "broken" + END, '{"name": "unknown"}' + END, CALL[len(BEGIN) :]])
+def test_where_one_call_is_wanted_the_first_is_all(more: str) -> None:
+    """What comes after it cannot undo it, whatever it is; a first one that is none stays text."""
+    text = f"Hm. {CALL} {BEGIN}{more}"
+    before, calls = read_calls(text, NAMES, "c", bare=False, single=True)
+    assert (before, [(call.id, call.name) for call in calls]) == ("Hm.", [("c0", "weather")])
+    broken = f"{BEGIN}broken{END}{CALL}"
+    assert read_calls(broken, NAMES, "c", bare=False, single=True) == (broken, [])
 
 
 def test_half_of_a_character_in_arguments_is_replaced() -> None:
@@ -142,6 +154,24 @@ def test_an_answer_without_marks_is_held_while_it_may_be_a_call() -> None:
     cut = '{"name": "weather", "arguments": {"ci'
     assert held(cut) == ([None], cut, [])
     assert held("{", '"name"', names=frozenset()) == (["{", '"name"'], "", [])
+
+
+def test_what_a_held_answer_is_compared_with_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not anew with each chunk; and a call that has begun is held to its end without another look."""
+    names = frozenset(f"function_{at}" for at in range(TOOLS_MAX))
+    dumped: list[object] = []
+    plain = json.dumps
+
+    def dumps(value: object, **more: Any) -> str:
+        dumped.append(value)
+        return plain(value, **more)
+
+    monkeypatch.setattr(json, "dumps", dumps)
+    text = HeldText(names, "c", bare=True)
+    answer = '{"name": "function_7", "arguments": {"a": "' + "x" * 500 + '"}}'
+    assert [text.add(one) for one in answer] == [None] * len(answer)
+    assert len(dumped) <= TOOLS_MAX
+    assert [call.name for call in text.end()[1]] == ["function_7"]
 
 
 def test_a_text_that_may_become_a_call_is_held() -> None:

@@ -67,6 +67,11 @@ def test_sampling_is_bounded(name: str, good: list[Any], bad: list[Any]) -> None
         ({"n": 0}, "n:"),
         ({"n": 5}, "n:"),
         ({"logprobs": 21}, "logprobs"),
+        (
+            {"logprobs": 20, "n": 4, "max_tokens": 3_121},
+            "logprobs: n x max_tokens x (1 + alternatives) is 262164",
+        ),
+        ({"logprobs": 0, "max_tokens": validation.SCORES_MAX + 1}, "logprobs: n x"),
         ({"stop": ("a",) * 5}, "stop"),
         ({"stop": ("é" * 129,)}, "stop"),
         ({"prompt": TextPrompt("")}, "text"),
@@ -79,13 +84,25 @@ def test_sampling_is_bounded(name: str, good: list[Any], bad: list[Any]) -> None
         ({"prompt": ChatPrompt((Message("user", "a"),) * 1025)}, "messages"),
         ({"prompt": ChatPrompt((Message("user", HUGE),))}, "messages"),
     ],
-    ids=range(14),
+    ids=range(16),
 )
 def test_a_breach_names_its_field(fields: dict[str, Any], named: str) -> None:
     """ArgumentInvalid begins with the field."""
     with pytest.raises(ArgumentInvalid) as caught:
         validation.check_request(GenerationRequest(**{"prompt": TEXT, **fields}))
     assert caught.value.message.startswith(named)
+
+
+def test_many_scores_are_within_the_bound() -> None:
+    """A few thousand tokens with all alternatives, of as many sequences as there may be; more without."""
+    for asked in (
+        GenerationRequest(prompt=TEXT, logprobs=20, n=4),
+        GenerationRequest(prompt=TEXT, logprobs=20, n=4, max_tokens=3_120),
+        GenerationRequest(prompt=TEXT, logprobs=20, max_tokens=12_480),
+        GenerationRequest(prompt=TEXT, logprobs=0, n=2, max_tokens=131_072),
+        GenerationRequest(prompt=TEXT, n=4, max_tokens=10**9),
+    ):
+        validation.check_request(asked)
 
 
 @pytest.mark.parametrize(
