@@ -54,6 +54,11 @@ class DirectStream:
         """See `AnswerStream.prompt_tokens`."""
         return len(self._generation.job.prompt_ids)
 
+    @property
+    def has_news(self) -> bool:
+        """See `AnswerStream.has_news`."""
+        return self._may_read()
+
     async def first_output(self, timeout_s: float) -> None:
         """See `AnswerStream.first_output`."""
         try:
@@ -68,8 +73,8 @@ class DirectStream:
     async def ready(self, timeout_s: float) -> bool:
         """See `AnswerStream.ready`."""
         self._return()
-        if self._may_read() or timeout_s <= 0:
-            return self._may_read()
+        if self._may_read():
+            return True
         late = False
 
         def give_up() -> None:

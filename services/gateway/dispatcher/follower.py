@@ -121,6 +121,11 @@ class Follower:
         """See `AnswerStream.prompt_tokens`; a log does not hold the prompt."""
         return None
 
+    @property
+    def has_news(self) -> bool:
+        """See `AnswerStream.has_news`."""
+        return bool(self._entries) or self._unsaid is not None or self._ended
+
     async def first_output(self, timeout_s: float) -> None:
         """See `AnswerStream.first_output`."""
         try:
@@ -136,11 +141,11 @@ class Follower:
 
     async def ready(self, timeout_s: float) -> bool:
         """See `AnswerStream.ready`."""
-        if self._has_news or timeout_s <= 0:
-            return self._has_news
+        if self.has_news:
+            return True
         try:
             async with asyncio.timeout(timeout_s):
-                while not self._has_news:
+                while not self.has_news:
                     await self._fill()
         except TimeoutError:
             return False
@@ -152,7 +157,7 @@ class Follower:
 
     async def __anext__(self) -> Event:
         """The next event, as soon as there is one."""
-        while not self._has_news:
+        while not self.has_news:
             await self._fill()
         if self._error is not None:
             raise self._error
@@ -170,10 +175,6 @@ class Follower:
             self._journal.readers.discard(self.notice)
         if on_close is not None:
             on_close(self)
-
-    @property
-    def _has_news(self) -> bool:
-        return bool(self._entries) or self._unsaid is not None or self._ended
 
     def _first_output(self) -> Chunk | Finished | Failed | None:
         """The first of what was read that is text or an end."""

@@ -49,8 +49,13 @@ class AnswerStream(Protocol):
         """
         ...
 
+    @property
+    def has_news(self) -> bool:
+        """Whether the next event is there. To look does not say that the last one is written."""
+        ...
+
     async def ready(self, timeout_s: float) -> bool:
-        """Whether, within `timeout_s`, asking for the next event will answer at once; with 0, whether now."""
+        """Whether, within `timeout_s`, asking for the next event will answer at once."""
         ...
 
     async def aclose(self) -> None:

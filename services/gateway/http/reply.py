@@ -17,7 +17,7 @@ from google.api.httpbody_pb2 import HttpBody
 from services.common import http_errors, ids, logs, status
 from services.common.errors import InterlockError, InternalError
 from services.common.grpc_types import Context
-from services.gateway.core.events import Chunk, Event, Finished, Queued, Started
+from services.gateway.core.events import Chunk, Event, Finished
 from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http.whole import Answer, Said
 from services.gateway.servicer import REQUEST_ID_KEY, note_worker, response_metadata
@@ -153,9 +153,13 @@ async def streamed(
     now_s = asyncio.get_running_loop().time
     due_s, unsent = now_s(), b""
     while True:
-        if not await generation.ready(0.0 if unsent else due_s - now_s()):
-            yield event(unsent or HEARTBEAT)
+        # What is there goes out together: the first text with what comes before it, the last with its end.
+        if unsent and not generation.has_news:
+            yield event(unsent)
             due_s, unsent = now_s() + HEARTBEAT_S, b""
+        if not await generation.ready(due_s - now_s()):
+            yield event(HEARTBEAT)
+            due_s = now_s() + HEARTBEAT_S
             continue
         try:
             happened = await anext(generation, None)
@@ -164,6 +168,8 @@ async def streamed(
                 yield event(unsent)
             raise
         if happened is None:
+            if unsent:
+                yield event(unsent)
             return
         note_worker(happened)
         for piece in say(happened):
@@ -172,10 +178,6 @@ async def streamed(
                 # The next piece takes its time: whoever else waits for the loop gets it first.
                 yield event(unsent)
                 due_s, unsent = now_s() + HEARTBEAT_S, b""
-        # What comes before the text goes out with it, where that is there already: one write, not three.
-        if unsent and not isinstance(happened, Queued | Started):
-            yield event(unsent)
-            due_s, unsent = now_s() + HEARTBEAT_S, b""
 
 
 def event(data: bytes) -> HttpBody:

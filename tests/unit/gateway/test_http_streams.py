@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from google.api.httpbody_pb2 import HttpBody
 
-from services.common.errors import ArgumentInvalid
+from services.common.errors import ArgumentInvalid, ClientStalled
 from services.gateway.core.attempts import Output, RefusalReason
 from services.gateway.core.events import Chunk, Event, Finished, FinishReason, Started
 from services.gateway.core.jobs import Renewal, Waiting
@@ -122,6 +122,31 @@ async def test_what_is_there_goes_out_at_once_and_together(world: World) -> None
     assert (await anext(bodies)).data == b"started a"
     sink.output(Output(1, (), FinishReason.STOP))
     assert await data_of(bodies) == [b" done"]
+
+
+async def test_the_last_text_goes_out_with_the_end(world: World) -> None:
+    """They come together from the worker, and cost one write."""
+    _, bodies = await open_stream(world)
+    sink = world.workers.attempts[0].sink
+    sink.output(Output(0, ids("a")))
+    assert (await anext(bodies)).data == b"started a"
+    sink.output(Output(1, ids("b"), FinishReason.STOP))
+    assert await data_of(bodies) == [b"b done"]
+
+
+@pytest.mark.parametrize("texts", ["a", "abc"])
+async def test_who_does_not_come_back_for_more_is_away(world: World, texts: str) -> None:
+    """Whatever it was given last, together with what else: its request does not run on for it."""
+    _, bodies = await open_stream(world)
+    sink = world.workers.attempts[0].sink
+    for at, text in enumerate(texts):
+        sink.output(Output(at, ids(text)))
+        await anext(bodies)
+    # Twice as long as the world waits for its clients.
+    await asyncio.sleep(0.4)
+    assert world.workers.attempts[0].cancelled
+    with pytest.raises(ClientStalled):
+        await anext(bodies)
 
 
 async def test_a_start_does_not_wait_for_its_text(world: World) -> None:
