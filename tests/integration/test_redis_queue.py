@@ -255,6 +255,20 @@ async def test_a_place_that_nobody_asked_for_hides_nothing(world: QueueWorld) ->
     assert (renewal.lost, renewal.waiting) == (frozenset("acde"), {})
 
 
+async def test_a_repetition_that_comes_too_late_swallows_no_grant(world: QueueWorld) -> None:
+    """The job has ended, and what else the call would have lent is lent by one whose answer tells of it."""
+    grant = await world.grant("a")
+    await world.gateway().requeue(MODEL, "a", grant.nonce)
+    # Its worker is suspect for a second, so that both wait.
+    await world.wait("b", timeout_s=5.0)
+    world.advance(6.0)
+    with pytest.raises(DeadlineExceeded):
+        await world.gateway().enqueue(make_job("b"))
+    assert world.running() == set()
+    (renewed,) = (await world.gateway().renew(MODEL, {}, frozenset({"a"}))).granted
+    assert (renewed.job_id, world.running()) == ("a", {"a"})
+
+
 async def test_an_expired_job_is_not_granted_and_takes_no_room(world: QueueWorld) -> None:
     """Whichever call meets it first: one that frees a slot, or one that asks for room in a full queue."""
     gateway = world.gateway("g1", QueueLimits(waiting_jobs_max=1))

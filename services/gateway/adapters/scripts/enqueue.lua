@@ -3,7 +3,7 @@
 --         expects_route, slots, used_tokens, pin | '', pin_ms)
 -- Accepts a job, and grants it its slots of a worker at once where they are free and it is its turn. A job that
 -- is known learns what it has used and which revision's text it has.
--- Returns {'granted' | 'waiting', position, wait_ms, grants, account}, {'exists'}, {'ended', outcome},
+-- Returns {'granted' | 'waiting', position, wait_ms, grants, account}, {'exists'}, {'ended', outcome, 0, grants},
 -- {'emptied'} where the caller knows of a route that is not here, or a refusal: {'full' | 'tenant_full',
 -- waiting, wait_ms, grants, account}, {'quota', taken tokens, ms until the window ends, grants, account} or
 -- {'late', position, wait_ms, grants, account}. An account is {taken tokens, ms until the window ends, jobs} of
@@ -42,7 +42,7 @@ local function answer_of(job)
   end
   -- A repeated call whose first answer was lost hears of the grant again.
   if job.state == 'running' then GRANTED[#GRANTED + 1] = encode_grant(load_job(id)) end
-  return is_live(current) and { 'granted', 0, 0, GRANTED, account() } or { 'ended', current.state }
+  return is_live(current) and { 'granted', 0, 0, GRANTED, account() } or { 'ended', current.state, 0, GRANTED }
 end
 
 -- Pins a known job. A grant of another revision was heard by nobody, or the text would be of that one: it is
@@ -91,6 +91,8 @@ local function refusal()
   end
 end
 
+-- First, so that a job whose time is over is known as one that has ended.
+expire_overdue()
 local known = load_job(id)
 if known and known.submission == submission then
   if is_live(known) then
@@ -102,7 +104,6 @@ end
 -- The answer of a resumable job is kept in its log, and never generated twice.
 if is_live(known) or known and known.keep_ms then return { 'exists' } end
 
-expire_overdue()
 local refused = is_new and refusal()
 if refused then return refused end
 
