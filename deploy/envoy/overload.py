@@ -31,19 +31,30 @@ def overload_manager(parameters: Parameters) -> dict[str, Any]:
                 },
             },
         ],
+        # What a stream holds is counted from 1 MiB on, a quarter of the longest message.
+        "buffer_factory_config": {"minimum_account_to_track_power_of_two": 20},
         "actions": [
-            _action("shrink_heap", 0.90),
-            _action("disable_http_keepalive", 0.95),
-            _action("stop_accepting_requests", 0.98),
+            # Whoever keeps most of a message back, so that Envoy has to keep the rest, is the first to go.
+            _action("reset_high_memory_stream", _between(0.80, 0.95)),
+            _action("shrink_heap", _from(0.90)),
+            _action("disable_http_keepalive", _from(0.95)),
+            _action("stop_accepting_requests", _from(0.98)),
         ],
     }
 
 
-def _action(name: str, threshold: float) -> dict[str, Any]:
-    return {
-        "name": f"envoy.overload_actions.{name}",
-        "triggers": [{"name": _HEAP, "threshold": {"value": threshold}}],
-    }
+def _action(name: str, trigger: dict[str, Any]) -> dict[str, Any]:
+    return {"name": f"envoy.overload_actions.{name}", "triggers": [{"name": _HEAP, **trigger}]}
+
+
+def _from(share: float) -> dict[str, Any]:
+    """All of it, once so much of the memory is taken."""
+    return {"threshold": {"value": share}}
+
+
+def _between(first: float, last: float) -> dict[str, Any]:
+    """The more of it, the more of the memory is taken."""
+    return {"scaled": {"scaling_threshold": first, "saturation_threshold": last}}
 
 
 def runtime() -> dict[str, Any]:

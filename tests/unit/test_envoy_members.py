@@ -18,6 +18,7 @@ import pytest
 from deploy.envoy import generate
 from deploy.envoy.clusters import WATCHES_MAX
 from deploy.envoy.parameters import Endpoint, Parameters
+from deploy.envoy.routes import MESSAGE_BYTES_MAX
 from tests.fixtures.edge import Edge, ask, started_edge
 
 WATCH = "/grpc.health.v1.Health/Watch"
@@ -45,6 +46,14 @@ def _await(holds: Callable[[], bool], what: str, timeout_s: float = 15) -> None:
 
 def _equal(look: Callable[[], object], expected: object) -> bool:
     return look() == expected
+
+
+def _serves(edge: Edge) -> bool:
+    """Whether as many calls as that are answered, one after the other."""
+    try:
+        return {edge.call(GENERATE) for _ in range(20)} == {b"x"}
+    except grpc.RpcError:
+        return False
 
 
 def _who(edge: Edge, count: int = 24) -> set[bytes]:
@@ -146,6 +155,25 @@ def test_a_request_that_never_comes_asks_no_gateway(edge: Edge) -> None:
         assert edge.stat("cluster.gateways.upstream_rq_total") == 1
         come.set()
         assert call.result() == b"x"
+
+
+def test_who_keeps_back_the_ends_of_large_messages_goes_before_others_are_refused(tmp_path: Path) -> None:
+    """Envoy keeps what has come of each, until they take most of its memory; then it resets the largest."""
+    parameters = Parameters(admin=Endpoint("127.0.0.1", 0), heap_bytes_max=96 << 20)
+    over = threading.Event()
+
+    def most() -> Iterator[bytes]:
+        yield bytes(MESSAGE_BYTES_MAX - 1)
+        over.wait()
+
+    with started_edge(tmp_path, parameters) as edge, grpc.insecure_channel(edge.address) as channel:
+        begin: Any = channel.stream_unary(GENERATE)
+        calls = [begin.future(most(), timeout=30) for _ in range(32)]
+        _await(lambda: any(call.done() for call in calls), "everything is kept")
+        _await(partial(_serves, edge), "it refuses everybody")
+        over.set()
+        for call in calls:
+            call.cancel()
 
 
 def test_a_deadline_in_a_stream_that_has_begun_is_told_as_one(edge: Edge) -> None:

@@ -159,8 +159,9 @@ class Dispatcher:
             self._resumption.check_room()
             generation = self._create(job)
             follower = await self._open_resumable(generation)
-        except InterlockError:
-            if claimed is Claimed.NOW:
+        except InterlockError as error:
+            # Where the store did not answer, it may have taken the request in all the same.
+            if claimed is Claimed.NOW and not isinstance(error, StoreUnavailable):
                 # Its id stands for nothing, and its client may ask something else by it.
                 await self._resumption.release(job)
             raise

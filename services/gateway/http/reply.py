@@ -161,23 +161,24 @@ async def streamed(
             yield event(HEARTBEAT)
             due_s = now_s() + HEARTBEAT_S
             continue
+        whole = len(unsent)
         try:
-            happened = await anext(generation, None)
-        except InterlockError:
-            if unsent:
-                yield event(unsent)
+            if (happened := await anext(generation, None)) is None:
+                break
+            note_worker(happened)
+            for piece in say(happened):
+                unsent += piece
+                if len(unsent) >= BODY_BYTES:
+                    # The next piece takes its time: whoever else waits for the loop gets it first.
+                    yield event(unsent)
+                    due_s, unsent, whole = now_s() + HEARTBEAT_S, b"", 0
+        except Exception:
+            # What was said before is part of the answer; half an event is none.
+            if whole:
+                yield event(unsent[:whole])
             raise
-        if happened is None:
-            if unsent:
-                yield event(unsent)
-            return
-        note_worker(happened)
-        for piece in say(happened):
-            unsent += piece
-            if len(unsent) >= BODY_BYTES:
-                # The next piece takes its time: whoever else waits for the loop gets it first.
-                yield event(unsent)
-                due_s, unsent = now_s() + HEARTBEAT_S, b""
+    if unsent:
+        yield event(unsent)
 
 
 def event(data: bytes) -> HttpBody:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 from google.api.httpbody_pb2 import HttpBody
 
-from services.common.errors import ArgumentInvalid, ClientStalled
+from services.common.errors import ArgumentInvalid, ClientStalled, InternalError
 from services.gateway.core.attempts import Output, RefusalReason
 from services.gateway.core.events import Chunk, Event, Finished, FinishReason, Started
 from services.gateway.core.jobs import Renewal, Waiting
@@ -147,6 +147,25 @@ async def test_who_does_not_come_back_for_more_is_away(world: World, texts: str)
     assert world.workers.attempts[0].cancelled
     with pytest.raises(ClientStalled):
         await anext(bodies)
+
+
+async def test_what_was_there_before_an_error_goes_out_before_it(world: World) -> None:
+    """Whoever finds the error, and without the half of an event that it broke."""
+    stream = await world.dispatcher.submit(job())
+    sink = world.workers.attempts[0].sink
+    sink.output(Output(0, ids("a")))
+    context: Any = FakeContext()
+
+    def say(happened: Event) -> Iterator[bytes]:
+        yield b"said "
+        if isinstance(happened, Chunk):
+            raise InternalError("There is no word for it.")
+
+    bodies = streamed(stream, Reply(context, native), say)
+    assert (await anext(bodies)).data == b"said "
+    with pytest.raises(InternalError):
+        await anext(bodies)
+    await stream.aclose()
 
 
 async def test_a_start_does_not_wait_for_its_text(world: World) -> None:
