@@ -16,6 +16,7 @@ from services.gateway.core.breaker import Verdict
 from services.gateway.core.events import Finished
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
 from services.gateway.core.log import LogTail, Notice, TakenUp
+from services.gateway.core.params import SamplingParams
 from services.gateway.core.ports import AttemptSink
 
 # Every character below is one token; none is special.
@@ -298,3 +299,20 @@ class FakeMeter:
     def attempt_ended(self, end: AttemptEnd) -> None:
         """See `Meter.attempt_ended`."""
         self.attempts.append(end)
+
+
+def work_order(job_id: str = "j", *, max_tokens: int = 9, credit_tokens: int = 8) -> WorkOrder:
+    """The first attempt at a job of one sequence."""
+    return WorkOrder(
+        job_id=job_id,
+        attempt=1,
+        request_id="q",
+        model="m",
+        revision="r1",
+        epoch=1,
+        prompt_ids=(1,),
+        emitted=((),),
+        max_tokens=max_tokens,
+        sampling=SamplingParams(),
+        credit_tokens=credit_tokens,
+    )

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from services.common.errors import ArtifactInvalid
+from services.worker.core.admission import JobStart, Refusal
 from services.worker.core.batch import Batch, Choice, Chunk, Decode
 from services.worker.core.format import Constraint, Format
 from services.worker.core.ports import LoadWatch, ModelRunner, Progress, unwatched
 from services.worker.core.revision import LoadStage, ModelFacts, RevisionSpec
 from services.worker.core.scheduler import NO_TOKEN
+from services.worker.core.stepper import Command, Pulse
+from services.worker.engine.session import EngineSession
 
 VOCABULARY = 1_000
 FACTS = ModelFacts(
@@ -229,3 +233,36 @@ class FakeLoader:
             raise self.error
         self.runners.append(FakeRunner(self.facts))
         return self.runners[-1]
+
+
+class FakeHost:
+    """An engine without steps; formats are compiled when the test says so."""
+
+    def __init__(self) -> None:
+        self.pulse = Pulse(free_slots=4)
+        self.posted: list[Command] = []
+        self.forgotten = 0
+        self.compiled = asyncio.Event()
+
+    def judge(self, job: JobStart) -> Refusal | None:
+        """Every job is taken."""
+        del job
+        return None
+
+    async def constrained(self, job: JobStart) -> JobStart:
+        """Waits, and does not mind being cancelled, as a thread that compiles does not."""
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.compiled.wait()
+        return job
+
+    def post(self, command: Command) -> None:
+        """Remembers it."""
+        self.posted.append(command)
+
+    def note_idle(self) -> None:
+        """Nobody waits for it."""
+
+    def forget(self, session: EngineSession) -> None:
+        """Counts it."""
+        del session
+        self.forgotten += 1

@@ -8,9 +8,9 @@ import pytest
 
 from services.common.system_clock import SystemClock
 from services.gateway.adapters.grpc_worker import GrpcWorkerPool
-from services.gateway.core.attempts import Loss, Output, RefusalReason, WorkOrder
-from services.gateway.core.params import SamplingParams
+from services.gateway.core.attempts import Loss, Output, RefusalReason
 from services.gateway.core.ports import Attempt
+from tests.fakes.gateway_ports import work_order
 from tests.fakes.scripted_worker import MESH_TOKEN, Script, ScriptedWorker, scripted_worker
 
 # A stream more is 10 ms more.
@@ -40,19 +40,7 @@ async def pool() -> AsyncIterator[GrpcWorkerPool]:
 
 def start(pool: GrpcWorkerPool, worker: ScriptedWorker, name: str, credit_tokens: int = 10_000) -> Attempt:
     """A job of one sequence that goes on for long."""
-    order = WorkOrder(
-        job_id=name,
-        attempt=1,
-        request_id="q",
-        model="m",
-        revision="r1",
-        epoch=1,
-        prompt_ids=(1,),
-        emitted=((),),
-        max_tokens=10_000,
-        sampling=SamplingParams(),
-        credit_tokens=credit_tokens,
-    )
+    order = work_order(name, max_tokens=10_000, credit_tokens=credit_tokens)
     return pool.start(worker.worker_id, worker.address, order, Deaf())
 
 

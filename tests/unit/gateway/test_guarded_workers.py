@@ -8,29 +8,16 @@ import pytest
 
 from services.gateway.adapters.breakers import Breakers
 from services.gateway.adapters.guarded_workers import GuardedWorkerPool
-from services.gateway.core.attempts import Loss, Output, RefusalReason, WorkOrder
+from services.gateway.core.attempts import Loss, Output, RefusalReason
 from services.gateway.core.breaker import BreakerLimits, State, Verdict
 from services.gateway.core.events import FinishReason
-from services.gateway.core.params import SamplingParams
 from services.gateway.core.ports import Attempt
 from services.gateway.core.retry import RetryBudget
 from tests.fakes.controller_ports import FakeClock
-from tests.fakes.gateway_ports import FakeWorkerPool
+from tests.fakes.gateway_ports import FakeWorkerPool, work_order
 
 LIMITS = BreakerLimits(calls_min=2, failed_percent=50, sleep_s=5.0)
-ORDER = WorkOrder(
-    job_id="j",
-    attempt=1,
-    request_id="q",
-    model="m",
-    revision="r1",
-    epoch=1,
-    prompt_ids=(1,),
-    emitted=((),),
-    max_tokens=9,
-    sampling=SamplingParams(),
-    credit_tokens=8,
-)
+ORDER = work_order()
 
 
 class Sink:

@@ -13,10 +13,10 @@ from interlock.v1 import worker_service_pb2 as pb
 
 from services.common.system_clock import SystemClock
 from services.gateway.adapters.worker_session import WorkerSession
-from services.gateway.core.attempts import Loss, Output, RefusalReason, WorkOrder
+from services.gateway.core.attempts import Loss, Output, RefusalReason
 from services.gateway.core.pace import Pace
-from services.gateway.core.params import SamplingParams
 from services.gateway.core.vital_signs import VitalSigns
+from tests.fakes.gateway_ports import work_order
 
 
 @dataclass
@@ -103,21 +103,8 @@ class World:
 
     def start(self, name: str) -> None:
         """Begins an attempt."""
-        order = WorkOrder(
-            job_id=name,
-            attempt=1,
-            request_id="q",
-            model="m",
-            revision="r1",
-            epoch=1,
-            prompt_ids=(1,),
-            emitted=((),),
-            max_tokens=9,
-            sampling=SamplingParams(),
-            credit_tokens=8,
-        )
         self.sinks[name] = Sink()
-        self.session.start(order, self.sinks[name])
+        self.session.start(work_order(name), self.sinks[name])
 
     async def wait_ended(self) -> dict[str, list[RefusalReason | Loss]]:
         """How each attempt ended."""

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from services.worker.core.admission import JobStart, Reason, Refusal
 from services.worker.core.outbox import Outbox
 from services.worker.core.sequence import Finish, Output, SequenceKey, SequenceStart, TokenScore
-from services.worker.core.stepper import Command, Pulse
 from services.worker.core.turns import HOLD_S_MAX, Turns
 from services.worker.engine.session import EngineSession
+from tests.fakes.worker_ports import FakeHost
 
 LONG_MS = 1_000
 # Longer than any test takes, and than a gateway may ask for.
@@ -22,39 +22,11 @@ SHORT_MS = 20
 CREDIT = 40
 
 
-class Host:
-    """An engine without steps: the test tells what they produce."""
-
-    def __init__(self) -> None:
-        self.pulse = Pulse(free_slots=4)
-        self.posted: list[Command] = []
-
-    def judge(self, job: JobStart) -> Refusal | None:
-        """Every job is taken."""
-        del job
-        return None
-
-    async def constrained(self, job: JobStart) -> JobStart:
-        """There are no formats here."""
-        return job
-
-    def post(self, command: Command) -> None:
-        """Remembers it."""
-        self.posted.append(command)
-
-    def note_idle(self) -> None:
-        """Nobody waits for it."""
-
-    def forget(self, session: EngineSession) -> None:
-        """There is nothing to forget."""
-        del session
-
-
 class World:
     """A session whose turns come when the test says so, with one job of two sequences."""
 
     def __init__(self, hold_ms: int = LONG_MS) -> None:
-        self.session = EngineSession(1, Host())
+        self.session = EngineSession(1, FakeHost())
         self.session.start(JobStart("m", "r", 1, tuple(map(start_of, range(2))), "q", None))
         self._hold(hold_ms)
 

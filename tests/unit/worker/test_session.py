@@ -3,51 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 from services.worker.core.admission import JobStart, Reason, Refusal
 from services.worker.core.format import Format, FormatKind
 from services.worker.core.outbox import REFUSALS_MAX
 from services.worker.core.sequence import Output, SequenceKey, SequenceStart
-from services.worker.core.stepper import Admit, Command, Pulse
+from services.worker.core.stepper import Admit
 from services.worker.engine.session import EngineSession
+from tests.fakes.worker_ports import FakeHost
 
 CREDIT = 40
 # Longer than any test takes.
 LONG_MS = 600_000
-
-
-class Host:
-    """An engine without steps; formats are compiled when the test says so."""
-
-    def __init__(self) -> None:
-        self.pulse = Pulse(free_slots=4)
-        self.posted: list[Command] = []
-        self.forgotten = 0
-        self.compiled = asyncio.Event()
-
-    def judge(self, job: JobStart) -> Refusal | None:
-        """Every job is taken."""
-        del job
-        return None
-
-    async def constrained(self, job: JobStart) -> JobStart:
-        """Waits, and does not mind being cancelled, as a thread that compiles does not."""
-        with contextlib.suppress(asyncio.CancelledError):
-            await self.compiled.wait()
-        return job
-
-    def post(self, command: Command) -> None:
-        """Remembers it."""
-        self.posted.append(command)
-
-    def note_idle(self) -> None:
-        """Nobody waits for it."""
-
-    def forget(self, session: EngineSession) -> None:
-        """Counts it."""
-        del session
-        self.forgotten += 1
 
 
 def job_of(name: str, form: Format | None = None, credit: int = CREDIT) -> JobStart:
@@ -58,7 +25,7 @@ def job_of(name: str, form: Format | None = None, credit: int = CREDIT) -> JobSt
 
 async def test_the_refusal_that_is_one_too_many_ends_the_session_and_nothing_else() -> None:
     """What the step has to say to other sessions is still told: nothing is raised here."""
-    host = Host()
+    host = FakeHost()
     session = EngineSession(1, host)
     session.start(job_of("a"))
     for number in range(REFUSALS_MAX):
@@ -73,7 +40,7 @@ async def test_the_refusal_that_is_one_too_many_ends_the_session_and_nothing_els
 
 async def test_a_closed_session_begins_nothing() -> None:
     """Its reader may still have messages: a job behind the end of its session would never end."""
-    host = Host()
+    host = FakeHost()
     session = EngineSession(1, host)
     session.start(job_of("a"))
     session.close()
@@ -87,7 +54,7 @@ async def test_a_closed_session_begins_nothing() -> None:
 
 async def test_what_is_compiled_for_a_closed_session_is_not_admitted() -> None:
     """Though its cancellation came too late to stop it."""
-    host = Host()
+    host = FakeHost()
     session = EngineSession(1, host)
     session.start(job_of("a", Format(FormatKind.REGEX, ("a+",))))
     await asyncio.sleep(0)
@@ -100,7 +67,7 @@ async def test_what_is_compiled_for_a_closed_session_is_not_admitted() -> None:
 
 async def test_a_sequence_that_began_with_little_credit_is_held_back_once_it_has_more() -> None:
     """A quarter of the most that it was given at once, which goes for no other sequence."""
-    session = EngineSession(1, Host())
+    session = EngineSession(1, FakeHost())
     session.start(job_of("a", credit=2))
     session.coalesce(LONG_MS)
 
