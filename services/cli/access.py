@@ -19,8 +19,9 @@ from services.local.home import Home
 from services.local.owner_token import renewed_token
 from services.local.state import MeshState
 
-# A command's question to a mesh on the same machine; generation has its own deadline.
-ANSWER_TIMEOUT_S = 10.0
+# A command's question to a mesh on the same machine; generation has its own deadline. It outlasts a
+# controller that stands still: Envoy gives that up after 9 s, and asks the other one.
+ANSWER_TIMEOUT_S = 20.0
 
 Metadata = tuple[tuple[str, str], ...]
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from services.cli import table
-from services.cli.access import ANSWER_TIMEOUT_S, entrance, rows_of, running_mesh
+from services.cli.access import ANSWER_TIMEOUT_S, Metadata, entrance, rows_of, running_mesh
 from services.cli.failure import CommandFailed
 
 _COLUMNS = {
@@ -39,8 +39,13 @@ _STRATEGIES = {
     "swap": rollout_pb2.ROLLOUT_STRATEGY_SWAP,
 }
 
-# How a stream ends whose controller died, or does not lead any more.
-_LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED}
+# How a call ends whose controller died, stands still, or does not lead any more.
+_LOST = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+}
 # A standby leads within ten seconds of a death, a restarted controller sooner.
 _PATIENCE_S = 30.0
 _RETRY_S = 0.5
@@ -75,7 +80,7 @@ def list_rollouts(arguments: argparse.Namespace) -> int:
 
 def watch(arguments: argparse.Namespace) -> int:
     """Shows a rollout until its end; 1 when it does not complete."""
-    return asyncio.run(_watch(_chosen(arguments.id), as_json=arguments.json))
+    return asyncio.run(_watch(arguments.id, as_json=arguments.json))
 
 
 def promote(arguments: argparse.Namespace) -> int:
@@ -117,9 +122,10 @@ def _tell(method: str, request: Any, arguments: argparse.Namespace) -> int:
 
 def _chosen(rollout_id: str | None) -> str:
     """The rollout that was named, or the newest."""
-    if rollout_id:
-        return rollout_id
-    found = asyncio.run(_list())
+    return rollout_id or _newest(asyncio.run(_list()))
+
+
+def _newest(found: list[rollout_pb2.Rollout]) -> str:
     if not found:
         raise CommandFailed("there is no rollout yet. Start one with `interlock rollouts start`.")
     return found[0].id
@@ -135,13 +141,15 @@ async def _create(spec: rollout_pb2.RolloutSpec) -> rollout_pb2.Rollout:
 
 async def _list() -> list[rollout_pb2.Rollout]:
     async with entrance(*running_mesh()) as (channel, metadata):
-        reply = await ControllerServiceStub(channel).ListRollouts(
-            pb.ListRolloutsRequest(), metadata=metadata, timeout=ANSWER_TIMEOUT_S
-        )
+        return await _listed(ControllerServiceStub(channel), metadata)
+
+
+async def _listed(stub: ControllerServiceStub, metadata: Metadata) -> list[rollout_pb2.Rollout]:
+    reply = await stub.ListRollouts(pb.ListRolloutsRequest(), metadata=metadata, timeout=ANSWER_TIMEOUT_S)
     return list(reply.rollouts)
 
 
-async def _watch(rollout_id: str, *, as_json: bool) -> int:
+async def _watch(rollout_id: str | None, *, as_json: bool) -> int:
     state, console = "", Console(stderr=True)
     if as_json:
         async for found in _changes(rollout_id):
@@ -155,14 +163,16 @@ async def _watch(rollout_id: str, *, as_json: bool) -> int:
     return 0 if state == _GOOD else 1
 
 
-async def _changes(rollout_id: str) -> AsyncIterator[rollout_pb2.Rollout]:
-    """A rollout at each of its changes; a controller that dies is waited for, or the one that follows it."""
+async def _changes(rollout_id: str | None) -> AsyncIterator[rollout_pb2.Rollout]:
+    """A rollout, or the newest, at each of its changes; outlives a controller until the next one leads."""
     lost_s: float | None = None
     async with entrance(*running_mesh()) as (channel, metadata):
-        request = pb.WatchRolloutRequest(rollout_id=rollout_id)
+        stub = ControllerServiceStub(channel)
         while True:
             try:
-                async for response in ControllerServiceStub(channel).WatchRollout(request, metadata=metadata):
+                rollout_id = rollout_id or _newest(await _listed(stub, metadata))
+                request = pb.WatchRolloutRequest(rollout_id=rollout_id)
+                async for response in stub.WatchRollout(request, metadata=metadata):
                     lost_s = None
                     yield response.rollout
             except grpc.aio.AioRpcError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -23,9 +23,21 @@ def lost(code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE) -> grpc.aio.AioRpc
     return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), "lost")
 
 
-async def watched(monkeypatch: pytest.MonkeyPatch, *answers: Answer) -> int:
-    """Watches a mesh that answers so, one call after the other; returns how many changes were heard."""
-    left = list(answers)
+async def watched(
+    monkeypatch: pytest.MonkeyPatch,
+    *answers: Answer,
+    rollout_id: str | None = "r",
+    unlisted: Sequence[grpc.StatusCode] = (),
+) -> int:
+    """Watches a mesh that answers so, one call after the other; returns how many changes were heard.
+
+    Args:
+        monkeypatch: Puts that mesh in the place of the real one.
+        answers: How it answers who watches.
+        rollout_id: What is watched; without it the newest.
+        unlisted: How questions for a list end before one is answered.
+    """
+    left, failures = list(answers), list(unlisted)
 
     class Stub:
         def __init__(self, _: Any) -> None:
@@ -33,6 +45,11 @@ async def watched(monkeypatch: pytest.MonkeyPatch, *answers: Answer) -> int:
 
         def WatchRollout(self, *_: Any, **__: Any) -> AsyncIterator[pb.WatchRolloutResponse]:
             return left.pop(0)() if len(left) > 1 else left[0]()
+
+        async def ListRollouts(self, *_: Any, **__: Any) -> pb.ListRolloutsResponse:
+            if failures:
+                raise lost(failures.pop(0))
+            return pb.ListRolloutsResponse(rollouts=[rollout_pb2.Rollout(id="r")])
 
     @contextlib.asynccontextmanager
     async def entrance(*_: Any) -> AsyncIterator[tuple[None, tuple[()]]]:
@@ -43,7 +60,7 @@ async def watched(monkeypatch: pytest.MonkeyPatch, *answers: Answer) -> int:
     monkeypatch.setattr(rollouts, "running_mesh", lambda: ())
     monkeypatch.setattr(rollouts, "_PATIENCE_S", PATIENCE_S)
     monkeypatch.setattr(rollouts, "_RETRY_S", 0.02)
-    return len([found async for found in rollouts._changes("r")])
+    return len([found async for found in rollouts._changes(rollout_id)])
 
 
 async def well() -> AsyncIterator[pb.WatchRolloutResponse]:
@@ -80,3 +97,9 @@ async def test_what_does_not_come_back_is_told(monkeypatch: pytest.MonkeyPatch, 
     """After a while, or at once where waiting would not help."""
     with pytest.raises(grpc.aio.AioRpcError):
         await watched(monkeypatch, answer)
+
+
+async def test_the_newest_is_asked_for_until_somebody_leads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One controller stands still and lets the time run out, its successor does not lead yet."""
+    unlisted = [grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE]
+    assert await watched(monkeypatch, well, rollout_id=None, unlisted=unlisted) == 1
