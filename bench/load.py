@@ -3,12 +3,13 @@
     interlock bench load --clients 1 16 100 --without-queue --json load.json --chart load.png
     interlock bench load --up --gateways 2 --clients 64 --tenant small:1 --tenant large:3
     interlock bench load --rate 50 --deadline 20 --transport http
+    interlock bench load --up --clients 50 100 200 400 --rounds 16 --duration 6
 
 It loads the mesh of $INTERLOCK_HOME, or starts one there (--up). A step is a number of clients that ask
 again as soon as they are answered (--clients), or a rate of independent arrivals (--rate). A client that is
 refused comes back when it was told to; an arrival does not. Prompts are random token ids, no two alike.
-Requests that run when a step ends are cut; their tokens count. On a machine whose speed drifts, give the
-sizes forth and back (--clients 16 400 400 16): the chart draws medians.
+Requests that run when a step ends are cut; their tokens count. A machine's speed drifts: --rounds runs all
+--clients steps so often, mixed, and tells the medians with what they are worth; the chart draws them.
 
 --without-queue runs every --clients step a second time as it would be with no gateway: the same clients
 straight at the first worker's session, all requests at once, and whoever is refused tries again at once.
@@ -36,6 +37,7 @@ from bench.load_chart import draw
 from bench.load_direct import open_direct
 from bench.load_figures import figures
 from bench.load_plan import Load, Tenant, tenant
+from bench.load_rounds import Summary, order, summaries
 from bench.load_steps import Crowd, Step, Tick
 from bench.load_world import NoMesh, Target, find, open_caller, started, tokens_of
 
@@ -87,7 +89,8 @@ class Bench:
 
 async def run(bench: Bench, arguments: argparse.Namespace, load: Load) -> list[dict[str, Any]]:
     """Runs all steps, those with and without the queue in turns, and prints each as it ends."""
-    plan = [(bench.closed, clients) for clients in arguments.clients]
+    sizes = order(arguments.clients, arguments.rounds, random.Random())  # noqa: S311 - no secrets
+    plan = [(bench.closed, clients) for clients in sizes]
     if arguments.without_queue:
         plan = [(way, clients) for _, clients in plan for way in (bench.closed, bench.direct)]
     steps: list[tuple[Any, float]] = [*plan, *((bench.open, rate) for rate in arguments.rate)]
@@ -123,6 +126,29 @@ def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
 
 
+def summary_of(arguments: argparse.Namespace, steps: list[dict[str, Any]]) -> list[Summary]:
+    """What several rounds say together of the mesh."""
+    sizes = len(arguments.clients)
+    if arguments.rounds == 1 or not sizes:
+        return []
+    goodput = [
+        (step["clients"], step["goodput_tokens_per_s"])
+        for step in steps
+        if step["queue"] and step["clients"] is not None
+    ]
+    rounds = [dict(goodput[at : at + sizes]) for at in range(0, len(goodput), sizes)]
+    return summaries(rounds, random.Random(0))  # noqa: S311 - the same figures give the same interval
+
+
+def line_of_rounds(summary: Summary) -> str:
+    """All rounds of a number of clients in one line."""
+    low, high = summary.interval
+    return (
+        f"{summary.clients} clients, all rounds: {summary.tokens_per_s:.0f} tokens/s at the median, "
+        f"deviation {summary.deviation:.0f}, {summary.share:.1%} of the highest ({low:.1%} to {high:.1%})"
+    )
+
+
 def report(arguments: argparse.Namespace, load: Load, steps: list[dict[str, Any]]) -> dict[str, Any]:
     """Everything that was measured, and of what."""
     return {
@@ -130,6 +156,7 @@ def report(arguments: argparse.Namespace, load: Load, steps: list[dict[str, Any]
         "transport": arguments.transport,
         "load": asdict(load),
         "steps": steps,
+        "rounds": [asdict(one) for one in summary_of(arguments, steps)],
     }
 
 
@@ -152,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (NoMesh, subprocess.CalledProcessError) as error:
         print(f"bench load: {error}", file=sys.stderr)
         return 1
+    for summary in summary_of(arguments, steps):
+        print(line_of_rounds(summary))
     if arguments.json:
         arguments.json.write_text(json.dumps(report(arguments, load, steps), indent=2) + "\n")
     if arguments.chart:
@@ -168,6 +197,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     steps = parser.add_argument_group("steps")
     steps.add_argument("--clients", type=int, nargs="+", default=[], metavar="N", help="a closed loop each")
     steps.add_argument("--rate", type=float, nargs="+", default=[], metavar="R", help="arrivals/s each")
+    steps.add_argument(
+        "--rounds", type=int, default=1, metavar="N", help="all --clients steps so often (%(default)s)"
+    )
     steps.add_argument("--without-queue", action="store_true", help="see above")
     steps.add_argument("--duration", type=float, default=15.0, metavar="S", help="of a step (%(default)s)")
     steps.add_argument("--warmup", type=float, default=3.0, metavar="S", help="before each (%(default)s)")
@@ -192,8 +224,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.clients and not arguments.rate:
         arguments.clients = [1, 8, 16, 50, 100, 200, 400]
-    if any(size <= 0 for size in (*arguments.clients, *arguments.rate)):
-        parser.error("--clients and --rate are above 0")
+    if any(size <= 0 for size in (*arguments.clients, *arguments.rate, arguments.rounds)):
+        parser.error("--clients, --rate and --rounds are above 0")
+    if arguments.rounds > 1 and len({*arguments.clients}) < len(arguments.clients):
+        parser.error("--rounds repeats each number of --clients; name each once")
     return arguments
 
 

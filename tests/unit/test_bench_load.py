@@ -17,6 +17,7 @@ from bench.load_chart import draw
 from bench.load_figures import Spread, figures, jain, spread
 from bench.load_http import HttpCaller
 from bench.load_plan import Ask, Load, Tenant, ask_of, tenant
+from bench.load_rounds import order, summaries
 from bench.load_steps import Crowd
 from bench.load_trace import Fate, Trace
 
@@ -102,6 +103,28 @@ def test_tenants_are_read_and_share_the_clients() -> None:
     for text in ("", ":2", "a:0", "a:101", "a:x", "a:1:urgent", "a:1:batch:0", "a:1:batch:1:1"):
         with pytest.raises(argparse.ArgumentTypeError, match="NAME"):
             tenant(text)
+
+
+def test_rounds_hold_every_number_once_and_are_mixed() -> None:
+    """One round is as it was asked for; of several no two neighbours are always the same."""
+    assert order([4, 1, 4], 1, CHANCE) == [4, 1, 4]
+    sizes = order([50, 100, 200, 400], 20, CHANCE)
+    rounds = [sizes[at : at + 4] for at in range(0, 80, 4)]
+    assert all(sorted(one) == [50, 100, 200, 400] for one in rounds)
+    assert len({tuple(one) for one in rounds}) > 5
+
+
+def test_rounds_tell_what_their_medians_are_worth() -> None:
+    """Drift that all numbers of clients share does not widen the interval; a round that strays does."""
+    steady = [{8: 100.0 + drift, 16: 97.0 + drift} for drift in (0.0, 1.0, 2.0, -1.0, -2.0)]
+    eight, sixteen = summaries(steady, CHANCE)
+    assert (eight.clients, eight.tokens_per_s, eight.share, eight.interval) == (8, 100.0, 1.0, (1.0, 1.0))
+    assert eight.deviation == pytest.approx(1.58, abs=0.01)
+    assert sixteen.share == 0.97
+    assert sixteen.interval[1] - sixteen.interval[0] < 0.002
+    strayed = [*steady[:3], {8: 99.0, 16: 60.0}, {8: 98.0, 16: 60.0}]
+    assert summaries(strayed, CHANCE)[1].interval[0] < 0.7
+    assert [one.deviation for one in summaries(steady[:1], CHANCE)] == [0.0, 0.0]
 
 
 class RefusingCaller:
@@ -254,3 +277,11 @@ def test_without_a_mesh_it_says_what_to_do(
     monkeypatch.setenv("INTERLOCK_JWT_SECRET", "x" * 32)
     assert bench.main(["--clients", "1"]) == 1
     assert "--up" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rounds", ["0", "2"])
+def test_rounds_are_of_different_numbers(rounds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """None at all, or the same number twice in each, cannot be told apart afterwards."""
+    with pytest.raises(SystemExit):
+        bench.main(["--clients", "4", "4", "--rounds", rounds])
+    assert "--rounds" in capsys.readouterr().err
