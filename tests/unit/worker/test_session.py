@@ -9,12 +9,13 @@ from services.worker.core.format import Format, FormatKind
 from services.worker.core.outbox import REFUSALS_MAX
 from services.worker.core.sequence import Output, SequenceKey, SequenceStart
 from services.worker.core.stepper import Admit
+from services.worker.core.turns import HOLD_S_MAX
 from services.worker.engine.session import EngineSession
 from tests.fakes.worker_ports import FakeHost
 
 CREDIT = 40
-# Longer than any test takes.
-LONG_MS = 600_000
+# As long as tokens can be held back; no test here waits for its end.
+LONG_MS = round(1_000 * HOLD_S_MAX)
 
 
 def job_of(name: str, form: Format | None = None, credit: int = CREDIT) -> JobStart:
