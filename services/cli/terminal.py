@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from services.local.child import Exited, Started
+from services.local.child import Exited, NotStarted, Started
 from services.local.home import DEFAULT, Home
 from services.local.mesh import PartReady
 from services.local.session import MeshReady, Notice, Stopping
@@ -46,6 +46,9 @@ class Terminal:
                 # Before everything is ready a crash may end the start instead.
                 again = f"; starting again in {notice.restart_in_s:.1f} s" if self._ready else ""
                 _say(f"  {notice.id:<14} {_how(notice.code)}{again}")
+            case NotStarted():
+                again = f"starting again in {notice.restart_in_s:.1f} s"
+                _say(f"  {notice.id:<14} could not be started ({notice.reason}); {again}")
             case Started() if self._ready:
                 _say(f"  {notice.id:<14} started again (process {notice.pid})")
             case Stopping():
