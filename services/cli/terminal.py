@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shlex
 import shutil
@@ -9,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from services.local.child import Exited, Started
+from services.local.child import Exited, NotStarted, Started
 from services.local.home import DEFAULT, Home
 from services.local.mesh import PartReady
 from services.local.session import MeshReady, Notice, Stopping
@@ -17,6 +19,8 @@ from services.local.state import MeshState
 
 _METHOD = "interlock.v1.GatewayService/Generate"
 _QUESTION = "What is the capital of France?"
+# What may be over at the next line: a full disk, a reader that is slow.
+_PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EAGAIN}
 
 
 class Terminal:
@@ -34,7 +38,7 @@ class Terminal:
         self._ready = False
 
     def tell(self, notice: Notice) -> None:
-        """Prints one notice."""
+        """Prints one notice. Never fails: a mesh goes on, and stops in order, with nobody left to read."""
         match notice:
             case PartReady():
                 self._took_s[notice.id] = notice.took_s
@@ -46,6 +50,9 @@ class Terminal:
                 # Before everything is ready a crash may end the start instead.
                 again = f"; starting again in {notice.restart_in_s:.1f} s" if self._ready else ""
                 _say(f"  {notice.id:<14} {_how(notice.code)}{again}")
+            case NotStarted():
+                again = f"starting again in {notice.restart_in_s:.1f} s"
+                _say(f"  {notice.id:<14} could not be started ({notice.reason}); {again}")
             case Started() if self._ready:
                 _say(f"  {notice.id:<14} started again (process {notice.pid})")
             case Stopping():
@@ -81,7 +88,23 @@ def invitation(home: Home, state: MeshState) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if error.errno not in _PASSING:
+            _fall_silent()
+    except ValueError:
+        # Closed, or of an encoding without these letters.
+        return
+
+
+def _fall_silent() -> None:
+    """Writes nowhere from now on: the reader of a pipe has ended, or the terminal was closed."""
+    # What could not be written stays in the buffer. Python flushes it at its end, and would fail there.
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _how(code: int) -> str:

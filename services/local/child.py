@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -68,7 +69,22 @@ class Exited:
     restart_in_s: float
 
 
-Event = Started | Exited
+@dataclass(frozen=True, slots=True)
+class NotStarted:
+    """The machine refused to start a process again that had ended.
+
+    Attributes:
+        id: Its name.
+        reason: What it said.
+        restart_in_s: The pause before the next try.
+    """
+
+    id: str
+    reason: str
+    restart_in_s: float
+
+
+Event = Started | Exited | NotStarted
 
 
 class Child:
@@ -79,7 +95,7 @@ class Child:
         launch: Asked before every start, since a restart may be told what the first start found out.
         log: The log file.
         clock: For the length of its runs.
-        tell: Hears of starts and crashes.
+        tell: Hears of starts and crashes; its own failures are nobody's here.
     """
 
     def __init__(
@@ -113,11 +129,13 @@ class Child:
         """Starts the process and keeps it running.
 
         Raises:
-            OSError: The program cannot be started at all.
+            OSError: The program cannot be started at all, or its log cannot be written.
         """
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._watch = asyncio.create_task(self._keep(started), name=f"child-{self.id}")
-        await started
+        await asyncio.wait({self._watch, started}, return_when=asyncio.FIRST_COMPLETED)
+        if self._watch.done():
+            self._watch.result()
 
     async def crashed(self) -> None:
         """Returns when the process has ended once without being asked to."""
@@ -143,27 +161,40 @@ class Child:
             await asyncio.wait({self._watch}, timeout=_KILL_WAIT_S)
 
     async def _keep(self, started: asyncio.Future[None]) -> None:
-        log = LogFile(self.log)
-        try:
+        with contextlib.closing(LogFile(self.log)) as log:
             while True:
                 began_s = self._clock.monotonic()
-                code = await self._run(log, started)
+                end: int | OSError
+                try:
+                    end = await self._run(log, started)
+                except OSError as error:
+                    # The first start is for its caller to judge. Later ones were possible once: a disk or a
+                    # process table that is full now may have room again.
+                    if not started.done():
+                        raise
+                    end = error
                 if self._stopping.is_set():
                     return
                 steady = self._clock.monotonic() - began_s >= STEADY_S
                 self.crashes = 1 if steady else self.crashes + 1
                 pause_s = backoff_s(self.crashes)
-                log.write(f"supervisor: {self.id} ended with code {code}\n".encode())
-                self._tell(Exited(self.id, code, pause_s))
+                self._report(log, end, pause_s)
                 self._crashed.set()
                 if await self._stopped_within(pause_s):
                     return
-        except OSError as error:
-            if started.done():
-                raise
-            started.set_exception(error)
-        finally:
-            log.close()
+
+    def _report(self, log: LogFile, end: int | OSError, pause_s: float) -> None:
+        if isinstance(end, OSError):
+            log.write(f"supervisor: {self.id} could not be started: {end}\n".encode())
+            self._say(NotStarted(self.id, str(end), pause_s))
+        else:
+            log.write(f"supervisor: {self.id} ended with code {end}\n".encode())
+            self._say(Exited(self.id, end, pause_s))
+
+    def _say(self, event: Event) -> None:
+        # A terminal that is gone must not end the watch over a process.
+        with contextlib.suppress(OSError, ValueError):
+            self._tell(event)
 
     async def _run(self, log: LogFile, started: asyncio.Future[None]) -> int:
         """Runs the process once and returns its exit code."""
@@ -183,7 +214,7 @@ class Child:
                 )
             finally:
                 output.handed_over()
-            self._tell(Started(self.id, self._process.pid))
+            self._say(Started(self.id, self._process.pid))
             if not started.done():
                 started.set_result(None)
             return await self._process.wait()

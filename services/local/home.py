@@ -14,6 +14,7 @@ import re
 import secrets
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -36,6 +37,12 @@ _RUN_NAMES = re.compile(
     r"envoy\.yaml|envoy-admin-address|redis\.sock|envoy-admin\.sock"
     r"|(controller|gateway|worker)-\d+\.json|\.(controller|gateway|worker)-\d+\.json\.\d+"
 )
+
+
+# Who takes the lock has written its process an instant later, and who only looks has let go of it.
+_SETTLE_S = 0.1
+_LOOK_S = 0.005
+_LOCK_TEXT_BYTES = 64
 
 
 class HomeInUse(Exception):
@@ -156,19 +163,24 @@ class Home:
 
     def holder(self) -> int | None:
         """The process that holds the home; None when no mesh runs."""
-        if not self._is_home():
-            return None
-        try:
-            file = os.open(self._lock_file, os.O_RDWR)
-        except FileNotFoundError:
-            return None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = os.pread(file, 32, 0)
-            return int(text) if text.isdigit() else None
-        finally:
-            os.close(file)
+        end_s = time.monotonic() + _SETTLE_S
+        while self._is_home():
+            try:
+                file = os.open(self._lock_file, os.O_RDONLY)
+            except FileNotFoundError:
+                return None
+            try:
+                # Shared: two who look at once must not take each other for a mesh.
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = _living(os.pread(file, _LOCK_TEXT_BYTES, 0))
+            else:
+                return None
+            finally:
+                os.close(file)
+            if holder is not None or time.monotonic() > end_s:
+                return holder
+            time.sleep(_LOOK_S)
         return None
 
     @property
@@ -176,20 +188,24 @@ class Home:
         return self.run / "lock"
 
     def _lock(self) -> int:
+        end_s = time.monotonic() + _SETTLE_S
         while True:
             file = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                pid = os.pread(file, 32, 0).decode()
+                holder = _living(os.pread(file, _LOCK_TEXT_BYTES, 0))
                 os.close(file)
+                if time.monotonic() < end_s:
+                    time.sleep(_LOOK_S)
+                    continue
                 raise HomeInUse(
-                    f"A mesh runs in {self.path} already (process {pid or 'unknown'}). "
+                    f"A mesh runs in {self.path} already (process {holder or 'unknown'}). "
                     "Stop it with `interlock down`, or set INTERLOCK_HOME to another directory."
                 ) from None
             if self._is_current(file):
                 os.truncate(file, 0)
-                os.pwrite(file, str(os.getpid()).encode(), 0)
+                os.pwrite(file, f"{os.getpid()} {_began(os.getpid())}".encode(), 0)
                 return file
             os.close(file)
 
@@ -259,6 +275,32 @@ class Home:
                 path.hardlink_to(temporary)
             temporary.unlink()
         return path.read_text().strip()
+
+
+def _living(text: bytes) -> int | None:
+    """The process that a lock's text names; None when that one is gone, or the text is not written yet.
+
+    The text may be that of a mesh that died, whose lock another one has just taken. By then its number can
+    belong to any program.
+    """
+    pid, _, began = text.decode(errors="replace").partition(" ")
+    if not pid.isdecimal():
+        return None
+    # Meshes of earlier versions wrote their number alone.
+    return int(pid) if not began or began == _began(int(pid)) else None
+
+
+def _began(pid: int) -> str:
+    """When a process began, in the kernel's ticks since its boot; empty when there is none.
+
+    Together with its number it names one process, and no later one.
+    """
+    try:
+        status = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return ""
+    # The program's name stands in brackets and may hold anything; the beginning is field 22.
+    return status.rpartition(b")")[2].split()[19].decode()
 
 
 def _make_private(directory: Path, *, follow_symlinks: bool = True) -> None:

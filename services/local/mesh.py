@@ -7,6 +7,7 @@ start together, for loading a model takes longest and nothing of it needs the ot
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from collections.abc import Callable, Coroutine, Mapping
@@ -36,6 +37,8 @@ _WORKER_TIMEOUT_S = 660.0
 _LIST_INTERVAL_S = 0.5
 # How long a restarted process may take to say where it listens before the state file keeps the old word.
 _ANNOUNCE_TIMEOUT_S = 60.0
+# After the state file could not be written: it names a process that is gone until then.
+_STATE_RETRY_S = 1.0
 
 # Gateways and workers drain for at most 30 s (`drain_grace_s`); the rest holds nothing that must end well.
 _DRAIN_GRACE_S = 35.0
@@ -125,7 +128,9 @@ class LocalMesh:
         Envoy carries those streams, so it lives until the last of them ended. New requests meet gateways
         that say that they are draining.
         """
-        self._home.state_file.unlink(missing_ok=True)
+        # Whatever the disk says, streams shall get their end.
+        with contextlib.suppress(OSError):
+            self._home.state_file.unlink(missing_ok=True)
         for task in self._refreshing:
             task.cancel()
         await asyncio.gather(*self._refreshing, return_exceptions=True)
@@ -289,11 +294,11 @@ class LocalMesh:
         return part
 
     def _on_event(self, event: Event) -> None:
-        self._tell(event)
         if isinstance(event, Started) and self._state is not None:
             task = asyncio.create_task(self._refresh(event.id, event.pid), name=f"refresh-{event.id}")
             self._refreshing.add(task)
             task.add_done_callback(self._refreshing.discard)
+        self._tell(event)
 
     async def _refresh(self, id: str, pid: int) -> None:  # noqa: A002 - the field's name
         """Names the new process in the state file, once it listens."""
@@ -307,7 +312,14 @@ class LocalMesh:
                 return
         if self._state is not None:
             self._state = self._state.with_pid(id, pid)
-            state.write(self._home.state_file, self._state)
+        while self._state is not None:
+            try:
+                # The newest, also when another process was renewed meanwhile.
+                state.write(self._home.state_file, self._state)
+            except OSError:
+                await asyncio.sleep(_STATE_RETRY_S)
+            else:
+                return
 
     def _shared(self) -> dict[str, str]:
         return {

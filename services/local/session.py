@@ -11,7 +11,7 @@ from types import FrameType
 
 from services.common.clock import Clock
 from services.local.child import Event
-from services.local.home import Home
+from services.local.home import Home, HomeUnusable
 from services.local.mesh import LocalMesh, PartReady
 from services.local.owner_token import TOKEN_TTL_S, owner_token, renewed_token
 from services.local.parts import MeshPlan
@@ -20,6 +20,8 @@ from services.local.state import MeshState
 
 # Half of what a token must have left.
 _TOKEN_LOOK_S = 1_800.0
+# After a token could not be written: soon enough, and not so often that a broken disk is kept busy.
+_TOKEN_RETRY_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +59,27 @@ async def run(home: Home, plan: MeshPlan, ports: Ports, clock: Clock, tell: Call
                 tell(MeshReady(starting.result()))
                 await stop.wait()
         finally:
-            tasks = (starting, stopping, renewing)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            tell(Stopping())
-            await mesh.stop(hurry)
+            try:
+                tasks = (starting, stopping, renewing)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                tell(Stopping())
+            finally:
+                # Without it the kernel ends the processes with this one, in the middle of their streams.
+                await mesh.stop(hurry)
 
 
 async def _keep_token_fresh(home: Home) -> None:
     """A mesh may run longer than a token; the printed curl line goes on working."""
+    pause_s = _TOKEN_LOOK_S
     while True:
-        await asyncio.sleep(_TOKEN_LOOK_S)
-        renewed_token(home)
+        await asyncio.sleep(pause_s)
+        try:
+            renewed_token(home)
+            pause_s = _TOKEN_LOOK_S
+        except (OSError, HomeUnusable):
+            pause_s = _TOKEN_RETRY_S
 
 
 @contextlib.contextmanager

@@ -48,10 +48,17 @@ class Supervisor:
         self._children: dict[str, Child] = {}
 
     async def start(self, id: str, launch: Callable[[], Launch]) -> Child:  # noqa: A002 - the field's name
-        """Starts a process and keeps it running until `stop`."""
+        """Starts a process and keeps it running until `stop`.
+
+        Raises:
+            PartFailed: It cannot be started at all.
+        """
         child = Child(id, launch, self._logs / f"{id}.log", self._clock, self._tell)
         self._children[id] = child
-        await child.start()
+        try:
+            await child.start()
+        except OSError as error:
+            raise PartFailed(f"{id} cannot be started: {error}") from None
         return child
 
     async def ready(self, child: Child, waiting: Awaitable[T], timeout_s: float) -> T:

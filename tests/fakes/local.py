@@ -1,7 +1,8 @@
-"""Stand-ins for what a local mesh leans on: the tools behind a model fetch."""
+"""Stand-ins for what a local mesh leans on, as the tools behind a model fetch, and for such a mesh itself."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import zipfile
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.local.model_store import ModelUnavailable, Source, Step
+from services.local.state import MeshState, Part
 
 MEMBER = "tiny/model.gguf"
 
@@ -85,3 +87,37 @@ class FakeClock:
     def now(self) -> float:
         """See `Clock.now`."""
         return self.seconds
+
+
+def mesh_state() -> MeshState:
+    """What a mesh of one process each says of itself."""
+    return MeshState(
+        http="http://127.0.0.1:1",
+        gateways=(Part("gateway-1", "127.0.0.1:2", 2),),
+        controllers=(Part("controller-1", "127.0.0.1:3", 3),),
+        workers=(Part("worker-1", "127.0.0.1:4", 4),),
+        envoy=Part("envoy", "127.0.0.1:1", 5),
+        redis=Part("redis", "unix://redis.sock", 6),
+        token_file="token",
+        pid=7,
+        model="tiny",
+        admin="unix://envoy-admin.sock",
+    )
+
+
+class FakeLocalMesh:
+    """A mesh that is ready at once; remembers that it was stopped."""
+
+    stopped = False
+
+    def __init__(self, *_: object) -> None:
+        """Takes what a mesh takes."""
+
+    async def start(self) -> MeshState:
+        """See `LocalMesh.start`."""
+        return mesh_state()
+
+    async def stop(self, hurry: asyncio.Event) -> None:
+        """See `LocalMesh.stop`."""
+        assert not hurry.is_set()
+        FakeLocalMesh.stopped = True

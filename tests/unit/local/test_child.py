@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from services.local.child import BACKOFF_MAX_S, Child, Event, Exited, Launch, Started, backoff_s
+from services.local.child import BACKOFF_MAX_S, Child, Event, Exited, Launch, NotStarted, Started, backoff_s
 from services.local.log_file import LogFile, tail
 from services.local.supervisor import PartFailed, StopStage, Supervisor
 from tests.fakes.local import FakeClock
@@ -102,6 +103,75 @@ async def test_a_process_that_cannot_start_is_tried_ever_more_rarely(tmp_path: P
             pauses.append(exited.restart_in_s)
         assert pauses == [0.2, 0.4]
         assert "ended with code 3" in tail(child.log)
+
+
+async def test_a_restart_that_the_machine_refuses_is_tried_again(tmp_path: Path) -> None:
+    """A disk that is full for a moment counts as a crash: it is logged and told, and the pause grows."""
+    events, starts = _Events(), 0
+
+    def launch() -> Launch:
+        nonlocal starts
+        starts += 1
+        if starts == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return _python(SERVER)()
+
+    child = Child("part-1", launch, tmp_path / "part-1.log", FakeClock(), events.queue.put_nowait)
+    await child.start()
+    try:
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        refused = await events.next(NotStarted)
+        assert refused == NotStarted("part-1", "[Errno 28] No space left on device", 0.4)
+        await events.next(Started)
+        assert child.pid is not None
+        assert "part-1 could not be started: [Errno 28]" in tail(child.log)
+    finally:
+        child.kill()
+        await child.stop(5)
+
+
+async def test_a_listener_that_fails_does_not_end_the_watch(tmp_path: Path) -> None:
+    """A process is started again though whoever is told of its crash cannot hear it."""
+    restarted = asyncio.Event()
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Started) and child.crashes:
+            restarted.set()
+        raise BrokenPipeError
+
+    child = Child("part-1", _python(SERVER), tmp_path / "part-1.log", FakeClock(), tell)
+    await child.start()
+    try:
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        await asyncio.wait_for(restarted.wait(), 10)
+        assert child.pid is not None
+    finally:
+        child.kill()
+        await child.stop(5)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EAGAIN, "no more processes"), ValueError("a bad setting")])
+async def test_a_first_start_that_fails_is_its_caller_s_to_know(tmp_path: Path, error: Exception) -> None:
+    """Whatever the reason, whoever starts a process is told, and does not wait for it."""
+
+    def launch() -> Launch:
+        raise error
+
+    child = Child("part-1", launch, tmp_path / "part-1.log", FakeClock(), lambda _: None)
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        await asyncio.wait_for(child.start(), 10)
+    await child.stop(5)
+
+
+async def test_a_log_that_cannot_be_made_fails_the_start(tmp_path: Path) -> None:
+    """The supervisor names the part and the reason, and does not wait for it."""
+    supervisor = Supervisor(tmp_path, FakeClock(), lambda _: None)
+    (tmp_path / "worker-1.log").mkdir()
+    with pytest.raises(PartFailed, match=r"worker-1 cannot be started: .*Is a directory"):
+        await asyncio.wait_for(supervisor.start("worker-1", _python(SERVER)), 10)
+    await supervisor.stop([StopStage(("worker-1",), 5)], asyncio.Event())
 
 
 async def test_output_goes_to_the_log(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from services.local import home as local_home
 from services.local.home import Home, HomeInUse, HomeUnusable
 from services.local.owner_token import owner_token, renewed_token
 
@@ -134,6 +136,45 @@ def test_two_meshes_in_one_home_are_refused(tmp_path: Path) -> None:
         assert home.holder() == os.getpid()
     assert home.holder() is None
     assert list(home.run.iterdir()) == []
+
+
+def test_who_looks_at_a_dead_mesh_s_lock_is_no_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two may look at once and see none, and a mesh that starts meanwhile waits for their end."""
+    home = _home(tmp_path)
+    home.prepare()
+    lock = home.run / "lock"
+    lock.write_text(str(os.getpid()))
+    with lock.open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert home.holder() is None
+        monkeypatch.setattr(local_home, "_SETTLE_S", 10.0)
+        looked = threading.Timer(0.02, fcntl.flock, (other, fcntl.LOCK_UN))
+        looked.start()
+        with home.locked():
+            assert home.holder() == os.getpid()
+        looked.join()
+
+
+@pytest.mark.parametrize("began", ["", " 1"], ids=["none", "another"])
+def test_a_process_that_the_lock_does_not_mean_is_no_holder(
+    tmp_path: Path, began: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mesh that just took the lock of a dead one has not written its own process yet."""
+    home = _home(tmp_path)
+    home.prepare()
+    lock = home.run / "lock"
+    # What was there: a process that has ended, or whose number another one has now.
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    lock.write_text(f"{os.getpid()}{began}" if began else f"{ended.pid} 77")
+    with lock.open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert home.holder() is None
+        monkeypatch.setattr(local_home, "_SETTLE_S", 10.0)
+        written = threading.Timer(0.02, lock.write_text, (str(os.getpid()),))
+        written.start()
+        assert home.holder() == os.getpid()
+        written.join()
 
 
 def test_a_dead_mesh_is_cleaned_up(tmp_path: Path) -> None:
