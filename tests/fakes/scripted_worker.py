@@ -42,6 +42,8 @@ class Script:
         cached_prompt_tokens: What it tells with the first token of an answer.
         stall_at: Index before which its steps stand still while it goes on saying that it lives; None: never.
         failing: Every job is ended as failed before its first token.
+        flaw_at: Index before which the first sequence of a job with a format cannot go on; None: never.
+        flaw: Why; where it is empty, as by workers that do not tell, the sequence just failed.
     """
 
     answer: str = "The answer is forty-two."
@@ -57,6 +59,8 @@ class Script:
     cached_prompt_tokens: int = 0
     stall_at: int | None = None
     failing: bool = False
+    flaw_at: int | None = None
+    flaw: str = ""
     others: tuple[str, ...] = ()
 
     def text_of(self, sequence: int) -> str:
@@ -279,6 +283,11 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         if sequence not in running.index:
             return
         text, index = self.script.text_of(sequence), running.index[sequence]
+        flaw_at = self.script.flaw_at
+        held = sequence == 0 and running.start.HasField("format")
+        if held and flaw_at is not None and index >= flaw_at:
+            self._give_up(running, sequence, outgoing)
+            return
         end = self._end_of(running, sequence)
         size = max(0, min(self.script.batch, end - index, running.credit[sequence]))
         if size > 0:
@@ -298,6 +307,15 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         self._send(running, outgoing, sequence, index + size, [], reason)
         await self._notify()
 
+    def _give_up(self, running: Running, sequence: int, outgoing: asyncio.Queue[Any]) -> None:
+        """Ends a sequence that cannot go on; the others do, until the gateway has heard of it."""
+        index = running.index.pop(sequence)
+        del running.credit[sequence]
+        if not running.index:
+            self.running.pop(running.start.job, None)
+        error = generation_pb2.FINISH_REASON_ERROR
+        self._send(running, outgoing, sequence, index, [], error, self.script.flaw)
+
     def _send(
         self,
         running: Running,
@@ -306,6 +324,7 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         index: int,
         token_ids: list[int],
         finish: generation_pb2.FinishReason.ValueType = generation_pb2.FINISH_REASON_UNSPECIFIED,
+        flaw: str = "",
     ) -> None:
         start = running.start
         self.sent[start.job] = max(self.sent.get(start.job, 0), index + len(token_ids))
@@ -317,6 +336,7 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
             index=index,
             token_ids=token_ids,
             finish=finish,
+            flaw=flaw,
             logprobs=[logprob_of(token, start.logprobs) for token in token_ids] if scored else [],
             cached_prompt_tokens=0 if index or sequence else self.script.cached_prompt_tokens,
         )

@@ -49,6 +49,7 @@ class FakeRunner:
         gate: When set to an event, each step waits for it.
         error: Raised by the next step when set.
         poisoned: Rows' first tokens for which NO_TOKEN is returned.
+        flaw: What is said of them; empty: nothing.
         closed: Whether `close` was called.
         computed_tokens: Tokens that passed the model.
     """
@@ -63,6 +64,7 @@ class FakeRunner:
         self.entered = threading.Event()
         self.error: Exception | None = None
         self.poisoned: frozenset[int] = frozenset()
+        self.flaw = ""
         self.closed = False
 
     @property
@@ -88,7 +90,8 @@ class FakeRunner:
         drawn = [token for token, chunk in zip(tokens, batch.chunks, strict=True) if chunk.draw]
         assert [decode.row for decode in batch.decodes] == sorted({decode.row for decode in batch.decodes})
         decoded = [self._decode(decode, batch) for decode in batch.decodes]
-        return [Choice(token) for token in (*drawn, *decoded)]
+        chosen = (*drawn, *decoded)
+        return [Choice(token, flaw=self.flaw if token == NO_TOKEN else "") for token in chosen]
 
     def close(self) -> None:
         """See `ModelRunner.close`."""

@@ -105,6 +105,17 @@ async def read_refusal(call: Call) -> worker_service_pb2.Refused:
                 return response.refused  # type: ignore[no-any-return] # see Call
 
 
+@pytest.mark.parametrize("flaw", ["", "format.regex: lexer error"])
+async def test_who_is_to_blame_for_an_error_is_told(service: Service, flaw: str) -> None:
+    """In words where it is the job, as of a format; with none where it is the worker."""
+    service.runner.poisoned, service.runner.flaw = frozenset({PROMPT[0]}), flaw
+    call = service.open()
+    await call.write(start("a"))
+    (output,) = await read_outputs(call, "a")
+    assert (output.finish, output.flaw) == (generation_pb2.FINISH_REASON_ERROR, flaw)
+    call.cancel()
+
+
 async def test_a_job_is_answered_with_contiguous_tokens(service: Service) -> None:
     """A greedy job yields its tokens, indices contiguous from 0, and LENGTH."""
     call = service.open()

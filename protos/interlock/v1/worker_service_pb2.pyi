@@ -315,6 +315,7 @@ class StepOutput(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    FLAW_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """The job."""
     attempt: _builtins.int
@@ -327,6 +328,10 @@ class StepOutput(_message.Message):
     """Set when the continuation has ended: STOP for an end token, LENGTH, CANCELLED or ERROR."""
     cached_prompt_tokens: _builtins.int
     """Prompt tokens whose KV was found in the prefix cache; told with the first output."""
+    flaw: _builtins.str
+    """With ERROR, where the job is to blame and not the worker: why no token that fits its format can follow, in
+    words. The whole job has failed then, as one that is refused as INVALID, and no other worker is to be asked.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens; empty when only the end is told. An end token is never among them."""
@@ -346,10 +351,11 @@ class StepOutput(_message.Message):
         logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
         finish: _generation_pb2.FinishReason.ValueType = ...,
         cached_prompt_tokens: _builtins.int = ...,
+        flaw: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached_prompt_tokens", b"cached_prompt_tokens", "finish", b"finish", "index", b"index", "job", b"job", "logprobs", b"logprobs", "sequence", b"sequence", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached_prompt_tokens", b"cached_prompt_tokens", "finish", b"finish", "flaw", b"flaw", "index", b"index", "job", b"job", "logprobs", b"logprobs", "sequence", b"sequence", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

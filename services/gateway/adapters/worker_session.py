@@ -287,11 +287,28 @@ class WorkerSession:
         """The worker cannot go on with a sequence, and so not with the attempt: its others end with it."""
         if output.token_ids:
             carried.sink.output(read_output(output, None))
-        if self._carried.pop(key, None) is None:
+        if key not in self._carried:
             return
+        if output.flaw:
+            self._give_back(key, carried, output)
+            return
+        del self._carried[key]
         if len(carried.open) > 1:
             self.send(worker_service_pb2.SessionRequest(cancel=worker_service_pb2.CancelJob(job=key[0])))
         carried.sink.lost("it ended the sequence without finishing it", Loss.JOB)
+
+    def _give_back(self, key: Key, carried: _Carried, output: worker_service_pb2.StepOutput) -> None:
+        """The job itself is to blame, which is told once the worker has ended its other sequences.
+
+        For its slots are given away then, and a worker that still holds them would refuse the next job.
+        """
+        carried.open.discard(output.sequence)
+        if not carried.open:
+            del self._carried[key]
+            carried.sink.refused(RefusalReason.INVALID, output.flaw)
+            return
+        flaw = output.flaw
+        self.cancel(key).add_done_callback(lambda _: carried.sink.refused(RefusalReason.INVALID, flaw))
 
     def _open_sequences(self) -> int:
         return sum(len(carried.open) for carried in self._carried.values())

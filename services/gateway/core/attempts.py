@@ -109,8 +109,10 @@ class Loss(StrEnum):
 class RefusalReason(StrEnum):
     """Why a worker did not take an attempt.
 
-    UNREACHABLE: nothing of it has reached the worker. BREAKER_OPEN: the gateway did not even ask.
-    BUDGET_SPENT: the worker was lost, and the gateway cannot afford to go on elsewhere.
+    INVALID: the request is to blame. A worker says so after tokens too, of a format that can be followed no
+    further; all its other reasons come before the first. UNREACHABLE: nothing of it has reached the worker.
+    BREAKER_OPEN: the gateway did not even ask. BUDGET_SPENT: the worker was lost, and the gateway cannot
+    afford to go on elsewhere.
     """
 
     BUSY = "busy"

@@ -276,7 +276,7 @@ class AttemptSink(Protocol):
         ...
 
     def refused(self, reason: RefusalReason, message: str) -> None:
-        """The worker did not take it: an end."""
+        """The worker did not take it, or has found it impossible: an end."""
         ...
 
     def lost(self, cause: str, loss: Loss) -> None:

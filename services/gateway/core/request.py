@@ -184,9 +184,7 @@ def _stop(request: Request, _: StopReached) -> Step:
 def _refuse(request: Request, event: Refused) -> Step:
     assert request.grant is not None
     if event.reason is RefusalReason.INVALID:
-        # Another worker would say the same: it is what only workers can check, a format above all.
-        error = ArgumentInvalid(event.message or "The worker could not make sense of the request.")
-        return _end(request, Phase.FAILED, error)
+        return _end(request, Phase.FAILED, _impossible(event))
     if event.reason is RefusalReason.BUDGET_SPENT:
         return _end(request, Phase.FAILED, _unaffordable())
     absent = event.reason in ABSENCES
@@ -194,6 +192,14 @@ def _refuse(request: Request, event: Refused) -> Step:
         return _end(request, Phase.FAILED, _nobody_goes_on())
     waiting = replace(request, phase=Phase.QUEUED, grant=None, missed=request.missed or absent)
     return waiting, (Decline(request.grant, HOLD_S[event.reason]),)
+
+
+def _refuse_late(request: Request, event: Refused) -> Step:
+    if event.reason is RefusalReason.INVALID:
+        # A format that could not be followed any further; what was told stays told.
+        return _end(request, Phase.FAILED, _impossible(event))
+    # A worker that says anything else of what it has begun broke the protocol.
+    return _fail_over(request, event)
 
 
 def _blame(request: Request, event: AttemptLost) -> Step:
@@ -254,6 +260,11 @@ def _ignore_wait(request: Request, _: WaitedOut) -> Step:
     return request, ()
 
 
+def _impossible(event: Refused) -> ArgumentInvalid:
+    # Another worker would say the same: it is what only workers can check, a format above all.
+    return ArgumentInvalid(event.message or "The worker could not make sense of the request.")
+
+
 def _unaffordable() -> WorkerLost:
     return WorkerLost(
         "The worker was lost, and too many others were lost lately to go on elsewhere.",
@@ -312,8 +323,7 @@ TABLE: dict[tuple[Phase, type], Transition] = {
     (Phase.RUNNING, Progressed): _run_on,
     (Phase.RUNNING, Completed): _complete,
     (Phase.RUNNING, StopReached): _stop,
-    # A worker that refuses what it has begun broke the protocol.
-    (Phase.RUNNING, Refused): _fail_over,
+    (Phase.RUNNING, Refused): _refuse_late,
     (Phase.RUNNING, AttemptLost): _fail_over,
     (Phase.RUNNING, LeaseLost): _lose_lease,
     (Phase.RUNNING, Withdrawn): _withdraw,

@@ -51,7 +51,10 @@ class StopReached:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The worker did not take it. `message` says why to the client, where the request is to blame."""
+    """The worker did not take it, or found out later that the request is to blame.
+
+    `message` says why to the client then.
+    """
 
     reason: RefusalReason
     message: str = ""

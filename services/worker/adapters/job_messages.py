@@ -71,6 +71,7 @@ def step_output(output: Output) -> worker_service_pb2.StepOutput:
         finish=generation_pb2.FINISH_REASON_UNSPECIFIED
         if finish is None
         else generation_pb2.FinishReason.Value(f"FINISH_REASON_{finish.value}"),
+        flaw=output.flaw,
     )
 
 

@@ -69,11 +69,11 @@ class LlguidanceCompiler:
                 self._grammars.popitem(last=False)
         else:
             self._grammars.move_to_end(form)
-        constraint = LlguidanceConstraint(matcher.deep_copy())
+        constraint = LlguidanceConstraint(matcher.deep_copy(), f"format.{form.kind}")
         try:
             await asyncio.to_thread(constraint.allowed, tuple(emitted_ids))
         except ConstraintBroken as broken:
-            raise ArgumentInvalid(f"format.{form.kind}: {broken}") from None
+            raise ArgumentInvalid(str(broken)) from None
         return constraint
 
     async def _read_tokenizer(self) -> LLTokenizer:
@@ -97,10 +97,16 @@ class LlguidanceCompiler:
 
 
 class LlguidanceConstraint:
-    """One sequence's way through a grammar. Two threads never use it at once."""
+    """One sequence's way through a grammar. Two threads never use it at once.
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    Args:
+        matcher: The grammar; its own.
+        name: The field of the request that asks for it.
+    """
+
+    def __init__(self, matcher: LLMatcher, name: str) -> None:
         self._matcher = matcher
+        self._name = name
         self._passed = 0
 
     def allowed(self, emitted_ids: Sequence[int]) -> bytes:
@@ -108,11 +114,14 @@ class LlguidanceConstraint:
         fresh = list(emitted_ids[self._passed :])
         self._passed = len(emitted_ids)
         if fresh and not self._matcher.consume_tokens(fresh):
-            raise ConstraintBroken(flaw_in(self._matcher) or "the output does not fit it.")
+            raise self._broken(flaw_in(self._matcher) or "the output does not fit it.")
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise ConstraintBroken(flaw_in(self._matcher))
+            raise self._broken(flaw_in(self._matcher))
         return mask
+
+    def _broken(self, flaw: str) -> ConstraintBroken:
+        return ConstraintBroken(f"{self._name}: {flaw}")
 
 
 def _check(matcher: LLMatcher, form: Format) -> None:

@@ -18,18 +18,18 @@ from services.worker.core.format import Constraint, ConstraintBroken
 from services.worker.core.sequence import Sampling, TokenScore
 
 
-def adjusted(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
+def adjusted(logits: torch.Tensor, draw: Draw) -> tuple[torch.Tensor, str]:
     """A copy of one row, `[vocabulary]`, in single precision, as `draw` wants it.
 
-    Where the draw's constraint allows no token, every value is minus infinity.
+    Where the draw's constraint allows no token, every value is minus infinity. If that is because it broke,
+    the second value says why.
     """
     values = logits.to(torch.float32, copy=True)
     _add_bias(values, draw.sampling)
     values = _penalize_repetition(values, draw)
     _penalize_output(values, draw)
-    if draw.constraint is not None:
-        _mask(values, draw, draw.constraint)
-    return values
+    flaw = "" if draw.constraint is None else _mask(values, draw, draw.constraint)
+    return values, flaw
 
 
 def score(logits: torch.Tensor, token: int, alternatives: int) -> TokenScore:
@@ -68,11 +68,12 @@ def _penalize_output(values: torch.Tensor, draw: Draw) -> None:
     values[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
 
 
-def _mask(values: torch.Tensor, draw: Draw, constraint: Constraint) -> None:
+def _mask(values: torch.Tensor, draw: Draw, constraint: Constraint) -> str:
     try:
         allowed = constraint.allowed(draw.emitted_ids)
-    except ConstraintBroken:
+    except ConstraintBroken as broken:
         values.fill_(-math.inf)
-        return
+        return str(broken)
     bits = np.unpackbits(np.frombuffer(allowed, np.uint8), bitorder="little", count=len(values))
     values.masked_fill_(torch.from_numpy(bits).to(values.device) == 0, -math.inf)
+    return ""

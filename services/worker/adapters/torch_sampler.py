@@ -21,18 +21,24 @@ from services.worker.core.scheduler import NO_TOKEN
 # as long.
 SHORTLIST_TOKENS = 1_024
 
+# Where a constraint broke without a word, or allows only what the vocabulary or the model does not have.
+NOTHING_FITS = "format: no token of this model fits it here."
+
 
 def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
     """Chooses a token for each row of `logits`, `[rows, vocabulary]`; NO_TOKEN where a row is not finite.
 
+    Also where a row's constraint leaves no token of one that was finite; the choice says then that it is so.
+
     `logits` stay as they are: rows that are adjusted are copied, and no others.
     """
     best, greedy = logits.max(dim=-1)
+    sound = best.isfinite()
     changed = {row: adjusted(logits[row], draw) for row, draw in enumerate(draws) if draw.adjusts}
-    for row, values in changed.items():
+    for row, (values, _) in changed.items():
         highest, greedy[row] = values.max(dim=-1)
         # A row that was not finite stays without a token, whatever its mask hides.
-        best[row] = torch.where(best[row].isfinite(), highest, best[row])
+        best[row] = torch.where(sound[row], highest, best[row])
     tokens = torch.where(best.isfinite(), greedy, NO_TOKEN)
     drawn = [row for row, draw in enumerate(draws) if not draw.sampling.greedy]
     if drawn:
@@ -41,10 +47,14 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
         picked = logits[rows].float()
         for place, row in enumerate(drawn):
             if row in changed:
-                picked[place] = changed[row]
+                picked[place] = changed[row][0]
         chosen = _draw(picked, [draws[row] for row in drawn])
         tokens[rows] = torch.where(best[rows].isfinite(), chosen, NO_TOKEN)
-    return [_choice(logits, draws, row, token) for row, token in enumerate(tokens.tolist())]
+    choices = [_choice(logits, draws, row, token) for row, token in enumerate(tokens.tolist())]
+    for row, (_, flaw) in changed.items():
+        if choices[row].token_id == NO_TOKEN and draws[row].constraint is not None and sound[row]:
+            choices[row] = Choice(NO_TOKEN, flaw=flaw or NOTHING_FITS)
+    return choices
 
 
 def _choice(logits: torch.Tensor, draws: Sequence[Draw], row: int, token: int) -> Choice:

@@ -49,10 +49,12 @@ class Choice:
     Attributes:
         token_id: The token; NO_TOKEN where the sequence cannot go on.
         score: How likely the model found it; None unless asked for.
+        flaw: With NO_TOKEN, where what was asked is to blame and not the model: why, in words.
     """
 
     token_id: int
     score: TokenScore | None = None
+    flaw: str = ""
 
 
 @dataclass(frozen=True, slots=True)

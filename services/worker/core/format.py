@@ -53,7 +53,10 @@ class FormatBusy(Exception):
 
 
 class ConstraintBroken(Exception):
-    """The tokens do not fit the shape, or following it costs more than one step may."""
+    """The tokens do not fit the shape, or following it costs more than one step may.
+
+    Its text is for the client, and names the format.
+    """
 
 
 class Constraint(Protocol):

@@ -20,7 +20,8 @@ from services.worker.core.pace import PrefillPace
 from services.worker.core.row_table import RowTable
 from services.worker.core.sequence import NO_ROW, Finish, LiveSequence, Output, SequenceKey, SequenceStart
 
-# What a runner returns for a row whose logits are not finite: the sequence cannot go on.
+# What a runner returns for a row whose logits are not finite, or of which a constraint leaves nothing: the
+# sequence cannot go on.
 NO_TOKEN = -1
 
 
@@ -275,7 +276,7 @@ class Scheduler:
         if token == NO_TOKEN or token in self._end_ids:
             finish = Finish.ERROR if token == NO_TOKEN else Finish.STOP
             self._release(live, keep=finish is Finish.STOP)
-            return Output(key, index, (), finish, cached_prompt_tokens=cached)
+            return Output(key, index, (), finish, cached_prompt_tokens=cached, flaw=choice.flaw)
         live.history.append(token)
         live.credit -= 1
         scores = () if choice.score is None else (choice.score,)

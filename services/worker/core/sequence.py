@@ -140,6 +140,7 @@ class Output:
         finish: Set when the sequence has ended.
         scores: One for each token where they were asked for, else none.
         cached_prompt_tokens: Prompt tokens that were found in the prefix cache; told with the first output.
+        flaw: With ERROR, where what was asked is to blame and not the worker: why, in words.
     """
 
     key: SequenceKey
@@ -148,15 +149,18 @@ class Output:
     finish: Finish | None = None
     scores: tuple[TokenScore, ...] = ()
     cached_prompt_tokens: int = 0
+    flaw: str = ""
 
     def followed_by(self, later: Output) -> Output:
         """Both as one; `later` begins where this one ends."""
         token_ids, scores = self.token_ids + later.token_ids, self.scores + later.scores
-        return replace(self, token_ids=token_ids, finish=later.finish, scores=scores)
+        return replace(self, token_ids=token_ids, finish=later.finish, scores=scores, flaw=later.flaw)
 
     def split(self, tokens: int) -> tuple[Output, Output]:
         """Its first `tokens` tokens, and the rest with the end."""
-        head = replace(self, token_ids=self.token_ids[:tokens], finish=None, scores=self.scores[:tokens])
+        head = replace(
+            self, token_ids=self.token_ids[:tokens], finish=None, scores=self.scores[:tokens], flaw=""
+        )
         rest = replace(
             self,
             index=self.index + tokens,

@@ -194,7 +194,7 @@ class EngineSession:
                 return
             current.open.pop(key.sequence, None)
             if not current.open:
-                self._log(current, event.finish.value)
+                self._log(current, Reason.INVALID.value if event.flaw else event.finish.value)
                 del self._jobs[key.job]
 
     def wake(self) -> None:

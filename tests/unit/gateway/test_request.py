@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.errors import DeadlineExceeded, QueueFull, RequestCancelled, StoreUnavailable, WorkerLost
+from services.common.errors import (
+    ArgumentInvalid,
+    DeadlineExceeded,
+    QueueFull,
+    RequestCancelled,
+    StoreUnavailable,
+    WorkerLost,
+)
 from services.gateway.core import request_events
 from services.gateway.core.attempts import RefusalReason
 from services.gateway.core.jobs import Grant, Outcome
@@ -151,6 +158,26 @@ def test_a_refusal_costs_no_attempt() -> None:
     request, effects = step(granted, request_events.Refused(RefusalReason.BUSY))
     assert (request.phase, request.failures, request.starts) == (Phase.QUEUED, 0, 1)
     assert effects == (request_events.Decline(grant(), 0.1),)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_request_that_is_to_blame_ends_and_nobody_else_is_asked(tokens: int) -> None:
+    """A format may turn out to be too much after tokens: it is no loss, and costs no worker anything."""
+    begun = running() if tokens else step(Request(), request_events.Granted(grant()))[0]
+    request, effects = step(begun, request_events.Refused(RefusalReason.INVALID, "format.regex: why"))
+    assert (request.phase, request.failures) == (Phase.FAILED, 0)
+    settle, close = effects
+    assert settle == request_events.Settle(grant(), Outcome.FAILED)
+    assert isinstance(close, request_events.Close)
+    assert isinstance(close.error, ArgumentInvalid)
+    assert str(close.error) == "format.regex: why"
+
+
+def test_any_other_refusal_of_what_was_begun_is_a_loss() -> None:
+    """The worker broke the protocol; another one goes on."""
+    request, effects = step(running(), request_events.Refused(RefusalReason.BUSY))
+    assert (request.phase, request.failures) == (Phase.QUEUED, 1)
+    assert effects[0] == request_events.Requeue(grant(), emitted=True)
 
 
 def test_silence_is_not_blamed_on_a_request() -> None:

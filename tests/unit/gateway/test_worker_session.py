@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
 import pytest
+from interlock.v1 import generation_pb2
 from interlock.v1 import worker_service_pb2 as pb
 
 from services.common.system_clock import SystemClock
@@ -101,10 +102,17 @@ class World:
         del metadata
         return self.stream
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, sequences: int = 1) -> None:
         """Begins an attempt."""
         self.sinks[name] = Sink()
-        self.session.start(work_order(name), self.sinks[name])
+        order = replace(work_order(name), emitted=((),) * sequences)
+        self.session.start(order, self.sinks[name])
+
+    def end(
+        self, name: str, sequence: int, finish: generation_pb2.FinishReason.ValueType, flaw: str = ""
+    ) -> None:
+        """The worker tells the end of a sequence."""
+        self.session._deliver(pb.StepOutput(job=name, attempt=1, sequence=sequence, finish=finish, flaw=flaw))
 
     async def wait_ended(self) -> dict[str, list[RefusalReason | Loss]]:
         """How each attempt ended."""
@@ -150,3 +158,33 @@ async def test_a_worker_that_cannot_be_reached_has_lost_nothing(monkeypatch: pyt
     world = World(monkeypatch, room=9, ready=False)
     world.start("a")
     assert await world.wait_ended() == {"a": [RefusalReason.UNREACHABLE]}
+
+
+async def test_a_job_that_is_to_blame_ends_once_the_worker_has_ended_all_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its slots are lent again then: the next job would be refused by a worker that still holds them."""
+    world = World(monkeypatch, room=9)
+    world.start("a", 3)
+    world.end("a", 1, generation_pb2.FINISH_REASON_ERROR, "format: why")
+    world.end("a", 0, generation_pb2.FINISH_REASON_CANCELLED)
+    await asyncio.sleep(0)
+    assert world.sinks["a"].ends == []
+    world.end("a", 2, generation_pb2.FINISH_REASON_CANCELLED)
+    await asyncio.sleep(0)
+    assert world.sinks["a"].ends == [RefusalReason.INVALID]
+    sent = [*world.stream.written, *world.session._outgoing]
+    assert [one.cancel.job for one in sent if one.HasField("cancel")] == ["a"]
+    await world.session.close()
+
+
+@pytest.mark.parametrize(("flaw", "end"), [("format: why", RefusalReason.INVALID), ("", Loss.JOB)])
+async def test_an_error_is_the_jobs_where_the_worker_says_so(
+    monkeypatch: pytest.MonkeyPatch, flaw: str, end: RefusalReason | Loss
+) -> None:
+    """Without a word it is the worker's, as it is for workers that have none."""
+    world = World(monkeypatch, room=9)
+    world.start("a")
+    world.end("a", 0, generation_pb2.FINISH_REASON_ERROR, flaw)
+    assert world.sinks["a"].ends == [end]
+    await world.session.close()

@@ -93,6 +93,13 @@ def speak(
     return said
 
 
+def follow(constraint: Constraint, said: list[int]) -> None:
+    """Says the letter a for as long as the constraint can be followed; `said` takes in what was said."""
+    while len(said) < TOKENS_MAX:
+        constraint.allowed(said)
+        said.append(ord("a") - ord("!"))
+
+
 def text_of(directory: Path, said: list[int]) -> str:
     """The text of a complete answer."""
     assert said[-1] == END, "the answer is not complete"
@@ -216,6 +223,20 @@ async def test_a_regex_bomb_is_refused_or_harmless(compiler: LlguidanceCompiler,
         except ConstraintBroken:
             break
         assert time.monotonic() - began_s < 1
+
+
+async def test_what_breaks_later_is_named_then_and_refused_at_the_next_start(
+    compiler: LlguidanceCompiler,
+) -> None:
+    """In the same words, which begin with the field: a worker that goes on meets the limit before a slot."""
+    form = Format(FormatKind.REGEX, ("((((a{1,30}){1,30}){1,30}){1,30}){1,30}",))
+    constraint = await compiler.constrain(form, ())
+    said: list[int] = []
+    with pytest.raises(ConstraintBroken, match=r"^format\.regex: lexer error") as broken:
+        follow(constraint, said)
+    with pytest.raises(ArgumentInvalid) as refused:
+        await compiler.constrain(form, said)
+    assert refused.value.message == str(broken.value)
 
 
 async def test_the_trial_process_may_die(compiler: LlguidanceCompiler, trial: TrialProcess) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.worker.core.batch import Choice
 from services.worker.core.kv_budget import bucketed
-from services.worker.core.scheduler import Limits, Scheduler
+from services.worker.core.scheduler import NO_TOKEN, Limits, Scheduler
 from services.worker.core.sequence import Finish, Output, SequenceKey, SequenceStart
 from tests.fakes.worker_ports import FACTS, FakeRunner, continuation
 
@@ -142,6 +143,25 @@ def test_a_row_without_finite_logits_ends_with_error_alone() -> None:
     outputs = drive(scheduler, runner)
     assert [output.finish for output in outputs if output.key == bad.key] == [Finish.ERROR]
     assert tokens_of(outputs, good.key) == continuation(good.prompt_ids, 4)
+
+
+def test_a_format_that_cannot_be_followed_says_so_with_its_end() -> None:
+    """The words of its choice come with ERROR; those of a row without finite logits have none."""
+    scheduler = Scheduler(LIMITS, frozenset())
+    impossible, bad = start_of("a"), start_of("bb")
+    for start in (impossible, bad):
+        scheduler.admit(start)
+        assert scheduler.schedule() is not None
+        scheduler.apply([Choice(5)] * scheduler.running)
+    assert scheduler.schedule() is not None
+    ends = scheduler.apply([Choice(NO_TOKEN, flaw="format.regex: why"), Choice(NO_TOKEN)])
+    assert [(end.finish, end.flaw) for end in ends] == [
+        (Finish.ERROR, "format.regex: why"),
+        (Finish.ERROR, ""),
+    ]
+    told = Output(impossible.key, 0, (5,)).followed_by(ends[0])
+    head, rest = replace(told, token_ids=(5, 6)).split(1)
+    assert (told.flaw, head.flaw, rest.flaw) == ("format.regex: why", "", "format.regex: why")
 
 
 def test_running_decodes_wait_for_one_bounded_chunk_only() -> None:

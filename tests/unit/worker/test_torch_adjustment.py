@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from interlock.v1 import generation_pb2
 
 from services.worker.adapters.torch_adjustment import adjusted, score
-from services.worker.adapters.torch_sampler import sample
+from services.worker.adapters.torch_sampler import NOTHING_FITS, sample
 from services.worker.core.admission import find_flaw
 from services.worker.core.batch import Choice, Draw
 from services.worker.core.format import ConstraintBroken
@@ -22,6 +22,7 @@ from services.worker.core.scheduler import NO_TOKEN
 from services.worker.core.sequence import Sampling, SequenceKey, SequenceStart
 
 VOCABULARY = 40
+BROKEN = "format.regex: too much"
 
 
 class ListConstraint:
@@ -34,7 +35,7 @@ class ListConstraint:
         """See `Constraint.allowed`."""
         del emitted_ids
         if not self._allowed:
-            raise ConstraintBroken
+            raise ConstraintBroken(BROKEN)
         bits = np.zeros(max(self._allowed) + 1, np.uint8)
         bits[list(self._allowed)] = 1
         return np.packbits(bits, bitorder="little").tobytes()
@@ -96,7 +97,7 @@ def logits_of(seed: int, rows: int = 1) -> torch.Tensor:
 def test_adjustments_equal_their_formulas(draw: Draw, seed: int) -> None:
     """Bias, then repetition over prompt and output, then presence and frequency over the output alone."""
     (row,) = logits_of(seed)
-    values = adjusted(row, draw)
+    values, _ = adjusted(row, draw)
     wanted = torch.tensor(expected(row.tolist(), draw))
     if draw.constraint is not None:
         allowed = getattr(draw.constraint, "_allowed")  # noqa: B009 - the fake's own list
@@ -146,7 +147,7 @@ def test_whatever_is_allowed_has_a_token(
     said = history + history[-1:] * repeated
     draw = Draw(sampling, 0, len(said), said, 1)
     logits = logits_of(seed) * scale
-    values = adjusted(logits[0], draw)
+    values, _ = adjusted(logits[0], draw)
     (choice,) = sample(logits, [draw])
     assert torch.isfinite(values).all()
     assert 0 <= choice.token_id < VOCABULARY
@@ -200,13 +201,22 @@ def test_where_nothing_is_allowed_there_is_no_token() -> None:
         Draw(Sampling(temperature, seed=1), 0, 0, [1], 1, 3, ListConstraint()) for temperature in (0, 1)
     ]
     found = sample(logits_of(4, 3), [*broken, Draw(Sampling(), 0, 0)])
-    assert [choice.token_id == NO_TOKEN for choice in found] == [True, True, False]
-    assert found[0].score is None
+    assert found[:2] == [Choice(NO_TOKEN, flaw=BROKEN)] * 2
+    assert (found[2].token_id == NO_TOKEN, found[2].flaw) == (False, "")
+
+
+def test_a_mask_over_what_the_model_rules_out_is_the_formats() -> None:
+    """A row that was finite, and has nothing left behind its mask, was asked for what it cannot say."""
+    row = logits_of(4)
+    row[0, 3] = -math.inf
+    (choice,) = sample(row, [Draw(Sampling(), 0, 0, [1], 1, None, ListConstraint(3))])
+    assert choice == Choice(NO_TOKEN, flaw=NOTHING_FITS)
 
 
 def test_a_mask_does_not_heal_a_row_that_is_not_finite() -> None:
     """Numbers that are not finite are a damaged model's, even where the mask hides them."""
     row = logits_of(5)
     row[0, 0] = math.nan
-    (choice,) = sample(row, [Draw(Sampling(), 0, 0, [1], 1, None, ListConstraint(3))])
-    assert choice.token_id == NO_TOKEN
+    for allowed in ((3,), ()):
+        (choice,) = sample(row, [Draw(Sampling(), 0, 0, [1], 1, None, ListConstraint(*allowed))])
+        assert choice == Choice(NO_TOKEN), "the model is to blame, whatever its constraint says"
