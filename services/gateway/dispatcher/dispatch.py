@@ -125,6 +125,11 @@ class Dispatcher:
         """Requests that have not ended, or still owe something to the queue."""
         return len(self._live)
 
+    @property
+    def following(self) -> int:
+        """Clients that follow a resumable request here, wherever it runs."""
+        return self._resumption.following
+
     async def submit(self, job: GenerationJob) -> AnswerStream:
         """Accepts a job; iterate over what is returned, and close it.
 
@@ -142,7 +147,7 @@ class Dispatcher:
         claimed = await self._resumption.claim(job)
         if claimed is Claimed.BEFORE and job.resumable:
             with contextlib.suppress(RequestUnknown):
-                return await self._resumption.follow(job.model, job.job_id, 0, job.digest)
+                return await self._resumption.follow(job.tenant, job.model, job.job_id, 0, job.digest)
         if (known := self._live.get(job.job_id)) is not None:
             return self._join(known, job)
         if job.resumable:
@@ -156,7 +161,7 @@ class Dispatcher:
     async def _begin_resumable(self, job: GenerationJob, claimed: Claimed) -> AnswerStream:
         """Admits a request once there is room for its client: without one it would run on for nobody."""
         try:
-            self._resumption.check_room()
+            self._resumption.check_room(job.tenant)
             generation = self._create(job)
             follower = await self._open_resumable(generation)
         except InterlockError as error:
@@ -166,7 +171,7 @@ class Dispatcher:
                 await self._resumption.release(job)
             raise
         if follower is None:
-            return await self._resumption.follow(job.model, job.job_id, 0, job.digest)
+            return await self._resumption.follow(job.tenant, job.model, job.job_id, 0, job.digest)
         follower.allowance = generation.allowance
         return follower
 
@@ -182,12 +187,13 @@ class Dispatcher:
             raise
         return follower
 
-    async def resume(self, job_id: str, cursor: int) -> AnswerStream:
-        """Follows a resumable request behind `cursor`, wherever it runs or ran.
+    async def resume(self, tenant: str, job_id: str, cursor: int) -> AnswerStream:
+        """Follows a tenant's resumable request behind `cursor`, wherever it runs or ran.
 
         Raises:
             RequestUnknown: There is none of that id.
             ArgumentInvalid: The cursor lies behind its log.
+            QueueFull: As many clients follow here as may, of all tenants or of this one.
             StoreUnavailable: The logs cannot be reached.
             Draining: This gateway shuts down.
         """
@@ -197,10 +203,10 @@ class Dispatcher:
             return self._resumption.follow_here(generation, cursor)
         claim = None if generation is not None else await self._resumption.find(job_id)
         if generation is not None and generation.moved:
-            return await self._resumption.follow(generation.job.model, job_id, cursor)
+            return await self._resumption.follow(tenant, generation.job.model, job_id, cursor)
         if claim is None:
             raise RequestUnknown("No resumable request of that id is known for this subject.")
-        return await self._resumption.follow(claim.model, job_id, cursor)
+        return await self._resumption.follow(tenant, claim.model, job_id, cursor)
 
     async def cancel(self, job_id: str) -> bool:
         """Ends a request, whichever gateway has it; returns False when it had ended before.
