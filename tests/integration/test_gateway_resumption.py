@@ -205,6 +205,22 @@ async def test_a_waiting_request_is_cancelled_from_any_gateway_too(world: Resump
         assert await world.peers["g2"].queue.length(MODEL) == 0
 
 
+async def test_an_id_that_ended_here_is_cancelled_where_it_was_used_again(world: ResumptionWorld) -> None:
+    """Any gateway may be asked, also the one that knows of an earlier request by that id alone."""
+    g1, g2 = world.peers["g1"], world.peers["g2"]
+    cancel = pb.CancelGenerationRequest(request_id="again")
+    first = begin(g1, asked("again", resumable=False, max_tokens=1))
+    assert joined([event async for event in first]) == TEXT[:1]
+    assert not (await stub(g1).CancelGeneration(cancel, metadata=bearer())).cancelled
+    call = begin(g2, asked("again", resumable=False))
+    await take(call, 1)
+    assert (await stub(g1).CancelGeneration(cancel, metadata=bearer())).cancelled
+    with pytest.raises(grpc.aio.AioRpcError) as caught:  # noqa: PT012 - it fails at any read
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    assert reason_of(caught.value) == "CANCELLED"
+
+
 async def test_foreign_and_unknown_ids_are_not_found(world: ResumptionWorld) -> None:
     """Another subject's request is as unknown as one that never was."""
     call = begin(world.peers["g1"])

@@ -98,6 +98,8 @@ class Dispatcher:
         self._generation_limits = generation_limits
         self._live: dict[str, Generation] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
+        # Live submissions, not resumable, for which their ids stand since this gateway claimed them.
+        self._claims: set[str] = set()
         self._emptied = asyncio.Event()
         self._draining = False
         self._refusals = Refusals()
@@ -153,6 +155,8 @@ class Dispatcher:
         if job.resumable:
             return await self._begin_resumable(job, claimed)
         generation = self._create(job)
+        if claimed is Claimed.NOW:
+            self._claims.add(job.submission)
         await self._open(generation)
         return DirectStream(
             generation, generation.outbox, self._clock, self._generation_limits.client_stall_s
@@ -221,9 +225,13 @@ class Dispatcher:
                 return False
             generation.withdraw(cancelled())
             return True
-        if generation is None and job_id in self._ended:
-            return False
-        return await self._cancel_elsewhere(job_id)
+        try:
+            return await self._cancel_elsewhere(job_id)
+        except (RequestUnknown, StoreUnavailable):
+            # One that ended here says nothing of another one by the same id, which may be under way elsewhere.
+            if generation is None and job_id in self._ended:
+                return False
+            raise
 
     async def _cancel_elsewhere(self, job_id: str) -> bool:
         claim = await self._resumption.find(job_id)
@@ -334,7 +342,9 @@ class Dispatcher:
             self._ended[generation.job.job_id] = None
         if len(self._ended) > ENDED_MAX:
             self._ended.popitem(last=False)
-        if generation.job.digest and not generation.job.resumable:
+        if generation.job.submission in self._claims:
+            # A claim that was made before is of the living request whose twin this one was.
+            self._claims.discard(generation.job.submission)
             self._do(self._resumption.release(generation.job))
         if not self._live:
             self._emptied.set()
