@@ -228,7 +228,7 @@ class Dispatcher:
         try:
             return await self._cancel_elsewhere(job_id)
         except (RequestUnknown, StoreUnavailable):
-            # One that ended here says nothing of another one by the same id, which may be under way elsewhere.
+            # One that ended here says nothing of another one by its id, which may be under way elsewhere.
             if generation is None and job_id in self._ended:
                 return False
             raise
