@@ -90,6 +90,8 @@ class DirectStream:
                 await self._outbox.wait()
         finally:
             timer.cancel()
+        if not self._may_read():
+            self._reader.left()
         return self._may_read()
 
     def __aiter__(self) -> Self:

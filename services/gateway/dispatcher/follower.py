@@ -160,6 +160,7 @@ class Follower:
                 while not self.has_news:
                     await self._fill()
         except TimeoutError:
+            self._reader.left()
             return False
         return True
 

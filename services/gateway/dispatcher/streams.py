@@ -59,7 +59,10 @@ class AnswerStream(Protocol):
         ...
 
     async def ready(self, timeout_s: float) -> bool:
-        """Whether, within `timeout_s`, asking for the next event will answer at once."""
+        """Whether, within `timeout_s`, asking for the next event will answer at once.
+
+        Where it will not, the client is sent a sign of life, and counts as away until somebody asks again.
+        """
         ...
 
     def watched(self, hang_up: HangUp) -> None:

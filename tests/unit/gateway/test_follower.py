@@ -93,6 +93,19 @@ async def test_a_client_that_reads_on_is_not_away() -> None:
         assert not told
 
 
+@pytest.mark.parametrize("resumable", [False, True])
+async def test_who_does_not_read_a_sign_of_life_is_away(resumable: bool) -> None:  # noqa: FBT001
+    """It is written while nothing else is there to be told, and its write may not end either."""
+    async with dispatcher_world() as world:
+        stream = await world.dispatcher.submit(job(resumable=resumable))
+        told: list[InterlockError] = []
+        stream.watched(told.append)
+        assert isinstance(await anext(stream), Started)
+        assert not await stream.ready(0)
+        await until(lambda: bool(told))
+        await stream.aclose()
+
+
 async def test_a_request_whose_only_client_stalls_is_given_up_after_the_grace() -> None:
     """A client that does not read is none: the worker is free again."""
     async with dispatcher_world(detach_grace_s=0.1) as world:
