@@ -39,8 +39,11 @@ _BROKEN = frozenset(
         grpc.StatusCode.CANCELLED,
     }
 )
-# Gateways that leave, or have lost their store for a moment, say so: another one may go on.
-_PASSING = frozenset({"ERROR_REASON_DRAINING", "ERROR_REASON_STORE_UNAVAILABLE"})
+# Gateways that leave, or have lost their store for a moment, say so: another one may go on. One that did not
+# wait for this client any longer has kept what it left unread.
+_PASSING = frozenset(
+    {"ERROR_REASON_DRAINING", "ERROR_REASON_STORE_UNAVAILABLE", "ERROR_REASON_CLIENT_STALLED"}
+)
 
 
 class StreamBroken(Exception):

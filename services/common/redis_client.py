@@ -147,6 +147,13 @@ def connect(url: str) -> RedisStore:
         raise ConfigInvalid(f"redis_url: not usable; expected {SCHEMES}") from error
 
 
+def read_scores(reply: Sequence[Any]) -> dict[str, float]:
+    """Members and scores, which come in pairs or one after the other, as the protocol's version has it."""
+    flat = not all(isinstance(one, list | tuple) for one in reply)
+    pairs = zip(reply[::2], reply[1::2], strict=True) if flat else reply
+    return {str(name): float(score) for name, score in pairs}
+
+
 def _client(url: str) -> Client:
     parts = urlsplit(url)
     if parts.scheme in {"redis", "rediss", "unix"}:

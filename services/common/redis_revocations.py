@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from services.common.redis_client import RedisStore, read_script
+from services.common.redis_client import RedisStore, read_scores, read_script
 from services.common.revocation import REVOCATIONS_MAX, RevocationsFull
 
 # One list for the mesh, outside of every model's slot. Sorted set: token id by the end of its entry.
@@ -32,8 +32,7 @@ class RedisRevocations:
             "0",
             str(REVOCATIONS_MAX),
         )
-        found = await self._store.fetch(*command)
-        return {str(token_id): float(ends_s) for token_id, ends_s in found}
+        return read_scores(await self._store.fetch(*command))
 
     async def add(self, entries: Mapping[str, float], now_s: float) -> None:
         """See `RevocationStore.add`."""

@@ -40,7 +40,7 @@ class AskedLimits:
 
     Attributes:
         tokens_per_minute: Tokens of prompt and output, at least 1.
-        concurrency: Requests at once, at least 1.
+        concurrency: Requests that run at once, of each model, at least 1.
         weight: Share in the queue, 1 to 100.
     """
 

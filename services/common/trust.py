@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import grpc
@@ -25,6 +26,9 @@ from services.common.token_claims import TimeRules, read_header
 from services.common.token_keys import HS256, KeySetInvalid, PublishedKeys, SecretKey, TokenKeys
 from services.common.token_settings import TokenSettings
 from services.common.tokens import TokenVerifier, bearer_token
+
+# What fails each time is told a dozen times a minute.
+AGAIN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +69,20 @@ class Trust:
             logs.get_logger().warning("keys.unread", reason=str(error))
 
     async def run(self) -> None:
-        """Follows both until it is cancelled."""
+        """Follows both until it is cancelled; a defect in one ends neither."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_follow(self.revocations.run))
+            if self.follower is not None:
+                group.create_task(_follow(self.follower.run))
+
+
+async def _follow(run: Callable[[], Awaitable[None]]) -> None:
+    while True:
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self.revocations.run())
-                if self.follower is not None:
-                    group.create_task(self.follower.run())
-        except Exception as error:
-            # A defect: keys and revocations stay as they are, and somebody must learn it.
-            logs.get_logger().error("trust.crashed", exc_info=error)
-            raise
+            await run()
+        except Exception:  # noqa: BLE001 - logged: what is known stays as it is, and somebody must learn it
+            logs.get_logger().error("trust.crashed", exc_info=True)
+        await asyncio.sleep(AGAIN_S)
 
 
 class NewKeys(Interceptor):

@@ -208,7 +208,11 @@ def _pool(settings: GatewayConfig, clock: Clock) -> GrpcWorkerPool:
 def _dispatcher(
     settings: GatewayConfig, store: _Store, workers: WorkerPool, clock: Clock, catalog: Catalog
 ) -> Dispatcher:
-    limits = ResumptionLimits(followers_max=settings.requests_max, resume_ttl_s=settings.resume_ttl_s)
+    limits = ResumptionLimits(
+        followers_max=settings.requests_max,
+        client_stall_s=settings.client_stall_s,
+        resume_ttl_s=settings.resume_ttl_s,
+    )
     return Dispatcher(
         store.queue,
         workers,

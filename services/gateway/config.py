@@ -45,10 +45,12 @@ class GatewayConfig(TokenSettings):
         int | None, Field(ge=1, description="Most that a token may ask for; absent: any number.")
     ] = None
     tenant_concurrency_default: Annotated[
-        int | None, Field(ge=1, description="Requests at once for tokens that name no number.")
+        int | None,
+        Field(ge=1, description="Requests that run at once per model, for tokens that name no number."),
     ] = None
     tenant_concurrency_max: Annotated[
-        int | None, Field(ge=1, description="Most requests at once that a token may ask for.")
+        int | None,
+        Field(ge=1, description="Most that a token may ask for: requests that run at once, per model."),
     ] = None
     tenant_weight_default: Annotated[
         int, Field(ge=1, le=100, description="Share in the queue for tokens that name none.")

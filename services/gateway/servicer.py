@@ -28,6 +28,7 @@ from services.gateway.core.params import (
 from services.gateway.dispatcher.reception import GENERATE_SCOPE, MODELS_SCOPE, Reception
 from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.dispatcher.usage import Usage, UsageDesk
+from services.gateway.hanging_up import hanging_up
 
 REQUEST_ID_KEY = "x-request-id"
 REVISION_KEY = "x-interlock-revision"
@@ -58,6 +59,7 @@ class GatewayServicer(gateway_service_pb2_grpc.GatewayServiceServicer):
         timeout_s = self._reception.timeout_s(metadata, context.time_remaining())
         stream = await self._reception.generate(principal, request_id, asked, timeout_s)
         async with aclosing(stream):
+            stream.watched(hanging_up(context))
             # A client of gRPC hears of its place in the queue at once; only what is known is named here.
             await context.send_initial_metadata(response_metadata(request_id, stream))
             async for event in stream:
@@ -73,6 +75,7 @@ class GatewayServicer(gateway_service_pb2_grpc.GatewayServiceServicer):
         logs.annotate(request_id=request.request_id, subject=principal.subject, cursor=request.cursor)
         stream = await self._reception.resume(principal, request.request_id, request.cursor)
         async with aclosing(stream):
+            stream.watched(hanging_up(context))
             await context.send_initial_metadata(response_metadata(request.request_id, stream))
             async for event in stream:
                 note_worker(event)

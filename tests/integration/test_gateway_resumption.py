@@ -205,6 +205,22 @@ async def test_a_waiting_request_is_cancelled_from_any_gateway_too(world: Resump
         assert await world.peers["g2"].queue.length(MODEL) == 0
 
 
+async def test_an_id_that_ended_here_is_cancelled_where_it_was_used_again(world: ResumptionWorld) -> None:
+    """Any gateway may be asked, also the one that knows of an earlier request by that id alone."""
+    g1, g2 = world.peers["g1"], world.peers["g2"]
+    cancel = pb.CancelGenerationRequest(request_id="again")
+    first = begin(g1, asked("again", resumable=False, max_tokens=1))
+    assert joined([event async for event in first]) == TEXT[:1]
+    assert not (await stub(g1).CancelGeneration(cancel, metadata=bearer())).cancelled
+    call = begin(g2, asked("again", resumable=False))
+    await take(call, 1)
+    assert (await stub(g1).CancelGeneration(cancel, metadata=bearer())).cancelled
+    with pytest.raises(grpc.aio.AioRpcError) as caught:  # noqa: PT012 - it fails at any read
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    assert reason_of(caught.value) == "CANCELLED"
+
+
 async def test_foreign_and_unknown_ids_are_not_found(world: ResumptionWorld) -> None:
     """Another subject's request is as unknown as one that never was."""
     call = begin(world.peers["g1"])
@@ -249,6 +265,36 @@ async def test_a_draining_gateway_hands_its_resumable_requests_to_one_that_stays
         while not g3.dispatcher.live:  # noqa: ASYNC110 - another process would not tell either
             await asyncio.sleep(0.01)
     assert joined(await client) == TEXT
+
+
+async def test_gateways_that_hand_a_request_on_use_up_none_of_its_workers(world: ResumptionWorld) -> None:
+    """A rolling update of them, and the death of a worker behind it: three attempts have been cut short."""
+    await world.add_gateway("g3")
+    worker = world.workers["w1"]
+    worker.script.interval_s = 0.02
+    await world.add_worker("w2", worker.script)
+
+    async def read() -> list[Any]:
+        channels = [peer.channel for peer in world.peers.values()]
+        return [event async for event in resume.generate_async(channels, asked(), metadata=bearer())]
+
+    def begun() -> bool:
+        return sum(len(one.starts) for one in world.workers.values()) > handed
+
+    client = asyncio.create_task(read())
+    for handed in range(3):
+        async with asyncio.timeout(5):
+            while not begun():  # noqa: ASYNC110 - two workers may begin it
+                await asyncio.sleep(0.01)
+        # Its first tokens are in the log, and with them the worker that said them.
+        await asyncio.sleep(0.3)
+        if handed < 2:
+            peer = next(peer for peer in world.peers.values() if peer.dispatcher.live)
+            await peer.dispatcher.drain(0)
+    worker.script.die_at = len(TEXT) - 5
+    events = await client
+    assert joined([event for event in events if not event.HasField("queued")]) == TEXT
+    assert [event.started.attempt for event in events if event.HasField("started")] == [1, 2, 3, 4]
 
 
 OTHERS = ("Short.", "Another text, which is told by another sequence of the same request. " * 2)

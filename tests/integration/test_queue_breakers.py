@@ -76,6 +76,29 @@ async def test_a_new_process_starts_closed(world: QueueWorld, *, is_removed_firs
     assert not grant.trial
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_breakers_of_a_worker_that_has_left_are_forgotten(world: QueueWorld, *, is_late: bool) -> None:
+    """With its record, or by the next round where a gateway learned of its end later; grants look no more."""
+    gateway = world.gateway()
+    if not is_late:
+        await gateway.list_open(MODEL, "w1", 5.0)
+    await world.routes.remove_worker(MODEL, "w1", 1)
+    if is_late:
+        await gateway.list_open(MODEL, "w1", 5.0)
+        await gateway.reap(MODEL)
+    assert not world.client.exists(KEYS.prefix + "opened", KEYS.prefix + "open:w1")
+
+
+async def test_what_was_forced_outlasts_the_worker(world: QueueWorld) -> None:
+    """Who forced it meant whatever comes back by that name."""
+    await world.gateway().list_open(MODEL, "w1", None)
+    await world.routes.remove_worker(MODEL, "w1", 1)
+    await world.gateway().reap(MODEL)
+    await world.add_worker(incarnation="i2")
+    await world.wait("a")
+    assert world.received["g1"] == []
+
+
 async def test_the_trial_of_another_gateways_call_is_flagged_in_the_message(world: QueueWorld) -> None:
     """Whoever makes the grant, its owner learns that it is a trial."""
     await world.gateway("g2").list_open(MODEL, "w1", 1.0)

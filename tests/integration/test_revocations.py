@@ -42,6 +42,21 @@ async def test_entries_come_back_with_their_ends(
     assert 0 < redis_client.ttl(KEY) <= 101
 
 
+@pytest.mark.parametrize("protocol", [2, 3])
+@pytest.mark.usefixtures("redis_client")
+async def test_entries_are_read_by_either_protocol(
+    now_s: float, redis_process: RedisServer, protocol: int
+) -> None:
+    """The URL may ask for the older one, as some proxies need, whose replies have no pairs."""
+    store = connect(f"{redis_process.url}?protocol={protocol}")
+    revocations = RedisRevocations(store)
+    assert await revocations.read(now_s) == {}
+    entries = {"one": now_s + 100.5, "two": now_s + 10}
+    await revocations.add(entries, now_s)
+    assert await revocations.read(now_s) == entries
+    await store.close()
+
+
 async def test_the_list_is_bounded_in_the_store(
     now_s: float, redis_store: RedisStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,12 +7,11 @@ rollout and no member.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from services.common.queue_keys import ROUTE_EPOCH, ROUTE_FENCE, ROUTE_WEIGHT_PREFIX, ModelKeys
-from services.common.redis_client import RedisStore, Script, read_script
+from services.common.redis_client import RedisStore, Script, read_scores, read_script
 from services.controller.core.ports import FenceStale
 from services.controller.core.records import KnownMembers, Route, WorkerRecord
 
@@ -95,10 +94,3 @@ class RedisRouteStore:
         if not written:
             raise FenceStale(f"A controller with a fence above {fence} has written.")
         return int(written)
-
-
-def read_scores(reply: Sequence[Any]) -> dict[str, float]:
-    """Members and scores, which come in pairs or one after the other, as the protocol's version has it."""
-    flat = not all(isinstance(one, list | tuple) for one in reply)
-    pairs = zip(reply[::2], reply[1::2], strict=True) if flat else reply
-    return {str(name): float(score) for name, score in pairs}

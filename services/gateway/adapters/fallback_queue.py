@@ -72,7 +72,12 @@ class FallbackJobQueue:
         entry = self._book.write(job, self._clock.monotonic())
         try:
             return await self._either(job.model, lambda queue: self._enqueue(queue, entry))
-        except InterlockError:
+        except InterlockError as error:
+            if self._own is not None and not isinstance(error, StoreUnavailable):
+                # The shared queue's word came when its jobs were here already.
+                if entry.grant is not None:
+                    return entry.grant
+                await self._own.cancel(job.model, job.job_id, job.submission)
             self._book.strike(entry)
             raise
 
@@ -307,8 +312,8 @@ class FallbackJobQueue:
 
     def _give_back(self, job_id: str, nonce: str, pin: str = "", used_tokens: int = 0) -> LiveEntry | None:
         """Notes that a job waits again; returns it, or None where `nonce` is not the grant that counts."""
-        entry = self._book.find(job_id)
-        if entry is None or entry.grant is None or entry.grant.nonce != nonce:
+        entry = self._book.running(job_id, nonce)
+        if entry is None:
             return None
         entry.note_return(pin, used_tokens)
         if self.degraded and not entry.at_store:
@@ -327,9 +332,6 @@ class FallbackJobQueue:
         elif (entry := self._book.find(grant.job_id)) is not None:
             self._granted_at_home(entry, grant)
 
-    def _granted_by_own(self, grant: Grant) -> None:
-        self._receive(self._note(grant))
-
     # --- there and back -------------------------------------------------------------------------------------
 
     async def _retreat(self) -> None:
@@ -338,7 +340,7 @@ class FallbackJobQueue:
             return
         logs.get_logger().warning("queue.retreated", jobs=sum(1 for _ in self._book))
         self._own = own = self._standby.make_queue()
-        own.on_grant(self._granted_by_own)
+        own.on_grant(lambda grant: self._receive(self._note(grant)))
         now_s, waiting = self._clock.monotonic(), []
         # Running ones first, so that their slots are not lent again.
         for entry in self._book:
@@ -368,13 +370,10 @@ class FallbackJobQueue:
             # No await from here on: what happens next happens at the shared queue.
             self._circuit.settle(permit, Verdict.SUCCESS)
             if self._circuit.breaker.state in {State.CLOSED, State.FORCED_CLOSED}:
-                self._discard_own()
+                if self._own is not None:
+                    self._own.close()
+                self._own = None
                 logs.get_logger().warning("queue.returned", jobs=sum(1 for _ in self._book))
-
-    def _discard_own(self) -> None:
-        if self._own is not None:
-            self._own.close()
-        self._own = None
 
     async def _bring_all_home(self, model: str) -> None:
         # This writes the clock, too: a store that may only be read is not back.

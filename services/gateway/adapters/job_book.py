@@ -136,9 +136,12 @@ class JobBook:
         if entry is not None:
             entry.grant = grant
 
+    def running(self, job_id: str, nonce: str) -> LiveEntry | None:
+        """The job that runs under `nonce`; None where that is not the grant that counts."""
+        entry = self._entries.get(job_id)
+        return entry if entry is not None and entry.grant is not None and entry.grant.nonce == nonce else None
+
     def strike_ended(self, job_id: str, nonce: str) -> LiveEntry | None:
         """Removes the job that ran under `nonce`; None where that is not the grant that counts."""
-        entry = self._entries.get(job_id)
-        if entry is None or entry.grant is None or entry.grant.nonce != nonce:
-            return None
-        return self._entries.pop(job_id)
+        entry = self.running(job_id, nonce)
+        return None if entry is None else self._entries.pop(job_id)

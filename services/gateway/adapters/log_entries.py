@@ -38,7 +38,9 @@ def read_entry(text: str) -> Entry:
 def _event_fields(event: Started | Chunk | Finished | Failed) -> dict[str, Any]:
     match event:
         case Started():
-            return {"started": asdict(event)}
+            # Beside it: gateways of an earlier version take no field more in it.
+            started = asdict(event)
+            return {"failures": started.pop("failures"), "started": started}
         case Chunk(index, text, token_ids, logprobs, sequence):
             fields: dict[str, Any] = {"index": index, "text": text, "ids": token_ids}
             if sequence:
@@ -62,7 +64,9 @@ def _read_event(fields: dict[str, Any]) -> Started | Chunk | Finished | Failed:
     if "chunk" in fields:
         return _read_chunk(fields["chunk"])
     if "started" in fields:
-        return Started(**fields["started"])
+        started = fields["started"]
+        # An earlier version took every attempt for a worker that was used up.
+        return Started(**started, failures=fields.get("failures", started["attempt"] - 1))
     if "finished" in fields:
         return _read_finished(fields["finished"])
     return Failed(_read_error(fields["failed"]))

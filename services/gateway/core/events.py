@@ -38,6 +38,8 @@ class Started:
         attempt: 1 for the first.
         queue_s: How long the request has waited.
         degraded: Whether the slot was lent without the store that all gateways share.
+        failures: Workers that the request had used up by then, as its log tells another gateway; attempts
+            count as well how often it was handed on. No client is told.
     """
 
     request_id: str
@@ -47,6 +49,7 @@ class Started:
     attempt: int
     queue_s: float
     degraded: bool = False
+    failures: int = 0
 
 
 @dataclass(frozen=True, slots=True)

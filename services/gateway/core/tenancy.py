@@ -10,8 +10,8 @@ class TenantLimits:
     """What one tenant may use.
 
     Attributes:
-        tokens_per_minute: Tokens of prompt and output within a minute; None: any number.
-        concurrency: Requests at once, waiting ones included; None: any number.
+        tokens_per_minute: Tokens of prompt and output within a minute, of each model; None: any number.
+        concurrency: Requests that run at once, of each model; waiting ones do not count. None: any number.
         weight: Its share in the queue, relative to other tenants; 1 to 100.
     """
 

@@ -10,11 +10,12 @@ from typing import Self
 
 from services.common.allowance import Allowance
 from services.common.clock import Clock
-from services.common.errors import ClientStalled, InterlockError, RequestCancelled
+from services.common.errors import InterlockError, RequestCancelled
 from services.gateway.core.events import Event, Started
 from services.gateway.dispatcher.generation import Generation
 from services.gateway.dispatcher.outbox import Outbox
 from services.gateway.dispatcher.reader import ReaderWatch
+from services.gateway.dispatcher.streams import HangUp
 
 
 class DirectStream:
@@ -31,8 +32,8 @@ class DirectStream:
         self.cursor = 0
         self._generation = generation
         self._outbox = outbox
-        self._stall_s = stall_s
-        self._reader = ReaderWatch(clock, stall_s, self._stalled)
+        # One that has ended already is none the worse for it.
+        self._reader = ReaderWatch(clock, stall_s, generation.withdraw)
 
     @property
     def started(self) -> Started | None:
@@ -89,6 +90,8 @@ class DirectStream:
                 await self._outbox.wait()
         finally:
             timer.cancel()
+        if not self._may_read():
+            self._reader.left()
         return self._may_read()
 
     def __aiter__(self) -> Self:
@@ -98,6 +101,8 @@ class DirectStream:
     async def __anext__(self) -> Event:
         """The next event, as soon as there is one."""
         self._return()
+        if self._reader.stalled is not None:
+            raise self._reader.stalled
         while not self._outbox:
             if self._generation.ended:
                 self._reader.close()
@@ -106,6 +111,10 @@ class DirectStream:
         self._reader.left()
         self.cursor += 1
         return self._outbox.take()
+
+    def watched(self, hang_up: HangUp) -> None:
+        """See `AnswerStream.watched`."""
+        self._reader.watched(hang_up)
 
     async def aclose(self) -> None:
         """Ends the request when the client is gone."""
@@ -120,7 +129,3 @@ class DirectStream:
         self._reader.returned()
         for sequence, credit in self._outbox.acknowledge():
             self._generation.add_credit(sequence, credit)
-
-    def _stalled(self) -> None:
-        stalled = ClientStalled(f"The client read nothing for {self._stall_s:g} s; its slot was freed.")
-        self._generation.withdraw(stalled)

@@ -98,6 +98,8 @@ class Dispatcher:
         self._generation_limits = generation_limits
         self._live: dict[str, Generation] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
+        # Live submissions, not resumable, for which their ids stand since this gateway claimed them.
+        self._claims: set[str] = set()
         self._emptied = asyncio.Event()
         self._draining = False
         self._refusals = Refusals()
@@ -125,6 +127,11 @@ class Dispatcher:
         """Requests that have not ended, or still owe something to the queue."""
         return len(self._live)
 
+    @property
+    def following(self) -> int:
+        """Clients that follow a resumable request here, wherever it runs."""
+        return self._resumption.following
+
     async def submit(self, job: GenerationJob) -> AnswerStream:
         """Accepts a job; iterate over what is returned, and close it.
 
@@ -142,12 +149,14 @@ class Dispatcher:
         claimed = await self._resumption.claim(job)
         if claimed is Claimed.BEFORE and job.resumable:
             with contextlib.suppress(RequestUnknown):
-                return await self._resumption.follow(job.model, job.job_id, 0, job.digest)
+                return await self._resumption.follow(job.tenant, job.model, job.job_id, 0, job.digest)
         if (known := self._live.get(job.job_id)) is not None:
             return self._join(known, job)
         if job.resumable:
             return await self._begin_resumable(job, claimed)
         generation = self._create(job)
+        if claimed is Claimed.NOW:
+            self._claims.add(job.submission)
         await self._open(generation)
         return DirectStream(
             generation, generation.outbox, self._clock, self._generation_limits.client_stall_s
@@ -156,7 +165,7 @@ class Dispatcher:
     async def _begin_resumable(self, job: GenerationJob, claimed: Claimed) -> AnswerStream:
         """Admits a request once there is room for its client: without one it would run on for nobody."""
         try:
-            self._resumption.check_room()
+            self._resumption.check_room(job.tenant)
             generation = self._create(job)
             follower = await self._open_resumable(generation)
         except InterlockError as error:
@@ -166,7 +175,7 @@ class Dispatcher:
                 await self._resumption.release(job)
             raise
         if follower is None:
-            return await self._resumption.follow(job.model, job.job_id, 0, job.digest)
+            return await self._resumption.follow(job.tenant, job.model, job.job_id, 0, job.digest)
         follower.allowance = generation.allowance
         return follower
 
@@ -182,12 +191,13 @@ class Dispatcher:
             raise
         return follower
 
-    async def resume(self, job_id: str, cursor: int) -> AnswerStream:
-        """Follows a resumable request behind `cursor`, wherever it runs or ran.
+    async def resume(self, tenant: str, job_id: str, cursor: int) -> AnswerStream:
+        """Follows a tenant's resumable request behind `cursor`, wherever it runs or ran.
 
         Raises:
             RequestUnknown: There is none of that id.
             ArgumentInvalid: The cursor lies behind its log.
+            QueueFull: As many clients follow here as may, of all tenants or of this one.
             StoreUnavailable: The logs cannot be reached.
             Draining: This gateway shuts down.
         """
@@ -197,10 +207,10 @@ class Dispatcher:
             return self._resumption.follow_here(generation, cursor)
         claim = None if generation is not None else await self._resumption.find(job_id)
         if generation is not None and generation.moved:
-            return await self._resumption.follow(generation.job.model, job_id, cursor)
+            return await self._resumption.follow(tenant, generation.job.model, job_id, cursor)
         if claim is None:
             raise RequestUnknown("No resumable request of that id is known for this subject.")
-        return await self._resumption.follow(claim.model, job_id, cursor)
+        return await self._resumption.follow(tenant, claim.model, job_id, cursor)
 
     async def cancel(self, job_id: str) -> bool:
         """Ends a request, whichever gateway has it; returns False when it had ended before.
@@ -215,9 +225,13 @@ class Dispatcher:
                 return False
             generation.withdraw(cancelled())
             return True
-        if generation is None and job_id in self._ended:
-            return False
-        return await self._cancel_elsewhere(job_id)
+        try:
+            return await self._cancel_elsewhere(job_id)
+        except (RequestUnknown, StoreUnavailable):
+            # One that ended here says nothing of another one by its id, which may be under way elsewhere.
+            if generation is None and job_id in self._ended:
+                return False
+            raise
 
     async def _cancel_elsewhere(self, job_id: str) -> bool:
         claim = await self._resumption.find(job_id)
@@ -328,7 +342,9 @@ class Dispatcher:
             self._ended[generation.job.job_id] = None
         if len(self._ended) > ENDED_MAX:
             self._ended.popitem(last=False)
-        if generation.job.digest and not generation.job.resumable:
+        if generation.job.submission in self._claims:
+            # A claim that was made before is of the living request whose twin this one was.
+            self._claims.discard(generation.job.submission)
             self._do(self._resumption.release(generation.job))
         if not self._live:
             self._emptied.set()

@@ -13,7 +13,13 @@ from typing import Self
 
 from services.common.allowance import Allowance
 from services.common.clock import Clock
-from services.common.errors import ArgumentInvalid, InterlockError, RequestUnknown, StoreUnavailable
+from services.common.errors import (
+    ArgumentInvalid,
+    ClientStalled,
+    InterlockError,
+    RequestUnknown,
+    StoreUnavailable,
+)
 from services.gateway.core.events import Chunk, Event, Finished, Queued, Started
 from services.gateway.core.jobs import Outcome
 from services.gateway.core.log import Entry, Failed, LogPage
@@ -21,6 +27,8 @@ from services.gateway.core.log_errors import lost_log
 from services.gateway.core.ports import GenerationLog
 from services.gateway.core.queue_errors import ended_error, exists_with_other_body
 from services.gateway.dispatcher.journal import Journal
+from services.gateway.dispatcher.reader import ReaderWatch
+from services.gateway.dispatcher.streams import HangUp
 
 # A notice that was lost is made good within this.
 LOOK_AGAIN_S = 1.0
@@ -41,7 +49,8 @@ class Follower:
         cursor: The last position that the client has seen.
         log: The logs in the store.
         clock: Measures.
-        on_close: Is called once, when the client is gone.
+        stall_s: How long the client may leave an event unread.
+        on_close: Is called once, when the client is gone, was away for too long or has heard the end.
     """
 
     def __init__(
@@ -51,6 +60,7 @@ class Follower:
         cursor: int,
         log: GenerationLog,
         clock: Clock,
+        stall_s: float,
         on_close: Callable[[Follower], None],
     ) -> None:
         self.job_id = job_id
@@ -59,6 +69,7 @@ class Follower:
         self._model = model
         self._log = log
         self._clock = clock
+        self._reader = ReaderWatch(clock, stall_s, self._stalled)
         self._on_close: Callable[[Follower], None] | None = on_close
         self._journal: Journal | None = None
         self._read = cursor
@@ -141,6 +152,7 @@ class Follower:
 
     async def ready(self, timeout_s: float) -> bool:
         """See `AnswerStream.ready`."""
+        self._reader.returned()
         if self.has_news:
             return True
         try:
@@ -148,6 +160,7 @@ class Follower:
                 while not self.has_news:
                     await self._fill()
         except TimeoutError:
+            self._reader.left()
             return False
         return True
 
@@ -157,19 +170,33 @@ class Follower:
 
     async def __anext__(self) -> Event:
         """The next event, as soon as there is one."""
+        self._reader.returned()
         while not self.has_news:
             await self._fill()
-        if self._error is not None:
-            raise self._error
-        if self._entries:
-            return self._take(self._entries.popleft())
-        if self._unsaid is not None:
-            queued, self._unsaid = self._unsaid, None
-            return queued
-        raise StopAsyncIteration
+        event = self._next()
+        if event is None:
+            # Nobody's place is taken by a client that has still to read a body made of all it heard.
+            self._leave()
+            raise self._error or StopAsyncIteration
+        self._reader.left()
+        return event
+
+    def watched(self, hang_up: HangUp) -> None:
+        """See `AnswerStream.watched`."""
+        self._reader.watched(hang_up)
 
     async def aclose(self) -> None:
         """See `AnswerStream.aclose`."""
+        self._leave()
+
+    def _stalled(self, error: ClientStalled) -> None:
+        self._fail(error)
+        # It may be a whole log.
+        self._entries.clear()
+        self._leave()
+
+    def _leave(self) -> None:
+        self._reader.close()
         on_close, self._on_close = self._on_close, None
         if self._journal is not None:
             self._journal.readers.discard(self.notice)
@@ -181,20 +208,28 @@ class Follower:
         events = (entry.event for entry in self._entries)
         return next((event for event in events if isinstance(event, Chunk | Finished | Failed)), None)
 
-    def _take(self, entry: Entry) -> Event:
+    def _next(self) -> Event | None:
+        """The next of what was read; None: nothing follows it but, perhaps, an error."""
+        if self._error is not None:
+            return None
+        if self._entries:
+            return self._take(self._entries.popleft())
+        queued, self._unsaid = self._unsaid, None
+        return queued
+
+    def _take(self, entry: Entry) -> Event | None:
         event = entry.event
         self.cursor += 1
         if isinstance(event, Failed):
             self._fail(event.error)
-            raise event.error
+            return None
         if isinstance(event, Chunk) and self._started is not None:
             self._revision = self._started.revision
         if isinstance(event, Started):
             if self._revision not in {"", event.revision}:
                 # The log was lost and begun anew: two texts would be mixed.
-                lost = lost_log()
-                self._fail(lost)
-                raise lost
+                self._fail(lost_log())
+                return None
             self._started = event
         if entry.is_last:
             self._ended = True

@@ -153,7 +153,7 @@ class Generation:
             resumable=True,
             # Other numbers than those that a worker may have heard from the process before.
             starts=taken.adoptions << ADOPTION_BITS,
-            failures=0 if started is None else started.attempt,
+            failures=0 if started is None else started.failures,
             emitted=self._narration.answers.progress > 0,
             revision="" if started is None else started.revision,
         )
@@ -354,7 +354,7 @@ class Generation:
             self._complete(sequence, FinishReason.LENGTH)
         if self.ended:
             return
-        self._narration.start(grant, self._request.failures + 1)
+        self._narration.start(grant, self._request.failures)
         order = answers.work_order(grant, number, self.outbox.first_credit_tokens())
         self._engagement.start(grant, order)
 

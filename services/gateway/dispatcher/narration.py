@@ -51,6 +51,8 @@ class Narration:
         self._accepted_s = clock.monotonic() - job.waited_s
         self.answers = Answers(job, self._accepted_s)
         self.started: Started | None = None
+        # Attempts that used up no worker, but were cut short by another gateway's end.
+        self._cut_short = 0
         self._unsaid = False
         self._position: int | None = None
         self._place_due_s = 0.0
@@ -58,6 +60,7 @@ class Narration:
     def restore(self, entries: Sequence[Entry], started: Started | None) -> bool:
         """Goes on behind a log; returns whether its text is what comes out here."""
         self.started = started
+        self._cut_short = 0 if started is None else started.attempt - started.failures
         return self.answers.restore(entries)
 
     @property
@@ -81,8 +84,8 @@ class Narration:
         self._position = None
         self.answers.grant(self._clock.monotonic())
 
-    def start(self, grant: Grant, attempt: int) -> None:
-        """Tells that a worker is asked."""
+    def start(self, grant: Grant, failures: int) -> None:
+        """Tells that a worker is asked, after so many that were used up."""
         # Later workers are named with their first tokens: the client need not hear of those that refuse.
         self._unsaid = self.started is not None
         self.started = Started(
@@ -90,9 +93,10 @@ class Narration:
             model=self._job.model,
             revision=grant.revision,
             worker_id=grant.worker_id,
-            attempt=attempt,
+            attempt=self._cut_short + failures + 1,
             queue_s=self.answers.queue_s,
             degraded=grant.degraded,
+            failures=failures,
         )
         if not self._unsaid:
             self._outbox.put(self.started)

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 
 from services.common.clock import Clock
+from services.common.errors import ClientStalled
+from services.gateway.dispatcher.streams import HangUp
 
 
 class ReaderWatch:
@@ -13,18 +15,27 @@ class ReaderWatch:
 
     One timer serves many events: it looks when the first of them would be too old, and sets itself again.
 
+    Attributes:
+        stalled: What the reader is told once it was away for too long; None before.
+
     Args:
         clock: Measures.
         stall_s: How long a reader may be away.
-        on_stall: Is called once it is away longer.
+        on_stall: Is called, once, when it is away longer, with what it is told if it comes back.
     """
 
-    def __init__(self, clock: Clock, stall_s: float, on_stall: Callable[[], None]) -> None:
+    def __init__(self, clock: Clock, stall_s: float, on_stall: Callable[[ClientStalled], None]) -> None:
         self._clock = clock
         self._stall_s = stall_s
         self._on_stall = on_stall
+        self._hang_up: HangUp | None = None
+        self.stalled: ClientStalled | None = None
         self._left_s: float | None = None
         self._timer: asyncio.TimerHandle | None = None
+
+    def watched(self, hang_up: HangUp) -> None:
+        """See `AnswerStream.watched`."""
+        self._hang_up = hang_up
 
     def returned(self) -> None:
         """The reader asks for an event."""
@@ -33,7 +44,7 @@ class ReaderWatch:
     def left(self) -> None:
         """The reader goes away with an event."""
         self._left_s = self._clock.monotonic()
-        if self._timer is None:
+        if self._timer is None and self.stalled is None:
             self._arm(self._stall_s)
 
     def close(self) -> None:
@@ -52,4 +63,10 @@ class ReaderWatch:
         if left_s > 0:
             self._arm(left_s)
         else:
-            self._on_stall()
+            self._stall()
+
+    def _stall(self) -> None:
+        self.stalled = ClientStalled(f"The client read nothing for {self._stall_s:g} s.")
+        self._on_stall(self.stalled)
+        if self._hang_up is not None:
+            self._hang_up(self.stalled)

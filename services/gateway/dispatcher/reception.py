@@ -190,11 +190,13 @@ class Reception:
         Raises:
             ArgumentInvalid: The id is not well-formed, or the cursor lies behind the log.
             RequestUnknown: The subject has no such request.
+            QueueFull: As many clients follow here as may, of all subjects or of this one.
         """
         validation.check_request_id(request_id)
         if cursor > _CURSOR_MAX:
             raise ArgumentInvalid("cursor: no log has so many events; send the last one that was received.")
-        return await self._dispatcher.resume(job_id(principal.subject, request_id), cursor)
+        subject = principal.subject
+        return await self._dispatcher.resume(subject, job_id(subject, request_id), cursor)
 
     async def cancel(self, principal: Principal, request_id: str) -> bool:
         """Ends a request of the caller's own subject; returns False when it had ended before.

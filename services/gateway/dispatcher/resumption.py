@@ -6,6 +6,8 @@ Must not know: the life of a request.
 from __future__ import annotations
 
 import contextlib
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -19,6 +21,8 @@ from services.gateway.core.queue_errors import exists_with_other_body
 from services.gateway.dispatcher.follower import Follower
 from services.gateway.dispatcher.generation import Generation
 
+# Whoever follows most leaves half of the places to the others.
+SHARE_MAX = 0.5
 # A client may be served by somebody else within this.
 RETRY_WHEN_FULL_S = 1.0
 
@@ -37,13 +41,20 @@ class ResumptionLimits:
 
     Attributes:
         followers_max: Most clients that follow logs at this gateway.
+        client_stall_s: How long a client may leave an event unread.
         resume_ttl_s: How long a log outlives its request.
         record_ttl_s: How long the queue remembers how another request ended.
     """
 
     followers_max: int = 4_096
+    client_stall_s: float = 30.0
     resume_ttl_s: float = 600.0
     record_ttl_s: float = 60.0
+
+    @property
+    def tenant_followers_max(self) -> int:
+        """Most of them that are of one tenant."""
+        return max(1, math.ceil(self.followers_max * SHARE_MAX))
 
 
 class Resumption:
@@ -71,12 +82,13 @@ class Resumption:
         self._clock = clock
         self._limits = limits
         self._followers: dict[str, set[Follower]] = {}
-        self._following = 0
+        # By tenant; those that have none are not in it.
+        self._following: Counter[str] = Counter()
 
     @property
     def following(self) -> int:
         """Clients that follow a log here."""
-        return self._following
+        return self._following.total()
 
     async def claim(self, job: GenerationJob) -> Claimed:
         """Lets the request's id stand for it; returns whether it does, and since when.
@@ -107,13 +119,19 @@ class Resumption:
         """What an id stands for."""
         return await self._directory.find(job_id)
 
-    def check_room(self) -> None:
-        """Refuses where no client more can follow.
+    def check_room(self, tenant: str) -> None:
+        """Refuses where no client more of a tenant can follow.
 
         Raises:
-            QueueFull: This gateway carries as many as it may.
+            QueueFull: This gateway carries as many as it may, of all tenants or of this one.
         """
-        if self._following >= self._limits.followers_max:
+        most = self._limits.tenant_followers_max
+        if self._following[tenant] >= most:
+            raise QueueFull(
+                f"{most} clients of this subject follow resumable requests at this gateway already.",
+                retry_after_s=RETRY_WHEN_FULL_S,
+            )
+        if self.following >= self._limits.followers_max:
             raise QueueFull(
                 f"This gateway carries {self._limits.followers_max} followers already.",
                 retry_after_s=RETRY_WHEN_FULL_S,
@@ -132,27 +150,22 @@ class Resumption:
             raise ArgumentInvalid(f"cursor: the log has {len(journal.entries)} events.")
         attendance = generation.attendance
 
-        def leave(follower: Follower) -> None:
-            attendance.go()
-            self._drop(follower)
-
-        follower = self._add(
-            Follower(generation.job.model, generation.job.job_id, cursor, self.log, self._clock, leave)
-        )
+        job = generation.job
+        follower = self._add(job.tenant, job.model, job.job_id, cursor, attendance.go)
         attendance.come()
         follower.allowance = generation.allowance
         follower.read_journal(journal)
         return follower
 
-    async def follow(self, model: str, job_id: str, cursor: int, digest: str = "") -> Follower:
-        """A client of a request that runs, or ended, anywhere.
+    async def follow(self, tenant: str, model: str, job_id: str, cursor: int, digest: str = "") -> Follower:
+        """A client, of a tenant, of a request that runs, or ended, anywhere.
 
         Raises:
             RequestUnknown: There is no such resumable request.
             RequestExists: It was asked something else than `digest` says.
             QueueFull: See `check_room`.
         """
-        follower = self._add(Follower(model, job_id, cursor, self.log, self._clock, self._drop))
+        follower = self._add(tenant, model, job_id, cursor, lambda: None)
         try:
             await follower.read_store(digest)
         except BaseException:
@@ -171,14 +184,25 @@ class Resumption:
             for follower in followers:
                 follower.end(error)
 
-    def _add(self, follower: Follower) -> Follower:
-        self.check_room()
-        self._following += 1
-        self._followers.setdefault(follower.job_id, set()).add(follower)
+    def _add(
+        self, tenant: str, model: str, job_id: str, cursor: int, on_leave: Callable[[], None]
+    ) -> Follower:
+        self.check_room(tenant)
+
+        def leave(follower: Follower) -> None:
+            on_leave()
+            self._drop(tenant, follower)
+
+        stall_s = self._limits.client_stall_s
+        follower = Follower(model, job_id, cursor, self.log, self._clock, stall_s, leave)
+        self._following[tenant] += 1
+        self._followers.setdefault(job_id, set()).add(follower)
         return follower
 
-    def _drop(self, follower: Follower) -> None:
-        self._following -= 1
+    def _drop(self, tenant: str, follower: Follower) -> None:
+        self._following[tenant] -= 1
+        if not self._following[tenant]:
+            del self._following[tenant]
         followers = self._followers[follower.job_id]
         followers.discard(follower)
         if not followers:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+from collections.abc import Callable
+from typing import Protocol, Self, TypeAlias
 
 from services.common.allowance import Allowance
 from services.common.errors import InterlockError
 from services.gateway.core.events import Event, Started
+
+# Ends the call of a client, which waits in a write, with an error.
+HangUp: TypeAlias = Callable[[InterlockError], None]
 
 
 class AnswerStream(Protocol):
@@ -55,7 +59,17 @@ class AnswerStream(Protocol):
         ...
 
     async def ready(self, timeout_s: float) -> bool:
-        """Whether, within `timeout_s`, asking for the next event will answer at once."""
+        """Whether, within `timeout_s`, asking for the next event will answer at once.
+
+        Where it will not, the client is sent a sign of life, and counts as away until somebody asks again.
+        """
+        ...
+
+    def watched(self, hang_up: HangUp) -> None:
+        """From now on `hang_up` is called, once, when the client has left an event unread for too long.
+
+        What the stream held is free by then, and whoever reads on all the same is told CLIENT_STALLED.
+        """
         ...
 
     async def aclose(self) -> None:

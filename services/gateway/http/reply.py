@@ -19,6 +19,7 @@ from services.common.errors import InterlockError, InternalError
 from services.common.grpc_types import Context
 from services.gateway.core.events import Chunk, Event, Finished
 from services.gateway.dispatcher.streams import AnswerStream
+from services.gateway.hanging_up import hanging_up
 from services.gateway.http.whole import Answer, Said
 from services.gateway.servicer import REQUEST_ID_KEY, note_worker, response_metadata
 
@@ -79,6 +80,10 @@ class Reply:
         known = response_metadata(self.request_id, generation)
         own = self._shape.headers(self.request_id)
         await self._context.send_initial_metadata((*known, *own, *more))
+
+    def watch(self, generation: AnswerStream) -> None:
+        """Ends the call, without a word that could be read, when the client leaves its events unread."""
+        generation.watched(hanging_up(self._context))
 
     async def whole(self, data: bytes, generation: AnswerStream | None = None) -> HttpBody:
         """Sends the headers of a reply whose body is whole, and returns it: what fails has failed before."""
@@ -148,6 +153,7 @@ async def streamed(
     Raises:
         InterlockError: What the request ended with; before the first byte it still has its status.
     """
+    reply.watch(generation)
     await generation.first_output(BEGIN_WAIT_S)
     await reply.begin(generation)
     now_s = asyncio.get_running_loop().time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from structlog.testing import capture_logs
 from services.common import config, trust
 from services.common.config import ConfigInvalid
 from services.common.errors import TokenInvalid, TokenRevoked
+from services.common.jwks import KeyFollower, source_of
 from services.common.revocation import RevocationList
 from services.common.system_clock import SystemClock
 from services.common.token_claims import TimeRules
-from services.common.token_keys import SecretWeak
+from services.common.token_keys import PublishedKeys, SecretWeak
 from services.common.token_settings import TokenSettings
 from services.common.trust import Trust
 from services.controller.config import ControllerConfig
@@ -103,18 +105,40 @@ async def test_a_secret_needs_no_follower() -> None:
         tokens.verifier.verify(signer("HS256").token(jti="one"))
 
 
-async def test_a_defect_is_told_and_not_hidden() -> None:
-    """Whatever ends the following of keys and revocations is in the log, and reaches whoever runs it."""
+async def test_a_defect_is_told_and_ends_neither_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Revoked tokens are read again though that failed, and keys are followed all the while."""
+    monkeypatch.setattr(trust, "AGAIN_S", 0.01)
+    read, followed = asyncio.Event(), asyncio.Event()
 
     class Broken(RevocationList):
-        async def run(self) -> None:
-            raise RuntimeError("a defect")
+        failures = 0
 
-    tokens = built(jwt_secret=RIGHT)
-    broken = replace(tokens, revocations=Broken(None, TimeRules(), lambda: 0.0))
-    with capture_logs() as lines, pytest.raises(ExceptionGroup):
-        await broken.run()
-    assert [line["event"] for line in lines] == ["trust.crashed"]
+        async def run(self) -> None:
+            if self.failures < 2:
+                self.failures += 1
+                raise RuntimeError("a defect")
+            read.set()
+            await asyncio.Event().wait()
+
+    class Follower(KeyFollower):
+        async def run(self) -> None:
+            await read.wait()
+            followed.set()
+            await asyncio.Event().wait()
+
+    with key_server(key_set(signing_key("RS256"))) as issuer:
+        source = source_of(issuer.url, http_allowed=True)
+        follower = Follower(source, PublishedKeys("RS256"), SystemClock().monotonic)
+        broken = Broken(None, TimeRules(), lambda: 0.0)
+        tokens = replace(built(jwt_secret=RIGHT), revocations=broken, follower=follower)
+        with capture_logs() as lines:
+            running = asyncio.create_task(tokens.run())
+            async with asyncio.timeout(5):
+                await followed.wait()
+            running.cancel()
+            await asyncio.wait([running])
+    assert running.cancelled()
+    assert [line["event"] for line in lines] == ["trust.crashed"] * 2
 
 
 def test_one_variable_reaches_every_service(tmp_path: Path) -> None:

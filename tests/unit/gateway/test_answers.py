@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 from services.gateway.adapters.log_entries import read_entry, write_entry
 from services.gateway.core.answers import Answers
 from services.gateway.core.attempts import Output
@@ -70,6 +73,16 @@ def test_text_that_an_end_let_go_is_part_of_the_log() -> None:
     held = Chunk(0, "say en", ids("say en"), (), 1)
     assert answers(stop=("end",)).restore(log_of(STARTED, held, ended))
     assert not answers(stop=("end",)).restore(log_of(STARTED, held)), "without the end it is held back still"
+
+
+def test_a_log_tells_how_many_workers_were_used_up() -> None:
+    """Not how often the request was handed on; an earlier version's log does not tell the two apart."""
+    started = replace(STARTED, attempt=4, failures=1)
+    text = write_entry(Entry(started))
+    assert read_entry(text).event == started
+    fields = json.loads(text)
+    del fields["failures"]
+    assert read_entry(json.dumps(fields)).event == replace(started, failures=3)
 
 
 def test_a_log_with_a_gap_is_not_continued() -> None:

@@ -232,6 +232,35 @@ async def test_a_full_queue_does_not_hold_the_loop_when_the_store_goes() -> None
     assert many["settle"] < 3 * few["settle"]
 
 
+async def test_a_refusal_that_comes_after_the_store_has_gone_leaves_nothing_behind(world: World) -> None:
+    """The job was moved meanwhile, and would be lent a slot that nobody gives back."""
+    running = {grant.job_id: grant for grant in [await world.granted(name) for name in "xy"]}
+    for name in "abc":
+        assert isinstance(await world.queue.enqueue(job(name)), Waiting)
+    world.store.meanwhile["enqueue"] = world.go_away
+    with pytest.raises(QueueFull):
+        await world.queue.enqueue(job("late"))
+    assert world.queue.degraded
+    assert await world.queue.length(MODEL) == 3
+    for grant in running.values():
+        await world.queue.settle(MODEL, grant.job_id, grant.nonce, Outcome.FINISHED, 1)
+    for name in "abc":
+        await world.queue.cancel(MODEL, name, f"s-{name}")
+    assert "late" not in {grant.job_id for grant in world.heard}
+    assert (await world.granted("next")).degraded
+
+
+async def test_a_refusal_that_comes_after_a_slot_was_lent_here_is_not_heard(world: World) -> None:
+    """Its client was told of the slot already; the job goes on in it, and gives it back."""
+    await world.store.enqueue(replace(job("a"), submission="another"))
+    world.store.meanwhile["enqueue"] = world.go_away
+    grant = await world.granted("a")
+    assert grant.degraded
+    assert world.heard == [grant]
+    assert await world.queue.settle(MODEL, "a", grant.nonce, Outcome.FINISHED, 1)
+    assert (await world.granted("b")).degraded
+
+
 async def test_an_operator_may_keep_the_store_out(world: World) -> None:
     """Forced open: degraded though the store is well, until it is released."""
     world.circuit.force(State.FORCED_OPEN)

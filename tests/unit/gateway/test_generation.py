@@ -301,6 +301,25 @@ async def test_without_room_for_its_client_a_claim_is_given_back_by_who_made_it(
         assert world.logs.claims == ({"a": claim} if known else {})
 
 
+async def test_a_refused_twin_leaves_the_claim_of_the_living_request(world: World) -> None:
+    """Its id, which cannot be resumed, stands for the one at the other gateway, until that one ends."""
+    await world.logs.claim("a", Claim("m", "d"), 60)
+    world.queue.answer = RequestExists("living")
+    with pytest.raises(RequestExists):
+        await world.dispatcher.submit(job("a", digest="d"))
+    world.queue.answer = None
+    await asyncio.sleep(0)
+    with pytest.raises(RequestExists, match="other"):
+        await world.dispatcher.submit(job("a", digest="another body"))
+    # What was claimed here is given back here.
+    stream = await world.dispatcher.submit(job("b", digest="d"))
+    await stream.aclose()
+    await world.queue.wait_for("settle:cancelled", "n2")
+    await world.dispatcher.wait_empty()
+    await asyncio.sleep(0)
+    assert list(world.logs.claims) == ["a"]
+
+
 async def test_a_grant_that_comes_after_the_end_is_given_back(world: World) -> None:
     """The cancellation and the grant crossed: the slot is settled under its own nonce."""
     world.queue.answer = Waiting(1)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
+import grpc
 import pytest
 from google.api.httpbody_pb2 import HttpBody
 
@@ -24,15 +25,23 @@ class FakeContext:
 
     Attributes:
         sent: The initial metadata; None before it is sent.
+        aborted: The message of the status that the call was ended with.
     """
 
     def __init__(self) -> None:
         self.sent: dict[str, Any] | None = None
+        self.aborted = ""
 
     async def send_initial_metadata(self, metadata: Any) -> None:
         """Remembers it."""
         assert self.sent is None
         self.sent = dict(metadata)
+
+    async def abort(self, code: Any, message: str, metadata: Any) -> None:
+        """Remembers it."""
+        del code, metadata
+        self.aborted = message
+        raise grpc.aio.AbortError
 
 
 @pytest.fixture
@@ -136,17 +145,29 @@ async def test_the_last_text_goes_out_with_the_end(world: World) -> None:
 
 @pytest.mark.parametrize("texts", ["a", "abc"])
 async def test_who_does_not_come_back_for_more_is_away(world: World, texts: str) -> None:
-    """Whatever it was given last, together with what else: its request does not run on for it."""
-    _, bodies = await open_stream(world)
-    sink = world.workers.attempts[0].sink
-    for at, text in enumerate(texts):
-        sink.output(Output(at, ids(text)))
-        await anext(bodies)
-    # Twice as long as the world waits for its clients.
-    await asyncio.sleep(0.4)
+    """Whatever it was given last, together with what else: neither request nor call goes on for it."""
+    contexts = []
+
+    async def handle() -> None:
+        context, bodies = await open_stream(world)
+        contexts.append(context)
+        sink = world.workers.attempts[0].sink
+        for at, text in enumerate(texts):
+            sink.output(Output(at, ids(text)))
+            await anext(bodies)
+        # The write of what it was given last does not end.
+        try:
+            await asyncio.Event().wait()
+        finally:
+            with pytest.raises(ClientStalled):
+                await anext(bodies)
+
+    handler = asyncio.create_task(handle())
+    async with asyncio.timeout(5):
+        await asyncio.wait([handler])
+    assert handler.cancelled()
     assert world.workers.attempts[0].cancelled
-    with pytest.raises(ClientStalled):
-        await anext(bodies)
+    assert "read nothing" in contexts[0].aborted
 
 
 async def test_what_was_there_before_an_error_goes_out_before_it(world: World) -> None:

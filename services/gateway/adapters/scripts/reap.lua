@@ -45,6 +45,13 @@ local function forget_gateway(gateway)
   for _, worker_id in ipairs(redis.call('SMEMBERS', PREFIX .. 'opened')) do close_pair(gateway, worker_id) end
 end
 
+-- A gateway that had not heard of a worker's end listed its breaker later.
+local function forget_workers()
+  for _, worker_id in ipairs(redis.call('SMEMBERS', PREFIX .. 'opened')) do
+    if redis.call('EXISTS', PREFIX .. 'worker:' .. worker_id) == 0 then forgive_worker(worker_id) end
+  end
+end
+
 local function forget_gateways()
   local gone = redis.call('ZRANGEBYSCORE', PREFIX .. 'gateways', '-inf', NOW - GATEWAYS_KEPT_MS, 'LIMIT', 0, JOBS_MAX)
   for _, gateway in ipairs(gone) do forget_gateway(gateway) end
@@ -53,6 +60,7 @@ end
 reap_leases()
 reap_pinned()
 forget_gateways()
+forget_workers()
 prune_shares(JOBS_MAX)
 grant_free()
 return { GRANTED, ADOPTED }
