@@ -12,7 +12,10 @@ from services.cli.parser import build
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0 when it worked, 1 when it failed; argparse exits with 2 on misuse."""
-    arguments = build().parse_args(argv)
+    arguments, unknown = build().parse_known_args(argv)
+    if unknown:
+        # By the command's own parser, whose usage shows what it takes; argparse would show the first one's.
+        arguments.refuse(f"unrecognized arguments: {' '.join(unknown)}")
     # Only the module of this command is imported: `interlock token` must not wait for the rest.
     module = importlib.import_module(f"services.cli.{arguments.module}")
     try:

@@ -44,6 +44,7 @@ def build() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(refuse=parser.error)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (_up, _down, _status, _token, _chat, _models, _rollouts, _workers, _breakers, _envoy, _bench):
         add(commands)
@@ -61,7 +62,7 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module, _, function = run.partition(":")
-    parser.set_defaults(module=module, function=function or "run")
+    parser.set_defaults(module=module, function=function or "run", refuse=parser.error)
     return parser
 
 
@@ -121,7 +122,7 @@ def _status(commands: _Commands) -> None:
         "Show what runs, and where.",
         run="status",
         examples="""\
-  interlock status                   processes and breakers, once; 1 when one of them is not well
+  interlock status                   processes and breakers, once; 1 when a process is not well
   interlock status --watch           queue, routes and workers too, anew each second until Ctrl-C
   interlock status --watch --json    the same, one JSON object a line
 """,
@@ -161,9 +162,11 @@ def _token(commands: _Commands) -> None:
         run="revoke",
         examples="""\
   interlock token revoke eyJhbGciOi...   by the token itself: only its jti is sent
-  interlock token revoke 3f2a9c...       by its jti""",
+  interlock token revoke 3f2a9c...       by its jti
+  interlock token revoke --id team.7     by a jti with a dot in it""",
     )
     revoke.add_argument("token", metavar="TOKEN|JTI", help="the token, or its jti")
+    revoke.add_argument("--id", action="store_true", help="it is a jti, although it looks like a token")
     keys = _command(inner, "jwks", "Print the JWK set of private keys' public halves.", run="token:key_set")
     keys.add_argument("keys", nargs="+", metavar="FILE", help="private key (PEM)")
 
@@ -277,7 +280,10 @@ def _rollouts(commands: _Commands) -> None:
     )
     start.add_argument("--bake", type=_duration_s, default="60s", help="how long it is judged (%(default)s)")
     start.add_argument(
-        "--quorum", type=_count_of(10_000), metavar="N", help="workers that must be ready; at most all (all)"
+        "--quorum",
+        type=_count_of(10_000),
+        metavar="N",
+        help="workers that must be ready; more than there are: all (all)",
     )
     start.add_argument(
         "--max-failed",

@@ -58,6 +58,7 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx
 def push(arguments: argparse.Namespace) -> int:
     """Uploads a directory as a revision and prints it."""
     directory = Path(arguments.path)
+    golden = [] if arguments.golden is None else _golden(Path(arguments.golden))
     try:
         with _spinning(f"Reading {directory.name}"):
             files = artifacts.describe(directory)
@@ -73,7 +74,7 @@ def push(arguments: argparse.Namespace) -> int:
         quantization=_QUANTIZATIONS[arguments.quantization],
         compute_dtype=_DTYPES[arguments.dtype],
         context_tokens=arguments.context_tokens or _context_tokens(directory),
-        golden_prompts=[] if arguments.golden is None else _golden(Path(arguments.golden)),
+        golden_prompts=golden,
     )
     revision = asyncio.run(_push(directory, manifest))
     _show([revision], as_json=arguments.json)
@@ -171,11 +172,12 @@ def _context_tokens(directory: Path) -> int:
 
 def _golden(file: Path) -> list[model_pb2.GoldenPrompt]:
     """Golden prompts from a JSON list of objects with the contract's fields."""
+    with file.open("rb") as stream:
+        text = stream.read(GOLDEN_BYTES_MAX)
     try:
-        with file.open("rb") as stream:
-            entries = json.loads(stream.read(GOLDEN_BYTES_MAX))
+        entries = json.loads(text)
         return [ParseDict(entry, model_pb2.GoldenPrompt()) for entry in entries]
-    except (OSError, ValueError, TypeError, AttributeError, ParseError):
+    except (ValueError, TypeError, AttributeError, ParseError):
         raise CommandFailed(
             f'{file}: must be a JSON list such as [{{"text": "2 + 2 =", "expected": "4", "max_tokens": 8}}].'
         ) from None
@@ -183,7 +185,11 @@ def _golden(file: Path) -> list[model_pb2.GoldenPrompt]:
 
 @contextlib.contextmanager
 def _bar(manifest: model_pb2.Manifest, missing: Sequence[pb.MissingBlob]) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error over the bytes that are sent."""
+    """A progress bar on standard error over the bytes that are sent; a line where none is."""
+    if not missing:
+        Console(stderr=True).print("Every file is there already; only the manifest is sent.")
+        yield lambda _: None
+        return
     sizes = {file.sha256: file.size_bytes for file in manifest.files}
     total, done = sum(sizes.values()), sum(sizes.values())
     done -= sum(sizes[blob.sha256] - blob.offset for blob in missing)

@@ -1,4 +1,7 @@
-"""`interlock status`. Owns: what a command can see of the local mesh from outside, and its breakers."""
+"""`interlock status`. Owns: what a command sees of the local mesh from outside, and asks its controller.
+
+A process that hangs listens all the same, so that only the controller knows of a worker that does.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import importlib
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 from services.cli import table
 from services.cli.failure import CommandFailed
@@ -17,17 +21,17 @@ from services.local.state import MeshState, Part
 
 # On one machine a listener answers at once.
 _CONNECT_TIMEOUT_S = 0.5
-# What runs is told also while nobody can be asked for the breakers.
+# What runs is told also while nobody can be asked for more.
 _ASK_TIMEOUT_S = 2.0
 
-# Of several controllers one leads; the others stand by, and are well.
-_WELL = {"running", "leading", "standby"}
+# Of several controllers one leads; the others stand by, and are well. A worker drains as it was told to.
+_WELL = {"running", "leading", "standby", "draining"}
 
 _COLUMNS = {"kind": "KIND", "id": "ID", "state": "STATE", "address": "ADDRESS", "pid": "PID"}
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints one line a process. Returns 1 when one of them does not run. Breakers follow."""
+    """Prints one line a process. Returns 1 when one of them is not well. Breakers follow."""
     home = Home.of_environment(os.environ)
     mesh = _running(home)
     if arguments.watch:
@@ -36,10 +40,11 @@ def run(arguments: argparse.Namespace) -> int:
         code: int = watch.run(home, lambda: _running(home), _rows, as_json=arguments.json)
         return code
     rows = _rows(mesh)
-    shown = _breakers(home, mesh)
+    workers, breakers = _ask(home, mesh)
+    tell_workers(rows, workers)
     if not arguments.json:
         _headline(home, mesh)
-    table.show([*rows, *shown], _COLUMNS, as_json=arguments.json)
+    table.show([*rows, *breakers], _COLUMNS, as_json=arguments.json)
     return 0 if _is_well(rows) else 1
 
 
@@ -83,19 +88,45 @@ def _tell_leader(rows: list[dict[str, str | int]]) -> None:
         row["state"] = "leading" if serves is True else "standby" if serves is None else "unreachable"
 
 
+def tell_workers(rows: list[dict[str, str | int]], workers: list[dict[str, Any]] | None) -> None:
+    """Says of workers that run how they are to the controller.
+
+    Args:
+        rows: The processes.
+        workers: The controller's, fields as in the protos; None: it could not be asked, and nothing changes.
+    """
+    if workers is None:
+        return
+    # Loaded late, as below.
+    module = importlib.import_module("services.cli.workers")
+    states = {worker["id"]: module.state_for_people(worker) for worker in workers}
+    for row in rows:
+        if row["kind"] == "worker" and row["state"] == "running":
+            # One that the controller has forgotten is lost for longer than the others.
+            told = states.get(row["id"], "lost")
+            row["state"] = "running" if told == "serving" else told
+
+
 def _headline(home: Home, mesh: MeshState) -> None:
     print(f"{mesh.model} at {mesh.http} (home {home.path}, supervisor {mesh.pid})\n")
 
 
-def _breakers(home: Home, mesh: MeshState) -> list[dict[str, str | int]]:
-    """One line a breaker, by gateway and target; none where the controller cannot be asked."""
+def _ask(home: Home, mesh: MeshState) -> tuple[list[dict[str, Any]] | None, list[dict[str, str | int]]]:
+    """The controller's workers, and a line a breaker; None and no lines where it cannot be asked."""
     # Loaded only where there is a mesh to ask: without one the command answers before gRPC would be there.
     breakers = importlib.import_module("services.cli.breakers")
-    try:
-        found = asyncio.run(breakers.read_breakers(home, mesh, timeout_s=_ASK_TIMEOUT_S))
-    except CommandFailed:
-        return []
-    return [
+    workers = importlib.import_module("services.cli.workers")
+
+    async def ask() -> list[Any]:
+        asked = (
+            read(home, mesh, timeout_s=_ASK_TIMEOUT_S)
+            for read in (workers.read_workers, breakers.read_breakers)
+        )
+        # It can know its workers and not the breakers: those are in the store.
+        return list(await asyncio.gather(*asked, return_exceptions=True))
+
+    found, shown = (_unless_failed(told) for told in asyncio.run(ask()))
+    return found, [
         {
             "kind": "breaker",
             "id": f"{row['gateway_id']}/{row['target']}",
@@ -103,8 +134,18 @@ def _breakers(home: Home, mesh: MeshState) -> list[dict[str, str | int]]:
             "address": "",
             "pid": "",
         }
-        for row in found
+        for row in shown or ()
     ]
+
+
+def _unless_failed(told: Any) -> list[dict[str, Any]] | None:
+    """What was told; None: the question failed."""
+    if isinstance(told, CommandFailed):
+        return None
+    if isinstance(told, BaseException):
+        raise told
+    rows: list[dict[str, Any]] = told
+    return rows
 
 
 def _row(kind: str, part: Part) -> dict[str, str | int]:

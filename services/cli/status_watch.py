@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from services.cli import breakers, models, workers
+from services.cli import breakers, models, status, workers
 from services.cli.access import entrance, rows_of
 from services.cli.failure import CommandFailed
 from services.local.home import Home
@@ -88,6 +88,7 @@ async def look(home: Home, mesh: MeshState, processes: Processes) -> dict[str, A
         _ask(home, mesh), asyncio.to_thread(processes, mesh), asyncio.to_thread(_live_requests, mesh)
     )
     known = asked or {"models": None, "workers": None, "breakers": None}
+    status.tell_workers(rows, known["workers"])
     waiting = None
     if live is not None and known["workers"] is not None:
         waiting = max(0, live - sum(row.get("load", {}).get("running", 0) for row in known["workers"]))

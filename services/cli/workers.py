@@ -11,6 +11,8 @@ from interlock.v1.controller_service_pb2_grpc import ControllerServiceStub
 
 from services.cli import table
 from services.cli.access import ANSWER_TIMEOUT_S, entrance, rows_of, running_mesh
+from services.local.home import Home
+from services.local.state import MeshState
 
 COLUMNS = {
     "id": "ID",
@@ -24,20 +26,27 @@ COLUMNS = {
 
 def list_workers(arguments: argparse.Namespace) -> int:
     """Prints the workers of the mesh."""
-    rows = asyncio.run(_workers())
+    rows = asyncio.run(read_workers(*running_mesh()))
     if not arguments.json:
         rows = [for_people(row) for row in rows]
     table.show(rows, COLUMNS, as_json=arguments.json)
     return 0
 
 
-async def _workers() -> list[dict[str, Any]]:
-    home, mesh = running_mesh()
+async def read_workers(
+    home: Home, mesh: MeshState, *, timeout_s: float = ANSWER_TIMEOUT_S
+) -> list[dict[str, Any]]:
+    """The workers of a mesh, one object each, fields as in the protos."""
     async with entrance(home, mesh) as (channel, metadata):
         reply = await ControllerServiceStub(channel).ListWorkers(
-            ListWorkersRequest(), metadata=metadata, timeout=ANSWER_TIMEOUT_S
+            ListWorkersRequest(), metadata=metadata, timeout=timeout_s
         )
     return rows_of(reply.workers)
+
+
+def state_for_people(row: dict[str, Any]) -> str:
+    """A worker's state as people say it."""
+    return str(row["state"]).removeprefix("WORKER_STATE_").lower()
 
 
 def for_people(row: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +58,7 @@ def for_people(row: dict[str, Any]) -> dict[str, Any]:
     )
     return {
         "id": row["id"],
-        "state": row["state"].removeprefix("WORKER_STATE_").lower(),
+        "state": state_for_people(row),
         "address": row["address"],
         "revisions": ", ".join(revisions),
         "running": load.get("running", 0),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 from interlock.v1 import controller_service_pb2 as pb
@@ -24,7 +24,7 @@ from services.common.grpc_types import Context
 from services.common.revocation import RevocationList
 from services.common.tokens import TokenVerifier, bearer_token
 from services.controller.adapters import admin_messages, rollout_messages, upload_messages
-from services.controller.adapters.breaker_messages import breaker_messages, read_hold
+from services.controller.adapters.breaker_messages import breaker_messages, check_target, obeyed, read_hold
 from services.controller.adapters.member_messages import command_message, read_hello, read_report
 from services.controller.adapters.member_outbox import MemberOutbox
 from services.controller.adapters.uploads import Uploads
@@ -311,9 +311,10 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
     async def ListBreakers(
         self, request: pb.ListBreakersRequest, context: Context
     ) -> pb.ListBreakersResponse:
-        """The breakers of all gateways, as they were within the last second."""
+        """The breakers of all gateways, as they were within the last second, and held as they shall be."""
         self._require(context, "admin")
-        return pb.ListBreakersResponse(breakers=breaker_messages(await self._shown_breakers()))
+        shown = obeyed(await self._shown_breakers(), await self._breakers.holds())
+        return pb.ListBreakersResponse(breakers=breaker_messages(shown))
 
     async def ForceBreaker(
         self, request: pb.ForceBreakerRequest, context: Context
@@ -323,10 +324,11 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
         target, state = read_hold(request)
         # Whoever stands by says so before anything is held.
         _ = self._leadership.term
+        shown, workers = await self._shown_breakers(), self._coordinator.members(Kind.WORKER)
+        check_target(target, shown, (member.id for member in workers), await self._breakers.holds())
         await self._breakers.hold(target, state)
         logs.get_logger().warning("breaker.held", target=target, state=state)
-        found = [one for one in await self._shown_breakers() if one.target == target]
-        changed = [one if one.state == state else replace(one, state=state) for one in found]
+        changed = obeyed((one for one in shown if one.target == target), {target: state})
         return pb.ForceBreakerResponse(breakers=breaker_messages(changed))
 
     async def _shown_breakers(self) -> tuple[BreakerRecord, ...]:

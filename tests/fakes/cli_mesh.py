@@ -16,12 +16,15 @@ from interlock.v1.controller_service_pb2 import (
     ForceBreakerResponse,
     ListBreakersResponse,
     ListWorkersResponse,
+    PlanUploadResponse,
     RevokeTokenRequest,
     RevokeTokenResponse,
+    UploadRevisionRequest,
+    UploadRevisionResponse,
 )
 from interlock.v1.gateway_service_pb2 import GenerateRequest, GenerateResponse
 from interlock.v1.generation_pb2 import FINISH_REASON_STOP, Chunk, Finished
-from interlock.v1.model_pb2 import QUANTIZATION_INT8, Model
+from interlock.v1.model_pb2 import QUANTIZATION_INT8, Model, Revision
 from interlock.v1.worker_pb2 import (
     BREAKER_STATE_OPEN,
     REVISION_PHASE_ACTIVE,
@@ -31,6 +34,7 @@ from interlock.v1.worker_pb2 import (
     ResidentRevision,
     Worker,
     WorkerLoad,
+    WorkerState,
 )
 
 from services.common.errors import InterlockError
@@ -59,6 +63,8 @@ class FakeMesh(grpc.GenericRpcHandler):
         self.answer = ("The capital", " is Paris.\x1b[31m")
         self.error: InterlockError | None = None
         self.revoked: list[str] = []
+        self.worker_state: WorkerState.ValueType = WORKER_STATE_SERVING
+        self.uploaded: list[UploadRevisionRequest] = []
         self._verifier = TokenVerifier(home.jwt_secret)
         self._handlers: dict[str, Callable[[], Any]] = {
             "/interlock.v1.GatewayService/Generate": self._generate,
@@ -67,6 +73,8 @@ class FakeMesh(grpc.GenericRpcHandler):
             "/interlock.v1.ControllerService/RevokeToken": self._revoke,
             "/interlock.v1.ControllerService/ListBreakers": self._breakers,
             "/interlock.v1.ControllerService/ForceBreaker": self._force,
+            "/interlock.v1.ControllerService/PlanUpload": self._plan,
+            "/interlock.v1.ControllerService/UploadRevision": self._upload,
         }
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
@@ -114,12 +122,26 @@ class FakeMesh(grpc.GenericRpcHandler):
         worker = Worker(
             id="worker-1",
             address="127.0.0.1:1",
-            state=WORKER_STATE_SERVING,
+            state=self.worker_state,
             revisions=[resident],
             load=WorkerLoad(running=2, slots=4),
         )
         reply = ListWorkersResponse(workers=[worker])
         return grpc.unary_unary_rpc_method_handler(lambda _, __: reply, response_serializer=_bytes)
+
+    def _plan(self) -> Any:
+        return grpc.unary_unary_rpc_method_handler(
+            lambda _, __: PlanUploadResponse(), response_serializer=_bytes
+        )
+
+    def _upload(self) -> Any:
+        def answer(parts: Iterator[UploadRevisionRequest], _: grpc.ServicerContext) -> UploadRevisionResponse:
+            self.uploaded = list(parts)
+            return UploadRevisionResponse(revision=Revision(manifest=self.uploaded[0].manifest))
+
+        return grpc.stream_unary_rpc_method_handler(
+            answer, request_deserializer=UploadRevisionRequest.FromString, response_serializer=_bytes
+        )
 
     def _revoke(self) -> Any:
         def answer(request: RevokeTokenRequest, _: grpc.ServicerContext) -> RevokeTokenResponse:

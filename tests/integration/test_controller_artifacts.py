@@ -61,7 +61,7 @@ async def test_a_revision_outlives_the_machine_that_took_it_in(tmp_path: Path) -
     async with started(tmp_path / "second", MemoryRouteStore(), artifacts_url=url) as controller:
         await controller.serving()
         listed = await controller.stub.ListRevisions(pb.ListRevisionsRequest(model="m"), metadata=ADMIN)
-        assert listed.revisions[0].manifest.revision == "v2"
+        assert "v2" in {revision.manifest.revision for revision in listed.revisions}
         for path, data in CONTENT.items():
             assert await downloaded(controller, path) == data
         await controller.stub.DeleteRevision(

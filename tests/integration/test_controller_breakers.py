@@ -63,6 +63,53 @@ async def test_a_hold_is_written_and_taken_back(controller: Controller, redis_st
     assert await redis_store.fetch("EXISTS", BREAKER_HOLDS) == 0
 
 
+async def test_a_hold_is_listed_at_once(controller: Controller) -> None:
+    """Before any gateway has read it, as its answer says, and so is its end; others stay as they were."""
+    stub: Any = controller.stub
+
+    async def listed() -> dict[str, int]:
+        reply = await stub.ListBreakers(pb.ListBreakersRequest(), metadata=bearer("admin"))
+        return {one.target: one.state for one in reply.breakers}
+
+    hold = pb.ForceBreakerRequest(target="store", state=worker_pb2.BREAKER_STATE_FORCED_OPEN)
+    await stub.ForceBreaker(hold, metadata=bearer("admin"))
+    assert await listed() == {
+        "store": worker_pb2.BREAKER_STATE_FORCED_OPEN,
+        "w": worker_pb2.BREAKER_STATE_OPEN,
+    }
+    hold.state = worker_pb2.BREAKER_STATE_CLOSED
+    await stub.ForceBreaker(hold, metadata=bearer("admin"))
+    assert (await listed())["store"] == worker_pb2.BREAKER_STATE_CLOSED
+
+
+async def test_a_released_hold_is_listed_at_once(controller: Controller, redis_store: RedisStore) -> None:
+    """A gateway that still shows it held has not read of the release yet."""
+    stub: Any = controller.stub
+    shown = {"state": "forced_open", "calls": 0, "failures": 0, "changed_ms": 1_700_000_000_500}
+    await redis_store.fetch("HSET", breakers_of("g"), "w", json.dumps(shown))
+    reply = await stub.ListBreakers(pb.ListBreakersRequest(), metadata=bearer("admin"))
+    assert [(one.target, one.state) for one in reply.breakers] == [
+        ("store", worker_pb2.BREAKER_STATE_CLOSED),
+        ("w", worker_pb2.BREAKER_STATE_CLOSED),
+    ]
+
+
+async def test_a_target_that_nobody_knows_is_refused(controller: Controller, redis_store: RedisStore) -> None:
+    """The message names those there are; what is held already can be let go by any name."""
+    stub: Any = controller.stub
+    hold = pb.ForceBreakerRequest(target="nope", state=worker_pb2.BREAKER_STATE_FORCED_OPEN)
+    release = pb.ForceBreakerRequest(target="nope", state=worker_pb2.BREAKER_STATE_CLOSED)
+    for request in (hold, release):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.ForceBreaker(request, metadata=bearer("admin"))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert "there are store, w." in str(caught.value.details())
+    assert await redis_store.fetch("EXISTS", BREAKER_HOLDS) == 0
+    await redis_store.fetch("HSET", BREAKER_HOLDS, "nope", "forced_open")
+    assert not (await stub.ForceBreaker(release, metadata=bearer("admin"))).breakers
+    assert await redis_store.fetch("EXISTS", BREAKER_HOLDS) == 0
+
+
 @pytest.mark.parametrize(
     ("request_fields", "scope", "code"),
     [

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest_asyncio
 from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import worker_service_pb2
 
-from services.gateway.http import reply
+from services.gateway.http import openai_calls, reply
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_world import MODEL, bearer, make_token
 from tests.fixtures.openai_world import ASKED, CALL, WEATHER, World, check, drained, openai_world
@@ -410,13 +412,17 @@ async def test_a_response_whose_worker_is_lost_raises(world: World) -> None:
         await reading
 
 
-async def test_models(world: World) -> None:
-    """Listed, and one by one; an unknown one is the client's own exception."""
+async def test_models(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listed, and one by one, at each call the same; an unknown one is the client's own exception."""
+    later = itertools.count(int(time.time()) + 60, 60)
+    monkeypatch.setattr(openai_calls, "_now_s", lambda: next(later))
     response = await world.client.models.with_raw_response.list()
-    assert [model.id for model in response.parse().data] == [MODEL]
+    listed = response.parse().data
+    assert [model.id for model in listed] == [MODEL]
     check("ListModelsResponse", response.http_response.json())
     one = await world.client.models.retrieve(MODEL)
-    assert one.id == MODEL
+    assert (one.id, one.created) == (MODEL, listed[0].created)
+    assert one.created <= time.time()
     check("Model", one.model_dump(exclude_unset=True))
     with pytest.raises(openai.NotFoundError) as caught:
         await world.client.models.retrieve("nope")

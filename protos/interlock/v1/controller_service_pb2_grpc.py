@@ -289,14 +289,14 @@ class ControllerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListBreakers(self, request, context):
-        """The breakers of all gateways.
+        """The breakers of all gateways, as they were within the last second; what is held is shown as held at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ForceBreaker(self, request, context):
-        """Holds a breaker open or closed, or lets it go.
+        """Holds a breaker open or closed, or lets it go. WORKER_UNKNOWN where there is no such target.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -61,9 +61,9 @@ class ControllerServiceStub:
     DrainWorker: _aio.UnaryUnaryMultiCallable[_controller_service_pb2.DrainWorkerRequest, _controller_service_pb2.DrainWorkerResponse]
     """Takes a worker out of service; it ends what it runs."""
     ListBreakers: _aio.UnaryUnaryMultiCallable[_controller_service_pb2.ListBreakersRequest, _controller_service_pb2.ListBreakersResponse]
-    """The breakers of all gateways."""
+    """The breakers of all gateways, as they were within the last second; what is held is shown as held at once."""
     ForceBreaker: _aio.UnaryUnaryMultiCallable[_controller_service_pb2.ForceBreakerRequest, _controller_service_pb2.ForceBreakerResponse]
-    """Holds a breaker open or closed, or lets it go."""
+    """Holds a breaker open or closed, or lets it go. WORKER_UNKNOWN where there is no such target."""
     RevokeToken: _aio.UnaryUnaryMultiCallable[_controller_service_pb2.RevokeTokenRequest, _controller_service_pb2.RevokeTokenResponse]
     """Takes a token back before its end; every gateway and controller refuses it within five seconds."""
 
@@ -234,7 +234,7 @@ class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _controller_service_pb2.ListBreakersRequest,
         context: _aio.ServicerContext[_controller_service_pb2.ListBreakersRequest, _abc.Awaitable[_controller_service_pb2.ListBreakersResponse]],
     ) -> _abc.Awaitable[_controller_service_pb2.ListBreakersResponse]:
-        """The breakers of all gateways."""
+        """The breakers of all gateways, as they were within the last second; what is held is shown as held at once."""
 
     @_abc_1.abstractmethod
     def ForceBreaker(
@@ -242,7 +242,7 @@ class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _controller_service_pb2.ForceBreakerRequest,
         context: _aio.ServicerContext[_controller_service_pb2.ForceBreakerRequest, _abc.Awaitable[_controller_service_pb2.ForceBreakerResponse]],
     ) -> _abc.Awaitable[_controller_service_pb2.ForceBreakerResponse]:
-        """Holds a breaker open or closed, or lets it go."""
+        """Holds a breaker open or closed, or lets it go. WORKER_UNKNOWN where there is no such target."""
 
     @_abc_1.abstractmethod
     def RevokeToken(

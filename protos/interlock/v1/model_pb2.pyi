@@ -224,7 +224,7 @@ class Revision(_message.Message):
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was registered."""
+        """When it was registered; of what the mesh was started with, when the newest of its files was written."""
 
     def __init__(
         self,

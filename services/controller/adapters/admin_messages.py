@@ -38,10 +38,7 @@ def models_message(
     default = catalog.default_model()
     return pb.ControllerServiceListModelsResponse(
         models=[
-            _model_message(
-                catalog.revision(name, catalog.wanted(name)), present, plan, default=name == default
-            )
-            for name in catalog.models()
+            _model_message(catalog, name, present, plan, default=name == default) for name in catalog.models()
         ]
     )
 
@@ -93,16 +90,19 @@ def worker_message(member: Member, model: str, clock: Clock) -> worker_pb2.Worke
 
 
 def _model_message(
-    wanted: Revision, workers: Iterable[Member], plan: Plan | None, *, default: bool
+    catalog: Catalog, model: str, workers: Iterable[Member], plan: Plan | None, *, default: bool
 ) -> model_pb2.Model:
     weights = plan.weights if plan else {}
     routed = max(weights, key=lambda name: weights[name], default="")
     ready_workers = _count_ready(workers, routed)
+    # Before anything is routed it is told of what shall be.
+    shown = routed if catalog.knows(model, routed) else catalog.wanted(model)
+    manifest = catalog.revision(model, shown).manifest
     return model_pb2.Model(
-        name=wanted.manifest.model,
+        name=model,
         revision=routed if ready_workers else "",
-        context_tokens=wanted.manifest.context_tokens,
-        quantization=QUANTIZATIONS[wanted.manifest.quantization],
+        context_tokens=manifest.context_tokens,
+        quantization=QUANTIZATIONS[manifest.quantization],
         ready_workers=ready_workers,
         is_default=default,
     )

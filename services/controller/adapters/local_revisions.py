@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import IO
 
@@ -39,7 +39,7 @@ def read_revision(
         quantization: How the weights are held; `auto`: the worker's device decides.
         compute_dtype: The format of activations; `auto`: the worker's device decides.
         context_tokens: Most tokens of prompt and output; 0: as many as the model was made for.
-        now_s: Seconds since the epoch.
+        now_s: Seconds since the epoch; a file from the future is as old as this.
 
     Raises:
         ArtifactInvalid: The directory is no model, or a file of it breaks a rule.
@@ -61,7 +61,13 @@ def read_revision(
         ),
         tokenizer_sha256=tokenizer_digest(files),
     )
-    return Revision(manifest.named(), str(directory.resolve()), now_s)
+    return Revision(manifest.named(), str(directory.resolve()), _written_s(directory, manifest.files, now_s))
+
+
+def _written_s(directory: Path, files: Iterable[ModelFile], now_s: float) -> float:
+    """When the newest of the files was written."""
+    newest_s = max((directory / file.path).stat().st_mtime for file in files)
+    return min(max(newest_s, 0.0), now_s)
 
 
 def context_tokens_of(config: object, asked: int) -> int:

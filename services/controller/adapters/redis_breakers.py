@@ -6,7 +6,7 @@ Gateways read holds and show their breakers each second; what is shown vanishes 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from services.common.queue_keys import BREAKER_HOLDS, breakers_of
@@ -32,6 +32,11 @@ class RedisBreakerFleet:
             shown = await self._store.fetch("HGETALL", breakers_of(gateway_id))
             found.extend(_read(gateway_id, target, text) for target, text in sorted(shown.items()))
         return tuple(found)
+
+    async def holds(self) -> Mapping[str, str]:
+        """See `BreakerFleet.holds`."""
+        held: dict[str, str] = await self._store.fetch("HGETALL", BREAKER_HOLDS)
+        return held
 
     async def hold(self, target: str, state: str) -> None:
         """See `BreakerFleet.hold`."""

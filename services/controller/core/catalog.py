@@ -81,7 +81,8 @@ class Revision:
     Attributes:
         manifest: What it is.
         local_path: A directory of this machine that holds its files.
-        create_time_s: When it was registered, in seconds since the epoch.
+        create_time_s: When it was registered, in seconds since the epoch; of what the mesh was started with,
+            when the newest of its files was written: the same at every start.
     """
 
     manifest: Manifest
@@ -121,9 +122,11 @@ class Catalog:
             ModelUnknown: No such model is registered.
         """
         try:
-            return tuple(reversed(self._revisions[model].values()))
+            found = reversed(self._revisions[model].values())
         except KeyError:
             raise ModelUnknown(f"No model {model!a} is registered.") from None
+        # Of equal times that which was registered last is the newest.
+        return tuple(sorted(found, key=lambda one: -one.create_time_s))
 
     def revision(self, model: str, name: str) -> Revision:
         """One revision.
@@ -147,7 +150,10 @@ class Catalog:
         Raises:
             ModelUnknown: No such model is registered.
         """
-        return self.revisions(model)[-1].manifest.revision
+        try:
+            return next(iter(self._revisions[model]))
+        except KeyError:
+            raise ModelUnknown(f"No model {model!a} is registered.") from None
 
     def forget(self, model: str, name: str) -> int:
         """Removes a revision; returns its place, for `put_back`.

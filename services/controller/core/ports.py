@@ -131,6 +131,10 @@ class BreakerFleet(Protocol):
         """What these gateways show, by gateway and target."""
         ...
 
+    async def holds(self) -> Mapping[str, str]:
+        """What is held, and in which state, by target."""
+        ...
+
     async def hold(self, target: str, state: str) -> None:
         """Has every gateway hold a target's breaker `forced_open` or `forced_closed`; `closed` lets it go."""
         ...

@@ -28,6 +28,9 @@ from services.gateway.http.whole import Answer, Said
 Bodies = AsyncGenerator[HttpBody, None]
 Read = Callable[[bytes, str], OpenAiRequest]
 
+# Nobody tells a gateway since when a model is there; it shall not look new at each call.
+_STARTED_S = int(time.time())
+
 
 async def create_chat_completion(reception: Reception, request: HttpBody, context: Context) -> Bodies:
     """`POST /v1/chat/completions`: one completion, or its chunks."""
@@ -73,7 +76,7 @@ async def list_models(reception: Reception, context: Context) -> Bodies:
     try:
         reception.authenticate(_metadata(context), MODELS_SCOPE, GENERATE_SCOPE)
         names = [entry.model for entry in reception.models()]
-        yield await reply.whole(openai.models_body(names, _now_s()))
+        yield await reply.whole(openai.models_body(names, _STARTED_S))
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
         yield await reply.failed(error)
 
@@ -84,7 +87,7 @@ async def get_model(reception: Reception, name: str, context: Context) -> Bodies
     try:
         reception.authenticate(_metadata(context), MODELS_SCOPE, GENERATE_SCOPE)
         entry = reception.model(name)
-        yield await reply.whole(openai.model_body(entry.model, _now_s()))
+        yield await reply.whole(openai.model_body(entry.model, _STARTED_S))
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
         yield await reply.failed(error)
 

@@ -42,7 +42,7 @@ _ERRORS: Mapping[int, str] = {
     400: "What was sent makes no sense; the message names it.",
     401: "The token is missing, or not believed.",
     403: "The token lacks a scope.",
-    404: "No such model, revision, rollout, worker or path.",
+    404: "No such model, revision, rollout, worker, breaker or path.",
     409: "It exists already, or something else is under way.",
     412: "Not now: the message says what must come first.",
     413: "The body is too large.",

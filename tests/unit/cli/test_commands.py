@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import yaml
 from services.cli.__main__ import main
 from services.common.errors import QueueFull
 from services.common.tokens import TokenVerifier
-from services.local import state
 from services.local.home import Home
 from tests.fakes.cli_mesh import FakeMesh
 
@@ -62,6 +60,25 @@ def test_misuse_exits_with_2(command: str, capsys: Capture) -> None:
         main(command.split())
     assert caught.value.code == 2
     assert "usage: interlock" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("up --wokers 2", "usage: interlock up [-h]"),
+        ("models push . --golden-file x", "usage: interlock models push [-h]"),
+        ("token revoke x --all", "usage: interlock token revoke [-h]"),
+        ("--loud envoy", "usage: interlock [-h]"),
+    ],
+)
+def test_an_unknown_option_is_told_by_its_command(command: str, usage: str, capsys: Capture) -> None:
+    """The usage that is printed is that of the command, where the option there is can be read."""
+    with pytest.raises(SystemExit) as caught:
+        main(command.split())
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(usage)
+    assert "unrecognized arguments: --" in told
 
 
 @pytest.mark.parametrize(
@@ -158,65 +175,6 @@ def test_a_home_that_is_a_file_gives_one_line(command: str, home: Home, capsys: 
     home.path.write_text("")
     assert main(command.split()) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
-
-
-def test_status_shows_every_process(mesh: FakeMesh, capsys: Capture) -> None:
-    """One line a process with kind, id, state, address and pid; the same as JSON."""
-    assert main(["status"]) == 0
-    assert "gateway-1" in capsys.readouterr().out
-    assert main(["status", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [row["kind"] for row in rows] == ["redis", "gateway", "envoy", "breaker"]
-    assert [row["state"] for row in rows] == ["running", "running", "running", "open"]
-    assert rows[-1]["id"] == "gateway-1/worker-1"
-    assert mesh.requests == []
-
-
-def watched(*, as_json: bool, monkeypatch: pytest.MonkeyPatch, looks: int = 1) -> None:
-    """`status --watch`, ended by Ctrl-C after so many looks."""
-    left = iter(range(looks - 1))
-
-    async def interrupted(_: float) -> None:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(asyncio, "sleep", interrupted)
-    assert main(["status", "--watch", *(["--json"] if as_json else [])]) == 0
-
-
-def test_status_can_be_watched(mesh: FakeMesh, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes, the queue, routes, workers and breakers; what cannot be asked is told as not known."""
-    assert mesh.requests == []
-    with monkeypatch.context() as terminal:
-        terminal.setenv("TTY_COMPATIBLE", "1")
-        watched(as_json=False, monkeypatch=monkeypatch)
-        drawn = capsys.readouterr().out
-    # In a pipe each look is a picture of its own, printed when it was taken.
-    watched(as_json=False, monkeypatch=monkeypatch, looks=2)
-    shown = capsys.readouterr().out
-    assert shown.count("tiny@r1 active") == 2
-    for words in ("gateway-1", "tiny@r1 active", "int8", "open", "? requests"):
-        assert words in shown, shown
-        assert words in drawn, drawn
-    watched(as_json=True, monkeypatch=monkeypatch)
-    (line,) = capsys.readouterr().out.splitlines()
-    seen = json.loads(line)
-    assert set(seen) == {"processes", "queue", "models", "workers", "breakers"}
-    # This mesh's gateway has no numbers to ask for.
-    assert seen["queue"] == {"requests": None, "waiting": None}
-    assert [worker["id"] for worker in seen["workers"]] == ["worker-1"]
-
-
-def test_status_fails_when_a_process_is_gone(mesh: FakeMesh, capsys: Capture) -> None:
-    """A process that does not exist is restarting, and the exit code says that not all is well."""
-    file = mesh.home.state_file
-    found = state.read(file)
-    assert found is not None
-    state.write(file, found.with_pid("gateway-1", 2**22 + 1))
-    assert main(["status", "--json"]) == 1
-    rows = json.loads(capsys.readouterr().out)
-    states = {row["id"]: row["state"] for row in rows if row["kind"] != "breaker"}
-    assert states == {"redis": "running", "gateway-1": "restarting", "envoy": "running"}
 
 
 def test_breakers_are_listed_held_and_released(mesh: FakeMesh, capsys: Capture) -> None:

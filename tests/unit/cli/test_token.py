@@ -71,13 +71,26 @@ def test_a_file_that_signs_nothing_is_named(
 
 
 def test_a_token_is_revoked_by_itself_or_by_its_id(mesh: FakeMesh, capsys: Capture) -> None:
-    """Only the id is sent; the answer says until when it is remembered."""
+    """Only the id is sent; the answer says until when it is remembered, and what nobody has looked at."""
     assert main(["token", "--jti", "stolen"]) == 0
     token = capsys.readouterr().out.strip()
-    for given in (token, "stolen", "some.other.id"):
-        assert main(["token", "revoke", given]) == 0
-        assert "2027-01-15" in capsys.readouterr().out
+    for given, is_unseen in (([token], False), (["stolen"], True), (["--id", "some.other.id"], True)):
+        assert main(["token", "revoke", *given]) == 0
+        told = capsys.readouterr().out
+        assert "2027-01-15" in told
+        assert ("nobody knows" in told) is is_unseen
     assert mesh.revoked == ["stolen", "stolen", "some.other.id"]
+
+
+def test_a_broken_token_is_not_taken_for_an_id(mesh: FakeMesh, capsys: Capture) -> None:
+    """Whoever pasted half of one learns that it is still believed; nobody is asked."""
+    assert main(["token"]) == 0
+    token = capsys.readouterr().out.strip()
+    head, payload, signature = token.split(".")
+    for given in (head, token[:60], f"{head}.{payload}", token[3:], f"{head}.{payload[:-9]}.{signature}"):
+        assert main(["token", "revoke", given]) == 1, given
+        assert "Nothing is revoked" in capsys.readouterr().err
+    assert mesh.revoked == []
 
 
 def test_a_token_without_an_id_cannot_be_revoked(mesh: FakeMesh, capsys: Capture) -> None:

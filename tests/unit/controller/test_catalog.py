@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,9 @@ def write_model(directory: Path, **config: object) -> Path:
     return directory
 
 
-def read(directory: Path, *, quantization: str = "auto", context_tokens: int = 0) -> Revision:
+def read(
+    directory: Path, *, quantization: str = "auto", context_tokens: int = 0, now_s: float = 1.0
+) -> Revision:
     """The revision in `directory`."""
     return read_revision(
         directory,
@@ -30,7 +33,7 @@ def read(directory: Path, *, quantization: str = "auto", context_tokens: int = 0
         quantization=quantization,
         compute_dtype="auto",
         context_tokens=context_tokens,
-        now_s=1.0,
+        now_s=now_s,
     )
 
 
@@ -90,6 +93,29 @@ def test_lookup(tmp_path: Path) -> None:
         catalog.revisions("other")
     with pytest.raises(RevisionUnknown):
         catalog.revision("m", "other")
+
+
+def test_the_newest_of_all_times_comes_first(tmp_path: Path) -> None:
+    """In whatever order they were registered; what shall serve is the first that was."""
+    catalog = Catalog()
+    first = replace(read(write_model(tmp_path)), create_time_s=20.0)
+    for quantization, time_s in (("auto", 20.0), ("nf4", 10.0), ("int8", 30.0)):
+        manifest = replace(first.manifest, quantization=quantization).named()
+        catalog.register(replace(first, manifest=manifest, create_time_s=time_s))
+    shown = [(one.manifest.quantization, one.create_time_s) for one in catalog.revisions("m")]
+    assert shown == [("int8", 30.0), ("auto", 20.0), ("nf4", 10.0)]
+    assert catalog.wanted("m") == first.manifest.revision
+    with pytest.raises(ModelUnknown):
+        catalog.wanted("other")
+
+
+@pytest.mark.parametrize(("now_s", "expected_s"), [(900.0, 300.0), (1_000.0, 300.0), (200.0, 200.0)])
+def test_a_directory_is_as_old_as_its_newest_file(tmp_path: Path, now_s: float, expected_s: float) -> None:
+    """At every start the same; nothing is from the future."""
+    model = write_model(tmp_path)
+    for time_s, file in zip((100, 300, 200), sorted(model.iterdir()), strict=True):
+        os.utime(file, (time_s, time_s))
+    assert read(model, now_s=now_s).create_time_s == expected_s
 
 
 async def test_files_are_read_from_an_offset(tmp_path: Path) -> None:
