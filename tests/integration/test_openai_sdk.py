@@ -502,6 +502,26 @@ async def test_each_error_is_the_clients_own_exception(world: World) -> None:
     assert (gone.value.status_code, gone.value.type) == (503, "server_error")
 
 
+async def test_what_cannot_be_mended_is_asked_once(world: World) -> None:
+    """The client, as it comes, sends again what may go better next time, and nothing else."""
+    arrived: list[str] = []
+
+    async def note(request: Any) -> None:
+        arrived.append(request.url.path)
+
+    patient: Any = world.client.with_options(max_retries=2)
+    patient._client.event_hooks["request"].append(note)
+    with pytest.raises(openai.InternalServerError) as late:
+        await patient.chat.completions.create(**ASKED, extra_headers={"x-interlock-deadline": "0.05"})
+    assert (late.value.status_code, late.value.response.headers["x-should-retry"]) == (504, "false")
+    assert len(arrived) == 1
+    world.gateway.reception.drain()
+    with pytest.raises(openai.InternalServerError) as gone:
+        await patient.chat.completions.create(**ASKED)
+    assert (gone.value.status_code, len(arrived)) == (503, 4)
+    assert "x-should-retry" not in gone.value.response.headers
+
+
 async def test_a_full_queue(world: World) -> None:
     """429 with a delay, and a code that says why."""
     waiting = world.gateway.call(pb.GenerateRequest(text="x"), metadata=bearer(subject="bob"))
