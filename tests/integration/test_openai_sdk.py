@@ -538,6 +538,7 @@ async def test_a_full_queue(world: World) -> None:
     ("fields", "named"),
     [
         ({"n": 5}, "n"),
+        ({"stop": ["a"] * 5}, "stop"),
         ({"n": 0}, "n"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities[1]"),

@@ -13,6 +13,7 @@ from typing import Any
 from services.common.conversation import Message
 from services.common.errors import ArgumentInvalid, FeatureUnsupported
 from services.common.strict_json import read_object, shown
+from services.gateway.core import validation
 from services.gateway.core.params import (
     ChatPrompt,
     FormatKind,
@@ -98,6 +99,8 @@ def read_messages(body: bytes, content_type: str) -> MessagesRequest:
         form=tool_schemas.call_format(tools, form) if bare else form,
         priority=0,
         resumable=False,
+        # The vendor publishes no bound.
+        stops_max=validation.UNBOUNDED_STOPS_MAX,
     )
     return MessagesRequest(
         generation,
