@@ -21,6 +21,10 @@ HEADERS_BYTES_MAX = 16_384
 # What HTTP/1.1 has in its first line, and what is said of every client: who, how, and the request's id.
 _HEADERS_ADDED = 8
 
+# For a request to be all there: the largest body at 140 kbit/s. Of a stream of requests the answer has to
+# begin by then: reflection answers each, and an upload's answer begins when its manifest has come.
+REQUEST_TIMEOUT_S = 60
+
 # The gateway names a reply's status in a header, because a transcoded reply is always 200. Header
 # mutation may not touch `:status`; Lua may.
 #
@@ -134,6 +138,8 @@ def _limits() -> dict[str, Any]:
         "max_request_headers_kb": 4 * HEADERS_BYTES_MAX // 1_024,
         # Slow headers hold a connection for nothing.
         "request_headers_timeout": "5s",
+        # A slow body as well; a route's own idle timeout is as long as an answer may be silent.
+        "request_timeout": f"{REQUEST_TIMEOUT_S}s",
         # For streams that found no route; routes have their own.
         "stream_idle_timeout": "300s",
         # Running streams get this long to end when a listener drains.

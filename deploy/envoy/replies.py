@@ -138,8 +138,9 @@ def mappers() -> list[dict[str, Any]]:
         found.append(_mapper(reply, [*_on_paths(_ANTHROPIC), *by_version], _anthropic(reply)))
         found.append(_mapper(reply, _on_paths(_OPENAI), _openai(reply)))
         found.append(_mapper(reply, _FROM_HTTP, _native(reply)))
-    # gRPC calls match none of these, and keep a plain message; in one case Envoy's status would mislead.
-    found.append(_too_large_for_grpc())
+    # gRPC calls match none of these, and keep a plain message; in two cases Envoy's status, UNKNOWN, would
+    # mislead: a gateway tells a message that is too large by RESOURCE_EXHAUSTED, and what is late is late.
+    found += [_told_to_grpc(413, 8), _told_to_grpc(408, 4)]
     return found
 
 
@@ -151,13 +152,8 @@ def _on_paths(regex: str) -> list[dict[str, Any]]:
     ]
 
 
-def _too_large_for_grpc() -> dict[str, Any]:
-    """A message that is too large is told as a gateway tells it, and not as UNKNOWN."""
-    # RESOURCE_EXHAUSTED.
-    return {
-        "filter": _is_status(413),
-        "headers_to_add": [_header("grpc-status", "8")],
-    }
+def _told_to_grpc(status: int, code: int) -> dict[str, Any]:
+    return {"filter": _is_status(status), "headers_to_add": [_header("grpc-status", str(code))]}
 
 
 def _mapper(reply: _Reply, conditions: list[dict[str, Any]], body: dict[str, Any]) -> dict[str, Any]:

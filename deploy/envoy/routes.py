@@ -103,8 +103,8 @@ _CORS_REQUEST_HEADERS = (
     "x-stainless-timeout",
     "x-user-agent",
 )
-# What a page may read: a status and its reason, delays, what is left to it, who answered, and the request's
-# id by the name that each vendor's library knows.
+# What a page may read: a status and its reason, delays, whether to try again, what is left to it, who
+# answered, and the request's id by the name that each vendor's library knows.
 _CORS_RESPONSE_HEADERS = (
     "grpc-message",
     "grpc-status",
@@ -121,6 +121,7 @@ _CORS_RESPONSE_HEADERS = (
     "x-ratelimit-remaining-tokens",
     "x-ratelimit-reset-tokens",
     "x-request-id",
+    "x-should-retry",
 )
 
 

@@ -59,14 +59,14 @@ async def entrance(home: Home, mesh: MeshState) -> AsyncIterator[tuple[grpc.aio.
         try:
             yield channel, metadata
         except grpc.aio.AioRpcError as error:
-            raise CommandFailed(_explain(error)) from None
+            raise _explained(error) from None
 
 
-def _explain(error: grpc.aio.AioRpcError) -> str:
+def _explained(error: grpc.aio.AioRpcError) -> CommandFailed:
     told = read_error(error)
     words = told.message or told.code.value
     if told.retry_after_s is not None:
         words += f" Try again in {told.retry_after_s:.1f} s."
     if error.code() is grpc.StatusCode.UNAVAILABLE:
         words += " `interlock status` shows what runs."
-    return words
+    return CommandFailed(words, reason=told.reason)

@@ -14,11 +14,13 @@ from interlock.v1.generation_pb2 import FINISH_REASON_LENGTH, ChatInput, ChatMes
 
 from services.cli.access import entrance, running_mesh
 from services.cli.failure import CommandFailed
+from services.common.errors import ContextExceeded
 
 # The contract's default deadline: a queue of strangers may be ahead.
 _ANSWER_TIMEOUT_S = 240.0
-# What the contract allows in one conversation; the oldest turns go first.
-_TURNS_MAX = 64
+# What is remembered of a conversation, the oldest goes first: questions with their answers, for a template
+# may refuse a conversation that does not begin with a question.
+_PAIRS_MAX = 31
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,16 +46,31 @@ def _converse(arguments: argparse.Namespace) -> int:
             return 0
         if not prompt:
             continue
-        asked = [*turns, ChatMessage(role="user", content=prompt)][-_TURNS_MAX:]
         try:
-            answer = asyncio.run(_answer(asked, arguments))
+            turns = _continued(turns[-2 * _PAIRS_MAX :], prompt, arguments)
         except KeyboardInterrupt:
             print(" [stopped]")
             continue
         except CommandFailed as error:
             print(f"interlock: {error}", file=sys.stderr)
-            continue
-        turns = [*asked, ChatMessage(role="assistant", content=answer)]
+
+
+def _continued(turns: list[ChatMessage], prompt: str, arguments: argparse.Namespace) -> list[ChatMessage]:
+    """The conversation with one more question and its answer, without the oldest where the context is full.
+
+    Raises:
+        CommandFailed: The question was not answered, or alone has no room.
+    """
+    while True:
+        asked = [*turns, ChatMessage(role="user", content=prompt)]
+        try:
+            answer = asyncio.run(_answer(asked, arguments))
+        except CommandFailed as error:
+            if error.reason != ContextExceeded.reason or not turns:
+                raise
+            turns = turns[2:]
+        else:
+            return [*asked, ChatMessage(role="assistant", content=answer)]
 
 
 async def _answer(turns: list[ChatMessage], arguments: argparse.Namespace) -> str:

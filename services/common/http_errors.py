@@ -16,6 +16,10 @@ from services.common.status import REASON_PREFIX, UNSTARTED, retry_after_ms
 
 STATUS_KEY = "x-interlock-status"
 RETRY_AFTER_HEADER = "retry-after"
+# What the vendors' clients ask before they send a request again by themselves; without it they go by the
+# status, and conflicts and all of 500 and above are failures of the moment to them.
+SHOULD_RETRY_HEADER = "x-should-retry"
+_RETRIED_CONFLICT, _RETRIED_FROM = 409, 500
 
 _STATUS_BY_CODE = MappingProxyType(
     {
@@ -49,9 +53,16 @@ def retry_after_header(error: InterlockError) -> str | None:
 
 
 def headers(error: InterlockError, status: int | None = None) -> list[tuple[str, str]]:
-    """The initial metadata of a call that fails before its first byte; `status`: where an API has its own."""
-    found = [(STATUS_KEY, str(status or status_of(error))), *allowance.headers(error.allowance)]
+    """The initial metadata of a call that fails before its first byte; `status`: where an API has its own.
+
+    An error that trying again does not mend says `x-should-retry: false` where its status alone would have
+    the vendors' clients send the request again: it may have missed its deadline, or ended workers.
+    """
+    code = status or status_of(error)
+    found = [(STATUS_KEY, str(code)), *allowance.headers(error.allowance)]
     found += UNSTARTED if error.unstarted else ()
+    if not error.retryable and (code == _RETRIED_CONFLICT or code >= _RETRIED_FROM):
+        found.append((SHOULD_RETRY_HEADER, "false"))
     delay = retry_after_header(error)
     return found if delay is None else [*found, (RETRY_AFTER_HEADER, delay)]
 

@@ -216,6 +216,8 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
             raise ArgumentInvalid("An upload begins with its manifest.")
         manifest = upload_messages.read_manifest(first.manifest)
         term = self._leadership.term
+        # Envoy lets a request take a minute until it is all there, or until its answer begins.
+        await context.send_initial_metadata(())
         revision = await term.uploads.receive(manifest, upload_messages.read_chunks(request_iterator))
         workers, plan = term.coordinator.members(Kind.WORKER), term.coordinator.plan
         return pb.UploadRevisionResponse(revision=admin_messages.revision_message(revision, workers, plan))

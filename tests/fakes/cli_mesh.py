@@ -37,7 +37,7 @@ from interlock.v1.worker_pb2 import (
     WorkerState,
 )
 
-from services.common.errors import InterlockError
+from services.common.errors import ContextExceeded, InterlockError
 from services.common.status import trailing_metadata
 from services.common.tokens import TokenVerifier
 from services.local import state
@@ -55,13 +55,17 @@ def _breaker(target: str, state: BreakerState.ValueType) -> Breaker:
 
 
 class FakeMesh(grpc.GenericRpcHandler):
-    """Answers the calls that commands make; keeps the requests; fails with `error` when it is set."""
+    """Answers the calls that commands make; keeps the requests; fails with `error` when it is set.
+
+    It fails with ContextExceeded where a conversation has more turns than `turns_max`.
+    """
 
     def __init__(self, home: Home) -> None:
         self.home = home
         self.requests: list[GenerateRequest] = []
         self.answer = ("The capital", " is Paris.\x1b[31m")
         self.error: InterlockError | None = None
+        self.turns_max = 1_024
         self.revoked: list[str] = []
         self.worker_state: WorkerState.ValueType = WORKER_STATE_SERVING
         self.uploaded: list[UploadRevisionRequest] = []
@@ -86,9 +90,12 @@ class FakeMesh(grpc.GenericRpcHandler):
     def _generate(self) -> Any:
         def answer(request: GenerateRequest, context: grpc.ServicerContext) -> Iterator[GenerateResponse]:
             self.requests.append(request)
-            if self.error is not None:
-                context.set_trailing_metadata(trailing_metadata(self.error))
-                context.abort(getattr(grpc.StatusCode, self.error.code.value), self.error.message)
+            error = self.error
+            if len(request.chat.messages) > self.turns_max:
+                error = ContextExceeded("Too long.")
+            if error is not None:
+                context.set_trailing_metadata(trailing_metadata(error))
+                context.abort(getattr(grpc.StatusCode, error.code.value), error.message)
             for cursor, text in enumerate(self.answer, 1):
                 yield GenerateResponse(cursor=cursor, chunk=Chunk(text=text))
             end = len(self.answer) + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -103,13 +104,14 @@ class _Everything(grpc.GenericRpcHandler):
         return request
 
     def _answer_http(self, request: HttpBody, context: grpc.ServicerContext) -> Iterator[HttpBody]:
-        """What the body asks for: a status, an event stream, the body's size, or nothing."""
+        """What the body asks for: a status, an event stream, a slow one, the body's size, or nothing."""
         wanted = request.data.decode(errors="replace")
         if wanted.startswith("status "):
             context.send_initial_metadata((("x-interlock-status", wanted.split()[1]),))
             yield HttpBody(content_type="application/json", data=b'{"error":{}}')
-        elif wanted == "events":
+        elif wanted in {"events", "slow events"}:
             for number in range(3):
+                time.sleep(0.5 if wanted.startswith("slow") else 0)
                 yield HttpBody(
                     content_type="text/event-stream", data=f"id: {number}\ndata: {{}}\n\n".encode()
                 )

@@ -141,6 +141,14 @@ async def test_the_ways_to_end(world: World) -> None:
         "two",
         "one ",
     )
+    # The vendor publishes no bound of them.
+    many = [f"{number}." for number in range(63)] + ["three"]
+    for stops in (["a", "b", "c", "d", "three"], many):
+        whole = await world.create(stop_sequences=stops)
+        assert (whole.stop_sequence, whole.content[0].text) == ("three", "one two ")
+        async with world.client.messages.stream(**ASKED, stop_sequences=stops) as stream:
+            streamed = await stream.get_final_message()
+        assert (streamed.stop_sequence, streamed.content[0].text) == ("three", "one two ")
     cut = await world.create(max_tokens=3)
     assert (cut.stop_reason, cut.content[0].text) == ("max_tokens", "one")
 
@@ -356,10 +364,11 @@ async def test_a_worker_lost_in_mid_stream_raises(world: World) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
         ({"messages": [*ASKED["messages"], {"role": "assistant", "content": "So"}]}, "messages"),
         ({"stop_sequences": ["a", 1]}, "stop_sequences[1]"),
+        ({"stop_sequences": ["a"] * 65}, "stop_sequences"),
         ({"system": [{"type": "text"}]}, "system[0].text"),
         ({"stream": "yes"}, "stream"),
     ],
-    ids=range(27),
+    ids=range(28),
 )
 async def test_what_is_not_served_is_refused_by_name(refusing: World, fields: Any, named: str) -> None:
     """400 in the vendor's shape; the counting path refuses the same where it has the field."""

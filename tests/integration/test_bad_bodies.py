@@ -173,7 +173,7 @@ BOUNDS: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]] = {
     "/v1/messages": [
         ("max_tokens", {"max_tokens": 0}),
         ("stop_sequences", {"stop_sequences": [""]}),
-        ("stop_sequences", {"stop_sequences": ["a"] * 5}),
+        ("stop_sequences", {"stop_sequences": ["a"] * 65}),
         ("tools", {"tools": [{"name": "f", "input_schema": _HUGE}], "tool_choice": {"type": "any"}}),
     ],
 }

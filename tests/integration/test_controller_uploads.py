@@ -9,13 +9,16 @@ from pathlib import Path
 import grpc
 import pytest
 from interlock.v1 import controller_service_pb2 as pb
-from interlock.v1 import model_pb2
+from interlock.v1 import controller_service_pb2_grpc, model_pb2
 
+from deploy.envoy import listener
+from services.common import channel
 from services.common.errors import ArtifactInvalid, ClientStalled, NotLeader, RevisionInUse, UploadConflict
 from services.common.status import read_error
 from services.controller import servicer
 from tests.fakes.controller_ports import TIMEOUT_S, MemoryLead, MemoryRouteStore
 from tests.fakes.controller_process import Controller, bearer, started
+from tests.fixtures.gateway_edge import envoy_before
 from tests.fixtures.upload_world import CONTENT, DIGEST, WEIGHTS, digest_of
 
 ADMIN = bearer("admin")
@@ -61,6 +64,30 @@ async def uploaded(controller: Controller, wanted: model_pb2.Manifest) -> pb.Upl
     except grpc.aio.AioRpcError as error:
         assert isinstance(read_error(error), UploadConflict)  # noqa: PT017 - the other outcome is a reply
         return None
+
+
+async def test_an_upload_takes_as_long_as_it_takes(
+    controller: Controller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Envoy, which cuts requests that are not all there in time, lets it go on: its answer has begun."""
+    monkeypatch.setattr(listener, "REQUEST_TIMEOUT_S", 1)
+    wanted = manifest()
+    missing = await planned(controller, wanted)
+    edge = tmp_path / "edge"
+    edge.mkdir()
+
+    async def slow() -> AsyncIterator[pb.UploadRevisionRequest]:
+        for part in parts(wanted, *missing):
+            yield part
+            await asyncio.sleep(0.8)
+
+    async with (
+        envoy_before(edge, controller.address) as url,
+        channel.connect(url.removeprefix("http://")) as through,
+    ):
+        stub = controller_service_pb2_grpc.ControllerServiceStub(through)
+        reply = await stub.UploadRevision(slow(), metadata=ADMIN, timeout=TIMEOUT_S)
+    assert reply.revision.manifest.revision == "v2"
 
 
 async def test_a_client_that_is_cut_at_the_last_byte_goes_on(controller: Controller) -> None:

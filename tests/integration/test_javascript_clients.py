@@ -135,7 +135,9 @@ async def test_openai(clients: Clients) -> None:
     worker.script = Script(answer='{"rain": true}')
     form = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": SCHEMA}}
     parsed = await clients.ask("openai", "chat.completions.parse", {**CHAT, "response_format": form})
-    assert json.loads(parsed["value"]["choices"][0]["message"]["content"]) == {"rain": True}
+    said = parsed["value"]["choices"][0]["message"]
+    assert (json.loads(said["content"]), said["parsed"]) == ({"rain": True}, {"rain": True})
+    assert "error" not in await clients.ask("openai", create, {**CHAT, "messages": [*TURNS, said, *TURNS]})
     clients.gateway.queue.remove_worker(MODEL, "w1")
     await clients.check_loss("openai", create, CHAT)
 

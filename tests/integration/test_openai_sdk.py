@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import pydantic
 import pytest
 import pytest_asyncio
 from interlock.v1 import gateway_service_pb2 as pb
@@ -20,6 +21,12 @@ from services.gateway.http import openai_calls, reply
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_world import MODEL, bearer, make_token
 from tests.fixtures.openai_world import ASKED, CALL, WEATHER, World, check, drained, openai_world
+
+
+class Answer(pydantic.BaseModel):
+    """A format as programs of the vendor's client write one."""
+
+    a: int
 
 
 @pytest.fixture
@@ -246,6 +253,48 @@ async def test_results_of_several_calls(world: World) -> None:
     assert unknown.value.param == "messages[4].tool_call_id"
 
 
+# The client's own, of a model whose field may be anything.
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+@pytest.mark.parametrize(
+    ("answer", "fields"),
+    [
+        ("fine", {}),
+        ('{"a": 1}', {"response_format": Answer}),
+        (CALL, {"tools": [WEATHER | {"function": WEATHER["function"] | {"strict": True}}]}),
+    ],
+    ids=["text", "format", "tools"],
+)
+async def test_a_turn_that_the_client_parsed_is_taken_back(
+    world: World, answer: str, fields: dict[str, Any]
+) -> None:
+    """The client puts what it made of an answer beside it, null or not; the model hears the answer alone."""
+    worker = await world.gateway.add_worker("w1", Script(answer=answer))
+    turns = [*ASKED["messages"]]
+    (choice,) = (await world.client.chat.completions.parse(**ASKED, **fields)).choices
+    turns.append(choice.message)
+    turns += [
+        {"role": "tool", "tool_call_id": call.id, "content": "rain"}
+        for call in choice.message.tool_calls or ()
+    ]
+    # The next turn has little room left.
+    worker.script = Script(answer="ok")
+    await world.create(messages=turns)
+    assert f"assistant:{answer}\n" in "".join(map(chr, worker.starts[-1].prompt_ids))
+
+
+async def test_a_field_that_is_null_is_none(world: World) -> None:
+    """A client that writes all it knows of a message says nothing by a null; a value is refused by name."""
+    await world.gateway.add_worker("w1", Script(answer="fine"))
+    turn = {"role": "assistant", "content": "x", "reasoning": None, "audio": None}
+    assert (await world.create(messages=[turn, *ASKED["messages"]])).choices[0].message.content == "fine"
+    for messages in (
+        [{**turn, "reasoning": "y"}, *ASKED["messages"]],
+        [{"role": "user", "content": "x", "parsed": {}}],
+    ):
+        with pytest.raises(openai.BadRequestError, match="is not a field of a message"):
+            await world.create(messages=messages)
+
+
 async def test_what_ordinary_programs_send_is_taken(world: World) -> None:
     """Hints and habits of frameworks, none of which a text model minds; sampling of other servers works."""
     worker = await world.gateway.add_worker("w1", Script(answer="fine"))
@@ -459,6 +508,26 @@ async def test_each_error_is_the_clients_own_exception(world: World) -> None:
     assert (gone.value.status_code, gone.value.type) == (503, "server_error")
 
 
+async def test_what_cannot_be_mended_is_asked_once(world: World) -> None:
+    """The client, as it comes, sends again what may go better next time, and nothing else."""
+    arrived: list[str] = []
+
+    async def note(request: Any) -> None:
+        arrived.append(request.url.path)
+
+    patient: Any = world.client.with_options(max_retries=2)
+    patient._client.event_hooks["request"].append(note)
+    with pytest.raises(openai.InternalServerError) as late:
+        await patient.chat.completions.create(**ASKED, extra_headers={"x-interlock-deadline": "0.05"})
+    assert (late.value.status_code, late.value.response.headers["x-should-retry"]) == (504, "false")
+    assert len(arrived) == 1
+    world.gateway.reception.drain()
+    with pytest.raises(openai.InternalServerError) as gone:
+        await patient.chat.completions.create(**ASKED)
+    assert (gone.value.status_code, len(arrived)) == (503, 4)
+    assert "x-should-retry" not in gone.value.response.headers
+
+
 async def test_a_full_queue(world: World) -> None:
     """429 with a delay, and a code that says why."""
     waiting = world.gateway.call(pb.GenerateRequest(text="x"), metadata=bearer(subject="bob"))
@@ -475,6 +544,7 @@ async def test_a_full_queue(world: World) -> None:
     ("fields", "named"),
     [
         ({"n": 5}, "n"),
+        ({"stop": ["a"] * 5}, "stop"),
         ({"n": 0}, "n"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities[1]"),

@@ -336,12 +336,19 @@ def test_pages_of_the_machine_may_call_and_others_may_not(edge: Edge, path: str)
 
 
 def test_a_page_may_read_the_reply(edge: Edge) -> None:
-    """The reply to a page names its origin and exposes status, reason, ids, delays and what is left."""
+    """The reply to a page names its origin and exposes status, reason, ids, delays, advice, what is left."""
     _, headers, _ = edge.ask("POST", "/v1/generate", "x", {"origin": "http://127.0.0.1:5173"})
     assert headers["access-control-allow-origin"] == "http://127.0.0.1:5173"
     left = (name for name, _ in allowance.headers(Allowance(9, 9, 1.0, 9, 9)))
     exposed = set(headers["access-control-expose-headers"].split(", "))
-    assert {"interlock-reason", "request-id", "x-request-id", "retry-after", *left} <= exposed
+    assert {
+        "interlock-reason",
+        "request-id",
+        "x-request-id",
+        "retry-after",
+        "x-should-retry",
+        *left,
+    } <= exposed
 
 
 def test_headers_that_could_fool_a_server_are_dropped_or_refused(edge: Edge) -> None:

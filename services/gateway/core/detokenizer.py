@@ -7,6 +7,7 @@ does not depend on how they were grouped on their way.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -69,15 +70,20 @@ class StopMatcher:
     """Cuts a text before the first stop string that is completed in it."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+        self._stops = sorted(stops)
         self._held = ""
 
     def push(self, text: str) -> Cut:
         """Takes a piece of text, holding back what could be the beginning of a stop string."""
         if not self._stops:
             return Cut(text)
-        text = self._held + text
-        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        before, text = len(self._held), self._held + text
+        # What was held has none in it: a stop string that is new ends behind it.
+        found = [
+            (at + len(stop), at, stop)
+            for stop in self._stops
+            if (at := text.find(stop, max(0, before - len(stop) + 1))) >= 0
+        ]
         if found:
             # The first to be complete, not the first to begin: so it is found at the same token however
             # the text was cut into pieces.
@@ -98,7 +104,9 @@ class StopMatcher:
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
         for length in range(min(longest, len(text)), 0, -1):
             end = text[-length:]
-            if any(stop.startswith(end) for stop in self._stops):
+            # In their order, those that begin with it are the first that are not before it.
+            at = bisect_left(self._stops, end)
+            if at < len(self._stops) and self._stops[at].startswith(end):
                 return length
         return 0
 

@@ -13,6 +13,8 @@ from services.gateway.core.tenancy import TenantLimits
 
 # What an absent `max_tokens` means in the native API.
 MAX_TOKENS_DEFAULT = 50
+# Stop strings in the native API and in OpenAI's.
+STOPS_MAX = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ class GenerationRequest:
 
     Attributes:
         tokens_where_absent: What an absent `max_tokens` means, where the context leaves as many.
+        stops_max: How many stop strings its API allows.
     """
 
     request_id: str | None = None
@@ -115,6 +118,7 @@ class GenerationRequest:
     priority: int = 0
     resumable: bool = False
     tokens_where_absent: int = MAX_TOKENS_DEFAULT
+    stops_max: int = STOPS_MAX
 
 
 @dataclass(frozen=True, slots=True)

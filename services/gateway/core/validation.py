@@ -25,7 +25,8 @@ from services.gateway.core.params import (
     TextPrompt,
 )
 
-STOPS_MAX = 4
+# Stop strings where an API's vendor names no bound: each piece of text is compared with all of them.
+UNBOUNDED_STOPS_MAX = 64
 STOP_BYTES_MAX = 256
 MESSAGES_MAX = 1_024
 ROLE_BYTES_MAX = 64
@@ -71,7 +72,7 @@ def check_request(request: GenerationRequest) -> Prompt:
         check_request_id(request.request_id)
     check_max_tokens(request.max_tokens)
     check_sampling(request.sampling)
-    check_stop(request.stop)
+    check_stop(request.stop, request.stops_max)
     check_format(request.form)
     _check_numbers(request)
     return check_prompt(request.prompt)
@@ -142,10 +143,10 @@ def check_format(form: OutputFormat | None) -> None:
         _check_schema(name, form.texts[0])
 
 
-def check_stop(stop: tuple[str, ...]) -> None:
+def check_stop(stop: tuple[str, ...], most: int) -> None:
     """Raises ArgumentInvalid for too many stop strings, or one that is empty or too long."""
-    if len(stop) > STOPS_MAX:
-        raise ArgumentInvalid(f"stop: at most {STOPS_MAX} strings.")
+    if len(stop) > most:
+        raise ArgumentInvalid(f"stop: at most {most} strings.")
     if any(not 1 <= _size("stop", text) <= STOP_BYTES_MAX for text in stop):
         raise ArgumentInvalid(f"stop: each string has 1 to {STOP_BYTES_MAX} bytes.")
 

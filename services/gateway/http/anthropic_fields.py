@@ -13,6 +13,7 @@ from typing import Any
 from services.common.conversation import Message
 from services.common.errors import ArgumentInvalid, FeatureUnsupported
 from services.common.strict_json import read_object, shown
+from services.gateway.core import validation
 from services.gateway.core.params import (
     ChatPrompt,
     FormatKind,
@@ -98,6 +99,8 @@ def read_messages(body: bytes, content_type: str) -> MessagesRequest:
         form=tool_schemas.call_format(tools, form) if bare else form,
         priority=0,
         resumable=False,
+        # The vendor publishes no bound.
+        stops_max=validation.UNBOUNDED_STOPS_MAX,
     )
     return MessagesRequest(
         generation,
@@ -174,8 +177,8 @@ def _messages(name: str, value: Any) -> tuple[Message, ...]:
 
 def _message(name: str, value: Any, calls: ToldCalls) -> Message:
     fields = native_fields.read_map(name, value)
-    for key in fields:
-        if key not in {"role", "content"}:
+    for key, given in fields.items():
+        if key not in {"role", "content"} and given is not None:
             raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of a message.")
     for key in ("role", "content"):
         if key not in fields:

@@ -62,11 +62,7 @@ def _message(name: str, value: Any, calls: ToldCalls) -> Message:
     role = native_fields.read_text(f"{name}.role", fields.get("role"))
     if role not in ROLES:
         raise ArgumentInvalid(f"{name}.role: must be system, developer, user, assistant or tool.")
-    for key, given in fields.items():
-        if key in {"audio", "function_call"} and given is not None:
-            raise FeatureUnsupported(f"{name}.{key}: is not served here.")
-        if key not in _FIELDS:
-            raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of a message.")
+    _check_fields(name, fields, role)
     called = _said_calls(f"{name}.tool_calls", native_fields.given(fields, "tool_calls", []), calls)
     # An assistant that refused has said so instead.
     said = native_fields.given(fields, "content", fields.get("refusal") if role == "assistant" else None)
@@ -81,6 +77,18 @@ def _message(name: str, value: Any, calls: ToldCalls) -> Message:
         return Message("user", said_result(content))
     words = "\n".join(part for part in (content, called) if part)
     return Message("system" if role == "developer" else role, words)
+
+
+def _check_fields(name: str, fields: Mapping[str, Any], role: str) -> None:
+    for key, given in fields.items():
+        # The vendor's clients send what they read, with each field that they know; null says nothing.
+        if given is None:
+            continue
+        if key in {"audio", "function_call"}:
+            raise FeatureUnsupported(f"{name}.{key}: is not served here.")
+        # What they made of the content of an answer, which they leave beside it.
+        if key not in _FIELDS and not (key == "parsed" and role == "assistant"):
+            raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of a message.")
 
 
 def _said_calls(name: str, value: Any, calls: ToldCalls) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from services.gateway.core.validation import UNBOUNDED_STOPS_MAX
 from services.gateway.http import anthropic_fields
 from services.gateway.http.openapi_parts import (
     BOOLEAN,
@@ -28,6 +29,7 @@ from services.gateway.http.openapi_parts import (
     nullable,
     operation,
     ref,
+    stops,
     with_optional,
 )
 from services.gateway.http.tool_calls import TOOLS_MAX
@@ -113,6 +115,7 @@ def _own_fields() -> dict[str, Schema]:
         "messages": array(any_of(*_turns(text))) | {"minItems": 1},
         "top_p": VENDOR_TOP_P,
         "top_k": VENDOR_TOP_K,
+        "stop_sequences": stops(UNBOUNDED_STOPS_MAX),
         "system": any_of(TEXT, array(text)),
         "thinking": with_optional(
             closed(type={"enum": ["disabled", "adaptive", "between_tools"]}), display={}

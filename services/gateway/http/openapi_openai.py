@@ -106,7 +106,8 @@ def _chat_request() -> dict[str, Any]:
 def _turn() -> dict[str, Any]:
     parts = any_of(closed(type={"const": "text"}, text=TEXT), closed(type={"const": "refusal"}, refusal=TEXT))
     content = any_of(TEXT, array(parts))
-    turn = closed(role={"enum": ["system", "developer", "user", "assistant", "function"]}, content=content)
+    turn = closed(role={"enum": ["system", "developer", "user", "function"]}, content=content)
+    said = closed(role={"const": "assistant"}, content=content)
     result = closed(role={"const": "tool"}, content=content, tool_call_id=TEXT)
     refused = closed(role={"const": "assistant"}, refusal=TEXT)
     told: dict[str, Schema] = {"name": {}, "refusal": {}, "annotations": {}}
@@ -116,8 +117,9 @@ def _turn() -> dict[str, Any]:
     return any_of(
         with_optional(turn, **more),
         with_optional(result, **told),
-        with_optional(calls, content=nullable(TEXT), **more),
-        with_optional(refused, content=NULL, name={}, annotations={}),
+        with_optional(said, parsed={}, **more),
+        with_optional(calls, content=nullable(TEXT), parsed={}, **more),
+        with_optional(refused, content=NULL, name={}, annotations={}, parsed={}),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from services.gateway.core import validation
 from services.gateway.core.jobs import Band
-from services.gateway.core.params import FormatKind
+from services.gateway.core.params import STOPS_MAX, FormatKind
 from services.gateway.http import native_fields as fields
 from services.gateway.http.told_calls import NAME_CHARACTERS_MAX
 
@@ -55,6 +55,13 @@ VENDOR_ERRORS: Mapping[int, str] = {
 
 # Bytes are counted, so that a text of as many characters may be too long all the same.
 _STOP: Schema = {"type": "string", "minLength": 1, "maxLength": validation.STOP_BYTES_MAX}
+
+
+def stops(most: int) -> Schema:
+    """A stop string, or several."""
+    return {"oneOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": most}]}
+
+
 _TEXT_OF: Mapping[FormatKind, Schema] = {
     kind: {"type": "string", "minLength": 1, "maxLength": limit}
     for kind, limit in validation.FORMAT_BYTES_MAX.items()
@@ -79,7 +86,7 @@ _READ: Mapping[Reader, Schema] = {
     fields.read_integer: {"type": "integer"},
     fields.read_map: OBJECT,
     fields.ignore: {},
-    fields.read_stop: {"oneOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": validation.STOPS_MAX}]},
+    fields.read_stop: stops(STOPS_MAX),
     fields.read_logit_bias: {
         "type": "object",
         "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"},

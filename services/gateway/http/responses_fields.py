@@ -183,8 +183,8 @@ def _item(name: str, fields: Mapping[str, Any], calls: ToldCalls, *, alone: bool
 
 
 def _message(name: str, fields: Mapping[str, Any]) -> Message:
-    for key in fields:
-        if key not in {"type", "role", "content", "id", "status", "phase"}:
+    for key, given in fields.items():
+        if key not in {"type", "role", "content", "id", "status", "phase"} and given is not None:
             raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of a message.")
     role = native_fields.read_text(f"{name}.role", fields.get("role"))
     if role not in {"user", "assistant", "system", "developer"}:

@@ -11,6 +11,7 @@ A call in an answer that is held to a schema is bare: it has no marks, and is al
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,9 @@ _SPACES_MAX = 128
 
 # What a model says of calls is read up to here; more is no call.
 CALLS_MAX = 32
+
+_DECODER = json.JSONDecoder()
+_SPACES = re.compile(r"[ \t\n\r]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,15 +179,40 @@ def read_calls(
 
 
 def _marked(text: str, most: int) -> list[str]:
-    """What stands between the first marks; the last end may be missing. Takes time as the text is long."""
+    """What stands between the first marks; the last end may be missing.
+
+    Takes time as the text is long, for each of `most`: what is no JSON may be read to the end of the text.
+    """
     found: list[str] = []
     begin = text.find(BEGIN)
     while begin >= 0 and len(found) < most:
-        end = text.find(END, begin)
-        end = len(text) if end < 0 else end
-        found.append(text[begin + len(BEGIN) : end])
+        begin += len(BEGIN)
+        end = _json_ends_at(text, begin)
+        if end is None:
+            end = text.find(END, begin)
+            end = len(text) if end < 0 else end
+        found.append(text[begin:end])
         begin = text.find(BEGIN, end)
     return found
+
+
+def _json_ends_at(text: str, begin: int) -> int | None:
+    """Where the end mark stands, or the text ends, behind JSON, whose strings may have marks in them.
+
+    None: there is no JSON, or something else behind it.
+    """
+    try:
+        _, end = _DECODER.raw_decode(text, _after_spaces(text, begin))
+    except (ValueError, RecursionError):
+        return None
+    end = _after_spaces(text, end)
+    return end if end == len(text) or text.startswith(END, end) else None
+
+
+def _after_spaces(text: str, at: int) -> int:
+    # What JSON takes for white space; with no character at all it matches as well.
+    spaces = _SPACES.match(text, at)
+    return at if spaces is None else spaces.end()
 
 
 class HeldText:

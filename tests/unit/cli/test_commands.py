@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -198,11 +199,9 @@ def test_chat_prints_the_answer(mesh: FakeMesh, capsys: Capture) -> None:
     assert [(turn.role, turn.content) for turn in request.chat.messages] == [("user", "Where?")]
 
 
-def test_a_conversation_is_remembered(
-    mesh: FakeMesh, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second question is sent with the first one and its answer; the end of input ends it."""
-    lines = iter(["First?", "", "Second?"])
+def converse(monkeypatch: pytest.MonkeyPatch, questions: Iterable[str]) -> None:
+    """Asks in one conversation; the end of input ends it."""
+    lines = iter(questions)
 
     def read(_: str) -> str:
         try:
@@ -212,10 +211,61 @@ def test_a_conversation_is_remembered(
 
     monkeypatch.setattr("builtins.input", read)
     assert main(["chat"]) == 0
+
+
+def test_a_conversation_is_remembered(
+    mesh: FakeMesh, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second question is sent with the first one and its answer."""
+    converse(monkeypatch, ["First?", "", "Second?"])
     assert capsys.readouterr().out.count("Paris") == 2
     roles = [turn.role for turn in mesh.requests[1].chat.messages]
     assert roles == ["user", "assistant", "user"]
     assert mesh.requests[1].chat.messages[2].content == "Second?"
+
+
+def test_a_long_conversation_forgets_its_beginning(
+    mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """What is sent begins with a question each time, and its size has a bound."""
+    converse(monkeypatch, [f"{number}?" for number in range(35)])
+    asked = [[turn.role for turn in request.chat.messages] for request in mesh.requests]
+    assert [len(turns) for turns in asked] == [min(2 * number + 1, 63) for number in range(35)]
+    assert all(turns == (["user", "assistant"] * 32)[: len(turns)] for turns in asked)
+    assert mesh.requests[-1].chat.messages[0].content == "3?"
+    assert not capsys.readouterr().err
+
+
+def test_what_the_context_does_not_hold_is_forgotten(
+    mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """The oldest question goes with its answer, for good, until the rest has room."""
+    mesh.turns_max = 4
+    converse(monkeypatch, ["1?", "2?", "3?", "4?"])
+    told = capsys.readouterr()
+    assert (told.out.count("Paris"), told.err) == (4, "")
+    asked = [[turn.content for turn in request.chat.messages[::2]] for request in mesh.requests]
+    assert asked == [["1?"], ["1?", "2?"], ["1?", "2?", "3?"], ["2?", "3?"], ["2?", "3?", "4?"], ["3?", "4?"]]
+
+
+def test_a_question_without_room_is_told_and_the_rest_kept(
+    mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """It fails once it is alone; another failure is not asked about again."""
+
+    def questions() -> Iterator[str]:
+        yield "1?"
+        mesh.turns_max = 0
+        yield "too long?"
+        mesh.turns_max = 9
+        yield "2?"
+        mesh.error = QueueFull("The queue is full.")
+        yield "3?"
+
+    converse(monkeypatch, questions())
+    assert capsys.readouterr().err == "interlock: Too long.\ninterlock: The queue is full.\n"
+    sent = [[turn.content for turn in request.chat.messages[::2]] for request in mesh.requests]
+    assert sent == [["1?"], ["1?", "too long?"], ["too long?"], ["1?", "2?"], ["1?", "2?", "3?"]]
 
 
 def test_a_refusal_is_told_with_its_delay(mesh: FakeMesh, capsys: Capture) -> None:

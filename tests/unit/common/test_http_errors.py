@@ -6,6 +6,7 @@ import pytest
 
 from services.common import http_errors
 from services.common.errors import (
+    Code,
     Draining,
     ForeignError,
     InterlockError,
@@ -43,6 +44,25 @@ def test_http_tells_apart_what_grpc_does_not() -> None:
     """Too large and too many share a gRPC code, not a status; an error without a delay has no header."""
     assert http_errors.status_of(MessageTooLarge("Too large.")) == 413
     assert http_errors.headers(TokenMissing("No token.")) == [("x-interlock-status", "401")]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in every_error() if kind is not ForeignError])
+def test_what_trying_again_does_not_mend_says_so(kind: type[InterlockError]) -> None:
+    """Where its status alone would have a vendor's client send the request again, and only there."""
+    error = kind("told")
+    status = http_errors.status_of(error)
+    said = dict(http_errors.headers(error)).get("x-should-retry")
+    assert said == ("false" if not kind.retryable and (status == 409 or status >= 500) else None)
+    # An API of a vendor's has statuses of its own, by which its clients go.
+    assert "x-should-retry" not in dict(http_errors.headers(error, 400))
+
+
+def test_an_error_of_another_system_is_judged_by_its_code() -> None:
+    """What a lost connection came to may go better next time; what crashed may not."""
+    headers = [
+        dict(http_errors.headers(ForeignError(code, "told"))) for code in (Code.UNAVAILABLE, Code.INTERNAL)
+    ]
+    assert ["x-should-retry" in one for one in headers] == [False, True]
 
 
 def test_what_did_nothing_says_so_in_its_headers() -> None:

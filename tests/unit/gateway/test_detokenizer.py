@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from hypothesis import given
@@ -53,6 +54,18 @@ def test_any_grouping_of_tokens_finds_the_same_stop(text: str, stops: list[str],
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     assert answers[0][0] == (text[: min(ends)[1]] if ends else text)
     assert one_by_one.token_ids == grouped.token_ids
+
+
+def test_many_stop_strings_cost_little() -> None:
+    """As many and as long as there may be, and a text made for them."""
+    stops = ["a" * 255 + "b", *("a" * size + "ba" for size in range(190, 253))]
+    matcher = StopMatcher(stops)
+    pieces = ["a" * 4] * 60 + (["a" * 4] * 40 + ["c" + "a" * 3]) * 20
+    began_s = time.monotonic()
+    said = [matcher.push(piece) for piece in pieces]
+    # Of the order of 0.1 ms for a piece.
+    assert time.monotonic() - began_s < len(pieces) * 0.001
+    assert "".join(cut.text for cut in said) + matcher.flush() == "".join(pieces)
 
 
 @given(st.binary(max_size=100))

@@ -221,6 +221,23 @@ def read_items(call: dict[str, Any], result: dict[str, Any], tool: dict[str, Any
     responses_fields.read_responses(json.dumps(body).encode(), JSON)
 
 
+@pytest.mark.parametrize(
+    ("name", "turns"), [("chat", "messages"), ("responses", "input"), ("messages", "messages")]
+)
+def test_null_in_a_message_says_nothing(name: str, turns: str) -> None:
+    """In no vendor's API; a value of an unknown field is refused by its name."""
+    read, body = READERS[name]
+    values: tuple[Any, ...] = (None, {})
+    for given in values:
+        message = {"role": "user", "content": "hi", "of_tomorrow": given}
+        asked = json.dumps({**body, turns: [message, *body[turns]]}).encode()
+        if given is None:
+            read(asked, JSON)
+            continue
+        with pytest.raises(ArgumentInvalid, match=rf"^{turns}\[0\]\.of_tomorrow: "):
+            read(asked, JSON)
+
+
 def test_items_as_the_vendors_client_writes_them_down() -> None:
     """Null says nothing; what was called directly is served, and so is a tool that may be called so."""
     direct = {"caller": {"type": "direct"}, "namespace": "n"}

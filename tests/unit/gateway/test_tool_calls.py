@@ -47,6 +47,37 @@ def test_calls_are_read_out_of_the_text() -> None:
     assert read('{"name": "time", "arguments": {}}', bare=True) == ("", [("time", "{}")])
 
 
+MARKED = tuple(
+    said_call("weather", json.dumps({"city": city}))
+    for city in (END, BEGIN, f'"{END}{BEGIN}', CALL, f"a {END}\n{{", "\\" + END)
+)
+
+
+@pytest.mark.parametrize("call", MARKED)
+@pytest.mark.parametrize("spaces", ["", " \n"])
+def test_marks_in_an_argument_end_no_call(call: str, spaces: str) -> None:
+    """A call ends where its JSON does; whole, in two pieces cut anywhere, and as the first of two."""
+    inner = call.removeprefix(BEGIN).removesuffix(END)
+    call = BEGIN + spaces + inner + spaces + END
+    wanted = ("weather", json.dumps(json.loads(inner)["arguments"], ensure_ascii=False))
+    assert read(call) == read(call.removesuffix(END)) == ("", [wanted])
+    two = f"Hm. {call}\n{said_call('time', '{}')}"
+    assert read(two) == ("Hm.", [wanted, ("time", "{}")])
+    for text in (call, two):
+        for at in range(len(text)):
+            held = HeldText(NAMES, "c", bare=False)
+            said = [held.add(piece) or "" for piece in (text[:at], text[at:])]
+            rest, calls = held.end()
+            assert ("".join(said) + rest, calls) == read_calls(text, NAMES, "c", bare=False)
+
+
+def test_what_is_broken_ends_at_the_first_mark() -> None:
+    """And makes text of all, with a mark in its string as without."""
+    for broken in (f'{{"name": "time", "arguments": {{"a": "{END}"}}', f'{{"name": "{END}"}} x', f'"{END}'):
+        text = f"{BEGIN}{broken}{END}{CALL}"
+        assert read(text) == (text, [])
+
+
 @pytest.mark.parametrize("more", ["", "broken" + END, '{"name": "unknown"}' + END, CALL[len(BEGIN) :]])
 def test_where_one_call_is_wanted_the_first_is_all(more: str) -> None:
     """What comes after it cannot undo it, whatever it is; a first one that is none stays text."""
@@ -106,7 +137,17 @@ def test_what_is_no_call_stays_text(text: str) -> None:
 def test_hostile_text_takes_no_time() -> None:
     """A model can be made to say anything; reading it is linear, and calls are bounded."""
     began_s = time.monotonic()
-    for text in (BEGIN * 100_000, (BEGIN + "{") * 100_000, BEGIN + "{" * 1_000_000, f"{BEGIN}{{}}" * 50_000):
+    for text in (
+        BEGIN * 100_000,
+        (BEGIN + "{") * 100_000,
+        BEGIN + "{" * 1_000_000,
+        f"{BEGIN}{{}}" * 50_000,
+        # Each of them is a string without an end, as far as its reader can tell.
+        BEGIN + '"' + (END + BEGIN) * 50_000,
+        f'{BEGIN}["{END}' * 50_000,
+        f'{BEGIN}{{"a": "{END}"}} ' * 50_000,
+        BEGIN + " " * 1_000_000,
+    ):
         read(text)
         call_begins_at(text)
     assert time.monotonic() - began_s < 5
@@ -188,7 +229,7 @@ def test_a_text_that_may_become_a_call_is_held() -> None:
     assert (rest, [call.name for call in calls]) == ("", ["weather"])
 
 
-WORDS = ("a", " ", "\n", "<", "<tool", "b>", BEGIN, END, CALL, said_call("time", "{}"), "é")
+WORDS = ("a", " ", "\n", "<", "<tool", "b>", BEGIN, END, CALL, said_call("time", "{}"), MARKED[2], "é")
 
 
 @given(st.lists(st.sampled_from(WORDS), max_size=8).map("".join), st.lists(st.integers(1, 40), max_size=60))

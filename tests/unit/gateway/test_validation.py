@@ -74,6 +74,7 @@ def test_sampling_is_bounded(name: str, good: list[Any], bad: list[Any]) -> None
         ({"logprobs": 0, "max_tokens": validation.SCORES_MAX + 1}, "logprobs: n x"),
         ({"stop": ("a",) * 5}, "stop"),
         ({"stop": ("é" * 129,)}, "stop"),
+        ({"stop": ("a",) * 65, "stops_max": validation.UNBOUNDED_STOPS_MAX}, "stop: at most 64"),
         ({"prompt": TextPrompt("")}, "text"),
         ({"prompt": TextPrompt(HUGE)}, "text"),
         ({"prompt": TextPrompt("\ud800")}, "text"),
@@ -84,7 +85,7 @@ def test_sampling_is_bounded(name: str, good: list[Any], bad: list[Any]) -> None
         ({"prompt": ChatPrompt((Message("user", "a"),) * 1025)}, "messages"),
         ({"prompt": ChatPrompt((Message("user", HUGE),))}, "messages"),
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_a_breach_names_its_field(fields: dict[str, Any], named: str) -> None:
     """ArgumentInvalid begins with the field."""

@@ -30,7 +30,8 @@ class GatewayHttpServiceStub(object):
     """The HTTP face of the gateway. Envoy maps paths to these methods and passes bodies as they are,
     so that every byte of a reply, and every error, is the gateway's own.
 
-    A reply whose status is not 200 names it in the initial metadata `x-interlock-status`.
+    A reply whose status is not 200 names it in the initial metadata `x-interlock-status`. One of 409, or of 500
+    and above, that trying again does not mend says `x-should-retry: false`, which the vendors' clients obey.
     """
 
     def __init__(self, channel):
@@ -115,7 +116,8 @@ class GatewayHttpServiceServicer(object):
     """The HTTP face of the gateway. Envoy maps paths to these methods and passes bodies as they are,
     so that every byte of a reply, and every error, is the gateway's own.
 
-    A reply whose status is not 200 names it in the initial metadata `x-interlock-status`.
+    A reply whose status is not 200 names it in the initial metadata `x-interlock-status`. One of 409, or of 500
+    and above, that trying again does not mend says `x-should-retry: false`, which the vendors' clients obey.
     """
 
     def Generate(self, request, context):
@@ -301,7 +303,8 @@ class GatewayHttpService(object):
     """The HTTP face of the gateway. Envoy maps paths to these methods and passes bodies as they are,
     so that every byte of a reply, and every error, is the gateway's own.
 
-    A reply whose status is not 200 names it in the initial metadata `x-interlock-status`.
+    A reply whose status is not 200 names it in the initial metadata `x-interlock-status`. One of 409, or of 500
+    and above, that trying again does not mend says `x-should-retry: false`, which the vendors' clients obey.
     """
 
     @staticmethod

@@ -17,7 +17,8 @@ class GatewayHttpServiceStub:
     """The HTTP face of the gateway. Envoy maps paths to these methods and passes bodies as they are,
     so that every byte of a reply, and every error, is the gateway's own.
 
-    A reply whose status is not 200 names it in the initial metadata `x-interlock-status`.
+    A reply whose status is not 200 names it in the initial metadata `x-interlock-status`. One of 409, or of 500
+    and above, that trying again does not mend says `x-should-retry: false`, which the vendors' clients obey.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -54,7 +55,8 @@ class GatewayHttpServiceServicer(metaclass=_abc_1.ABCMeta):
     """The HTTP face of the gateway. Envoy maps paths to these methods and passes bodies as they are,
     so that every byte of a reply, and every error, is the gateway's own.
 
-    A reply whose status is not 200 names it in the initial metadata `x-interlock-status`.
+    A reply whose status is not 200 names it in the initial metadata `x-interlock-status`. One of 409, or of 500
+    and above, that trying again does not mend says `x-should-retry: false`, which the vendors' clients obey.
     """
 
     @_abc_1.abstractmethod
