@@ -11,6 +11,9 @@ a successor needs is in the record: whoever reads it goes on where the last cont
     PENDING -> PREPARING -> READY -> SWITCHING -> BAKING -> COMPLETED
                   |           |          '-----------'-> ROLLING_BACK -> ROLLED_BACK
                   '-----------'-> ABORTING -> ABORTED
+
+From ROLLING_BACK an operator's word leads to BAKING again; and where no worker can load the old revision any
+more, what serves stays: COMPLETED.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from services.controller.core.rollout_events import (
     Weights,
     WorkerView,
 )
-from services.controller.core.rollout_moment import Moment
+from services.controller.core.rollout_moment import FAILURES, Moment
 from services.controller.core.rollout_record import (
     NEXT,
     SHARE_ALL,
@@ -152,6 +155,12 @@ def _fall_short(rollout: Rollout, event: FellShort, now: Moment) -> Rollout:
     return _enter(rollout, State.ROLLING_BACK, event.reason, now)
 
 
+def _keep(rollout: Rollout, _: Promoted, now: Moment) -> Rollout:
+    # It is judged no longer than until it serves everywhere, which it may do already.
+    kept = replace(rollout, due_ms=now.ms)
+    return _enter(kept, State.BAKING, "An operator keeps the new revision.", now)
+
+
 # --- what follows from the state, the fleet and the time ----------------------------------------------------
 
 
@@ -201,6 +210,8 @@ def _bake(rollout: Rollout, now: Moment) -> Rollout:
         cause = failures[0] if failures else none_left
         return _enter(rollout, State.ROLLING_BACK, cause, now)
     if rollout.strategy is Strategy.SWAP:
+        # Where an operator kept it on the way back the route may have left it.
+        rollout = _routed(rollout, _shares(rollout, SHARE_ALL)) if now.ready else rollout
         rollout = _swap_one(rollout, now)
     is_everywhere = now.ready == len(now.fleet.workers)
     is_swapping = rollout.strategy is Strategy.SWAP and not is_everywhere
@@ -214,19 +225,27 @@ def _bake(rollout: Rollout, now: Moment) -> Rollout:
 
 def _return(rollout: Rollout, now: Moment) -> Rollout:
     rollout = _lead_back(rollout, now)
+    old, new = ((rollout.previous, SHARE_ALL),), ((rollout.spec.revision, SHARE_ALL),)
+    obstacle = now.no_way_back
     # A route to a revision that nobody holds would let requests wait that can be answered now.
-    if now.old_is_ready:
-        rollout = _routed(rollout, ((rollout.previous, SHARE_ALL),))
-    if rollout.written != ((rollout.previous, SHARE_ALL),):
-        return rollout
-    return _enter(rollout, State.ROLLED_BACK, "The old revision serves again.", now)
+    if now.old_is_ready or now.nothing_left:
+        rollout = _routed(rollout, old)
+    elif obstacle and now.ready:
+        rollout = _routed(rollout, new)
+    if rollout.written == old:
+        neither = f"Neither revision can be loaded any more. {obstacle}"
+        cause = neither if now.nothing_left else "The old revision serves again."
+        return _enter(rollout, State.ROLLED_BACK, cause, now)
+    if rollout.written == new and obstacle and now.ready:
+        cause = f"It stays, for the old revision cannot be loaded any more. {obstacle}"
+        return _enter(rollout, State.COMPLETED, cause, now)
+    return rollout
 
 
 def _lead_back(rollout: Rollout, now: Moment) -> Rollout:
-    """Lets another worker go back first, where the one that should is gone."""
-    names = [
-        worker.worker_id for worker in sorted(now.fleet.workers, key=lambda one: one.new is Standing.READY)
-    ]
+    """Lets another worker go back first, where the one that should is gone, or cannot."""
+    able = (worker for worker in now.fleet.workers if worker.old is not Standing.GIVEN_UP)
+    names = [worker.worker_id for worker in sorted(able, key=lambda one: one.new is Standing.READY)]
     behind = rollout.swapping[1:]
     if rollout.strategy is not Strategy.SWAP or not names or not all(name in behind for name in names):
         return rollout
@@ -295,8 +314,8 @@ def _swap_one(rollout: Rollout, now: Moment) -> Rollout:
 
 def _is_clear(worker: WorkerView) -> bool:
     """Whether nothing of the rollout is left on a worker that serves the old revision, or never will."""
-    rid = worker.new in {Standing.ABSENT, Standing.STAGED, Standing.FAILED}
-    return rid and worker.old in {Standing.READY, Standing.FAILED}
+    rid = worker.new in {Standing.ABSENT, Standing.STAGED, *FAILURES}
+    return rid and worker.old in {Standing.READY, *FAILURES}
 
 
 def _shares(rollout: Rollout, percent: int) -> Weights:
@@ -366,6 +385,7 @@ TABLE: dict[tuple[State, type], Take] = {
     (State.BAKING, Resumed): _resume,
     (State.ROLLING_BACK, Observed): _look,
     (State.ROLLING_BACK, RouteWritten): _note_route,
+    (State.ROLLING_BACK, Promoted): _keep,
     (State.ABORTING, Observed): _look,
     (State.ABORTING, RouteWritten): _note_route,
 }

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from services.controller.core.rollout_events import Fleet, Standing
 
+FAILURES = frozenset({Standing.FAILED, Standing.GIVEN_UP})
+
 
 @dataclass(frozen=True, slots=True)
 class Moment:
@@ -43,5 +45,20 @@ class Moment:
     @property
     def failures(self) -> tuple[str, ...]:
         """Why the new revision failed, for each worker on which it did."""
-        failed = (worker for worker in self.fleet.workers if worker.new is Standing.FAILED)
+        failed = (worker for worker in self.fleet.workers if worker.new in FAILURES)
         return tuple(f"{worker.worker_id}: {worker.failure}" for worker in failed)
+
+    @property
+    def no_way_back(self) -> str:
+        """Why no worker can come to the old revision by itself any more; empty while one may."""
+        workers = self.fleet.workers
+        if not workers or any(worker.old is not Standing.GIVEN_UP for worker in workers):
+            return ""
+        return f"{workers[0].worker_id}: {workers[0].old_failure}"
+
+    @property
+    def nothing_left(self) -> bool:
+        """Whether no worker can come to either revision by itself any more."""
+        given_up = (Standing.GIVEN_UP, Standing.GIVEN_UP)
+        workers = self.fleet.workers
+        return bool(workers) and all((worker.new, worker.old) == given_up for worker in workers)
