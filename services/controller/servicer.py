@@ -280,7 +280,7 @@ class ControllerServicer(controller_service_pb2_grpc.ControllerServiceServicer):
     async def PromoteRollout(
         self, request: pb.PromoteRolloutRequest, context: Context
     ) -> pb.PromoteRolloutResponse:
-        """Ends the judging: the new revision stays."""
+        """Ends the judging, or the way back: the new revision stays."""
         after = await self._tell(request.rollout_id, Promoted(), context)
         return pb.PromoteRolloutResponse(rollout=after)
 

@@ -239,14 +239,15 @@ class ControllerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PromoteRollout(self, request, context):
-        """Ends the judging: the new revision stays.
+        """Ends the judging: the new revision stays. On the way back it stays after all, and serves again where it had to
+        go already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RollBackRollout(self, request, context):
-        """Gives the route back to the old revision.
+        """Gives the route back to the old revision. Where no worker can load that any more, the new one stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

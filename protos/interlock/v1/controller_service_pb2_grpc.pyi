@@ -45,9 +45,11 @@ class ControllerServiceStub:
     WatchRollout: _aio.UnaryStreamMultiCallable[_controller_service_pb2.WatchRolloutRequest, _controller_service_pb2.WatchRolloutResponse]
     """One rollout, again at every change, until its end."""
     PromoteRollout: _aio.UnaryUnaryMultiCallable[_controller_service_pb2.PromoteRolloutRequest, _controller_service_pb2.PromoteRolloutResponse]
-    """Ends the judging: the new revision stays."""
+    """Ends the judging: the new revision stays. On the way back it stays after all, and serves again where it had to
+    go already.
+    """
     RollBackRollout: _aio.UnaryUnaryMultiCallable[_controller_service_pb2.RollBackRolloutRequest, _controller_service_pb2.RollBackRolloutResponse]
-    """Gives the route back to the old revision."""
+    """Gives the route back to the old revision. Where no worker can load that any more, the new one stays."""
     CancelRollout: _aio.UnaryUnaryMultiCallable[_controller_service_pb2.CancelRolloutRequest, _controller_service_pb2.CancelRolloutResponse]
     """Ends a rollout before its switch."""
     PauseRollout: _aio.UnaryUnaryMultiCallable[_controller_service_pb2.PauseRolloutRequest, _controller_service_pb2.PauseRolloutResponse]
@@ -176,7 +178,9 @@ class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _controller_service_pb2.PromoteRolloutRequest,
         context: _aio.ServicerContext[_controller_service_pb2.PromoteRolloutRequest, _abc.Awaitable[_controller_service_pb2.PromoteRolloutResponse]],
     ) -> _abc.Awaitable[_controller_service_pb2.PromoteRolloutResponse]:
-        """Ends the judging: the new revision stays."""
+        """Ends the judging: the new revision stays. On the way back it stays after all, and serves again where it had to
+        go already.
+        """
 
     @_abc_1.abstractmethod
     def RollBackRollout(
@@ -184,7 +188,7 @@ class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _controller_service_pb2.RollBackRolloutRequest,
         context: _aio.ServicerContext[_controller_service_pb2.RollBackRolloutRequest, _abc.Awaitable[_controller_service_pb2.RollBackRolloutResponse]],
     ) -> _abc.Awaitable[_controller_service_pb2.RollBackRolloutResponse]:
-        """Gives the route back to the old revision."""
+        """Gives the route back to the old revision. Where no worker can load that any more, the new one stays."""
 
     @_abc_1.abstractmethod
     def CancelRollout(

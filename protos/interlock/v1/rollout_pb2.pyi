@@ -69,11 +69,13 @@ class _RolloutStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RolloutS
     ROLLOUT_STATE_BAKING: _RolloutState.ValueType  # 5
     """It serves and is judged."""
     ROLLOUT_STATE_COMPLETED: _RolloutState.ValueType  # 6
-    """It serves for good."""
+    """It serves for good; also where it should go back and no worker can load the old revision any more, which the
+    cause says.
+    """
     ROLLOUT_STATE_ROLLING_BACK: _RolloutState.ValueType  # 7
     """It fell short; the route goes back."""
     ROLLOUT_STATE_ROLLED_BACK: _RolloutState.ValueType  # 8
-    """The old revision serves again."""
+    """The old revision serves again. Where no worker can load either, none does, which the cause says."""
     ROLLOUT_STATE_ABORTING: _RolloutState.ValueType  # 9
     """It ends before the switch."""
     ROLLOUT_STATE_ABORTED: _RolloutState.ValueType  # 10
@@ -95,11 +97,13 @@ ROLLOUT_STATE_SWITCHING: RolloutState.ValueType  # 4
 ROLLOUT_STATE_BAKING: RolloutState.ValueType  # 5
 """It serves and is judged."""
 ROLLOUT_STATE_COMPLETED: RolloutState.ValueType  # 6
-"""It serves for good."""
+"""It serves for good; also where it should go back and no worker can load the old revision any more, which the
+cause says.
+"""
 ROLLOUT_STATE_ROLLING_BACK: RolloutState.ValueType  # 7
 """It fell short; the route goes back."""
 ROLLOUT_STATE_ROLLED_BACK: RolloutState.ValueType  # 8
-"""The old revision serves again."""
+"""The old revision serves again. Where no worker can load either, none does, which the cause says."""
 ROLLOUT_STATE_ABORTING: RolloutState.ValueType  # 9
 """It ends before the switch."""
 ROLLOUT_STATE_ABORTED: RolloutState.ValueType  # 10

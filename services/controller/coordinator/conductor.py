@@ -186,8 +186,14 @@ class Conductor:
                 self._making = ()
             return made
 
-    async def tell(self, rollout_id: str, event: Event, fleet: Fleet) -> Rollout:
+    async def tell(self, rollout_id: str, event: Event, fleet: Fleet | None) -> Rollout:
         """Takes in what an operator wants.
+
+        Args:
+            rollout_id: Which rollout.
+            event: What is wanted.
+            fleet: Who is attached now; None: that is not known yet. Then the event is put on record, and what
+                follows from the fleet waits for the next look at it.
 
         Raises:
             RolloutRefused: It cannot be done where the rollout is.

@@ -292,7 +292,9 @@ class Coordinator:
         return self._goals.fleet(rollout, self._roster.members.values())
 
     async def _tell(self, rollout_id: str, event: RolloutEvent, known: Rollout) -> Rollout:
-        after = await self.rollouts.tell(rollout_id, event, self._fleet(known))
+        # Those who have come back so far are not the fleet: one that is ready would stand for all.
+        fleet = self._fleet(known) if self._reunion.is_over(self._roster.members.values()) else None
+        after = await self.rollouts.tell(rollout_id, event, fleet)
         self._obey(after)
         return after
 
@@ -320,8 +322,7 @@ class Coordinator:
 
     async def _retire(self) -> None:
         """Takes from workers what nobody needs there any more; what runs on it ends first."""
-        rollout = self.rollouts.current
-        routed = rollout is not None and rollout.strategy is Strategy.SWAP
+        routed = (rollout := self.rollouts.current) is not None and rollout.strategy is Strategy.SWAP
         for key, revision in tuple(self._roster.unneeded(self._goal)):
             fence = self._tenure.fence
             spared = await self._store.unready(self._model, key.id, revision, fence, routed=routed)
@@ -333,9 +334,8 @@ class Coordinator:
         """Sees to it, before anything is written, that the lease bears our number and what we learned."""
         if not self.rollouts.loaded:
             await self._tenure.keep()
-            fence = await self.rollouts.load(self._tenure.fence)
-            self._rules = replace(self._rules, fence=fence)
-            await self._reunion.begin()
+            self._rules = replace(self._rules, fence=await self.rollouts.load(self._tenure.fence))
+        await self._reunion.begin()
         if self._tenure.fence < self._rules.fence:
             await self._tenure.keep(self._rules.fence)
 

@@ -367,9 +367,13 @@ _UNDER_WAY = frozenset({Phase.STAGING, Phase.STAGED, Phase.PREPARING})
 _HELD = frozenset({Phase.READY, Phase.ACTIVATING, Phase.ACTIVE})
 
 
+def is_given_up(resident: Resident) -> bool:
+    """Whether a revision failed as often as it is tried: nobody asks for it again by himself."""
+    return resident.phase is Phase.FAILED and resident.attempts > len(RETRY_AFTER_S)
+
+
 def _is_due_again(resident: Resident, now_s: float) -> bool:
-    failed = resident.phase is Phase.FAILED and resident.due_s <= now_s
-    return failed and resident.attempts <= len(RETRY_AFTER_S)
+    return resident.phase is Phase.FAILED and resident.due_s <= now_s and not is_given_up(resident)
 
 
 def _with(member: Member, revision: str, resident: Resident) -> Member:

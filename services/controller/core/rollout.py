@@ -11,6 +11,9 @@ a successor needs is in the record: whoever reads it goes on where the last cont
     PENDING -> PREPARING -> READY -> SWITCHING -> BAKING -> COMPLETED
                   |           |          '-----------'-> ROLLING_BACK -> ROLLED_BACK
                   '-----------'-> ABORTING -> ABORTED
+
+From ROLLING_BACK an operator's word leads to BAKING again; and where no worker can load the old revision any
+more, what serves stays: COMPLETED.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from services.controller.core.rollout_events import (
     Weights,
     WorkerView,
 )
+from services.controller.core.rollout_moment import FAILURES, Moment
 from services.controller.core.rollout_record import (
     NEXT,
     SHARE_ALL,
@@ -61,13 +65,13 @@ class Step:
     effects: tuple[Effect, ...]
 
 
-def step(rollout: Rollout, event: Event, fleet: Fleet, now_ms: int, findings: str = "") -> Step:
+def step(rollout: Rollout, event: Event, fleet: Fleet | None, now_ms: int, findings: str = "") -> Step:
     """What follows from `event`.
 
     Args:
         rollout: The rollout before it.
         event: What happened.
-        fleet: Who is attached now.
+        fleet: Who is attached now; None: that is not known yet, and only the event itself counts.
         now_ms: The time since the epoch.
         findings: What is to be said for the new revision so far, for people; empty: nothing.
 
@@ -78,8 +82,10 @@ def step(rollout: Rollout, event: Event, fleet: Fleet, now_ms: int, findings: st
     if take is None:
         name = type(event).__name__
         raise RolloutEventIllegal(f"A rollout that is {rollout.state} does not take the event {name}.")
-    now = _Now(fleet, now_ms, findings)
-    after = _advance(take(rollout, event, now), now)
+    now = Moment(fleet or Fleet(), now_ms, findings)
+    after = take(rollout, event, now)
+    if fleet is not None:
+        after = _advance(after, now)
     return Step(after, _effects(rollout, after))
 
 
@@ -92,40 +98,10 @@ def _effects(before: Rollout, after: Rollout) -> tuple[Effect, ...]:
     return (*effects, *(Swap(worker_id) for worker_id in gave_up))
 
 
-@dataclass(frozen=True, slots=True)
-class _Now:
-    """The moment of an event."""
-
-    fleet: Fleet
-    ms: int
-    findings: str = ""
-
-    def after(self, seconds: float) -> int:
-        return self.ms + round(seconds * 1000)
-
-    @property
-    def ready(self) -> int:
-        return sum(worker.new is Standing.READY for worker in self.fleet.workers)
-
-    @property
-    def all_staged(self) -> bool:
-        """Whether no worker lacks a file; until then nobody gives up what serves."""
-        return all(worker.new is Standing.STAGED for worker in self.fleet.workers)
-
-    @property
-    def old_is_ready(self) -> bool:
-        return any(worker.old is Standing.READY for worker in self.fleet.workers)
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        failed = (worker for worker in self.fleet.workers if worker.new is Standing.FAILED)
-        return tuple(f"{worker.worker_id}: {worker.failure}" for worker in failed)
-
-
 # --- what events do by themselves ---------------------------------------------------------------------------
 
 
-def _begin(rollout: Rollout, _: Begun, now: _Now) -> Rollout:
+def _begin(rollout: Rollout, _: Begun, now: Moment) -> Rollout:
     strategy = rollout.spec.strategy
     if strategy is Strategy.AUTO:
         fits = all(worker.fits for worker in now.fleet.workers)
@@ -137,52 +113,58 @@ def _begin(rollout: Rollout, _: Begun, now: _Now) -> Rollout:
     return _enter(replace(rollout, strategy=strategy, due_ms=due_ms), State.PREPARING, cause, now)
 
 
-def _look(rollout: Rollout, _: Observed, __: _Now) -> Rollout:
+def _look(rollout: Rollout, _: Observed, __: Moment) -> Rollout:
     return rollout
 
 
-def _note_route(rollout: Rollout, event: RouteWritten, _: _Now) -> Rollout:
+def _note_route(rollout: Rollout, event: RouteWritten, _: Moment) -> Rollout:
     # An answer about an earlier route says nothing about this one.
     return replace(rollout, written=event.weights) if event.weights == rollout.route else rollout
 
 
-def _pause(rollout: Rollout, _: Paused, __: _Now) -> Rollout:
+def _pause(rollout: Rollout, _: Paused, __: Moment) -> Rollout:
     return replace(rollout, paused=True)
 
 
-def _resume(rollout: Rollout, _: Resumed, __: _Now) -> Rollout:
+def _resume(rollout: Rollout, _: Resumed, __: Moment) -> Rollout:
     return replace(rollout, paused=False)
 
 
-def _release(rollout: Rollout, _: Resumed | Promoted, now: _Now) -> Rollout:
+def _release(rollout: Rollout, _: Resumed | Promoted, now: Moment) -> Rollout:
     # Meanwhile workers may have gone; they get the time to come back that they had at first.
     return replace(rollout, paused=False, due_ms=now.after(rollout.spec.prepare_timeout_s))
 
 
-def _end_judgement(rollout: Rollout, _: Promoted, now: _Now) -> Rollout:
+def _end_judgement(rollout: Rollout, _: Promoted, now: Moment) -> Rollout:
     return replace(rollout, due_ms=now.ms, paused=False)
 
 
-def _drop(rollout: Rollout, _: TakenBack | Cancelled, now: _Now) -> Rollout:
+def _drop(rollout: Rollout, _: TakenBack | Cancelled, now: Moment) -> Rollout:
     return _enter(rollout, State.ABORTED, "An operator ended it before it began.", now)
 
 
-def _abort(rollout: Rollout, _: TakenBack | Cancelled, now: _Now) -> Rollout:
+def _abort(rollout: Rollout, _: TakenBack | Cancelled, now: Moment) -> Rollout:
     return _enter(rollout, State.ABORTING, "An operator ended it.", now)
 
 
-def _take_back(rollout: Rollout, _: TakenBack | Cancelled, now: _Now) -> Rollout:
+def _take_back(rollout: Rollout, _: TakenBack | Cancelled, now: Moment) -> Rollout:
     return _enter(rollout, State.ROLLING_BACK, "An operator took it back.", now)
 
 
-def _fall_short(rollout: Rollout, event: FellShort, now: _Now) -> Rollout:
+def _fall_short(rollout: Rollout, event: FellShort, now: Moment) -> Rollout:
     return _enter(rollout, State.ROLLING_BACK, event.reason, now)
+
+
+def _keep(rollout: Rollout, _: Promoted, now: Moment) -> Rollout:
+    # It is judged no longer than until it serves everywhere, which it may do already.
+    kept = replace(rollout, due_ms=now.ms)
+    return _enter(kept, State.BAKING, "An operator keeps the new revision.", now)
 
 
 # --- what follows from the state, the fleet and the time ----------------------------------------------------
 
 
-def _prepare(rollout: Rollout, now: _Now) -> Rollout:
+def _prepare(rollout: Rollout, now: Moment) -> Rollout:
     obstacle = _obstacle(rollout, now)
     if obstacle:
         return _enter(rollout, State.ABORTING, obstacle, now)
@@ -198,7 +180,7 @@ def _prepare(rollout: Rollout, now: _Now) -> Rollout:
     return _enter(replace(rollout, due_ms=0), State.READY, cause, now)
 
 
-def _switch(rollout: Rollout, now: _Now) -> Rollout:
+def _switch(rollout: Rollout, now: Moment) -> Rollout:
     if rollout.paused:
         return rollout
     obstacle = _obstacle(rollout, now)
@@ -212,14 +194,14 @@ def _switch(rollout: Rollout, now: _Now) -> Rollout:
     return _enter(rollout, State.SWITCHING, f"{percent} % of new requests go to the new revision.", now)
 
 
-def _await_route(rollout: Rollout, now: _Now) -> Rollout:
+def _await_route(rollout: Rollout, now: Moment) -> Rollout:
     if rollout.written != rollout.route:
         return rollout
     judged = replace(rollout, due_ms=now.after(rollout.spec.bake_s))
     return _enter(judged, State.BAKING, "The route is written.", now)
 
 
-def _bake(rollout: Rollout, now: _Now) -> Rollout:
+def _bake(rollout: Rollout, now: Moment) -> Rollout:
     failures = now.failures
     if failures and rollout.strategy is Strategy.SWAP:
         return _enter(rollout, State.ROLLING_BACK, failures[0], now)
@@ -228,6 +210,8 @@ def _bake(rollout: Rollout, now: _Now) -> Rollout:
         cause = failures[0] if failures else none_left
         return _enter(rollout, State.ROLLING_BACK, cause, now)
     if rollout.strategy is Strategy.SWAP:
+        # Where an operator kept it on the way back the route may have left it.
+        rollout = _routed(rollout, _shares(rollout, SHARE_ALL)) if now.ready else rollout
         rollout = _swap_one(rollout, now)
     is_everywhere = now.ready == len(now.fleet.workers)
     is_swapping = rollout.strategy is Strategy.SWAP and not is_everywhere
@@ -239,21 +223,29 @@ def _bake(rollout: Rollout, now: _Now) -> Rollout:
     return _enter(rollout, State.COMPLETED, f"It serves for good. {now.findings}".rstrip(), now)
 
 
-def _return(rollout: Rollout, now: _Now) -> Rollout:
+def _return(rollout: Rollout, now: Moment) -> Rollout:
     rollout = _lead_back(rollout, now)
+    old, new = ((rollout.previous, SHARE_ALL),), ((rollout.spec.revision, SHARE_ALL),)
+    obstacle = now.no_way_back
     # A route to a revision that nobody holds would let requests wait that can be answered now.
-    if now.old_is_ready:
-        rollout = _routed(rollout, ((rollout.previous, SHARE_ALL),))
-    if rollout.written != ((rollout.previous, SHARE_ALL),):
-        return rollout
-    return _enter(rollout, State.ROLLED_BACK, "The old revision serves again.", now)
+    if now.old_is_ready or now.nothing_left:
+        rollout = _routed(rollout, old)
+    elif obstacle and now.ready:
+        rollout = _routed(rollout, new)
+    if rollout.written == old:
+        neither = f"Neither revision can be loaded any more. {obstacle}"
+        cause = neither if now.nothing_left else "The old revision serves again."
+        return _enter(rollout, State.ROLLED_BACK, cause, now)
+    if rollout.written == new and obstacle and now.ready:
+        cause = f"It stays, for the old revision cannot be loaded any more. {obstacle}"
+        return _enter(rollout, State.COMPLETED, cause, now)
+    return rollout
 
 
-def _lead_back(rollout: Rollout, now: _Now) -> Rollout:
-    """Lets another worker go back first, where the one that should is gone."""
-    names = [
-        worker.worker_id for worker in sorted(now.fleet.workers, key=lambda one: one.new is Standing.READY)
-    ]
+def _lead_back(rollout: Rollout, now: Moment) -> Rollout:
+    """Lets another worker go back first, where the one that should is gone, or cannot."""
+    able = (worker for worker in now.fleet.workers if worker.old is not Standing.GIVEN_UP)
+    names = [worker.worker_id for worker in sorted(able, key=lambda one: one.new is Standing.READY)]
     behind = rollout.swapping[1:]
     if rollout.strategy is not Strategy.SWAP or not names or not all(name in behind for name in names):
         return rollout
@@ -261,13 +253,13 @@ def _lead_back(rollout: Rollout, now: _Now) -> Rollout:
     return replace(rollout, swapping=(names[0], *others))
 
 
-def _clear(rollout: Rollout, now: _Now) -> Rollout:
+def _clear(rollout: Rollout, now: Moment) -> Rollout:
     if not all(_is_clear(worker) for worker in now.fleet.workers):
         return rollout
     return _enter(rollout, State.ABORTED, rollout.history[-1].cause, now)
 
 
-def _advance(rollout: Rollout, now: _Now) -> Rollout:
+def _advance(rollout: Rollout, now: Moment) -> Rollout:
     """Lets the rollout go as far as it can by itself; every state but terminal ones has a way."""
     while (move := _MOVES.get(rollout.state)) is not None:
         after = move(rollout, now)
@@ -277,7 +269,7 @@ def _advance(rollout: Rollout, now: _Now) -> Rollout:
     return rollout
 
 
-def _obstacle(rollout: Rollout, now: _Now) -> str:
+def _obstacle(rollout: Rollout, now: Moment) -> str:
     """Why it cannot become ready any more; empty while it can."""
     failures = now.failures
     able = len(now.fleet.workers) - len(failures)
@@ -288,7 +280,7 @@ def _obstacle(rollout: Rollout, now: _Now) -> str:
     return _undrained(rollout, now) if rollout.state is State.PREPARING else ""
 
 
-def _undrained(rollout: Rollout, now: _Now) -> str:
+def _undrained(rollout: Rollout, now: Moment) -> str:
     """Why a swap whose first worker still runs what the old revision began cannot go on; else empty."""
     first = next((worker for worker in now.fleet.workers if worker.worker_id in rollout.swapping[:1]), None)
     if first is None or first.old is not Standing.READY or not 0 < rollout.drain_due_ms <= now.ms:
@@ -308,7 +300,7 @@ def _needed(rollout: Rollout, fleet: Fleet) -> int:
     return max(1, workers if rollout.spec.quorum is None else min(rollout.spec.quorum, workers))
 
 
-def _swap_one(rollout: Rollout, now: _Now) -> Rollout:
+def _swap_one(rollout: Rollout, now: Moment) -> Rollout:
     """Lets one more worker give up the old revision, once all before it serve the new one."""
     standing = {worker.worker_id: worker.new for worker in now.fleet.workers}
     if any(standing.get(worker_id, Standing.READY) is not Standing.READY for worker_id in rollout.swapping):
@@ -322,8 +314,8 @@ def _swap_one(rollout: Rollout, now: _Now) -> Rollout:
 
 def _is_clear(worker: WorkerView) -> bool:
     """Whether nothing of the rollout is left on a worker that serves the old revision, or never will."""
-    rid = worker.new in {Standing.ABSENT, Standing.STAGED, Standing.FAILED}
-    return rid and worker.old in {Standing.READY, Standing.FAILED}
+    rid = worker.new in {Standing.ABSENT, Standing.STAGED, *FAILURES}
+    return rid and worker.old in {Standing.READY, *FAILURES}
 
 
 def _shares(rollout: Rollout, percent: int) -> Weights:
@@ -339,7 +331,7 @@ def _count(workers: int) -> str:
     return f"{workers} worker" if workers == 1 else f"{workers} workers"
 
 
-def _enter(rollout: Rollout, state: State, cause: str, now: _Now) -> Rollout:
+def _enter(rollout: Rollout, state: State, cause: str, now: Moment) -> Rollout:
     assert state in NEXT[rollout.state], f"{rollout.state} does not lead to {state}"
     # Held is where it stood; an end that was asked for is not.
     paused = rollout.paused and state in _HELD
@@ -349,7 +341,7 @@ def _enter(rollout: Rollout, state: State, cause: str, now: _Now) -> Rollout:
 
 _HELD = frozenset({State.PREPARING, State.READY, State.BAKING})
 
-_MOVES: dict[State, Callable[[Rollout, _Now], Rollout]] = {
+_MOVES: dict[State, Callable[[Rollout, Moment], Rollout]] = {
     State.PREPARING: _prepare,
     State.READY: _switch,
     State.SWITCHING: _await_route,
@@ -358,7 +350,7 @@ _MOVES: dict[State, Callable[[Rollout, _Now], Rollout]] = {
     State.ABORTING: _clear,
 }
 
-Take = Callable[[Rollout, Any, _Now], Rollout]
+Take = Callable[[Rollout, Any, Moment], Rollout]
 
 TABLE: dict[tuple[State, type], Take] = {
     (State.PENDING, Begun): _begin,
@@ -393,6 +385,7 @@ TABLE: dict[tuple[State, type], Take] = {
     (State.BAKING, Resumed): _resume,
     (State.ROLLING_BACK, Observed): _look,
     (State.ROLLING_BACK, RouteWritten): _note_route,
+    (State.ROLLING_BACK, Promoted): _keep,
     (State.ABORTING, Observed): _look,
     (State.ABORTING, RouteWritten): _note_route,
 }

@@ -18,6 +18,7 @@ class Standing(StrEnum):
     PREPARING = "preparing"
     READY = "ready"  # it has generated a token; it may serve
     FAILED = "failed"
+    GIVEN_UP = "given-up"  # it failed as often as it is tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class WorkerView:
         old: The revision that served before.
         fits: Whether its memory holds both, by what it reported.
         failure: Why `new` failed; empty otherwise.
+        old_failure: Why `old` failed; empty otherwise.
     """
 
     worker_id: str
@@ -37,6 +39,7 @@ class WorkerView:
     old: Standing = Standing.ABSENT
     fits: bool = True
     failure: str = ""
+    old_failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ class FellShort:
 
 @dataclass(frozen=True, slots=True)
 class Promoted:
-    """An operator wants it to stay."""
+    """An operator wants the new revision to stay."""
 
 
 @dataclass(frozen=True, slots=True)

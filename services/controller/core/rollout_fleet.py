@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from services.controller.core.member import Goal, Kind, Member, Presence
+from services.controller.core.membership import is_given_up
 from services.controller.core.residency import Phase, Resident
 from services.controller.core.rollout_events import Fleet, Standing, WorkerView
-from services.controller.core.rollout_goals import worker_goal
+from services.controller.core.rollout_goals import WorkerGoal, worker_goal
 from services.controller.core.rollout_record import Rollout, State, Strategy
 
 # Weights are not all that a load needs: buffers of a layer on its way, and the first KV cache.
@@ -106,7 +107,7 @@ def goal(
         names = (rollout.previous, rollout.spec.revision)
         holds = {name: epoch if name == leading else 0 for name in names}
         return Goal(rollout.spec.model, holds, rollout.id, prepare_timeout_s=patience_s)
-    asked = worker_goal(rollout, member.id)
+    asked = _kept(rollout, member) or worker_goal(rollout, member.id)
     wanted, stages = asked.holds, frozenset({asked.stages} if asked.stages else ())
     # A worker that comes back with nothing loads first what most requests wait for; on the way back, what
     # that leads to: a revision that kills its workers would kill it again before it had the other one.
@@ -148,6 +149,25 @@ def _one_copy(rollout: Rollout, member: Member, whole: Goal, bound: frozenset[st
     return whole
 
 
+def _kept(rollout: Rollout, member: Member) -> WorkerGoal | None:
+    """What a worker of a swap that goes back serves until it can load the old revision; None: it can, or may.
+
+    It gives up what serves only when the files of what takes its place are here, as on the way forth; and it
+    comes back to that where it has tried the other one in vain.
+    """
+    if rollout.state is not State.ROLLING_BACK or rollout.strategy is not Strategy.SWAP:
+        return None
+    new, old = rollout.spec.revision, member.residents.get(rollout.previous, Resident())
+    serves = member.residents.get(new, Resident()).phase in _SERVING
+    if is_given_up(old) or (serves and old.phase in _UNSTAGED):
+        return WorkerGoal(frozenset({new}), stages=rollout.previous)
+    return None
+
+
+_SERVING = frozenset({Phase.READY, Phase.ACTIVATING, Phase.ACTIVE})
+
+_UNSTAGED = frozenset({Phase.ABSENT, Phase.STAGING, Phase.FAILED})
+
 _WEIGHTLESS = frozenset({Phase.ABSENT, Phase.STAGING, Phase.STAGED, Phase.FAILED})
 
 
@@ -178,14 +198,19 @@ def _view(rollout: Rollout, member: Member, sizes: Mapping[str, int]) -> WorkerV
         resident = member.residents.get(new)
         fell = member.lost_during == rollout.id and resident is not None and resident.loading
         return WorkerView(member.id, Standing.FAILED, Standing.FAILED, failure=_FALLEN) if fell else None
-    standing = _standing(member, new)
-    failure = member.residents[new].failure if standing is Standing.FAILED else ""
-    return WorkerView(member.id, standing, _standing(member, old), _fits(rollout, member, sizes), failure)
+    residents = {name: member.residents.get(name, Resident()) for name in (new, old)}
+    return WorkerView(
+        member.id,
+        _standing(residents[new]),
+        _standing(residents[old]),
+        _fits(rollout, member, sizes),
+        failure=residents[new].failure if residents[new].phase is Phase.FAILED else "",
+        old_failure=residents[old].failure if residents[old].phase is Phase.FAILED else "",
+    )
 
 
-def _standing(member: Member, revision: str) -> Standing:
-    resident = member.residents.get(revision)
-    return Standing.ABSENT if resident is None else _STANDINGS.get(resident.phase, Standing.ABSENT)
+def _standing(resident: Resident) -> Standing:
+    return Standing.GIVEN_UP if is_given_up(resident) else _STANDINGS.get(resident.phase, Standing.ABSENT)
 
 
 def _fits(rollout: Rollout, member: Member, sizes: Mapping[str, int]) -> bool:

@@ -44,7 +44,8 @@ def _swap_goal(rollout: Rollout, worker_id: str) -> WorkerGoal:
             return WorkerGoal(new) if swapped else WorkerGoal(old, stages=rollout.spec.revision)
         case State.ROLLING_BACK:
             # One worker goes back first; the others serve until the route has left them.
-            return WorkerGoal(new if worker_id in rollout.swapping[1:] else old)
+            behind = worker_id in rollout.swapping[1:]
+            return WorkerGoal(new, stages=rollout.previous) if behind else WorkerGoal(old)
         case _:
             return WorkerGoal(old)
 

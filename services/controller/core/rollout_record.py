@@ -35,7 +35,7 @@ NEXT = MappingProxyType(
         State.READY: frozenset({State.SWITCHING, State.ABORTING}),
         State.SWITCHING: frozenset({State.BAKING, State.ROLLING_BACK}),
         State.BAKING: frozenset({State.COMPLETED, State.ROLLING_BACK}),
-        State.ROLLING_BACK: frozenset({State.ROLLED_BACK}),
+        State.ROLLING_BACK: frozenset({State.ROLLED_BACK, State.BAKING, State.COMPLETED}),
         State.ABORTING: frozenset({State.ABORTED}),
         State.COMPLETED: frozenset(),
         State.ROLLED_BACK: frozenset(),

@@ -94,9 +94,11 @@ class Outbox:
         for output in tuple(self._outputs.values()):
             fitting = room // _token_weight(output)
             if fitting < len(output.token_ids):
-                # What is left begins behind it, and keeps its place at the head of the line.
-                head, self._outputs[output.key] = output.split(fitting)
-                taken.extend([head] if head.token_ids else [])
+                if fitting:
+                    # What is left begins behind it, and keeps its place at the head of the line.
+                    head, self._outputs[output.key] = output.split(fitting)
+                    taken.append(head)
+                # One that is not begun stays as it is: its first part tells what was cached.
                 break
             taken.append(output)
             del self._outputs[output.key]

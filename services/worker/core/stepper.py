@@ -110,6 +110,11 @@ class _Loaded:
     scheduler: Scheduler
     leaving: bool = False
 
+    @property
+    def may_go(self) -> bool:
+        """Whether it shall go and nothing runs on it any more."""
+        return self.leaving and not self.scheduler.running
+
 
 class Stepper:
     """Steps every loaded revision in turn.
@@ -143,7 +148,8 @@ class Stepper:
     @property
     def has_work(self) -> bool:
         """Whether a turn would do anything."""
-        return any(one.scheduler.has_work or one.leaving for one in self._loaded.values())
+        # What is paused ends by a command or goes on by one; to look for that here would keep a core busy.
+        return any(one.scheduler.has_work or one.may_go for one in self._loaded.values())
 
     @property
     def pulse(self) -> Pulse:
@@ -186,7 +192,7 @@ class Stepper:
         events: list[Event] = []
         for revision, one in tuple(self._loaded.items()):
             events.extend(self._step(revision, one))
-            if one.leaving and not one.scheduler.running:
+            if one.may_go:
                 del self._loaded[revision]
                 one.runner.close()
                 events.append(Unloaded(revision))

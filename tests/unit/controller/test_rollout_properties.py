@@ -101,7 +101,7 @@ def test_no_sequence_of_events_breaks_a_rule(spec: Spec, story: list[tuple[Event
 def _obeyed(worker: WorkerView, rollout: Rollout) -> WorkerView:
     """The worker one step nearer to its goal; nothing fails any more."""
     goal = worker_goal(rollout, worker.worker_id)
-    old = _towards(wanted="old" in goal.holds, staged=False)
+    old = _towards(wanted="old" in goal.holds, staged=goal.stages == "old")
     # Where there is no room for both, what is not wanted goes before the other is loaded.
     blocked = worker.old is Standing.READY and "old" not in goal.holds
     new = worker.new if blocked else _towards(wanted="new" in goal.holds, staged=goal.stages == "new")

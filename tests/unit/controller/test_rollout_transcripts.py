@@ -121,6 +121,8 @@ def _changed(worker: WorkerView, words: list[str]) -> WorkerView:
                 worker = replace(worker, fits=value == "yes")
             case "failure":
                 worker = replace(worker, failure=value.replace("_", " "))
+            case "old-failure":
+                worker = replace(worker, old_failure=value.replace("_", " "))
     return worker
 
 

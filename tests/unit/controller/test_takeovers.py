@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from services.common.errors import RevisionInUse
+from services.common.errors import RevisionInUse, StoreUnavailable
 from services.controller.adapters.file_rollouts import FileRolloutRecords
 from services.controller.core.member import Hello, Kind
 from services.controller.core.ports import FenceStale
-from services.controller.core.records import Route
+from services.controller.core.records import KnownMembers, Route
 from services.controller.core.residency import Phase, Resident
-from services.controller.core.rollout_events import Paused
+from services.controller.core.rollout_events import Cancelled, Paused, Resumed
 from services.controller.core.rollout_record import Rollout, Spec, State, Strategy, create
 from tests.fakes.controller_ports import FakeStream, MemoryLead, MemoryRolloutRecords, MemoryRouteStore
 from tests.fixtures.rollout_world import World
@@ -69,6 +69,66 @@ async def test_the_first_worker_that_comes_back_is_not_the_fleet() -> None:
     come(heir, "b", ready=True)
     await heir.settle(2)
     assert (heir.rollout.state, heir.route) == (State.BAKING, {world.new: 100})
+
+
+async def test_an_operators_word_does_not_make_the_first_one_the_fleet() -> None:
+    """It is taken, and what follows waits for the others: one of two that is ready would stand for all."""
+    world = await pair()
+    world.lazy = {"b"}
+    await world.start(bake_s=600.0)
+    await world.settle(3)
+    await world.coordinator.tell_rollout("r", Paused())
+    heir = heir_of(world)
+    await heir.settle()
+    come(heir, "a", ready=True)
+    await heir.settle(2)
+    assert not (await heir.coordinator.tell_rollout("r", Resumed())).paused
+    await heir.settle(2)
+    assert (heir.rollout.state, heir.route) == (State.PREPARING, {world.old: 100})
+    come(heir, "b", ready=True)
+    await heir.settle(2)
+    assert (heir.rollout.state, heir.route) == (State.BAKING, {world.new: 100})
+
+
+async def test_what_is_cancelled_ends_when_those_who_prepare_it_are_back() -> None:
+    """An empty fleet has nothing left of it; the workers have, and it ends when they have not."""
+    world = await pair()
+    world.lazy = {"a", "b"}
+    await world.start()
+    await world.settle(3)
+    heir = heir_of(world)
+    await heir.settle()
+    await heir.coordinator.tell_rollout("r", Cancelled())
+    await heir.settle(2)
+    assert heir.states[-1:] == [State.ABORTING]
+    for name in "ab":
+        come(heir, name, ready=True)
+    await heir.settle(2)
+    assert heir.states[-1:] == [State.ABORTED]
+    assert heir.held == {"a": {world.old}, "b": {world.old}}
+
+
+async def test_who_was_there_is_read_when_the_store_answers_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It went away between the records and the members; without them nobody would be waited for, or all."""
+    world = await pair()
+    await world.start(bake_s=600.0)
+    heir = heir_of(world)
+    read, asked = heir.store.read_members, 0
+
+    async def lost_once(model: str) -> KnownMembers:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise StoreUnavailable("The store is away.")
+        return await read(model)
+
+    monkeypatch.setattr(heir.store, "read_members", lost_once)
+    await heir.settle()
+    for name in "ab":
+        come(heir, name, ready=True)
+    await heir.settle(2)
+    assert asked == 2
+    assert heir.rollout.state is State.BAKING
 
 
 async def test_gateways_are_waited_for_as_well() -> None:

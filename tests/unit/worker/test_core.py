@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,14 @@ from services.common.errors import InternalError
 from services.worker.adapters.job_messages import step_output
 from services.worker.core.admission import Reason, Refusal
 from services.worker.core.noise import uniform
-from services.worker.core.outbox import REFUSALS_MAX, STEP_TOKENS_MAX, Outbox, OutboxFull
+from services.worker.core.outbox import (
+    ALTERNATIVE_TOKENS,
+    REFUSALS_MAX,
+    SCORE_TOKENS,
+    STEP_TOKENS_MAX,
+    Outbox,
+    OutboxFull,
+)
 from services.worker.core.pace import (
     CHUNK_TOKENS_MIN,
     LOOK_STEPS,
@@ -112,6 +120,17 @@ def test_scores_weigh_in_a_letter() -> None:
         assert whole.finish is None
         whole = whole.followed_by(part)
     assert whole == Output(KEY, 0, tuple(range(tokens)), Finish.LENGTH, (heavy,) * tokens)
+
+
+def test_a_first_output_keeps_its_cached_tokens_where_the_letter_is_full() -> None:
+    """It goes whole into the next letter: what was found in the prefix cache is told with its first token."""
+    outbox, later = Outbox(), Output(SequenceKey(1, "later"), 0, (1, 2), cached_prompt_tokens=512)
+    heavy = TokenScore(-1.0, tuple((token, -1.0) for token in range(20)))
+    tokens = STEP_TOKENS_MAX // (1 + SCORE_TOKENS + 20 * ALTERNATIVE_TOKENS)
+    outbox.put_output(Output(KEY, 0, tuple(range(tokens)), None, (heavy,) * tokens))
+    outbox.put_output(replace(later, scores=(heavy, heavy)))
+    assert [output.key for output in outbox.take().outputs] == [KEY]
+    assert outbox.take().outputs == (replace(later, scores=(heavy, heavy)),)
 
 
 def test_unread_refusals_are_bounded() -> None:
