@@ -122,7 +122,7 @@ def _status(commands: _Commands) -> None:
         "Show what runs, and where.",
         run="status",
         examples="""\
-  interlock status                   processes and breakers, once; 1 when a process is not well
+  interlock status                   processes and breakers, once; 1 when one is down or serves nothing
   interlock status --watch           queue, routes and workers too, anew each second until Ctrl-C
   interlock status --watch --json    the same, one JSON object a line
 """,

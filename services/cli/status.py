@@ -102,8 +102,9 @@ def tell_workers(rows: list[dict[str, str | int]], workers: list[dict[str, Any]]
     states = {worker["id"]: module.state_for_people(worker) for worker in workers}
     for row in rows:
         if row["kind"] == "worker" and row["state"] == "running":
-            # One that the controller has forgotten is lost for longer than the others.
-            told = states.get(row["id"], "lost")
+            # It has not come to this controller, which may be new itself, or was lost so long ago that it is
+            # forgotten.
+            told = states.get(row["id"], "unattached")
             row["state"] = "running" if told == "serving" else told
 
 

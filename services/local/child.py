@@ -212,6 +212,9 @@ class Child:
                     # A session of its own: Ctrl-C reaches the supervisor alone, which knows the order.
                     start_new_session=True,
                 )
+            except RuntimeError as error:
+                # Python 3.11 waits for a process in a thread, which the machine may refuse as well.
+                raise OSError(str(error)) from error
             finally:
                 output.handed_over()
             self._say(Started(self.id, self._process.pid))

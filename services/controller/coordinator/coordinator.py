@@ -73,6 +73,7 @@ class Coordinator:
 
     Attributes:
         rollouts: The rollouts of the model.
+        reunion: The members' return after a change of controllers.
         changed: Set when the store may not be what it shall be.
         store_lost: Whether it could not be reached when we last tried.
         led: Set once the store knows us as the controller.
@@ -106,7 +107,7 @@ class Coordinator:
         self._records = WorkerRecords(self._model, store)
         self.changed = asyncio.Event()
         self._roster = Roster(self._model, clock, self._mark)
-        self._reunion = Reunion(self._model, store, clock, lease_ttl_s, self._mark)
+        self.reunion = Reunion(self._model, store, clock, lease_ttl_s, self._roster.members, self._mark)
         self.led = asyncio.Event()
         self.deposed = asyncio.Event()
         self.store_lost = False
@@ -233,7 +234,7 @@ class Coordinator:
             if await self._goals.look(self._roster.members.values()):
                 self._tell_goal()
             await self._retire()
-            if self._reunion.is_over(self._roster.members.values()):
+            if self.reunion.is_over():
                 await self._follow()
         except StoreUnavailable as error:
             if not self.store_lost:
@@ -293,7 +294,7 @@ class Coordinator:
 
     async def _tell(self, rollout_id: str, event: RolloutEvent, known: Rollout) -> Rollout:
         # Those who have come back so far are not the fleet: one that is ready would stand for all.
-        fleet = self._fleet(known) if self._reunion.is_over(self._roster.members.values()) else None
+        fleet = self._fleet(known) if self.reunion.is_over() else None
         after = await self.rollouts.tell(rollout_id, event, fleet)
         self._obey(after)
         return after
@@ -303,8 +304,7 @@ class Coordinator:
         while (rollout := self.rollouts.current) is not None:
             assert self._plan is not None
             written = as_weights(self._plan.weights) if self._plan_stored else None
-            verdict = self._judge.verdict(rollout)
-            if not await self.rollouts.observe(self._fleet(rollout), written, verdict):
+            if not await self.rollouts.observe(self._fleet(rollout), written, self._judge.verdict(rollout)):
                 return
             self._obey(self.rollouts.find(rollout.id))
 
@@ -335,7 +335,7 @@ class Coordinator:
         if not self.rollouts.loaded:
             await self._tenure.keep()
             self._rules = replace(self._rules, fence=await self.rollouts.load(self._tenure.fence))
-        await self._reunion.begin()
+        await self.reunion.begin()
         if self._tenure.fence < self._rules.fence:
             await self._tenure.keep(self._rules.fence)
 

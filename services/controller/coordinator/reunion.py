@@ -6,10 +6,11 @@ One that was lost while nobody led has no lease that could run out with us: it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from services.common import logs
 from services.common.clock import Clock
+from services.controller.coordinator.worker_records import MemberKey
 from services.controller.core.member import Kind, Member, Presence
 from services.controller.core.ports import RouteStore
 
@@ -25,15 +26,23 @@ class Reunion:
         store: Where the members of the controller before stand.
         clock: The time.
         lease_ttl_s: How long a member may be silent.
+        members: Everybody who has come.
         mark: Is told of workers that did not come: what the store has of them goes.
     """
 
     def __init__(
-        self, model: str, store: RouteStore, clock: Clock, lease_ttl_s: float, mark: Callable[[str], None]
+        self,
+        model: str,
+        store: RouteStore,
+        clock: Clock,
+        lease_ttl_s: float,
+        members: Mapping[MemberKey, Member],
+        mark: Callable[[str], None],
     ) -> None:
         self._model = model
         self._store = store
         self._clock = clock
+        self._members = members
         self._mark = mark
         self._patience_s = PATIENCE_LEASES * lease_ttl_s
         self._expected: set[tuple[Kind, str]] = set()
@@ -53,11 +62,11 @@ class Reunion:
         self._expected |= {(Kind.GATEWAY, name) for name in known.gateways}
         self._until_s = self._clock.monotonic() + self._patience_s
 
-    def is_over(self, members: Iterable[Member]) -> bool:
+    def is_over(self) -> bool:
         """Whether all have come, and a worker is among them, or they were waited for long enough."""
         if self._over or self._until_s is None:
             return self._over
-        come = tuple(members)
+        come = tuple(self._members.values())
         here = {(one.kind, one.id) for one in come if one.presence is Presence.ATTACHED}
         complete = self._expected <= here and any(kind is Kind.WORKER for kind, _ in here)
         self._over = complete or self._clock.monotonic() >= self._until_s

@@ -188,15 +188,21 @@ def _greet(member: Member, hello: Hello, now_s: float, rules: Rules, effects: li
 def _note_crash(before: Member, after: Member, now_s: float, effects: list[Effect]) -> Member:
     """A member whose process ended while it loaded for a rollout; to load at once might end it again.
 
-    One that ends in order says before that it has given up.
+    One that ends in order says before that it has given up. What had failed in this one before counts on: by
+    turns two revisions would end one process after the other for ever.
     """
-    if before.incarnation == after.incarnation or before.kind is not Kind.WORKER:
+    loading = any(resident.loading for resident in before.residents.values())
+    if before.incarnation == after.incarnation or before.kind is not Kind.WORKER or not loading:
         return after
     for revision, resident in before.residents.items():
-        if resident.loading and revision not in after.residents:
+        if revision in after.residents:
+            continue
+        if resident.loading:
             failed = _fail(resident, Turn.FAIL, resident.step, _CRASHED, now_s)
             effects.append(Note("revision.failed", revision, failed.failure))
             after = _with(after, revision, failed)
+        elif resident.phase is Phase.FAILED:
+            after = _with(after, revision, resident)
     return after
 
 

@@ -234,7 +234,8 @@ def _return(rollout: Rollout, now: Moment) -> Rollout:
         rollout = _routed(rollout, new)
     if rollout.written == old:
         neither = f"Neither revision can be loaded any more. {obstacle}"
-        cause = neither if now.nothing_left else "The old revision serves again."
+        served = "The old revision serves again." if now.old_is_ready else "The route is on the old revision."
+        cause = neither if now.nothing_left else served
         return _enter(rollout, State.ROLLED_BACK, cause, now)
     if rollout.written == new and obstacle and now.ready:
         cause = f"It stays, for the old revision cannot be loaded any more. {obstacle}"

@@ -287,7 +287,8 @@ class WorkerSession:
         """The worker cannot go on with a sequence, and so not with the attempt: its others end with it."""
         if output.token_ids:
             carried.sink.output(read_output(output, None))
-        if key not in self._carried:
+        if key not in self._carried or output.sequence not in carried.open:
+            # Its last tokens completed a stop string, so that it had ended well.
             return
         if output.flaw:
             self._give_back(key, carried, output)

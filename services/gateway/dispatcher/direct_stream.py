@@ -112,6 +112,10 @@ class DirectStream:
         self.cursor += 1
         return self._outbox.take()
 
+    def took(self) -> None:
+        """See `AnswerStream.took`."""
+        self._reader.took()
+
     def watched(self, hang_up: HangUp) -> None:
         """See `AnswerStream.watched`."""
         self._reader.watched(hang_up)

@@ -98,7 +98,7 @@ class Dispatcher:
         self._generation_limits = generation_limits
         self._live: dict[str, Generation] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
-        # Live submissions, not resumable, for which their ids stand since this gateway claimed them.
+        # Live submissions, not resumable, whose ids are theirs: claimed for them, or accepted by the queue.
         self._claims: set[str] = set()
         self._emptied = asyncio.Event()
         self._draining = False
@@ -158,6 +158,9 @@ class Dispatcher:
         if claimed is Claimed.NOW:
             self._claims.add(job.submission)
         await self._open(generation)
+        if job.digest and self._live.get(job.job_id) is generation:
+            # The queue knows of no other, whoever claimed the id before.
+            self._claims.add(job.submission)
         return DirectStream(
             generation, generation.outbox, self._clock, self._generation_limits.client_stall_s
         )
@@ -343,7 +346,7 @@ class Dispatcher:
         if len(self._ended) > ENDED_MAX:
             self._ended.popitem(last=False)
         if generation.job.submission in self._claims:
-            # A claim that was made before is of the living request whose twin this one was.
+            # A claim that was made before may be of the living request whose twin the queue has refused.
             self._claims.discard(generation.job.submission)
             self._do(self._resumption.release(generation.job))
         if not self._live:

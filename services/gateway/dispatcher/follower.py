@@ -181,6 +181,10 @@ class Follower:
         self._reader.left()
         return event
 
+    def took(self) -> None:
+        """See `AnswerStream.took`."""
+        self._reader.took()
+
     def watched(self, hang_up: HangUp) -> None:
         """See `AnswerStream.watched`."""
         self._reader.watched(hang_up)

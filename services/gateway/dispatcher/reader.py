@@ -9,6 +9,9 @@ from services.common.clock import Clock
 from services.common.errors import ClientStalled
 from services.gateway.dispatcher.streams import HangUp
 
+# Of a timer that comes so late this process itself stood still, and the reader with it.
+OWN_PAUSE_S = 1.0
+
 
 class ReaderWatch:
     """Watches how long a reader is away between two events.
@@ -32,6 +35,8 @@ class ReaderWatch:
         self.stalled: ClientStalled | None = None
         self._left_s: float | None = None
         self._timer: asyncio.TimerHandle | None = None
+        # When the timer is due, of the loop's clock.
+        self._due_s = 0.0
 
     def watched(self, hang_up: HangUp) -> None:
         """See `AnswerStream.watched`."""
@@ -47,17 +52,28 @@ class ReaderWatch:
         if self._timer is None and self.stalled is None:
             self._arm(self._stall_s)
 
+    def took(self) -> None:
+        """The reader has taken a part of its event."""
+        if self._left_s is not None:
+            self._left_s = self._clock.monotonic()
+
     def close(self) -> None:
         """Stops watching."""
         if self._timer is not None:
             self._timer.cancel()
 
     def _arm(self, delay_s: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self._look)
+        loop = asyncio.get_running_loop()
+        self._due_s = loop.time() + delay_s
+        self._timer = loop.call_at(self._due_s, self._look)
 
     def _look(self) -> None:
         self._timer = None
         if self._left_s is None:
+            return
+        if asyncio.get_running_loop().time() - self._due_s > OWN_PAUSE_S:
+            # A write that has ended meanwhile is told about in the loop's next rounds.
+            self._arm(OWN_PAUSE_S)
             return
         left_s = self._stall_s - (self._clock.monotonic() - self._left_s)
         if left_s > 0:

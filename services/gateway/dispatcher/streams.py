@@ -65,6 +65,10 @@ class AnswerStream(Protocol):
         """
         ...
 
+    def took(self) -> None:
+        """The client has taken a part of the last event, which is written in several."""
+        ...
+
     def watched(self, hang_up: HangUp) -> None:
         """From now on `hang_up` is called, once, when the client has left an event unread for too long.
 

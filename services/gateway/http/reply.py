@@ -19,7 +19,6 @@ from services.common.errors import InterlockError, InternalError
 from services.common.grpc_types import Context
 from services.gateway.core.events import Chunk, Event, Finished
 from services.gateway.dispatcher.streams import AnswerStream
-from services.gateway.hanging_up import hanging_up
 from services.gateway.http.whole import Answer, Said
 from services.gateway.servicer import REQUEST_ID_KEY, note_worker, response_metadata
 
@@ -81,10 +80,6 @@ class Reply:
         own = self._shape.headers(self.request_id)
         await self._context.send_initial_metadata((*known, *own, *more))
 
-    def watch(self, generation: AnswerStream) -> None:
-        """Ends the call, without a word that could be read, when the client leaves its events unread."""
-        generation.watched(hanging_up(self._context))
-
     async def whole(self, data: bytes, generation: AnswerStream | None = None) -> HttpBody:
         """Sends the headers of a reply whose body is whole, and returns it: what fails has failed before."""
         await self.begin(generation)
@@ -145,6 +140,9 @@ async def streamed(
     A heartbeat is due when nothing was written for a while, whatever has happened meanwhile: there are events
     of which an API says nothing. The first is due at once, for Envoy keeps headers back until a body comes.
 
+    A client that reads nothing for too long is not hung up on, as by gRPC: what its stream held is free, and
+    if it reads on it hears so, in an event. Trailers would end its body as if that were whole.
+
     Args:
         generation: The request.
         reply: Where its events go.
@@ -153,7 +151,6 @@ async def streamed(
     Raises:
         InterlockError: What the request ended with; before the first byte it still has its status.
     """
-    reply.watch(generation)
     await generation.first_output(BEGIN_WAIT_S)
     await reply.begin(generation)
     now_s = asyncio.get_running_loop().time
@@ -178,6 +175,7 @@ async def streamed(
                     # The next piece takes its time: whoever else waits for the loop gets it first.
                     yield event(unsent)
                     due_s, unsent, whole = now_s() + HEARTBEAT_S, b"", 0
+                    generation.took()
         except Exception:
             # What was said before is part of the answer; half an event is none.
             if whole:

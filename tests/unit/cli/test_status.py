@@ -66,7 +66,7 @@ def test_status_says_how_workers_are_to_the_controller(
     state.write(mesh.home.state_file, dataclasses.replace(found, workers=workers))
     assert main(["status", "--json"]) == 1
     states = {row["id"]: row["state"] for row in json.loads(capsys.readouterr().out)}
-    assert (states["worker-1"], states["worker-2"]) == (shown, "lost")
+    assert (states["worker-1"], states["worker-2"]) == (shown, "unattached")
 
 
 def test_status_needs_no_controller(mesh: FakeMesh, capsys: Capture) -> None:

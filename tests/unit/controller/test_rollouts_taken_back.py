@@ -136,11 +136,16 @@ async def test_another_worker_leads_back_where_the_first_one_cannot(monkeypatch:
     assert asked(world, SendRetire(world.new))[0] == "b"
 
 
-async def test_a_rollout_whose_revisions_both_fail_ends() -> None:
-    """Nothing serves, and a third one must be able to come."""
+@pytest.mark.parametrize("deadly", ["", "old", "new", "old new"])
+async def test_a_rollout_whose_revisions_both_fail_ends(deadly: str) -> None:
+    """Nothing serves, and a third one must be able to come; also where loads end the worker's process."""
     world = await swapped("a")
-    world.refuses[world.old] = world.refuses[world.new] = "It needs more memory than there is."
+    for name in ("old", "new"):
+        if name in deadly:
+            world.deadly.add(getattr(world, name))
+        else:
+            world.refuses[getattr(world, name)] = "It needs more memory than there is."
     await take_back(world)
-    await world.settle(2 * TRIED_S + 5)
+    await world.settle(2 * TRIED_S + 10)
     assert world.states[-1] is State.ROLLED_BACK
-    assert world.rollout.history[-1].cause.startswith("Neither revision can be loaded any more. a: It needs")
+    assert world.rollout.history[-1].cause.startswith("Neither revision can be loaded any more. a: It")

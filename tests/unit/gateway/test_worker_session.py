@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -69,10 +69,12 @@ class Sink:
 
     def __init__(self) -> None:
         self.ends: list[RefusalReason | Loss] = []
+        self.heard: Callable[[Output], None] | None = None
 
     def output(self, output: Output) -> None:
-        """Nobody speaks here."""
-        raise AssertionError(output)
+        """Nobody speaks here, unless a test listens."""
+        assert self.heard is not None, output
+        self.heard(output)
 
     def refused(self, reason: RefusalReason, message: str) -> None:
         """See `AttemptSink.refused`."""
@@ -187,4 +189,29 @@ async def test_an_error_is_the_jobs_where_the_worker_says_so(
     world.start("a")
     world.end("a", 0, generation_pb2.FINISH_REASON_ERROR, flaw)
     assert world.sinks["a"].ends == [end]
+    await world.session.close()
+
+
+@pytest.mark.parametrize("flaw", ["format: why", ""])
+async def test_a_sequence_that_was_long_enough_fails_nobody(
+    monkeypatch: pytest.MonkeyPatch, flaw: str
+) -> None:
+    """Its last tokens, which come with the error, completed a stop string; the other one goes on."""
+    world = World(monkeypatch, room=9)
+    world.start("a", 2)
+    heard: list[Output] = []
+
+    def hear(output: Output) -> None:
+        heard.append(output)
+        if output.sequence == 0:
+            world.session.end(("a", 1), 0)
+
+    world.sinks["a"].heard = hear
+    failed = generation_pb2.FINISH_REASON_ERROR
+    world.session._deliver(
+        pb.StepOutput(job="a", attempt=1, sequence=0, token_ids=[1], finish=failed, flaw=flaw)
+    )
+    world.session._deliver(pb.StepOutput(job="a", attempt=1, sequence=1, token_ids=[2]))
+    assert [(one.sequence, one.token_ids) for one in heard] == [(0, (1,)), (1, (2,))]
+    assert world.sinks["a"].ends == []
     await world.session.close()

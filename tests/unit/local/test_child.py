@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,6 +127,31 @@ async def test_a_restart_that_the_machine_refuses_is_tried_again(tmp_path: Path)
         await events.next(Started)
         assert child.pid is not None
         assert "part-1 could not be started: [Errno 28]" in tail(child.log)
+    finally:
+        child.kill()
+        await child.stop(5)
+
+
+async def test_a_restart_that_gets_no_thread_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.11 starts one for each process; where there may be no more, that is no OSError."""
+    events, execute = _Events(), asyncio.create_subprocess_exec
+    child = Child("part-1", _python(SERVER), tmp_path / "part-1.log", FakeClock(), events.queue.put_nowait)
+    await child.start()
+    refusals = [RuntimeError("can't start new thread")]
+
+    async def refuse_once(*argv: Any, **options: Any) -> asyncio.subprocess.Process:
+        if refusals:
+            raise refusals.pop()
+        return await execute(*argv, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse_once)
+    try:
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        assert await events.next(NotStarted) == NotStarted("part-1", "can't start new thread", 0.4)
+        await events.next(Started)
     finally:
         child.kill()
         await child.stop(5)
