@@ -3,7 +3,7 @@
     interlock bench load --clients 1 16 100 --without-queue --json load.json --chart load.png
     interlock bench load --up --gateways 2 --clients 64 --tenant small:1 --tenant large:3
     interlock bench load --rate 50 --deadline 20 --transport http
-    interlock bench load --up --clients 50 100 200 400 --rounds 16 --duration 6
+    interlock bench load --up --clients 50 100 200 400 --rounds 16 --duration 6 --mixed
 
 It loads the mesh of $INTERLOCK_HOME, or starts one there (--up). A step is a number of clients that ask
 again as soon as they are answered (--clients), or a rate of independent arrivals (--rate). A client that is
@@ -167,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tenants=tuple(arguments.tenant or [Tenant("load")]),
         prompt_tokens=arguments.prompt_tokens,
         answer_tokens=arguments.answer_tokens,
+        mixed=arguments.mixed,
         deadline_s=arguments.deadline,
         duration_s=arguments.duration,
         warmup_s=arguments.warmup,
@@ -214,6 +215,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     asked.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help="(%(default)s)")
     asked.add_argument("--answer-tokens", type=int, default=64, metavar="N", help="at most (%(default)s)")
+    asked.add_argument("--mixed", action="store_true", help="answers of half to three halves of that")
     asked.add_argument("--deadline", type=float, metavar="S", help="of each request (the mesh's default)")
     mesh = parser.add_argument_group("mesh")
     mesh.add_argument("--up", action="store_true", help="start one in this home, and stop it afterwards")

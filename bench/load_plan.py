@@ -35,7 +35,9 @@ class Load:
     Attributes:
         tenants: Who asks.
         prompt_tokens: Length of each prompt.
-        answer_tokens: Most tokens of an answer.
+        answer_tokens: Most tokens of an answer; with `mixed` in the mean.
+        mixed: Whether answers are of half to three halves of that: equal ones that begin together end
+            together, and how many prompts fall into a step then depends on where it lies.
         deadline_s: How long an answer may take; None: as long as the mesh allows.
         duration_s: How long a step is measured.
         warmup_s: How long it runs before.
@@ -44,6 +46,7 @@ class Load:
     tenants: tuple[Tenant, ...] = (Tenant("load"),)
     prompt_tokens: int = 32
     answer_tokens: int = 64
+    mixed: bool = False
     deadline_s: float | None = None
     duration_s: float = 15.0
     warmup_s: float = 3.0
@@ -85,7 +88,10 @@ class Ask:
 def ask_of(load: Load, tenant: Tenant, chance: random.Random) -> Ask:
     """A request with a prompt of its own, so that no prefix cache shortens the work."""
     ids = tuple(TOKEN_FIRST + chance.randrange(TOKEN_SPAN) for _ in range(load.prompt_tokens))
-    return Ask(tenant, ids, load.answer_tokens, load.deadline_s)
+    tokens = load.answer_tokens
+    if load.mixed:
+        tokens = chance.randint((tokens + 1) // 2, tokens + tokens // 2)
+    return Ask(tenant, ids, tokens, load.deadline_s)
 
 
 def tenant(text: str) -> Tenant:

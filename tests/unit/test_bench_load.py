@@ -127,6 +127,18 @@ def test_rounds_tell_what_their_medians_are_worth() -> None:
     assert [one.deviation for one in summaries(steady[:1], CHANCE)] == [0.0, 0.0]
 
 
+def test_mixed_answers_are_as_long_in_the_mean() -> None:
+    """Half to three halves, each as likely; equal ones otherwise."""
+    load = Load(answer_tokens=32, mixed=True)
+    lengths = [ask_of(load, load.tenants[0], CHANCE).answer_tokens for _ in range(2_000)]
+    assert (min(lengths), max(lengths)) == (16, 48)
+    assert 31 < sum(lengths) / len(lengths) < 33
+    alike = Load(answer_tokens=32)
+    assert {ask_of(alike, alike.tenants[0], CHANCE).answer_tokens for _ in range(9)} == {32}
+    shortest = Load(answer_tokens=1, mixed=True)
+    assert ask_of(shortest, shortest.tenants[0], CHANCE).answer_tokens == 1
+
+
 class RefusingCaller:
     """Refuses once with a delay, then answers one token at a time, at once."""
 
