@@ -149,14 +149,16 @@ def line_of_rounds(summary: Summary) -> str:
     )
 
 
-def report(arguments: argparse.Namespace, load: Load, steps: list[dict[str, Any]]) -> dict[str, Any]:
+def report(
+    arguments: argparse.Namespace, load: Load, steps: list[dict[str, Any]], rounds: list[Summary]
+) -> dict[str, Any]:
     """Everything that was measured, and of what."""
     return {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "transport": arguments.transport,
         "load": asdict(load),
         "steps": steps,
-        "rounds": [asdict(one) for one in summary_of(arguments, steps)],
+        "rounds": [asdict(one) for one in rounds],
     }
 
 
@@ -180,10 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (NoMesh, subprocess.CalledProcessError) as error:
         print(f"bench load: {error}", file=sys.stderr)
         return 1
-    for summary in summary_of(arguments, steps):
+    rounds = summary_of(arguments, steps)
+    for summary in rounds:
         print(line_of_rounds(summary))
     if arguments.json:
-        arguments.json.write_text(json.dumps(report(arguments, load, steps), indent=2) + "\n")
+        arguments.json.write_text(json.dumps(report(arguments, load, steps, rounds), indent=2) + "\n")
     if arguments.chart:
         draw([step for step in steps if step["clients"] is not None], arguments.chart)
     return 0

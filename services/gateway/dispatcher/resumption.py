@@ -54,7 +54,7 @@ class ResumptionLimits:
     @property
     def tenant_followers_max(self) -> int:
         """Most of them that are of one tenant."""
-        return max(1, math.ceil(self.followers_max * SHARE_MAX))
+        return math.ceil(self.followers_max * SHARE_MAX)
 
 
 class Resumption:

@@ -177,9 +177,7 @@ def _messages(name: str, value: Any) -> tuple[Message, ...]:
 
 def _message(name: str, value: Any, calls: ToldCalls) -> Message:
     fields = native_fields.read_map(name, value)
-    for key, given in fields.items():
-        if key not in {"role", "content"} and given is not None:
-            raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of a message.")
+    native_fields.refuse_others(name, fields, {"role", "content"}, "a message")
     for key in ("role", "content"):
         if key not in fields:
             raise ArgumentInvalid(f"{name}.{key}: is missing.")

@@ -61,7 +61,7 @@ def read_choice(name: str, value: Any) -> Choice:
     fields = native_fields.read_map(name, value)
     kind = native_fields.read_text(f"{name}.type", fields.get("type"))
     allowed = {"type", "disable_parallel_tool_use", *(("name",) if kind == "tool" else ())}
-    _refuse_others(name, fields, allowed)
+    native_fields.refuse_others(name, fields, allowed)
     alone = fields.get("disable_parallel_tool_use")
     single = alone is not None and native_fields.read_boolean(f"{name}.disable_parallel_tool_use", alone)
     if kind == "tool":
@@ -73,7 +73,7 @@ def read_choice(name: str, value: Any) -> Choice:
 
 def read_use(name: str, fields: Mapping[str, Any]) -> ToolCall:
     """A `tool_use` block of an earlier turn."""
-    _refuse_others(name, fields, _USE_FIELDS)
+    native_fields.refuse_others(name, fields, _USE_FIELDS)
     called = _matching(_ID, f"{name}.id", fields.get("id"))
     function = read_name(f"{name}.name", fields.get("name"))
     arguments = native_fields.read_map(f"{name}.input", fields.get("input"))
@@ -82,7 +82,7 @@ def read_use(name: str, fields: Mapping[str, Any]) -> ToolCall:
 
 def said_result(name: str, fields: Mapping[str, Any], text: str, calls: ToldCalls) -> str:
     """A `tool_result` block whose content is `text`, as the model is told of it."""
-    _refuse_others(name, fields, _RESULT_FIELDS)
+    native_fields.refuse_others(name, fields, _RESULT_FIELDS)
     field = f"{name}.tool_use_id"
     called = _matching(_ID, field, fields.get("tool_use_id"))
     failed = fields.get("is_error")
@@ -96,7 +96,7 @@ def _tool(name: str, value: Any) -> Tool:
     kind = native_fields.read_text(f"{name}.type", native_fields.given(fields, "type", "custom"))
     if kind != "custom":
         raise FeatureUnsupported(f"{name}.type: tools of type {shown(kind)} are not served here.")
-    _refuse_others(name, fields, _TOOL_FIELDS)
+    native_fields.refuse_others(name, fields, _TOOL_FIELDS)
     return Tool(
         _matching(_NAME, f"{name}.name", fields.get("name")),
         native_fields.read_text(f"{name}.description", native_fields.given(fields, "description", "")),
@@ -109,10 +109,3 @@ def _matching(pattern: re.Pattern[str], name: str, value: Any) -> str:
     if pattern.fullmatch(text) is None:
         raise ArgumentInvalid(f"{name}: letters, digits, _ and - are allowed, at least one of them.")
     return text
-
-
-def _refuse_others(name: str, fields: Mapping[str, Any], allowed: set[str] | frozenset[str]) -> None:
-    for key, given in fields.items():
-        # The vendor's clients send what they read, with each field that they know; null says nothing.
-        if key not in allowed and given is not None:
-            raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of it.")

@@ -6,7 +6,7 @@ Must not know: the bounds of their values; `core.validation` does.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from services.common.conversation import Message
@@ -158,6 +158,14 @@ def given(fields: Mapping[str, Any], name: str, where_absent: Any) -> Any:
     """A field as it was given; null says what leaving it out says, and no other value does."""
     value = fields.get(name)
     return where_absent if value is None else value
+
+
+def refuse_others(name: str, fields: Mapping[str, Any], allowed: Collection[str], of: str = "it") -> None:
+    """Raises ArgumentInvalid for a field that is neither allowed nor null."""
+    for key, value in fields.items():
+        # The vendors' clients send what they read, with each field that they know; null says nothing.
+        if key not in allowed and value is not None:
+            raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of {of}.")
 
 
 def ignore(name: str, value: Any) -> None:

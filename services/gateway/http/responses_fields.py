@@ -183,9 +183,8 @@ def _item(name: str, fields: Mapping[str, Any], calls: ToldCalls, *, alone: bool
 
 
 def _message(name: str, fields: Mapping[str, Any]) -> Message:
-    for key, given in fields.items():
-        if key not in {"type", "role", "content", "id", "status", "phase"} and given is not None:
-            raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of a message.")
+    known = {"type", "role", "content", "id", "status", "phase"}
+    native_fields.refuse_others(name, fields, known, "a message")
     role = native_fields.read_text(f"{name}.role", fields.get("role"))
     if role not in {"user", "assistant", "system", "developer"}:
         raise ArgumentInvalid(f"{name}.role: must be user, assistant, system or developer.")

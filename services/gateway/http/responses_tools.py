@@ -48,7 +48,7 @@ def read_choice(name: str, value: Any) -> str:
     kind = native_fields.read_text(f"{name}.type", fields.get("type"))
     if kind != "function":
         raise FeatureUnsupported(f"{name}.type: {shown(kind)} is not served here; name one function.")
-    _refuse_others(name, fields, frozenset({"type", "name"}))
+    native_fields.refuse_others(name, fields, frozenset({"type", "name"}))
     return "function:" + native_fields.read_text(f"{name}.name", fields.get("name"))
 
 
@@ -68,7 +68,7 @@ def told_tools(tools: Sequence[Tool], given: Sequence[Mapping[str, Any]]) -> lis
 
 def read_call(name: str, fields: Mapping[str, Any]) -> ToolCall:
     """A `function_call` item of an earlier response."""
-    _refuse_others(name, fields, _CALL_FIELDS)
+    native_fields.refuse_others(name, fields, _CALL_FIELDS)
     _check_caller(name, fields)
     return ToolCall(
         native_fields.read_text(f"{name}.call_id", fields.get("call_id")),
@@ -81,7 +81,7 @@ def said_result(
     name: str, fields: Mapping[str, Any], read_content: Callable[[str, Any], str], calls: ToldCalls
 ) -> str:
     """A `function_call_output` item, as the model is told of it; `read_content` reads its output."""
-    _refuse_others(name, fields, _RESULT_FIELDS)
+    native_fields.refuse_others(name, fields, _RESULT_FIELDS)
     _check_caller(name, fields)
     field = f"{name}.call_id"
     called = native_fields.read_text(field, fields.get("call_id"))
@@ -93,7 +93,7 @@ def _tool(name: str, value: Any) -> Tool:
     kind = native_fields.read_text(f"{name}.type", fields.get("type"))
     if kind != "function":
         raise FeatureUnsupported(f"{name}.type: tools of type {shown(kind)} are not served here.")
-    _refuse_others(name, fields, _TOOL_FIELDS)
+    native_fields.refuse_others(name, fields, _TOOL_FIELDS)
     for flag in ("strict", "defer_loading", "async"):
         asked = native_fields.read_boolean(f"{name}.{flag}", native_fields.given(fields, flag, False))
         if asked and flag != "strict":
@@ -120,10 +120,3 @@ def _check_caller(name: str, fields: Mapping[str, Any]) -> None:
     kind = native_fields.read_text(f"{name}.caller.type", caller.get("type"))
     if kind != "direct":
         raise FeatureUnsupported(f"{name}.caller.type: calls of a {shown(kind)} are not served here.")
-
-
-def _refuse_others(name: str, fields: Mapping[str, Any], allowed: frozenset[str]) -> None:
-    for key, given in fields.items():
-        # The vendor's clients send what they read, with each field that they know; null says nothing.
-        if key not in allowed and given is not None:
-            raise ArgumentInvalid(f"{name}.{shown(key)}: is not a field of it.")

@@ -35,11 +35,12 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
     best, greedy = logits.max(dim=-1)
     sound = best.isfinite()
     changed = {row: adjusted(logits[row], draw) for row, draw in enumerate(draws) if draw.adjusts}
+    fits = sound.clone() if changed else sound
     for row, (values, _) in changed.items():
         highest, greedy[row] = values.max(dim=-1)
         # A row that was not finite stays without a token, whatever its mask hides.
-        best[row] = torch.where(sound[row], highest, best[row])
-    tokens = torch.where(best.isfinite(), greedy, NO_TOKEN)
+        fits[row] &= highest.isfinite()
+    tokens = torch.where(fits, greedy, NO_TOKEN)
     drawn = [row for row, draw in enumerate(draws) if not draw.sampling.greedy]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
@@ -49,7 +50,7 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
             if row in changed:
                 picked[place] = changed[row][0]
         chosen = _draw(picked, [draws[row] for row in drawn])
-        tokens[rows] = torch.where(best[rows].isfinite(), chosen, NO_TOKEN)
+        tokens[rows] = torch.where(fits[rows], chosen, NO_TOKEN)
     choices = [_choice(logits, draws, row, token) for row, token in enumerate(tokens.tolist())]
     for row, (_, flaw) in changed.items():
         if choices[row].token_id == NO_TOKEN and draws[row].constraint is not None and sound[row]:
