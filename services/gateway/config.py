@@ -79,12 +79,13 @@ class GatewayConfig(TokenSettings):
     deadline_max_s: Annotated[float, Field(gt=0)] = 3_600.0
     # Fits about half a minute of a fast stream; HTTP/2 alone would buffer megabytes.
     credit_tokens: Annotated[int, Field(ge=1, le=65_536, description="Tokens a worker may be ahead.")] = 256
-    # An event costs gateway, Envoy and client a quarter of a millisecond together: so many take 4 % of two
-    # cores. Up to some four streams hear of each token as it comes, 32 ten times a second; see `core.pace`.
+    # An event costs gateway, Envoy and client a quarter to a third of a millisecond together, and a worker on
+    # the same cores loses as much on each of its two: so many take 5 or 6 % of its tokens. A few streams hear
+    # of each token as it comes, 32 six times a second; see `core.pace`.
     events_per_s: Annotated[
         float,
         Field(ge=0, description="Events with tokens that all streams together get in a second; 0: no bound."),
-    ] = 320.0
+    ] = 200.0
     # How long an unread stream keeps its slot.
     client_stall_s: Annotated[float, Field(gt=0)] = 30.0
     attempts_max: Annotated[int, Field(ge=1, le=10, description="Workers that a request may use up.")] = 3

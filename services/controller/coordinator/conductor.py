@@ -74,6 +74,11 @@ class Conductor:
         return next((one for one in self._rollouts.values() if not one.ended), None)
 
     @property
+    def swapping(self) -> tuple[str, ...]:
+        """The workers that the rollout under way has taken out of line, in their order."""
+        return () if (current := self.current) is None else current.swapping
+
+    @property
     def newest(self) -> Rollout | None:
         """The rollout that has begun, or the one that ended last."""
         begun = (one for one in reversed(self._rollouts.values()) if one.state is not State.PENDING)
@@ -178,7 +183,10 @@ class Conductor:
                 raise RevisionInUse(f"The revision {spec.revision} serves already.")
             before = self._catalog.revision(spec.model, serving).manifest
             _check_takes_over(before, revision.manifest, has_served=self._has_served(spec.revision))
-            made = create(rollout_id, spec, serving, self._now_ms(), self._catalog.wanted(spec.model))
+            # Records are read in the order of this time; no clock that went back may change it.
+            latest_ms = max((one.history[0].time_ms for one in self._rollouts.values()), default=0)
+            made_ms = max(self._now_ms(), latest_ms + 1)
+            made = create(rollout_id, spec, serving, made_ms, self._catalog.wanted(spec.model))
             self._making = (serving, spec.revision)
             try:
                 await to_its_end(self._keep(made))

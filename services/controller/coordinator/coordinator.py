@@ -335,7 +335,7 @@ class Coordinator:
         if not self.rollouts.loaded:
             await self._tenure.keep()
             self._rules = replace(self._rules, fence=await self.rollouts.load(self._tenure.fence))
-        await self.reunion.begin()
+        await self.reunion.begin(self.rollouts.swapping)
         if self._tenure.fence < self._rules.fence:
             await self._tenure.keep(self._rules.fence)
 

@@ -49,8 +49,11 @@ class Reunion:
         self._until_s: float | None = None
         self._over = False
 
-    async def begin(self) -> None:
+    async def begin(self, swapped: Iterable[str] = ()) -> None:
         """Reads, once, who was there.
+
+        Args:
+            swapped: Workers that a swap under way has taken out of line: the store does not list those that load.
 
         Raises:
             StoreUnavailable: The store cannot be reached.
@@ -60,6 +63,7 @@ class Reunion:
         known = await self._store.read_members(self._model)
         self._expected = {(Kind.WORKER, name) for name in known.workers}
         self._expected |= {(Kind.GATEWAY, name) for name in known.gateways}
+        self._expected |= {(Kind.WORKER, name) for name in swapped}
         self._until_s = self._clock.monotonic() + self._patience_s
 
     def is_over(self) -> bool:

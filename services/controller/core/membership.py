@@ -188,11 +188,12 @@ def _greet(member: Member, hello: Hello, now_s: float, rules: Rules, effects: li
 def _note_crash(before: Member, after: Member, now_s: float, effects: list[Effect]) -> Member:
     """A member whose process ended while it loaded for a rollout; to load at once might end it again.
 
-    One that ends in order says before that it has given up. What had failed in this one before counts on: by
-    turns two revisions would end one process after the other for ever.
+    One that was told to end has drained, and its end says nothing of what it loaded. What had failed in this
+    one before counts on: by turns two revisions would end one process after the other for ever.
     """
     loading = any(resident.loading for resident in before.residents.values())
-    if before.incarnation == after.incarnation or before.kind is not Kind.WORKER or not loading:
+    is_another = before.incarnation != after.incarnation and before.kind is Kind.WORKER
+    if not is_another or before.draining or not loading:
         return after
     for revision, resident in before.residents.items():
         if revision in after.residents:

@@ -168,11 +168,13 @@ def _prepare(rollout: Rollout, now: Moment) -> Rollout:
     obstacle = _obstacle(rollout, now)
     if obstacle:
         return _enter(rollout, State.ABORTING, obstacle, now)
-    if rollout.strategy is Strategy.SWAP and not rollout.swapping and now.all_staged:
-        rollout = _swap_one(rollout, now)
+    # Who was chosen first may have gone for good before it served.
+    is_chosen = any(worker.worker_id in rollout.swapping for worker in now.fleet.workers)
+    if rollout.strategy is Strategy.SWAP and not is_chosen and now.all_staged:
+        before, rollout = rollout, _swap_one(rollout, now)
         # With nobody there it stays as it is: a record that changes with each look would never be at rest.
-        due_ms = now.after(rollout.spec.drain_timeout_s) if rollout.swapping else 0
-        rollout = replace(rollout, drain_due_ms=due_ms)
+        if rollout.swapping != before.swapping:
+            rollout = replace(rollout, drain_due_ms=now.after(rollout.spec.drain_timeout_s))
     if now.ready < _needed(rollout, now.fleet) or now.fleet.gateways_pending:
         return rollout
     cause = f"{now.ready} of {_count(len(now.fleet.workers))} ready."
@@ -283,7 +285,8 @@ def _obstacle(rollout: Rollout, now: Moment) -> str:
 
 def _undrained(rollout: Rollout, now: Moment) -> str:
     """Why a swap whose first worker still runs what the old revision began cannot go on; else empty."""
-    first = next((worker for worker in now.fleet.workers if worker.worker_id in rollout.swapping[:1]), None)
+    # Those before it are gone.
+    first = next((worker for worker in now.fleet.workers if worker.worker_id in rollout.swapping[-1:]), None)
     if first is None or first.old is not Standing.READY or not 0 < rollout.drain_due_ms <= now.ms:
         return ""
     after_s = rollout.spec.drain_timeout_s

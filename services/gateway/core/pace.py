@@ -6,8 +6,8 @@ take that time from the workers. Few streams hear of every token as it comes. Of
 
 from __future__ import annotations
 
-# Ten times a second is fluent for who reads along.
-HOLD_S_MAX = 0.1
+# Six times a second is fluent for who reads along.
+HOLD_S_MAX = 0.16
 # Steps take longer on most machines: so short a hold would join nothing.
 HOLD_S_MIN = 0.005
 # Streams come and go all the time; a hold that differs by less is as good.

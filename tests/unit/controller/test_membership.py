@@ -241,6 +241,7 @@ def test_a_word_of_what_is_wanted_no_more_is_legal() -> None:
         ((Progress("r1", "load", 1, 2), StreamBroken(), Silence()), "roll", True),
         # It ended in order, or before it took any memory, or the mesh has nothing else to serve.
         ((Progress("r1", "load", 1, 2), Retired("r1")), "roll", False),
+        ((Progress("r1", "load", 1, 2), LoadReport(Load(slots=0))), "roll", False),
         ((Progress("r1", "fetch", 1, 2),), "roll", False),
         ((Progress("r1", "load", 1, 2),), "", False),
     ],

@@ -120,3 +120,13 @@ async def test_what_is_on_record_is_obeyed_though_nobody_waits_for_the_answer(
     await world.settle(3)
     assert (world.rollout.state, world.route) == (State.COMPLETED, {world.new: 100})
     assert world.held == {"a": {world.new}, "b": {world.new}}
+
+
+async def test_a_clock_that_goes_back_changes_no_order(world: World) -> None:
+    """Records are read in the order of their first time: the earlier one would serve again, unasked."""
+    await world.start(bake_s=0.0)
+    await world.settle(2)
+    assert world.states[-1] is State.COMPLETED
+    world.clock.now = lambda: 1_600_000_000.0  # type: ignore[method-assign]
+    back = await world.coordinator.start_rollout("back", Spec(model="m", revision=world.old, bake_s=0.0))
+    assert back.history[0].time_ms > world.rollout.history[0].time_ms

@@ -15,10 +15,10 @@ def test_a_hold_grows_with_the_streams_up_to_its_most() -> None:
     assert pace.hold_ms == 20
     assert pace.follow(28)
     assert pace.hold_ms == 90
-    assert pace.follow(4)
-    assert pace.hold_ms == 100
+    assert pace.follow(28)
+    assert pace.hold_ms == 160
     assert not pace.follow(1_000)
-    assert pace.follow(-1_040)
+    assert pace.follow(-1_064)
     assert pace.hold_ms == 0
 
 
