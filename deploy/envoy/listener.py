@@ -32,11 +32,14 @@ REQUEST_TIMEOUT_S = 60
 # would end the whole call with INTERNAL. Such headers are left out, and so are `-bin` ones, which would have
 # to be base64, and gRPC's own: a `grpc-timeout` that is none ends the call too. gRPC is left as it is.
 #
+# A client's `x-envoy-original-path` would stand in the access log, where no transcoder sets its own.
+#
 # Before that, headers are counted here and not by the codec, which refuses before it has read the path: then
 # nobody could tell whose API was asked, and the error would have no shape and no request id.
 _LUA = f"""\
 function envoy_on_request(handle)
   local headers = handle:headers()
+  headers:remove("x-envoy-original-path")
   local count, size = 0, 0
   for name, value in pairs(headers) do
     count, size = count + 1, size + #name + #value

@@ -39,6 +39,8 @@ _OPEN_TO_ALL = (
     # Tools of both generations ask: grpcurl before 1.9 knows v1alpha alone.
     "/grpc.reflection.v1alpha.ServerReflection/",
     "/grpc.reflection.v1.ServerReflection/",
+    # Larger than what Envoy takes of a reply while its client reads nothing.
+    "/interlock.http.v1.GatewayHttpService/OpenApi",
 )
 # A watch of health is silent until something changes. Who is cut off here asks again, as gRPC's own watchers
 # do at once; who has gone without a word, or has forgotten the call, leaves the place to others.
@@ -130,8 +132,8 @@ def route_configuration(parameters: Parameters) -> dict[str, Any]:
     routes = [_absent({"path": path}) for path in _HIDDEN]
     routes += [_forwarded({"prefix": prefix}, CONTROLLER, retried=f"{_UNBEGUN},reset") for prefix in _READS]
     routes += [_forwarded({"prefix": prefix}, CONTROLLER) for prefix in _TO_CONTROLLER]
-    routes += [_whole(_forwarded({"prefix": prefix}, GATEWAYS)) for prefix in _TO_GATEWAYS]
     routes += [_set_apart(_forwarded({"prefix": prefix}, GATEWAYS)) for prefix in _OPEN_TO_ALL]
+    routes += [_whole(_forwarded({"prefix": prefix}, GATEWAYS)) for prefix in _TO_GATEWAYS]
     routes += [_whole(_forwarded(match, GATEWAYS)) for match in _REST]
     routes.append(_absent({"prefix": "/"}))
     host = {

@@ -108,10 +108,25 @@ class ArgumentInvalid(InterlockError):
 
 
 class ContextExceeded(InterlockError):
-    """Prompt and output do not fit the model's context."""
+    """Prompt and output do not fit the model's context.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        max_tokens: How many the answer was to have at most; None: it has no room for one.
+        context_tokens: Tokens that the context holds.
+    """
 
     code = Code.INVALID_ARGUMENT
     reason = "CONTEXT_EXCEEDED"
+
+    def __init__(
+        self, message: str, *, prompt_tokens: int = 0, max_tokens: int | None = None, context_tokens: int = 0
+    ) -> None:
+        # Whoever copies an error makes it of its message first.
+        super().__init__(message)
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens
+        self.context_tokens = context_tokens
 
 
 class ModelUnknown(InterlockError):

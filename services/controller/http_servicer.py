@@ -29,7 +29,8 @@ from services.common.tokens import TokenVerifier, bearer_token
 SERVICE = "interlock.http.v1.AdminHttpService"
 REQUEST_ID_KEY = "x-request-id"
 JSON_TYPE = "application/json"
-EVENTS_TYPE = "text/event-stream"
+# Said, though the type has no other: HTTP libraries exist that guess one.
+EVENTS_TYPE = "text/event-stream; charset=utf-8"
 # Proxies give up on connections that are silent for a minute; some sooner.
 HEARTBEAT_S = 10.0
 # Of a mistake in a body: enough for its field, too little for what was sent.

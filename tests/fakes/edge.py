@@ -35,6 +35,7 @@ class FakeBackend:
         requests: The last request of every HTTP method, as it came.
         hold: Keeps gRPC answers back until it is set; None: they come at once.
         begins: Whether the headers of an answer go out before it is held back.
+        large: Bytes of the reply by HTTP to a request without a body; 0: it is an echo like the others.
     """
 
     name: str
@@ -42,6 +43,7 @@ class FakeBackend:
     requests: dict[str, bytes] = field(default_factory=dict)
     hold: threading.Event | None = None
     begins: bool = False
+    large: int = 0
     address: str = ""
     server: grpc.Server | None = None
     health: HealthServicer = field(default_factory=HealthServicer)
@@ -115,6 +117,8 @@ class _Everything(grpc.GenericRpcHandler):
                 yield HttpBody(
                     content_type="text/event-stream", data=f"id: {number}\ndata: {{}}\n\n".encode()
                 )
+        elif not wanted and self._backend.large:
+            yield HttpBody(content_type="application/json", data=bytes(self._backend.large))
         elif wanted == "abort":
             context.abort(grpc.StatusCode.UNAVAILABLE, "nobody there")
         else:

@@ -129,7 +129,10 @@ async def test_a_message(world: World) -> None:
     assert (order.sampling.top_p, order.sampling.temperature) == (0.5, 1.0)
     assert message._request_id == response.headers["x-request-id"]
     assert response.headers["x-interlock-worker"] == "w1"
-    check("Message", response.http_response.json())
+    told = response.http_response.json()
+    check("Message", told)
+    # Readers exist that take no null here, and the schema wants the key.
+    assert told["content"] == [{"type": "text", "text": "Bonjour", "citations": []}]
 
 
 async def test_the_ways_to_end(world: World) -> None:
@@ -269,6 +272,17 @@ async def test_each_error_is_the_clients_own_exception(world: World) -> None:
         ({"model": "claude-0"}, anthropic.NotFoundError, "claude-0"),
         ({"max_tokens": 0}, anthropic.BadRequestError, "max_tokens"),
         ({"extra_body": {"temperature": -1}}, anthropic.BadRequestError, "temperature"),
+        # In the vendor's words: clients read these numbers, and ask for less by themselves.
+        (
+            {"max_tokens": 512},
+            anthropic.BadRequestError,
+            "input length and `max_tokens` exceed context limit: 8 + 512 > 512, decrease",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x" * 600}]},
+            anthropic.BadRequestError,
+            "prompt is too long: 606 tokens > 511 maximum",
+        ),
         (
             {"messages": [{"role": "user", "content": "x" * 1_100_000}]},
             anthropic.ContentTooLargeError,

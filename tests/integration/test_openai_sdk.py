@@ -401,6 +401,8 @@ async def test_a_response(world: World) -> None:
     check("Response", response.http_response.json())
     cut = await world.client.responses.create(model=MODEL, input="hi", max_output_tokens=3)
     assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    # Nothing is kept, though the vendor would.
+    assert cut.store is False
     form = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}
     await world.client.responses.create(model=MODEL, input="hi", text=form)
     assert json.loads(worker.starts[-1].format.json_schema) == {"type": "object"}

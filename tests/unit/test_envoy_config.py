@@ -135,15 +135,16 @@ def test_streams_have_no_route_timeout() -> None:
 
 
 def test_only_what_needs_no_token_is_set_apart() -> None:
-    """Health and reflection have the bound and the patience of their own, and no other route has them."""
+    """Health, reflection and the large document have their own bound and patience; nothing else has."""
     apart = {
         route["match"]["prefix"]: route["route"]["idle_timeout"]
         for route in _routes(LOCAL)
         if route.get("route", {}).get("priority") == "HIGH"
     }
-    health, *reflection = sorted(apart)
+    health, *reflection, document = sorted(apart)
     assert health == "/grpc.health.v1.Health/"
     assert [name.startswith("/grpc.reflection.") for name in reflection] == [True, True]
+    assert document == "/interlock.http.v1.GatewayHttpService/OpenApi"
     assert set(apart.values()) == {"300s"}
 
 

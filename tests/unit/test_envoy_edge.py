@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import grpc
@@ -392,14 +393,19 @@ def test_the_access_log_is_json_without_query_or_token(edge: Edge) -> None:
         "/v1/admin/models?key=hidden",
         headers={"authorization": "Bearer hidden", "x-request-id": "log-1"},
     )
+    # What was not transcoded has the path that was asked for, whatever the client says that it was.
+    edge.ask("GET", "/no/such", headers={"x-envoy-original-path": "/healthz", "x-request-id": "log-2"})
 
-    async def line() -> dict[str, Any] | None:
+    async def line(request_id: str) -> dict[str, Any] | None:
         # Envoy writes its log every second or so.
         lines = (json.loads(text) for text in edge.log.read_text().splitlines() if text.startswith("{"))
-        return next((found for found in lines if found.get("request_id") == "log-1"), None)
+        return next((found for found in lines if found.get("request_id") == request_id), None)
 
-    found = asyncio.run(asyncio.wait_for(probes.until(line), 15))
-    assert found["path"] == "/v1/admin/models"
+    found, other = (
+        asyncio.run(asyncio.wait_for(probes.until(partial(line, request_id)), 15))
+        for request_id in ("log-1", "log-2")
+    )
+    assert (found["path"], other["path"]) == ("/v1/admin/models", "/no/such")
     assert found["event"] == "http.finished"
     assert isinstance(found["status"], int)
     assert "hidden" not in edge.log.read_text()

@@ -56,6 +56,22 @@ def _serves(edge: Edge) -> bool:
         return False
 
 
+def _unread_gets(path: str, streams: int) -> bytes:
+    """HTTP/2 by hand: a client that asks so often, and has room for not one byte of any answer."""
+    no_room = b"\x00\x04" + bytes(4)
+    frames = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", _frame(4, 0, 0, no_room)]
+    # GET and http by their places in the table, path and host as they are.
+    named = b"".join(
+        place + bytes([len(text)]) + text for place, text in ((b"\x04", path.encode()), (b"\x01", b"x"))
+    )
+    frames += [_frame(1, 0x5, 2 * number + 1, b"\x82\x86" + named) for number in range(streams)]
+    return b"".join(frames)
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
 def _who(edge: Edge, count: int = 24) -> set[bytes]:
     """Who answers that many requests."""
     return {edge.ask("POST", "/v1/generate", "x")[2].split()[0] for _ in range(count)}
@@ -135,6 +151,19 @@ def test_watches_of_health_have_a_bound_of_their_own(edge: Edge) -> None:
         watches[0].cancel()
         _await(lambda: edge.stat(watching) == 1, "a place is never free again")
         assert next(watch(b"")) == b"\x08\x01"
+
+
+def test_who_reads_no_large_document_keeps_no_request_out(edge: Edge) -> None:
+    """`/openapi.json` needs no token; Envoy keeps the call of a client that lets none of it in, apart."""
+    for gateway in edge.gateways:
+        gateway.large = 100_000
+    host, _, port = edge.address.rpartition(":")
+    apart = "cluster.gateways.circuit_breakers.high.remaining_rq"
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(_unread_gets("/openapi.json", streams=20))
+        _await(lambda: edge.stat(apart) == WATCHES_MAX - 20, "they are not kept apart")
+        assert edge.call(GENERATE) == b"x"
+    _await(lambda: edge.stat(apart) == WATCHES_MAX, "they are never free again")
 
 
 def test_a_request_that_never_comes_asks_no_gateway(edge: Edge) -> None:

@@ -53,7 +53,8 @@ class Reunion:
         """Reads, once, who was there.
 
         Args:
-            swapped: Workers that a swap under way has taken out of line: the store does not list those that load.
+            swapped: Workers that a swap under way has taken out of line: the store does not list those that
+                load.
 
         Raises:
             StoreUnavailable: The store cannot be reached.

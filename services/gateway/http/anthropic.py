@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from services.common import http_errors
-from services.common.errors import InterlockError
+from services.common.errors import ContextExceeded, InterlockError
 from services.gateway.core.events import Finished, FinishReason, Usage
 from services.gateway.http.bodies import dump
 from services.gateway.http.tool_calls import ToolCall
@@ -121,7 +121,20 @@ def error_event_body(error: InterlockError, request_id: str) -> bytes:
 def _error(error: InterlockError, request_id: str) -> dict[str, Any]:
     status = status_of(error)
     kind = _TYPES.get(status, "invalid_request_error" if status < 499 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
+    message = _beyond_context(error) if isinstance(error, ContextExceeded) else error.message
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
+
+
+def _beyond_context(error: ContextExceeded) -> str:
+    """What does not fit, as the vendor says it: there is no code, and clients read these words."""
+    prompt, context = error.prompt_tokens, error.context_tokens
+    if error.max_tokens is None:
+        # One token at least is the answer's.
+        return f"prompt is too long: {prompt} tokens > {context - 1} maximum"
+    return (
+        f"input length and `max_tokens` exceed context limit: {prompt} + {error.max_tokens} > {context}, "
+        "decrease input length or `max_tokens` and try again"
+    )
 
 
 def _message(message_id: str, model: str) -> dict[str, Any]:
@@ -153,7 +166,8 @@ def _model(name: str, context_tokens: int) -> dict[str, Any]:
 
 
 def _text_block(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text, "citations": None}
+    # Not null: clients exist that take none here. The vendor's schema wants the key.
+    return {"type": "text", "text": text, "citations": []}
 
 
 def _call_block(call: ToolCall) -> dict[str, Any]:

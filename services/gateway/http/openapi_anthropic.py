@@ -177,7 +177,7 @@ def _message() -> dict[str, Any]:
         type={"const": "message"},
         role={"const": "assistant"},
         model=TEXT,
-        content=array(any_of(closed(type={"const": "text"}, text=TEXT, citations=NULL), use)),
+        content=array(any_of(closed(type={"const": "text"}, text=TEXT, citations={"const": []}), use)),
         stop_reason={"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
         stop_sequence=nullable(TEXT),
         stop_details=NULL,

@@ -23,7 +23,8 @@ from services.gateway.http.whole import Answer, Said
 from services.gateway.servicer import REQUEST_ID_KEY, note_worker, response_metadata
 
 JSON_TYPE = "application/json"
-EVENTS_TYPE = "text/event-stream"
+# The character set is said, though the type has no other: HTTP libraries exist that guess one.
+EVENTS_TYPE = "text/event-stream; charset=utf-8"
 
 # Status and headers wait this long for the first text: most responses name revision and worker, and what
 # only a worker finds out, such as a format that is none, has its status, streamed as well as whole.

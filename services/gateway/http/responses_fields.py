@@ -130,7 +130,8 @@ def _told(given: Mapping[str, Any], read: Mapping[str, Any], sampling: SamplingP
         "max_output_tokens": read.get("max_output_tokens"),
         "metadata": given.get("metadata", {}),
         "parallel_tool_calls": read.get("parallel_tool_calls", True),
-        "store": given.get("store", True),
+        # Whatever was asked for: nothing is kept here.
+        "store": False,
         "temperature": sampling.temperature,
         "text": given.get("text") or {"format": {"type": "text"}},
         "tool_choice": given.get("tool_choice", "auto"),
