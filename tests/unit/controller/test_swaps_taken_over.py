@@ -50,9 +50,9 @@ async def test_a_swap_goes_on_when_its_first_worker_left() -> None:
     world.store.running.add(("a", world.old))
     await world.start(strategy=Strategy.SWAP)
     await world.settle(2)
-    assert world.rollout.swapping == ("a",)
+    assert list(world.rollout.swapping) == ["a"]
     world.kill("a")
     await world.settle(3)
-    assert world.rollout.swapping == ("a", "b")
+    assert list(world.rollout.swapping) == ["a", "b"]
     await world.settle(10)
     assert world.rollout.history[-1].state is State.COMPLETED
