@@ -8,6 +8,7 @@ address.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 
 from services.common.allowance import Allowance
 
@@ -113,20 +114,23 @@ class ContextExceeded(InterlockError):
     Attributes:
         prompt_tokens: Tokens of the prompt.
         max_tokens: How many the answer was to have at most; None: it has no room for one.
-        context_tokens: Tokens that the context holds.
+        context_tokens: Tokens that the context holds; 0: whoever found out did not say.
     """
 
     code = Code.INVALID_ARGUMENT
     reason = "CONTEXT_EXCEEDED"
+    prompt_tokens: int = 0
+    max_tokens: int | None = None
+    context_tokens: int = 0
 
-    def __init__(
-        self, message: str, *, prompt_tokens: int = 0, max_tokens: int | None = None, context_tokens: int = 0
-    ) -> None:
-        # Whoever copies an error makes it of its message first.
-        super().__init__(message)
-        self.prompt_tokens = prompt_tokens
-        self.max_tokens = max_tokens
-        self.context_tokens = context_tokens
+    @classmethod
+    def by(cls, message: str, prompt_tokens: int, max_tokens: int | None, context_tokens: int) -> Self:
+        """The error with its numbers."""
+        error = cls(message)
+        error.prompt_tokens = prompt_tokens
+        error.max_tokens = max_tokens
+        error.context_tokens = context_tokens
+        return error
 
 
 class ModelUnknown(InterlockError):

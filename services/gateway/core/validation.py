@@ -191,22 +191,22 @@ def fit_max_tokens(
     """
     left = context_tokens - prompt_tokens
     if left < 1:
-        raise ContextExceeded(
+        raise ContextExceeded.by(
             f"The prompt has {prompt_tokens} tokens; the model's context holds {context_tokens}, "
             "the answer included.",
-            prompt_tokens=prompt_tokens,
-            max_tokens=None,
-            context_tokens=context_tokens,
+            prompt_tokens,
+            None,
+            context_tokens,
         )
     if max_tokens is None:
         return min(where_absent, left)
     if max_tokens > left:
-        raise ContextExceeded(
+        raise ContextExceeded.by(
             f"max_tokens: {max_tokens} is more than the {left} that a prompt of {prompt_tokens} tokens "
             f"leaves of a context of {context_tokens}.",
-            prompt_tokens=prompt_tokens,
-            max_tokens=max_tokens,
-            context_tokens=context_tokens,
+            prompt_tokens,
+            max_tokens,
+            context_tokens,
         )
     return max_tokens
 

@@ -128,6 +128,8 @@ def _error(error: InterlockError, request_id: str) -> dict[str, Any]:
 def _beyond_context(error: ContextExceeded) -> str:
     """What does not fit, as the vendor says it: there is no code, and clients read these words."""
     prompt, context = error.prompt_tokens, error.context_tokens
+    if not context:
+        return error.message
     if error.max_tokens is None:
         # One token at least is the answer's.
         return f"prompt is too long: {prompt} tokens > {context - 1} maximum"
