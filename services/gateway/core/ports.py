@@ -207,7 +207,11 @@ class RequestDirectory(Protocol):
     """What the ids of requests stand for. Every method raises StoreUnavailable."""
 
     async def claim(self, job_id: str, claim: Claim, ttl_s: float) -> Claim | None:
-        """Lets an id stand for `claim`, unless it stands for something already, which is returned."""
+        """Lets an id stand for `claim` from now on, unless it stands for something else.
+
+        Returns:
+            What it stood for already; None: nothing.
+        """
         ...
 
     async def find(self, job_id: str) -> Claim | None:

@@ -70,6 +70,7 @@ class LiveJobs:
         slots: Slots that are taken, by worker.
         waits: Waiting jobs by band.
         backlog: Estimated tokens of the waiting jobs by band.
+        due: The job whose turn has come and that waits for slots.
     """
 
     by_id: dict[str, LiveJob] = field(default_factory=dict)
@@ -82,6 +83,7 @@ class LiveJobs:
     slots: Counter[str] = field(default_factory=Counter)
     waits: Counter[Band] = field(default_factory=Counter)
     backlog: Counter[Band] = field(default_factory=Counter)
+    due: LiveJob | None = None
 
     @property
     def waiting_count(self) -> int:
@@ -111,6 +113,8 @@ class LiveJobs:
         """Takes a job out that is in."""
         del self.by_id[entry.job.job_id]
         self._count(entry, -1)
+        if self.due is entry:
+            self.due = None
         if entry.grant is not None:
             return
         lines, name = self._lines_of(entry)

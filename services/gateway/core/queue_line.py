@@ -163,16 +163,23 @@ class QueueLine:
         for entry in self._turns():
             if not self.places.free:
                 return None
-            place = self.places.place(entry.job, entry.pin, entry.avoid)
+            able = self.places.able(entry.pin)
+            place = self.places.place(entry.job, able, entry.pin, entry.avoid)
             if place is not None:
                 return self._grant(entry, place, nonce, now)
+            if able and not entry.pin:
+                # Those behind it may start now, and shall not go before it for ever.
+                self.jobs.due = self.jobs.due or entry
         return None
 
     def _turns(self) -> Iterator[LiveJob]:
-        """Who goes first: pinned jobs; then by band in turn, the tenant served least, its oldest job."""
+        """Who goes first: pinned jobs; the due one; by band in turn, the tenant served least, its oldest."""
         if not self.places.free:
             return
         yield from self.jobs.all_pinned()
+        due = self.jobs.due
+        if due is not None and self._free_of_cap(due.job.tenant) != 0:
+            yield due
         for band in sorted(Band, reverse=(self.grants + 1) % BOTTOM_UP_EVERY != 0):
             for tenant in self._ranked(band):
                 yield from self.jobs.lines[band][tenant]

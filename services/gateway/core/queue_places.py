@@ -93,20 +93,26 @@ class Places:
             worker.worker_id: worker for worker in self.workers.values() if self._is_free(worker, now)
         }
 
-    def place(self, job: QueuedJob, pin: str, avoid: str) -> Place | None:
-        """Where a job may go: its pin alone, or the revision of its hash and then the others.
-
-        While no worker has enough free slots for it, those that are free are kept for it.
-        """
+    def able(self, pin: str) -> list[QueueWorker]:
+        """The free workers that have the revision of the pin, or one of the route."""
         revisions = {pin} if pin else {revision for revision, weight in self.weights.items() if weight > 0}
-        able = [worker for worker in self.free.values() if not revisions.isdisjoint(worker.ready)]
+        return [worker for worker in self.free.values() if not revisions.isdisjoint(worker.ready)]
+
+    def place(self, job: QueuedJob, able: Sequence[QueueWorker], pin: str, avoid: str) -> Place | None:
+        """Where of the able a job may go: to its pin, or to the revision of its hash and then the others.
+
+        While no worker has enough free slots for it, those that are free are kept for it, but not of workers
+        that are too small for it, whatever ends there.
+        """
         if not able:
             return None
+        needed = min(job.slots, self._largest)
         for revision in [pin] if pin else self._revisions(job.job_id):
-            if (place := self._pick(able, revision, avoid, job.slots)) is not None:
+            if (place := self._pick(able, revision, avoid, needed)) is not None:
                 return place
         for worker in able:
-            del self.free[worker.worker_id]
+            if worker.slots >= needed:
+                del self.free[worker.worker_id]
         return None
 
     def note_trial(self, worker_id: str, now: float) -> None:
@@ -120,9 +126,8 @@ class Places:
             yield wanted
             yield from (revision for revision in routed if revision != wanted)
 
-    def _pick(self, able: Sequence[QueueWorker], revision: str, avoid: str, slots: int) -> Place | None:
+    def _pick(self, able: Sequence[QueueWorker], revision: str, avoid: str, needed: int) -> Place | None:
         """The least loaded worker with enough free slots; the one to avoid only if there is no other."""
-        needed = min(slots, self._largest)
         found = [
             (worker.worker_id == avoid, self._taken(worker) / worker.slots, worker.worker_id)
             for worker in able

@@ -29,10 +29,11 @@ class SteppedClock:
 
 
 def make_job(
-    job_id: str, *, submission: str = "", timeout_s: float = 60.0, waited_s: float = 0.0
+    job_id: str, *, submission: str = "", timeout_s: float = 60.0, waited_s: float = 0.0, slots: int = 1
 ) -> QueuedJob:
     """A job with plain values."""
-    return QueuedJob(job_id, MODEL, "tenant", Band.INTERACTIVE, 10, timeout_s, submission or job_id, waited_s)
+    name = submission or job_id
+    return QueuedJob(job_id, MODEL, "tenant", Band.INTERACTIVE, 10, timeout_s, name, waited_s, slots=slots)
 
 
 @pytest.fixture
@@ -178,3 +179,19 @@ async def test_what_runs_already_can_be_registered(queue: MemoryJobQueue) -> Non
     assert not await queue.register(make_job("a"), Grant("a", 1, "older", "w1", "w1:1", "r1", 7))
     await queue.cancel(MODEL, "a", "a")
     assert not await queue.register(make_job("a"), grant)
+
+
+async def test_workers_too_small_for_a_job_go_to_those_behind_it(
+    queue: MemoryJobQueue, received: list[Grant]
+) -> None:
+    """The large one is kept for it, whoever's turn it is meanwhile."""
+    queue.remove_worker(MODEL, "w1")
+    for name, slots in (("big", 4), ("small", 2)):
+        queue.set_worker(MODEL, QueueWorker(name, f"{name}:1", slots, frozenset({"r1"})))
+    long = await enqueue_granted(queue, "long")
+    assert long.worker_id == "big"
+    assert isinstance(await queue.enqueue(make_job("quad", slots=4)), Waiting)
+    assert [(await enqueue_granted(queue, job_id)).worker_id for job_id in "ab"] == ["small", "small"]
+    assert isinstance(await queue.enqueue(make_job("c")), Waiting)
+    await queue.settle(MODEL, "long", long.nonce, Outcome.FINISHED, 5)
+    assert [(grant.job_id, grant.worker_id) for grant in received] == [("quad", "big")]

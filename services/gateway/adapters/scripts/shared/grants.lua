@@ -1,11 +1,14 @@
 -- Grants: which job goes next, and how slots are lent to it.
 
--- A call looks at this many jobs at most, so that it stays below a few milliseconds whatever has piled up.
+-- A call grants this many jobs at most, and looks at as many for each, so that it stays below a few milliseconds
+-- whatever has piled up.
 local LOOKS_MAX = 64
 -- One grant in so many looks at the bands from the bottom, so that the lowest never starves.
 local BOTTOM_UP_EVERY = 8
 -- While breakers are open, a job may be barred from all free workers; then at most this many are looked at.
 local BARRED_LOOKS_MAX = 16
+-- Behind a job that finds no place, so many are looked at of one tenant, and so many tenants.
+local DEPTH_MAX = 16
 -- What a grant changes of a job's record.
 local GRANT_FIELDS = {
   'state', 'worker', 'revision', 'address', 'attempt', 'epoch', 'granted_at', 'trial', 'nonce', 'charged', 'entry',
@@ -36,52 +39,83 @@ local function bands_in_turn()
   return { BANDS[3], BANDS[2], BANDS[1] }
 end
 
--- Returns the first of these jobs that a worker can take, and its place, or nil. Unless breakers are open, any
--- free worker of the right revision takes any of them, so that nobody needs to look behind the head.
-local function first_placed(view, ids)
-  for _, id in ipairs(ids) do
-    if view.looks_left == 0 then return nil end
-    view.looks_left = view.looks_left - 1
-    local job = load_job(id)
-    local worker_id, revision, is_trial = place_job(view, job)
-    if worker_id then return job, { worker_id = worker_id, revision = revision, is_trial = is_trial } end
-  end
+-- Returns the job and its place if a worker can take it, or nil.
+local function try_place(view, job)
+  local worker_id, revision, is_trial = place_job(view, job)
+  if worker_id then return job, { worker_id = worker_id, revision = revision, is_trial = is_trial } end
 end
 
-local function depth(view)
-  return view.has_open and BARRED_LOOKS_MAX - 1 or 0
+local function has_free(revision)
+  return redis.call('EXISTS', PREFIX .. 'free:' .. revision) == 1
 end
 
 -- Returns the oldest pinned job whose revision has a free worker, and its place, or nil.
 local function next_pinned(view)
   local line, arrivals = {}, {}
   for _, revision in ipairs(redis.call('SMEMBERS', PREFIX .. 'pins')) do
-    local flat = redis.call('ZRANGE', PREFIX .. 'pinned:' .. revision, 0, depth(view), 'WITHSCORES')
+    local pinned = PREFIX .. 'pinned:' .. revision
+    local flat = has_free(revision) and redis.call('ZRANGE', pinned, 0, DEPTH_MAX - 1, 'WITHSCORES') or {}
     for i = 1, #flat, 2 do line[#line + 1], arrivals[flat[i]] = flat[i], tonumber(flat[i + 1]) end
   end
   table.sort(line, function(a, b) return arrivals[a] < arrivals[b] end)
-  view.looks_left = #line
-  return first_placed(view, line)
+  for _, id in ipairs(line) do
+    local job, place = try_place(view, load_job(id))
+    if job then return job, place end
+  end
 end
 
 -- Whether a revision of the route has a free worker. Most calls of a full mesh end here.
-local function has_free(view)
+local function has_free_routed(view)
   for _, revision in ipairs(view.routed) do
-    if redis.call('EXISTS', PREFIX .. 'free:' .. revision.name) == 1 then return true end
+    if has_free(revision.name) then return true end
   end
   return false
 end
 
--- Returns the job whose turn it is and its place, or nil: by band, by tenant, the oldest.
+-- Returns the members of a sorted set one by one, a few at most. Most callers want the first alone.
+local function in_order(key)
+  local rank = -1
+  return function()
+    rank = rank + 1
+    return rank < DEPTH_MAX and redis.call('ZRANGE', key, rank, rank)[1] or nil
+  end
+end
+
+-- Returns the job that stands in line if a worker can take it, and its place, or nil. Where no breaker is open,
+-- whoever needs as many slots as one that found none finds none either, and need not be looked at closely: so
+-- a line of large jobs does not hide the small ones behind it, and behind one of one slot nobody is looked for.
+local function try_in_line(view, id)
+  view.looks_left = view.looks_left - 1
+  if view.vain_slots and slots_of(read_job(id, 'slots')) >= view.vain_slots then return nil end
+  local waiting = load_job(id)
+  local job, place = try_place(view, waiting)
+  if job then return job, place end
+  if not view.has_open then view.vain_slots = slots_of(waiting) end
+  if view.vain_slots == 1 then view.looks_left = 0 end
+end
+
+-- Returns the job that was due before, if a worker can take it now, and its place, or nil.
+local function next_due(view)
+  local id = redis.call('GET', PREFIX .. 'due')
+  if not id then return nil end
+  local job = read_job(id, 'band', 'tenant')
+  local _, left = seat_of(job.band, job.tenant)
+  if left ~= 0 then return try_in_line(view, id) end
+end
+
+-- Returns the job whose turn it is and its place, or nil: the one that is due; by band, by tenant, the oldest.
 local function next_in_line(view)
-  if not has_free(view) then return nil end
-  view.looks_left = view.has_open and BARRED_LOOKS_MAX or 1
+  if not has_free_routed(view) then return nil end
+  view.looks_left, view.vain_slots = view.has_open and BARRED_LOOKS_MAX or LOOKS_MAX, nil
+  local due, due_place = next_due(view)
+  if due then return due, due_place end
   for _, band in ipairs(bands_in_turn()) do
-    for _, seat in ipairs(redis.call('ZRANGE', PREFIX .. 'tenants:' .. band, 0, depth(view))) do
-      local line = PREFIX .. 'waiting:' .. band .. ':' .. tenant_of(seat)
-      local job, place = first_placed(view, redis.call('ZRANGE', line, 0, depth(view)))
-      if job then return job, place end
-      if view.looks_left == 0 then return nil end
+    for seat in in_order(PREFIX .. 'tenants:' .. band) do
+      for id in in_order(PREFIX .. 'waiting:' .. band .. ':' .. tenant_of(seat)) do
+        if view.looks_left == 0 then return nil end
+        local job, place = try_in_line(view, id)
+        if job then return job, place end
+      end
     end
   end
 end

@@ -95,6 +95,19 @@ local function put_in_line(job)
   end
 end
 
+local function slots_of(job)
+  return tonumber(job.slots or 1)
+end
+
+-- Notes that the job's turn has come, and that it waits for slots. One job is due at a time.
+local function note_due(job)
+  redis.call('SET', PREFIX .. 'due', job.id, 'NX')
+end
+
+local function forget_due(job)
+  if slots_of(job) > 1 and redis.call('GET', PREFIX .. 'due') == job.id then redis.call('DEL', PREFIX .. 'due') end
+end
+
 -- How many jobs wait, once it was asked.
 local waiting_count
 
@@ -118,6 +131,7 @@ end
 
 local function take_waiting(job)
   waiting_count = count_waiting() - 1
+  forget_due(job)
   add_count('tenant:' .. job.tenant, 'waiting', -1)
   add_count('backlog', job.band, -job.cost)
   if job.pin ~= '' then
@@ -137,10 +151,6 @@ end
 -- their records do not say so.
 local function note_used(job, tokens)
   if tokens > tonumber(job.used or 0) then job.used = tokens end
-end
-
-local function slots_of(job)
-  return tonumber(job.slots or 1)
 end
 
 -- Returns the fields of running:<worker> that the job has: one for each of its slots, so that their number is

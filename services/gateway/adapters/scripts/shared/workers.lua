@@ -104,36 +104,44 @@ local function note_trial(gateway, worker_id)
   redis.call('HSET', key, gateway, string.format('%.0f %s', NOW + tonumber(sleep_ms), sleep_ms))
 end
 
--- Returns the slots of the largest worker that is not draining.
+-- Returns the slots of the largest worker that is not draining and whose lease has not lapsed.
 local function largest_worker(view)
   if view.largest then return view.largest end
   view.largest = 1
-  for _, id in ipairs(redis.call('ZREVRANGE', PREFIX .. 'expiry', 0, WORKERS_LOOKED_AT_MAX - 1)) do
+  local least = view.judges_leases and '(' .. NOW or '-inf'
+  local ids = redis.call('ZREVRANGEBYSCORE', PREFIX .. 'expiry', '+inf', least, 'LIMIT', 0, WORKERS_LOOKED_AT_MAX)
+  for _, id in ipairs(ids) do
     local fields = redis.call('HMGET', PREFIX .. 'worker:' .. id, 'slots', 'draining')
     if fields[2] == '0' then view.largest = math.max(view.largest, tonumber(fields[1])) end
   end
   return view.largest
 end
 
--- Whether a worker, which has a free slot, has as many as the job needs. One that needs more than any worker has
--- is given a whole one, which refuses it and says why.
-local function has_room(view, worker_id, job)
-  if slots_of(job) == 1 then return true end
-  local slots = tonumber(redis.call('HGET', PREFIX .. 'worker:' .. worker_id, 'slots'))
-  local free = slots - redis.call('HLEN', PREFIX .. 'running:' .. worker_id)
-  return free >= math.min(slots_of(job), largest_worker(view))
+-- Returns how many free slots of a worker the job needs. One that needs more than any worker has is given a whole
+-- one, which refuses it and says why.
+local function needed_slots(view, job)
+  return slots_of(job) == 1 and 1 or math.min(slots_of(job), largest_worker(view))
 end
 
--- Returns the least loaded worker with room that is ready for the revision and not barred to the job's gateway,
--- or nil; and whether it is a trial. The worker to avoid, where the job failed last, is taken only if there is no
--- other. Adds those that have a free slot and no room to `short`.
-local function pick_worker(view, revision, job, short)
+local function slots_of_worker(worker_id)
+  return tonumber(redis.call('HGET', PREFIX .. 'worker:' .. worker_id, 'slots'))
+end
+
+-- Whether a worker, which has a free slot, has as many as are needed.
+local function has_room(worker_id, needed)
+  return needed == 1 or slots_of_worker(worker_id) - redis.call('HLEN', PREFIX .. 'running:' .. worker_id) >= needed
+end
+
+-- Returns the least loaded worker with as many free slots as are needed that is ready for the revision and not
+-- barred to the job's gateway, or nil; and whether it is a trial. The worker to avoid, where the job failed last, is
+-- taken only if there is no other. Adds those that have fewer free slots to `short`.
+local function pick_worker(view, revision, job, needed, short)
   local fallback, fallback_trial
   local ids = redis.call('ZRANGE', PREFIX .. 'free:' .. revision, 0, WORKERS_LOOKED_AT_MAX - 1)
   for _, id in ipairs(ids) do
     local breaker = breaker_of(view, job.owner, id)
     if breaker ~= 'open' and not view.kept_free[id] and not has_lapsed(view, revision, id) then
-      if not has_room(view, id, job) then
+      if not has_room(id, needed) then
         short[#short + 1] = id
       elseif id ~= job.avoid then
         return id, breaker == 'trial'
@@ -167,12 +175,16 @@ local function revisions_of(view, job)
 end
 
 -- Returns worker, revision and whether it is a trial, or nil while no worker can take the job. Then the slots
--- that are free, and too few for it, are kept for it: whoever comes behind it looks elsewhere.
+-- that are free, and too few for it, are kept for it: whoever comes behind it looks elsewhere. Workers that are too
+-- small for it whatever ends there go to the others, and so that these do not go before it for ever, it is due.
 local function place_job(view, job)
-  local short = {}
+  local needed, short = needed_slots(view, job), {}
   for _, revision in ipairs(revisions_of(view, job)) do
-    local worker_id, is_trial = pick_worker(view, revision, job, short)
+    local worker_id, is_trial = pick_worker(view, revision, job, needed, short)
     if worker_id then return worker_id, revision, is_trial end
   end
-  for _, id in ipairs(short) do view.kept_free[id] = true end
+  for _, id in ipairs(short) do
+    if slots_of_worker(id) >= needed then view.kept_free[id] = true end
+  end
+  if short[1] and job.pin == '' then note_due(job) end
 end
