@@ -190,3 +190,14 @@ async def test_a_worker_whose_lease_lapsed_is_not_waited_for(empty_world: QueueW
     await empty_world.add_worker("s1", slots=2)
     empty_world.advance(6)
     assert (await empty_world.grant("quad", slots=4)).worker_id == "s1"
+
+
+@pytest.mark.parametrize("stale", ["first", "nobody"])
+async def test_a_name_that_is_due_and_waits_no_more_is_dropped(world: QueueWorld, stale: str) -> None:
+    """A gateway of an earlier version leaves it: the job is not granted twice, and nobody waits for it."""
+    await world.add_worker("w1", slots=5)
+    await world.grant("first", slots=2)
+    world.client.set(KEYS.prefix + "due", stale)
+    assert (await world.grant("second")).job_id == "second"
+    assert not world.client.exists(KEYS.prefix + "due")
+    assert world.running("w1") == {"first", "first#2", "second"}

@@ -98,7 +98,12 @@ end
 local function next_due(view)
   local id = redis.call('GET', PREFIX .. 'due')
   if not id then return nil end
-  local job = read_job(id, 'band', 'tenant')
+  local job = read_job(id, 'state', 'band', 'tenant')
+  -- A gateway of an earlier version does not know of it, and leaves the name of a job that waits no more.
+  if job.state ~= 'waiting' then
+    redis.call('DEL', PREFIX .. 'due')
+    return nil
+  end
   local _, left = seat_of(job.band, job.tenant)
   if left ~= 0 then return try_in_line(view, id) end
 end
