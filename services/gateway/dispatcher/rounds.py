@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from services.common import logs
 from services.common.clock import Clock
 from services.common.errors import NoWorker, RequestCancelled, StoreUnavailable
+from services.gateway.core.events import Finished
 from services.gateway.core.jobs import Grant, Outcome, Renewal
+from services.gateway.core.log import Entry, used_tokens
 from services.gateway.core.params import Decode, GenerationJob
 from services.gateway.core.payload import read_payload
 from services.gateway.core.ports import JobQueue
@@ -170,16 +172,26 @@ class Rounds:
             # Of an earlier process of this name, and not resumable. The queue ends it with its lease.
             logs.get_logger().debug("job.unknown", job_id=job_id, model=model)
             return False
-        if taken.entries and taken.entries[-1].is_last:
-            # Only its record was left to write.
-            await self._queue.cancel(model, job_id, taken.submission)
-            return True
         job = read_payload(taken, decode)
+        if taken.entries and taken.entries[-1].is_last:
+            await self._note_end(job, taken.entries)
+            return True
         logs.get_logger().info(
             "request.taken_up", request_id=job.request_id, model=model, events=len(taken.entries)
         )
         self._register.create(job).carry_on(taken)
         return True
+
+    async def _note_end(self, job: GenerationJob, entries: Sequence[Entry]) -> None:
+        """Tells the queue how a request ended whose log is whole: its gateway went before it could."""
+        finished = isinstance(entries[-1].event, Finished)
+        await self._queue.cancel(
+            job.model,
+            job.job_id,
+            job.submission,
+            used_tokens=used_tokens(entries, len(job.prompt_ids)),
+            outcome=Outcome.FINISHED if finished else Outcome.CANCELLED,
+        )
 
     async def _renew_forever(self) -> None:
         while True:
