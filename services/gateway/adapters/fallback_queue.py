@@ -97,7 +97,7 @@ class FallbackJobQueue:
             renewal = await queue.renew(model, running, waiting, places=places, leaving=leaving)
             heard = (self._hear(queue, grant) for grant in renewal.granted)
             granted = tuple(grant for grant in heard if grant is not None)
-            return replace(renewal, granted=granted)
+            return replace(renewal, granted=granted, degraded=queue is not self._primary)
 
         return await self._either(model, renew)
 

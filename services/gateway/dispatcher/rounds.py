@@ -247,6 +247,8 @@ class Rounds:
             await self._deliver_found(model, grant)
         for job_id in renewal.lost & named.keys():
             await self._reclaim(job_id, named[job_id])
+        if not renewal.degraded:
+            self._confirm({job_id: running[job_id] for job_id in running.keys() - renewal.lost})
         for job_id in renewal.cancelled:
             self.stop(job_id)
         for job_id in renewal.unknown:
@@ -257,6 +259,15 @@ class Rounds:
             generation = self._register.live.get(job_id)
             if generation is not None:
                 generation.placed(place)
+
+    def _confirm(self, running: Mapping[str, str]) -> None:
+        """Lets logs be written of requests that were lent their slots while the store was away."""
+        for job_id, nonce in running.items():
+            generation = self._register.live.get(job_id)
+            if generation is None or generation.chronicle is None or generation.grant is None:
+                continue
+            if generation.grant.nonce == nonce:
+                generation.chronicle.confirm()
 
     def _judge_workers(self, model: str, renewal: Renewal, waiting: frozenset[str]) -> None:
         """Ends the wait of those for whom no worker has come back in time, and says so.

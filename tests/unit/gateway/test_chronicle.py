@@ -1,0 +1,80 @@
+"""How a log is written while the store is away, or has forgotten what it lent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+
+from services.gateway.core.attempts import Loss, Output
+from services.gateway.core.events import Chunk, Finished, FinishReason, Started
+from services.gateway.core.jobs import Renewal
+from services.gateway.core.log import Entry, LogTail
+from tests.fakes.gateway_ports import grant
+from tests.fixtures.dispatcher_world import World, dispatcher_world, ids, job, rest
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    """A dispatcher that never renews by itself."""
+    async with dispatcher_world() as made:
+        yield made
+
+
+def said(entries: tuple[Entry, ...] | list[Entry]) -> str:
+    """The text of some entries."""
+    return "".join(entry.event.text for entry in entries if isinstance(entry.event, Chunk))
+
+
+async def test_what_comes_without_the_store_is_told_at_once_and_written_when_it_is_back(world: World) -> None:
+    """A renewal that the own queue answers changes nothing; one of the store has the whole log written."""
+    world.queue.answer = replace(grant("n1"), degraded=True)
+    stream = await world.dispatcher.submit(job(resumable=True))
+    (attempt,) = world.workers.attempts
+    attempt.sink.output(Output(0, ids("ab")))
+    assert isinstance(await anext(stream), Started)
+    assert isinstance(await anext(stream), Chunk)
+    world.queue.renewal = Renewal(degraded=True)
+    await world.dispatcher.renew()
+    attempt.sink.output(Output(2, ids("cd")))
+    assert isinstance(await anext(stream), Chunk)
+    assert world.logs.appends == []
+    await world.dispatcher.renew()
+    attempt.sink.output(Output(4, ids("e"), FinishReason.STOP))
+    assert isinstance((await rest(stream))[-1], Finished)
+    assert said(world.logs.entries["j"]) == "abcde"
+    assert world.logs.entries["j"][-1].is_last
+
+
+async def test_a_slot_that_the_store_has_lost_is_not_taken_for_known(world: World) -> None:
+    """Its job is registered first; the next renewal says whether that was of use."""
+    world.queue.answer = replace(grant("n1"), degraded=True)
+    stream = await world.dispatcher.submit(job(resumable=True))
+    assert isinstance(await anext(stream), Started)
+    world.queue.renewal = Renewal(lost=frozenset("j"))
+    await world.dispatcher.renew()
+    await asyncio.sleep(0)
+    assert (world.logs.appends, world.queue.calls[-1]) == ([], ("register", "n1"))
+    await stream.aclose()
+
+
+async def test_an_end_without_the_store_carries_what_the_log_lacks(world: World) -> None:
+    """The log has the first worker's text; the second one was lent while the store was away."""
+    stream = await world.dispatcher.submit(job(resumable=True))
+    first = world.workers.attempts[0]
+    first.sink.output(Output(0, ids("ab")))
+    assert isinstance(await anext(stream), Started)
+    assert isinstance(await anext(stream), Chunk)
+    first.sink.lost("test", Loss.PROCESS)
+    await world.queue.wait_for("requeue", "n1")
+    world.queue.receive(replace(grant("n2"), degraded=True))
+    second = await world.workers.wait_started(2)
+    second.sink.output(Output(2, ids("cd"), FinishReason.STOP))
+    assert isinstance((await rest(stream))[-1], Finished)
+    await world.queue.wait_for("settle:finished", "n2")
+    (tail,) = world.queue.tails
+    assert isinstance(tail, LogTail)
+    assert (tail.position, len(world.logs.entries["j"]), said(tail.entries)) == (2, 2, "cd")
+    assert tail.entries[-1].is_last
