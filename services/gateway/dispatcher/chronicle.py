@@ -81,6 +81,7 @@ class Chronicle:
         self._closing = False
         self._sealed = False
         self._pause_s = RETRY_FIRST_S
+        self._disputed: Grant | None = None
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"chronicle-{job.request_id}")
 
     def restore(self, entries: Sequence[Entry]) -> None:
@@ -181,6 +182,7 @@ class Chronicle:
     def _note_known(self) -> None:
         """The store knows the slot: its next trouble is a new one."""
         self._pause_s = RETRY_FIRST_S
+        self._disputed = None
 
     async def _judge(self, grant: Grant) -> None:
         """Was the slot returned meanwhile, or is the job another gateway's?"""
@@ -191,6 +193,10 @@ class Chronicle:
             self.pause()
             return
         await self._author.dispute(grant)
+        if self._disputed is grant:
+            # The gateway's own queue confirms what a store that came back empty has not been told yet.
+            await self._rest()
+        self._disputed = grant
 
     def _note_written(self, end: int) -> None:
         self._written = max(self._written, end)

@@ -11,9 +11,13 @@ import pytest
 from services.gateway.core.attempts import Loss, Output
 from services.gateway.core.events import Chunk, Finished, FinishReason, Started
 from services.gateway.core.jobs import Renewal
-from services.gateway.core.log import Entry, LogTail
+from services.gateway.core.log import Appended, AppendOutcome, Entry, LogTail
+from services.gateway.dispatcher import chronicle
 from tests.fakes.gateway_ports import grant
 from tests.fixtures.dispatcher_world import World, dispatcher_world, ids, job, rest
+
+# Longer than any test.
+FOR_EVER_S = 60.0
 
 
 @pytest.fixture
@@ -78,3 +82,37 @@ async def test_an_end_without_the_store_carries_what_the_log_lacks(world: World)
     assert isinstance(tail, LogTail)
     assert (tail.position, len(world.logs.entries["j"]), said(tail.entries)) == (2, 2, "cd")
     assert tail.entries[-1].is_last
+
+
+async def test_a_store_that_does_not_know_the_slot_is_asked_with_pauses(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came back empty, while the gateway's own queue says at once that all is well."""
+    monkeypatch.setattr(chronicle, "RETRY_FIRST_S", FOR_EVER_S)
+    stream = await world.dispatcher.submit(job(resumable=True))
+    assert isinstance(await anext(stream), Started)
+    world.logs.appends.clear()
+    world.logs.answers = [Appended(AppendOutcome.STALE)] * 100
+    world.workers.attempts[0].sink.output(Output(0, ids("ab")))
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert len(world.logs.appends) == 2
+    await stream.aclose()
+
+
+async def test_a_slot_that_the_store_knows_again_is_written_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pauses end with it, and what follows is not kept waiting by them."""
+    monkeypatch.setattr(chronicle, "RETRY_FIRST_S", 0.001)
+    stream = await world.dispatcher.submit(job(resumable=True))
+    assert isinstance(await anext(stream), Started)
+    (attempt,) = world.workers.attempts
+    for at in range(2):
+        world.logs.answers = [Appended(AppendOutcome.STALE)] * 3
+        attempt.sink.output(Output(at, ids("a")))
+        assert isinstance(await anext(stream), Chunk)
+        written = world.dispatcher._live["j"].chronicle
+        assert written is not None
+        assert written._pause_s == 0.001
+    await stream.aclose()
