@@ -111,10 +111,11 @@ class Chronicle:
             self._last = Failed(error)
         self._outbox.wake()
 
-    def tail(self) -> LogTail:
-        """What was not written yet, or is on its way."""
+    def tail(self, *, whole: bool = False) -> LogTail:
+        """What was not written yet, or is on its way; `whole`: all, for a store that lost what was."""
         self._collect()
-        return LogTail(self._written, tuple(self._said[self._written :]))
+        position = 0 if whole else self._written
+        return LogTail(position, tuple(self._said[position:]))
 
     def settled(self) -> None:
         """The slot was given back, and the tail is written with it."""

@@ -84,6 +84,25 @@ async def test_an_end_without_the_store_carries_what_the_log_lacks(world: World)
     assert tail.entries[-1].is_last
 
 
+async def test_an_end_that_finds_the_store_emptied_carries_the_whole_log(world: World) -> None:
+    """The job is registered again, and what was written before is lost with the rest."""
+    stream = await world.dispatcher.submit(job(resumable=True))
+    (attempt,) = world.workers.attempts
+    attempt.sink.output(Output(0, ids("ab")))
+    assert isinstance(await anext(stream), Started)
+    assert isinstance(await anext(stream), Chunk)
+    world.queue.settles = False
+    attempt.sink.output(Output(2, ids("cd"), FinishReason.STOP))
+    await world.queue.wait_for("register", "n1")
+    await world.dispatcher.wait_empty()
+    first, again = world.queue.tails
+    assert first is not None
+    assert again is not None
+    assert (first.position > 0, again.position, said(again.entries)) == (True, 0, "abcd")
+    assert again.entries[-1].is_last
+    await stream.aclose()
+
+
 async def test_a_store_that_does_not_know_the_slot_is_asked_with_pauses(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
