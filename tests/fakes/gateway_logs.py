@@ -32,6 +32,7 @@ class FakeLogs:
         appends: Positions and sizes of the appends.
         down: Whether every call raises StoreUnavailable.
         unattended: What `unattended_s` answers.
+        outcomes: How jobs ended whose logs do not say so.
     """
 
     entries: dict[str, list[Entry]] = field(default_factory=dict)
@@ -40,6 +41,7 @@ class FakeLogs:
     appends: list[tuple[str, int, int]] = field(default_factory=list)
     down: bool = False
     unattended: float | None = None
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def write_tail(self, job_id: str, tail: LogTail) -> None:
         """Writes what a job's end brings."""
@@ -67,7 +69,7 @@ class FakeLogs:
         known = self.entries.get(job_id)
         if known is None:
             return None
-        outcome = None
+        outcome = self.outcomes.get(job_id)
         if known and known[-1].is_last:
             outcome = Outcome.FAILED if isinstance(known[-1].event, Failed) else Outcome.FINISHED
         claim = self.claims.get(job_id)

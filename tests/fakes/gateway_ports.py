@@ -140,6 +140,7 @@ class FakeQueue:
         tails: The tails of logs that ends of jobs brought.
         used: What requeues and withdrawals told of used tokens.
         settled: What ends told of them.
+        outcomes: How withdrawals said that their requests ended.
         pins: What each `enqueue`, `requeue` and `register` told of the text's revision.
     """
 
@@ -159,6 +160,7 @@ class FakeQueue:
     tails: list[LogTail | None] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
     settled: list[int] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
     pins: list[str] = field(default_factory=list)
 
     def note(self, verb: str, name: str) -> None:
@@ -245,9 +247,11 @@ class FakeQueue:
         tail: LogTail | None = None,
         *,
         used_tokens: int = 0,
+        outcome: Outcome = Outcome.CANCELLED,
     ) -> None:
         """See `JobQueue.cancel`."""
         self.used.append(used_tokens)
+        self.outcomes.append(outcome)
         self.tails.append(tail)
         self.note("cancel", submission)
 

@@ -13,12 +13,14 @@ from interlock import resume
 from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import gateway_service_pb2_grpc
 
+from services.common.queue_keys import ModelKeys
 from services.common.redis_client import RedisStore
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_world import MODEL, bearer, fail, joined, reason_of
 from tests.fixtures.redis_server import RedisServer, advance_clock
 from tests.fixtures.resumption_world import Peer, ResumptionWorld, open_resumption_world
 
+KEYS = ModelKeys(MODEL)
 TEXT = "Streams survive the death of a gateway, and nobody hears a word twice. " * 2
 
 
@@ -85,6 +87,33 @@ async def test_the_clients_of_a_dead_gateway_get_the_rest_at_the_other(world: Re
         assert joined(events) == TEXT
         assert events[-1].finished.usage.completion_tokens == len(TEXT)
         assert [event.started.attempt for event in events if event.HasField("started")] == [1, 2]
+
+
+async def test_a_gateway_that_dies_between_the_last_word_and_its_record_has_finished(
+    world: ResumptionWorld, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one finds the whole answer: the tenant is charged for it, and the record says so."""
+    g1 = world.peers["g1"]
+
+    async def never(*_: object) -> bool:
+        await asyncio.Event().wait()
+        return False
+
+    monkeypatch.setattr(g1.queue, "settle", never)
+    events = [event async for event in begin(g1)]
+    assert joined(events) == TEXT
+    (live,) = redis_client.scan_iter(KEYS.job("*"))
+    assert redis_client.hget(live, "state") == "running"
+    monkeypatch.undo()
+    await g1.die()
+    async with asyncio.timeout(10):
+        while redis_client.hget(live, "state") in {"running", "waiting"}:  # noqa: ASYNC110 - Redis tells nobody
+            await asyncio.sleep(0.02)
+    record, usage = redis_client.hgetall(live), events[-1].finished.usage
+    assert record["state"] == "finished"
+    assert int(record["used"]) == usage.prompt_tokens + usage.completion_tokens > len(TEXT)
+    assert len(world.workers["w1"].starts) == 1
+    assert joined(await follow(world.peers["g2"], 0)) == TEXT
 
 
 @pytest.mark.parametrize("after_s", [0.0, 1.5], ids=["within its lease", "after it"])

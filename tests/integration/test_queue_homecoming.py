@@ -13,15 +13,21 @@ from services.controller.adapters.redis_route import RedisRouteStore
 from services.gateway.adapters.breakers import STORE_LIMITS
 from services.gateway.adapters.fallback_queue import FallbackJobQueue
 from services.gateway.adapters.pybreaker_circuit import Circuit
+from services.gateway.adapters.redis_log import RedisGenerationLog
 from services.gateway.adapters.redis_queue import RedisJobQueue
 from services.gateway.adapters.standby import FleetView, Standby
+from services.gateway.core.events import Chunk, Finished, FinishReason
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Waiting
+from services.gateway.core.log import Appended, AppendOutcome, Entry, LogTail, log_bounds
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.queue_line import QueueWorker
 from tests.fakes.turned_clock import TurnedClock
 from tests.fixtures.queue_audit import audit
 from tests.fixtures.queue_world import KEYS, MODEL, REVISION, QueueWorld, make_job
 from tests.fixtures.redis_server import RedisServer
+
+BOUNDS = log_bounds(100, None)
+DONE = Entry(Finished(FinishReason.STOP))
 
 
 class ForgetfulQueue(RedisJobQueue):
@@ -120,6 +126,35 @@ async def test_a_resumable_job_goes_on_that_redis_knows_otherwise(home: Home, kn
     assert home.world.running() == {"a"}
     audit(home.world.client)
     assert await home.queue.settle(MODEL, "a", grant.nonce, Outcome.FINISHED, 10)
+
+
+@pytest.mark.parametrize("end", ["meanwhile", "after"])
+async def test_the_log_of_a_job_that_went_on_without_redis_becomes_whole(home: Home, end: str) -> None:
+    """Redis has the text of its first worker; the slot of the second was lent here."""
+    before = await home.queue.enqueue(resumable("a"))
+    assert isinstance(before, Grant)
+    log = RedisGenerationLog(home.world.store, "g1")
+    first, second, last = (Entry(Chunk(at, "a", (7,))) for at in range(2)), Entry(Chunk(2, "b", (8,))), DONE
+    await log.append(MODEL, "a", before.nonce, 0, tuple(first), BOUNDS)
+    home.leave()
+    await home.queue.requeue(MODEL, "a", before.nonce, pin=before.revision)
+    home.clock.turn(2)
+    (grant,) = (await home.queue.renew(MODEL, {}, frozenset("a"))).granted or home.heard
+    assert grant.degraded
+    if end == "meanwhile":
+        await home.queue.settle(MODEL, "a", grant.nonce, Outcome.FINISHED, 10, LogTail(2, (second, last)))
+    home.come_back()
+    running = {"a": grant.nonce} if end == "after" else {}
+    renewal = await home.queue.renew(MODEL, running, frozenset())
+    assert (renewal.lost, renewal.degraded) == (frozenset(), False)
+    if end == "after":
+        written = await log.append(MODEL, "a", grant.nonce, 2, (second,), BOUNDS)
+        assert written == Appended(AppendOutcome.WRITTEN, 3)
+        await home.queue.settle(MODEL, "a", grant.nonce, Outcome.FINISHED, 10, LogTail(3, (last,)))
+    page = await log.read(MODEL, "a", 2)
+    assert page is not None
+    assert (page.entries, page.end, page.outcome) == ((second, last), 4, Outcome.FINISHED)
+    home.world.client.delete(KEYS.prefix + "log:a", KEYS.job("a"))
 
 
 async def test_a_gateway_comes_back_whose_job_another_one_took_over(home: Home) -> None:

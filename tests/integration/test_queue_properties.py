@@ -163,7 +163,10 @@ async def take(twins: Twins, step: tuple[str, str, str, Band, bool, int]) -> Non
             await twins.same(lambda q, i: q.refused(MODEL, job_id, nonces[i], hold_s=float(number)))
         case "cancel":
             name = f"submission-of-{job_id}" if flag else "another"
-            await twins.same(lambda queue, _: queue.cancel(MODEL, job_id, name, used_tokens=20 * number))
+            outcome = list(Outcome)[number]
+            await twins.same(
+                lambda queue, _: queue.cancel(MODEL, job_id, name, used_tokens=20 * number, outcome=outcome)
+            )
         case "register":
             await register(twins, job_id, worker, number, flag=flag)
         case "renew":

@@ -100,12 +100,16 @@ async def test_a_repeated_submission_gets_its_own_job_back(world: QueueWorld) ->
         (Outcome.EXPIRED, DeadlineExceeded),
     ],
 )
+@pytest.mark.parametrize("verb", ["settle", "cancel"])
 async def test_a_submission_never_runs_twice(
-    world: QueueWorld, outcome: Outcome, error: type[Exception]
+    world: QueueWorld, outcome: Outcome, error: type[Exception], verb: str
 ) -> None:
     """Repeated after its end it learns how it ended; a new submission of the same id runs."""
     grant = await world.grant("a")
-    await world.gateway().settle(MODEL, "a", grant.nonce, outcome, 1)
+    if verb == "settle":
+        await world.gateway().settle(MODEL, "a", grant.nonce, outcome, 1)
+    else:
+        await world.gateway().cancel(MODEL, "a", "submission-of-a", outcome=outcome)
     with pytest.raises(error):
         await world.gateway().enqueue(make_job("a"))
     assert isinstance(await world.gateway().enqueue(make_job("a", submission="new")), Grant)

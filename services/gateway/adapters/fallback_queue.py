@@ -96,7 +96,8 @@ class FallbackJobQueue:
         async def renew(queue: JobQueue) -> Renewal:
             renewal = await queue.renew(model, running, waiting, places=places, leaving=leaving)
             heard = (self._hear(queue, grant) for grant in renewal.granted)
-            return replace(renewal, granted=tuple(grant for grant in heard if grant is not None))
+            granted = tuple(grant for grant in heard if grant is not None)
+            return replace(renewal, granted=granted, degraded=queue is not self._primary)
 
         return await self._either(model, renew)
 
@@ -163,6 +164,7 @@ class FallbackJobQueue:
         tail: LogTail | None = None,
         *,
         used_tokens: int = 0,
+        outcome: Outcome = Outcome.CANCELLED,
     ) -> None:
         """See `JobQueue.cancel`."""
         entry = self._book.find(job_id)
@@ -171,13 +173,13 @@ class FallbackJobQueue:
 
         async def cancel(queue: JobQueue) -> None:
             name = submission if entry is None else self._known_as(queue, entry).submission
-            await queue.cancel(model, job_id, name, tail, used_tokens=used_tokens)
+            await queue.cancel(model, job_id, name, tail, used_tokens=used_tokens, outcome=outcome)
 
         await self._either(model, cancel)
         if self.degraded and entry is None:
-            self._home.owe(OwedEnd(model, job_id, (), submission, Outcome.CANCELLED, used_tokens, tail))
+            self._home.owe(OwedEnd(model, job_id, (), submission, outcome, used_tokens, tail))
         elif self.degraded and entry is not None and entry.told:
-            self._home.owe(entry.end(Outcome.CANCELLED, used_tokens, tail))
+            self._home.owe(entry.end(outcome, used_tokens, tail))
 
     async def stop(self, model: str, job_id: str) -> bool:
         """See `JobQueue.stop`."""

@@ -84,7 +84,12 @@ class Homecoming:
             ):
                 return
         await self._store.cancel(
-            owed.model, owed.job_id, owed.submission, owed.tail, used_tokens=owed.used_tokens
+            owed.model,
+            owed.job_id,
+            owed.submission,
+            owed.tail,
+            used_tokens=owed.used_tokens,
+            outcome=owed.outcome,
         )
 
     async def _bring(self, entry: LiveEntry, granted: Callable[[LiveEntry, Grant], None]) -> None:

@@ -217,13 +217,14 @@ class MemoryJobQueue:
         tail: LogTail | None = None,
         *,
         used_tokens: int = 0,
+        outcome: Outcome = Outcome.CANCELLED,
     ) -> None:
         """See `JobQueue.cancel`."""
         line = self._line(model)
         entry = line.find(job_id)
         if entry is not None and entry.job.submission == submission:
             self._write_tail(job_id, tail)
-            self._end(line, entry, Outcome.CANCELLED, used_tokens)
+            self._end(line, entry, outcome, used_tokens)
         self._deliver(self._grant_free(line))
 
     async def stop(self, model: str, job_id: str) -> bool:

@@ -241,10 +241,13 @@ class RedisJobQueue:
         tail: LogTail | None = None,
         *,
         used_tokens: int = 0,
+        outcome: Outcome = Outcome.CANCELLED,
     ) -> None:
         """See `JobQueue.cancel`."""
         with self._calling(job_id):
-            grants = await self._run("cancel", model, job_id, submission, used_tokens, *tail_args(tail))
+            grants = await self._run(
+                "cancel", model, job_id, submission, outcome.value, used_tokens, *tail_args(tail)
+            )
         self._deliver(grants)
 
     async def stop(self, model: str, job_id: str) -> bool:

@@ -142,6 +142,7 @@ class Renewal:
         unknown: Job ids that the queue gives to this gateway and the caller did not name.
         workers: Workers that take jobs now, with or without a free slot; None when nobody waited.
         cancelled: Running jobs that their subject wants ended.
+        degraded: Whether it was answered without the store that all gateways share.
     """
 
     granted: tuple[Grant, ...] = ()
@@ -150,3 +151,4 @@ class Renewal:
     unknown: frozenset[str] = frozenset()
     workers: int | None = None
     cancelled: frozenset[str] = frozenset()
+    degraded: bool = False

@@ -6,6 +6,7 @@ the queue are not logged: they are news, and worth nothing later.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -49,6 +50,14 @@ class Entry:
         """Whether nothing comes after it."""
         event = self.event
         return event.is_last if isinstance(event, Finished) else isinstance(event, Failed)
+
+
+def used_tokens(entries: Sequence[Entry], prompt_tokens: int) -> int:
+    """What the request of a log is charged; the prompt once a worker has said anything of it."""
+    told = [entry.event for entry in entries if isinstance(entry.event, Chunk | Finished)]
+    if not told:
+        return 0
+    return prompt_tokens + sum(len(event.token_ids) for event in told if isinstance(event, Chunk))
 
 
 @dataclass(frozen=True, slots=True)

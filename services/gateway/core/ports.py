@@ -121,10 +121,12 @@ class JobQueue(Protocol):
         tail: LogTail | None = None,
         *,
         used_tokens: int = 0,
+        outcome: Outcome = Outcome.CANCELLED,
     ) -> None:
         """Withdraws a submission: ends the job if it waits, or was granted without the caller's knowing.
 
-        Its tenant is charged as by `settle`. Of a resumable job it writes `tail` in the same step.
+        Its tenant is charged as by `settle`. Of a resumable job it writes `tail` in the same step. Where the
+        request has come to another end, of which the queue alone has not heard, `outcome` tells it.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 It is the reader of the request's outbox: one append is under way at a time, and all that comes meanwhile goes
 into the next one. Only what is written reaches a client, and only what is written renews the worker's credit.
+What comes of a slot that was lent without the store is told at once, and written when the store is back.
 Must not know: clients, or how the queue names slots.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from services.common import logs
@@ -79,6 +81,7 @@ class Chronicle:
         self._closing = False
         self._sealed = False
         self._pause_s = RETRY_FIRST_S
+        self._disputed: Grant | None = None
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"chronicle-{job.request_id}")
 
     def restore(self, entries: Sequence[Entry]) -> None:
@@ -92,6 +95,11 @@ class Chronicle:
         self._grant = grant
         self._outbox.wake()
 
+    def confirm(self) -> None:
+        """The store knows the slot, also if it was lent without it: the log is written from now on."""
+        if self._grant is not None and self._grant.degraded:
+            self.grant(replace(self._grant, degraded=False))
+
     def pause(self) -> None:
         """The slot is given back: what was said waits for the next one."""
         self._grant = None
@@ -103,12 +111,11 @@ class Chronicle:
             self._last = Failed(error)
         self._outbox.wake()
 
-    def tail(self) -> LogTail | None:
-        """What was not written yet, or is on its way; None where nothing is logged."""
+    def tail(self, *, whole: bool = False) -> LogTail:
+        """What was not written yet, or is on its way; `whole`: all, for a store that lost what was."""
         self._collect()
-        if self._grant is not None and self._grant.degraded:
-            return None
-        return LogTail(self._written, tuple(self._said[self._written :]))
+        position = 0 if whole else self._written
+        return LogTail(position, tuple(self._said[position:]))
 
     def settled(self) -> None:
         """The slot was given back, and the tail is written with it."""
@@ -132,24 +139,27 @@ class Chronicle:
     async def _run(self) -> None:
         while not self._sealed:
             self._collect()
-            if self._grant is None or self._written == len(self._said):
+            grant = self._grant
+            if grant is not None and grant.degraded and len(self.journal.entries) < len(self._said):
+                # The client was told that it cannot resume: it need not wait for the store.
+                self._tell(len(self._said))
+            elif grant is None or grant.degraded or self._written == len(self._said):
                 await self._outbox.wait()
-            elif self._grant.degraded:
-                # There is no store to write to; the client was told that it cannot resume.
-                self._note_written(len(self._said))
             else:
-                await self._guarded(self._grant)
+                await self._guarded(grant)
 
     async def _guarded(self, grant: Grant) -> None:
         try:
             await self._append(grant)
-            self._pause_s = RETRY_FIRST_S
         except StoreUnavailable:
-            await asyncio.sleep(self._pause_s)
-            self._pause_s = min(2 * self._pause_s, RETRY_LAST_S)
+            await self._rest()
         except Exception:  # noqa: BLE001 - logged; a defect must not leave the request's clients without an end
             logs.get_logger().error("chronicle.crashed", request_id=self._job.request_id, exc_info=True)
             await asyncio.sleep(RETRY_LAST_S)
+
+    async def _rest(self) -> None:
+        await asyncio.sleep(self._pause_s)
+        self._pause_s = min(2 * self._pause_s, RETRY_LAST_S)
 
     async def _append(self, grant: Grant) -> None:
         position = self._written
@@ -158,15 +168,22 @@ class Chronicle:
         answer = await self._log.append(job.model, job.job_id, grant.nonce, position, entries, self._bounds)
         match answer.outcome:
             case AppendOutcome.WRITTEN:
+                self._note_known()
                 self._note_written(answer.end)
             case AppendOutcome.GAP:
                 # The store was emptied and this gateway has registered the job again: all is here still.
+                self._note_known()
                 self._written = answer.end
             case AppendOutcome.FULL:
                 self.pause()
                 self._author.overflow()
             case AppendOutcome.STALE:
                 await self._judge(grant)
+
+    def _note_known(self) -> None:
+        """The store knows the slot: its next trouble is a new one."""
+        self._pause_s = RETRY_FIRST_S
+        self._disputed = None
 
     async def _judge(self, grant: Grant) -> None:
         """Was the slot returned meanwhile, or is the job another gateway's?"""
@@ -175,12 +192,20 @@ class Chronicle:
         if self._closing:
             # The call that gives the slot back finds out, and carries the tail.
             self.pause()
-        else:
-            await self._author.dispute(grant)
+            return
+        await self._author.dispute(grant)
+        if self._disputed is grant:
+            # The gateway's own queue confirms what a store that came back empty has not been told yet.
+            await self._rest()
+        self._disputed = grant
 
     def _note_written(self, end: int) -> None:
         self._written = max(self._written, end)
-        self.journal.extend(self._said[len(self.journal.entries) : self._written])
+        self._tell(self._written)
+
+    def _tell(self, end: int) -> None:
+        """Lets the clients here read the log so far, and the worker go on."""
+        self.journal.extend(self._said[len(self.journal.entries) : end])
         for sequence, credit in self._outbox.acknowledge():
             self._author.add_credit(sequence, credit)
 

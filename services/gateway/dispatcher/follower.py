@@ -73,6 +73,7 @@ class Follower:
         self._on_close: Callable[[Follower], None] | None = on_close
         self._journal: Journal | None = None
         self._read = cursor
+        self._whole = False
         self._entries: deque[Entry] = deque()
         self._queued: Queued | None = None
         self._unsaid: Queued | None = None
@@ -107,7 +108,7 @@ class Follower:
             ArgumentInvalid: It has ended, and its log is shorter than the cursor.
             StoreUnavailable: The store does not answer.
         """
-        page = await self._log.read(self._model, self.job_id, self._read)
+        page = await self._read_page()
         if page is None:
             raise RequestUnknown("No resumable request of that id is known for this subject.")
         if digest and page.digest != digest:
@@ -262,7 +263,7 @@ class Follower:
 
     async def _fill_from_store(self) -> None:
         try:
-            page = await self._log.read(self._model, self.job_id, self._read)
+            page = await self._read_page()
         except StoreUnavailable as error:
             await self._bear(error, PATIENCE_S)
             return
@@ -273,6 +274,15 @@ class Follower:
         self._trouble_s = None
         if not self._take_page(page):
             await self._await_notice()
+
+    async def _read_page(self) -> LogPage | None:
+        """The next of the log. Where nothing follows any more it is noted whether the log has an end."""
+        page = await self._log.read(self._model, self.job_id, self._read)
+        if page is not None and page.outcome is Outcome.FINISHED and page.end == self._read > 0:
+            # Its gateway may not have been able to write the rest; what a client has seen may be the end.
+            last = await self._log.read(self._model, self.job_id, page.end - 1)
+            self._whole = last is not None and any(entry.is_last for entry in last.entries)
+        return page
 
     def _take_page(self, page: LogPage) -> bool:
         """Takes what a page brings; returns whether that is news."""
@@ -290,7 +300,7 @@ class Follower:
 
     def _end_without_word(self, page: LogPage, outcome: Outcome) -> None:
         """The job has ended, and nothing of the log is left to tell."""
-        if page.end < self._read or (outcome is Outcome.FINISHED and page.end == 0):
+        if page.end < self._read or (outcome is Outcome.FINISHED and not self._whole):
             self._fail(lost_log())
         elif outcome is Outcome.FINISHED:
             self._ended = True

@@ -239,9 +239,9 @@ class Generation:
         """The log is at its bound, which leaves room for every text that the request may get."""
         self.withdraw(InternalError("The log of the request is full."))
 
-    def tail(self) -> LogTail | None:
+    def tail(self, *, whole: bool = False) -> LogTail | None:
         """What is written into the log when the job ends."""
-        return None if self.chronicle is None else self.chronicle.tail()
+        return None if self.chronicle is None else self.chronicle.tail(whole=whole)
 
     def settled(self, *, current: bool) -> None:
         """The queue knows that the job has ended; unless `current`, it was another gateway's already."""

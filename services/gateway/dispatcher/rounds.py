@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from services.common import logs
 from services.common.clock import Clock
 from services.common.errors import NoWorker, RequestCancelled, StoreUnavailable
+from services.gateway.core.events import Finished
 from services.gateway.core.jobs import Grant, Outcome, Renewal
+from services.gateway.core.log import Entry, used_tokens
 from services.gateway.core.params import Decode, GenerationJob
 from services.gateway.core.payload import read_payload
 from services.gateway.core.ports import JobQueue
@@ -170,16 +172,26 @@ class Rounds:
             # Of an earlier process of this name, and not resumable. The queue ends it with its lease.
             logs.get_logger().debug("job.unknown", job_id=job_id, model=model)
             return False
-        if taken.entries and taken.entries[-1].is_last:
-            # Only its record was left to write.
-            await self._queue.cancel(model, job_id, taken.submission)
-            return True
         job = read_payload(taken, decode)
+        if taken.entries and taken.entries[-1].is_last:
+            await self._note_end(job, taken.entries)
+            return True
         logs.get_logger().info(
             "request.taken_up", request_id=job.request_id, model=model, events=len(taken.entries)
         )
         self._register.create(job).carry_on(taken)
         return True
+
+    async def _note_end(self, job: GenerationJob, entries: Sequence[Entry]) -> None:
+        """Tells the queue how a request ended whose log is whole: its gateway went before it could."""
+        finished = isinstance(entries[-1].event, Finished)
+        await self._queue.cancel(
+            job.model,
+            job.job_id,
+            job.submission,
+            used_tokens=used_tokens(entries, len(job.prompt_ids)),
+            outcome=Outcome.FINISHED if finished else Outcome.CANCELLED,
+        )
 
     async def _renew_forever(self) -> None:
         while True:
@@ -235,6 +247,8 @@ class Rounds:
             await self._deliver_found(model, grant)
         for job_id in renewal.lost & named.keys():
             await self._reclaim(job_id, named[job_id])
+        if not renewal.degraded:
+            self._confirm({job_id: running[job_id] for job_id in running.keys() - renewal.lost})
         for job_id in renewal.cancelled:
             self.stop(job_id)
         for job_id in renewal.unknown:
@@ -245,6 +259,15 @@ class Rounds:
             generation = self._register.live.get(job_id)
             if generation is not None:
                 generation.placed(place)
+
+    def _confirm(self, running: Mapping[str, str]) -> None:
+        """Lets logs be written of requests that were lent their slots while the store was away."""
+        for job_id, nonce in running.items():
+            generation = self._register.live.get(job_id)
+            if generation is None or generation.chronicle is None or generation.grant is None:
+                continue
+            if generation.grant.nonce == nonce:
+                generation.chronicle.confirm()
 
     def _judge_workers(self, model: str, renewal: Renewal, waiting: frozenset[str]) -> None:
         """Ends the wait of those for whom no worker has come back in time, and says so.

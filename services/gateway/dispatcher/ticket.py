@@ -43,8 +43,8 @@ class TicketHolder(Protocol):
         """The queue does not know the job any more."""
         ...
 
-    def tail(self) -> LogTail | None:
-        """What is to be written into the job's log when it ends; None: nothing."""
+    def tail(self, *, whole: bool = False) -> LogTail | None:
+        """What is to be written into the job's log when it ends, or all that it holds; None: nothing."""
         ...
 
     def settled(self, *, current: bool) -> None:
@@ -181,7 +181,7 @@ class Ticket:
             current = await self._settle(grant, outcome, used_tokens)
             if not current and self._payload and await self._queue.register(self.queued_job(), grant):
                 # The store had lost the job; its log is written once more.
-                current = await self._settle(grant, outcome, used_tokens)
+                current = await self._settle(grant, outcome, used_tokens, whole=True)
             self._holder.settled(current=current)
 
         self._errands.add(call)
@@ -216,8 +216,8 @@ class Ticket:
         else:
             self._holder.placed(answer)
 
-    async def _settle(self, grant: Grant, outcome: Outcome, used_tokens: int) -> bool:
-        job, tail = self._job, self._holder.tail()
+    async def _settle(self, grant: Grant, outcome: Outcome, used_tokens: int, *, whole: bool = False) -> bool:
+        job, tail = self._job, self._holder.tail(whole=whole)
         return await self._queue.settle(job.model, job.job_id, grant.nonce, outcome, used_tokens, tail)
 
     def _after_return(self, *, known: bool) -> None:

@@ -98,7 +98,7 @@ async def test_running_jobs_keep_their_slots_and_waiting_ones_their_turn(world: 
     renewal = await world.queue.renew(MODEL, {"a": first.nonce, "b": second.nonce}, frozenset("c"))
     assert (renewal.lost, list(renewal.waiting)) == (frozenset(), ["c"])
     renewal = await world.queue.renew(MODEL, {"a": first.nonce}, frozenset("c"), places=frozenset())
-    assert (renewal.lost, renewal.waiting) == (frozenset(), {})
+    assert (renewal.lost, renewal.waiting, renewal.degraded) == (frozenset(), {}, True)
     await world.queue.settle(MODEL, "a", first.nonce, Outcome.FINISHED, 10)
     assert not world.heard
     await world.queue.settle(MODEL, "b", second.nonce, Outcome.FINISHED, 10)
@@ -122,7 +122,7 @@ async def test_the_store_learns_the_truth_when_it_is_back(world: World, empty: b
     await world.come_back(empty=empty)
     renewal = await world.queue.renew(MODEL, {"a": during.nonce}, frozenset("w"))
     assert not world.queue.degraded
-    assert renewal.lost == frozenset()
+    assert (renewal.lost, renewal.degraded) == (frozenset(), False)
     known = world.at_store()
     assert known["a"] == during.nonce
     assert set(known) == {"a", "w"}

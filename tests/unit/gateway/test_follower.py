@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from services.common.errors import ClientStalled, InterlockError, QueueFull
+from services.common.errors import ClientStalled, InterlockError, QueueFull, WorkerLost
 from services.gateway.core.attempts import Output
-from services.gateway.core.events import Finished, FinishReason, Queued, Started
-from services.gateway.core.jobs import Waiting
+from services.gateway.core.events import Chunk, Finished, FinishReason, Queued, Started
+from services.gateway.core.jobs import Outcome, Waiting
 from services.gateway.core.log import Claim, Entry
 from tests.fakes.gateway_ports import grant
 from tests.fixtures.dispatcher_world import World, dispatcher_world, ids, job
@@ -47,6 +47,23 @@ def elsewhere(world: World, job_id: str) -> None:
     """A resumable request that runs at another gateway."""
     world.logs.claims[job_id] = Claim("m", "d")
     world.logs.entries[job_id] = [Entry(Started("r", "m", "r1", "w1", 1, 0.0))]
+
+
+@pytest.mark.parametrize("cursor", [0, 1, 2], ids=["all", "some", "none"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "cut"])
+async def test_an_answer_that_the_log_has_in_part_does_not_end_well(*, whole: bool, cursor: int) -> None:
+    """Its request has finished, and nobody wrote the rest; who has seen the end is told of no error."""
+    async with dispatcher_world() as world:
+        elsewhere(world, "c")
+        last = Finished(FinishReason.STOP) if whole else Chunk(0, "a", ids("a"))
+        world.logs.entries["c"].append(Entry(last))
+        world.logs.outcomes["c"] = Outcome.FINISHED
+        stream = await world.dispatcher.resume("carol", "c", cursor)
+        told = [await anext(stream) for _ in range(2 - cursor)]
+        assert told == [entry.event for entry in world.logs.entries["c"][cursor:]]
+        with pytest.raises(StopAsyncIteration if whole else WorkerLost):
+            await anext(stream)
+        await stream.aclose()
 
 
 async def until(condition: Callable[[], bool]) -> None:

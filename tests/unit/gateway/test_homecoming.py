@@ -45,6 +45,22 @@ async def test_an_end_that_falls_into_the_way_back_is_told(ending: str) -> None:
     assert (await world.store.usage(MODEL, "alice")).used_tokens == 7
 
 
+async def test_a_job_that_waits_at_the_store_and_has_finished_here_has_finished_there() -> None:
+    """The store knows no slot of it that could be settled: its waiting ends with the outcome."""
+    world = World()
+    grants = [await world.granted(name) for name in "xy"]
+    await world.queue.enqueue(job("a"))
+    await world.go_away()
+    for grant in grants:
+        await finish(world, grant)
+    (begun,) = world.heard
+    await finish(world, begun)
+    await world.come_back(empty=False)
+    await world.queue.renew(MODEL, {}, frozenset())
+    ended = world.store._lines[MODEL].ended
+    assert {name: ended[name].outcome for name in "axy"} == dict.fromkeys("axy", Outcome.FINISHED)
+
+
 @pytest.mark.parametrize("remembered", [False, True], ids=["unknown", "ended-there"])
 async def test_a_job_that_leaves_while_it_is_on_its_way_waits_for_nothing(*, remembered: bool) -> None:
     """It waited; the store has it, or remembers an end of it, when its client has gone already."""

@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from services.common.errors import RequestUnknown
-from services.gateway.core.jobs import Grant, Renewal
-from services.gateway.core.log import Notice, NoticeKind, TakenUp
+from services.common.errors import RequestUnknown, WorkerLost
+from services.gateway.core.events import Chunk, Finished, FinishReason, Started
+from services.gateway.core.jobs import Grant, Outcome, Renewal
+from services.gateway.core.log import Entry, Failed, Notice, NoticeKind, TakenUp
 from services.gateway.core.payload import write_payload
 from tests.fakes.gateway_ports import grant
 from tests.fixtures.dispatcher_world import World, dispatcher_world, job
@@ -22,10 +23,10 @@ async def world() -> AsyncIterator[World]:
         yield made
 
 
-def left(held: Grant | None) -> TakenUp:
-    """A resumable job without a word in its log."""
-    payload = write_payload(job("a", resumable=True, digest="d"))
-    return TakenUp(payload, "new", waited_s=6.0, left_s=20.0, adoptions=1, entries=(), grant=held)
+def left(held: Grant | None, *events: Started | Chunk | Finished | Failed) -> TakenUp:
+    """A resumable job, and what its log says."""
+    payload, entries = write_payload(job("a", resumable=True, digest="d")), tuple(map(Entry, events))
+    return TakenUp(payload, "new", waited_s=6.0, left_s=20.0, adoptions=1, entries=entries, grant=held)
 
 
 def ends(world: World) -> list[tuple[str, str]]:
@@ -45,6 +46,27 @@ async def test_a_job_that_a_renewal_adopted_and_granted_goes_on(
     (attempt,) = world.workers.attempts
     assert attempt.order.prompt_ids == (1, 2, 3)
     assert (ends(world), attempt.cancelled) == ([], False)
+
+
+@pytest.mark.parametrize(
+    ("said", "used", "outcome"),
+    [
+        ((Chunk(0, "ab", (7, 8)), Chunk(2, "", (9,)), Finished(FinishReason.STOP)), 6, Outcome.FINISHED),
+        ((Finished(FinishReason.STOP),), 3, Outcome.FINISHED),
+        ((Chunk(0, "ab", (7, 8)), Failed(WorkerLost("gone"))), 5, Outcome.CANCELLED),
+        ((Failed(WorkerLost("gone")),), 0, Outcome.CANCELLED),
+    ],
+    ids=["answered", "empty", "cut", "nothing"],
+)
+async def test_an_end_that_was_written_and_not_told_to_the_queue_is_told(
+    world: World, said: tuple[Chunk | Finished | Failed, ...], used: int, outcome: Outcome
+) -> None:
+    """Its gateway went in between: its tenant is charged, and nobody is asked again."""
+    world.queue.taken["a"] = left(None, Started("r", "m", "r1", "w1", 1, 0.0), *said)
+    world.queue.renewal = Renewal(unknown=frozenset("a"))
+    await world.dispatcher.renew()
+    assert (ends(world), world.workers.attempts) == ([("cancel", "new")], [])
+    assert (world.queue.used, world.queue.outcomes) == ([used], [outcome])
 
 
 async def test_a_found_grant_that_the_take_up_fenced_off_is_not_started(world: World) -> None:

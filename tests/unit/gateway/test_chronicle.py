@@ -1,0 +1,137 @@
+"""How a log is written while the store is away, or has forgotten what it lent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+
+from services.gateway.core.attempts import Loss, Output
+from services.gateway.core.events import Chunk, Finished, FinishReason, Started
+from services.gateway.core.jobs import Renewal
+from services.gateway.core.log import Appended, AppendOutcome, Entry, LogTail
+from services.gateway.dispatcher import chronicle
+from tests.fakes.gateway_ports import grant
+from tests.fixtures.dispatcher_world import World, dispatcher_world, ids, job, rest
+
+# Longer than any test.
+FOR_EVER_S = 60.0
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    """A dispatcher that never renews by itself."""
+    async with dispatcher_world() as made:
+        yield made
+
+
+def said(entries: tuple[Entry, ...] | list[Entry]) -> str:
+    """The text of some entries."""
+    return "".join(entry.event.text for entry in entries if isinstance(entry.event, Chunk))
+
+
+async def test_what_comes_without_the_store_is_told_at_once_and_written_when_it_is_back(world: World) -> None:
+    """A renewal that the own queue answers changes nothing; one of the store has the whole log written."""
+    world.queue.answer = replace(grant("n1"), degraded=True)
+    stream = await world.dispatcher.submit(job(resumable=True))
+    (attempt,) = world.workers.attempts
+    attempt.sink.output(Output(0, ids("ab")))
+    assert isinstance(await anext(stream), Started)
+    assert isinstance(await anext(stream), Chunk)
+    world.queue.renewal = Renewal(degraded=True)
+    await world.dispatcher.renew()
+    attempt.sink.output(Output(2, ids("cd")))
+    assert isinstance(await anext(stream), Chunk)
+    assert world.logs.appends == []
+    await world.dispatcher.renew()
+    attempt.sink.output(Output(4, ids("e"), FinishReason.STOP))
+    assert isinstance((await rest(stream))[-1], Finished)
+    assert said(world.logs.entries["j"]) == "abcde"
+    assert world.logs.entries["j"][-1].is_last
+
+
+async def test_a_slot_that_the_store_has_lost_is_not_taken_for_known(world: World) -> None:
+    """Its job is registered first; the next renewal says whether that was of use."""
+    world.queue.answer = replace(grant("n1"), degraded=True)
+    stream = await world.dispatcher.submit(job(resumable=True))
+    assert isinstance(await anext(stream), Started)
+    world.queue.renewal = Renewal(lost=frozenset("j"))
+    await world.dispatcher.renew()
+    await asyncio.sleep(0)
+    assert (world.logs.appends, world.queue.calls[-1]) == ([], ("register", "n1"))
+    await stream.aclose()
+
+
+async def test_an_end_without_the_store_carries_what_the_log_lacks(world: World) -> None:
+    """The log has the first worker's text; the second one was lent while the store was away."""
+    stream = await world.dispatcher.submit(job(resumable=True))
+    first = world.workers.attempts[0]
+    first.sink.output(Output(0, ids("ab")))
+    assert isinstance(await anext(stream), Started)
+    assert isinstance(await anext(stream), Chunk)
+    first.sink.lost("test", Loss.PROCESS)
+    await world.queue.wait_for("requeue", "n1")
+    world.queue.receive(replace(grant("n2"), degraded=True))
+    second = await world.workers.wait_started(2)
+    second.sink.output(Output(2, ids("cd"), FinishReason.STOP))
+    assert isinstance((await rest(stream))[-1], Finished)
+    await world.queue.wait_for("settle:finished", "n2")
+    (tail,) = world.queue.tails
+    assert isinstance(tail, LogTail)
+    assert (tail.position, len(world.logs.entries["j"]), said(tail.entries)) == (2, 2, "cd")
+    assert tail.entries[-1].is_last
+
+
+async def test_an_end_that_finds_the_store_emptied_carries_the_whole_log(world: World) -> None:
+    """The job is registered again, and what was written before is lost with the rest."""
+    stream = await world.dispatcher.submit(job(resumable=True))
+    (attempt,) = world.workers.attempts
+    attempt.sink.output(Output(0, ids("ab")))
+    assert isinstance(await anext(stream), Started)
+    assert isinstance(await anext(stream), Chunk)
+    world.queue.settles = False
+    attempt.sink.output(Output(2, ids("cd"), FinishReason.STOP))
+    await world.queue.wait_for("register", "n1")
+    await world.dispatcher.wait_empty()
+    first, again = world.queue.tails
+    assert first is not None
+    assert again is not None
+    assert (first.position > 0, again.position, said(again.entries)) == (True, 0, "abcd")
+    assert again.entries[-1].is_last
+    await stream.aclose()
+
+
+async def test_a_store_that_does_not_know_the_slot_is_asked_with_pauses(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came back empty, while the gateway's own queue says at once that all is well."""
+    monkeypatch.setattr(chronicle, "RETRY_FIRST_S", FOR_EVER_S)
+    stream = await world.dispatcher.submit(job(resumable=True))
+    assert isinstance(await anext(stream), Started)
+    world.logs.appends.clear()
+    world.logs.answers = [Appended(AppendOutcome.STALE)] * 100
+    world.workers.attempts[0].sink.output(Output(0, ids("ab")))
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert len(world.logs.appends) == 2
+    await stream.aclose()
+
+
+async def test_a_slot_that_the_store_knows_again_is_written_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pauses end with it, and what follows is not kept waiting by them."""
+    monkeypatch.setattr(chronicle, "RETRY_FIRST_S", 0.001)
+    stream = await world.dispatcher.submit(job(resumable=True))
+    assert isinstance(await anext(stream), Started)
+    (attempt,) = world.workers.attempts
+    for at in range(2):
+        world.logs.answers = [Appended(AppendOutcome.STALE)] * 3
+        attempt.sink.output(Output(at, ids("a")))
+        assert isinstance(await anext(stream), Chunk)
+        written = world.dispatcher._live["j"].chronicle
+        assert written is not None
+        assert written._pause_s == 0.001
+    await stream.aclose()
