@@ -17,7 +17,7 @@ from services.common.redis_client import RedisStore
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_world import MODEL, bearer, fail, joined, reason_of
 from tests.fixtures.redis_server import RedisServer, advance_clock
-from tests.fixtures.resumption_world import Peer, ResumptionWorld, open_resumption_world
+from tests.fixtures.resumption_world import LIMITS, Peer, ResumptionWorld, open_resumption_world
 
 TEXT = "Streams survive the death of a gateway, and nobody hears a word twice. " * 2
 
@@ -104,6 +104,28 @@ async def test_a_gateway_restarted_under_its_name_takes_up_what_it_left(
     starts = [event.started for event in events if event.HasField("started")]
     assert len(starts) == 2
     assert len(world.workers["w1"].starts) == 2
+
+
+async def test_a_gateway_that_drains_alone_leaves_its_requests_to_its_next_process(
+    world: ResumptionWorld, redis_client: redis.Redis
+) -> None:
+    """Its client is told to come back, and hears the rest there, or all of it by the same request again."""
+    await world.peers["g2"].die()
+    # Nothing is handed to one that was heard of so long ago.
+    advance_clock(redis_client, MODEL, 2 * LIMITS.gateway_ttl_s)
+    call = begin(world.peers["g1"])
+    events = await take(call, 3)
+    await world.peers["g1"].dispatcher.drain(0)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:  # noqa: PT012 - it fails at any read
+        while (event := await call.read()) is not grpc.aio.EOF:
+            events.append(event)
+    assert reason_of(caught.value) == "DRAINING"
+    await world.peers["g1"].die()
+    restarted = await world.add_gateway("g1")
+    events = [event for event in events if not event.HasField("queued")]
+    events += await follow(restarted, events[-1].cursor, timeout=20)
+    assert joined(events) == joined([event async for event in begin(restarted)]) == TEXT
+    assert [event.started.attempt for event in events if event.HasField("started")] == [1, 2]
 
 
 async def test_a_gateway_that_slept_cannot_speak_and_its_client_follows(world: ResumptionWorld) -> None:
