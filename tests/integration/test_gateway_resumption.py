@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
 import grpc
@@ -13,7 +13,10 @@ from interlock import resume
 from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import gateway_service_pb2_grpc
 
+from services.common.errors import StoreUnavailable
 from services.common.redis_client import RedisStore
+from services.common.redis_client import Script as LuaScript
+from services.gateway.adapters.queue_scripts import read_operation
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_world import MODEL, bearer, fail, joined, reason_of
 from tests.fixtures.redis_server import RedisServer, advance_clock
@@ -183,6 +186,26 @@ async def test_a_client_that_vanishes_does_not_end_its_request(world: Resumption
     rest = await follow(world.peers["g2"], events[-1].cursor)
     assert joined(events + rest) == TEXT
     assert not world.workers["w1"].cancelled
+
+
+async def test_a_request_that_the_store_took_without_a_word_is_joined_by_its_client(
+    world: ResumptionWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call failed, and the job is in the queue: it is taken up, and its log has no end before that."""
+    store, enqueue = world.peers["g1"].store, read_operation("enqueue")
+    run = store.run_script
+
+    async def run_mutely(script: LuaScript, keys: Sequence[str], args: Iterable[str | int | float]) -> Any:
+        answer = await run(script, keys, args)
+        if script == enqueue:
+            raise StoreUnavailable("It has taken the job.")
+        return answer
+
+    monkeypatch.setattr(store, "run_script", run_mutely)
+    error, _ = await fail(begin(world.peers["g1"]))
+    assert reason_of(error) == "STORE_UNAVAILABLE"
+    assert joined([event async for event in begin(world.peers["g1"])]) == TEXT
+    assert len(world.workers["w1"].starts) == 1
 
 
 async def test_a_request_that_nobody_comes_back_for_is_given_up(world: ResumptionWorld) -> None:

@@ -135,7 +135,8 @@ class Dispatcher:
     async def submit(self, job: GenerationJob) -> AnswerStream:
         """Accepts a job; iterate over what is returned, and close it.
 
-        A resumable one that was accepted before is followed from its beginning, wherever it runs.
+        A resumable one that was accepted before is followed from its beginning, wherever it runs. Its client
+        may be cut off at any moment and come back: what was begun for it goes on to its end.
 
         Raises:
             QueueFull: The queue, or this process, is at its bound.
@@ -144,6 +145,17 @@ class Dispatcher:
             Draining: This gateway shuts down.
         """
         self._check_room(job)
+        if not job.resumable:
+            return await self._submit(job)
+        begun = asyncio.get_running_loop().create_task(self._submit(job), name="dispatcher-submission")
+        try:
+            await asyncio.wait((begun,))
+        except asyncio.CancelledError:
+            self._do(_see_off(begun))
+            raise
+        return begun.result()
+
+    async def _submit(self, job: GenerationJob) -> AnswerStream:
         if (known := self._live.get(job.job_id)) is not None:
             return self._join(known, job)
         claimed = await self._resumption.claim(job)
@@ -157,7 +169,11 @@ class Dispatcher:
         generation = self._create(job)
         if claimed is Claimed.NOW:
             self._claims.add(job.submission)
-        await self._open(generation)
+        try:
+            await self._open(generation)
+        except asyncio.CancelledError:
+            generation.withdraw(RequestCancelled("The client ended the call."))
+            raise
         if job.digest and self._live.get(job.job_id) is generation:
             # The queue knows of no other, whoever claimed the id before.
             self._claims.add(job.submission)
@@ -302,9 +318,6 @@ class Dispatcher:
         except StoreUnavailable:
             self._rounds.store_reachable = False
             raise
-        except asyncio.CancelledError:
-            generation.withdraw(RequestCancelled("The client ended the call."))
-            raise
 
     def _join(self, known: Generation, job: GenerationJob) -> AnswerStream:
         """Another client of a request that is under way here."""
@@ -367,3 +380,10 @@ class Dispatcher:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self.wait_empty()
+
+
+async def _see_off(begun: asyncio.Task[AnswerStream]) -> None:
+    """Closes what a client would have got that has gone."""
+    with contextlib.suppress(InterlockError):
+        stream = await begun
+        await stream.aclose()
