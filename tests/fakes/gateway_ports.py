@@ -129,6 +129,7 @@ class FakeQueue:
     Attributes:
         calls: Verb and nonce (or submission) of each call.
         answer: What `enqueue` answers; None: a grant of its own.
+        answers_on: What `enqueue` waits for before it answers; None: nothing.
         down: Whether every call raises StoreUnavailable.
         registers: What `register` answers.
         renewal: What the next `renew` answers.
@@ -146,6 +147,7 @@ class FakeQueue:
 
     calls: list[tuple[str, str]] = field(default_factory=list)
     answer: Grant | Waiting | InterlockError | None = None
+    answers_on: asyncio.Event | None = None
     down: bool = False
     registers: bool = True
     renewal: Renewal = field(default_factory=Renewal)
@@ -185,6 +187,8 @@ class FakeQueue:
         """See `JobQueue.enqueue`."""
         self.note("enqueue", job.submission)
         self.pins.append(job.pin)
+        if self.answers_on is not None:
+            await self.answers_on.wait()
         if isinstance(self.answer, InterlockError):
             raise self.answer
         return self.answer or grant(f"n{len(self.calls)}", job.job_id)

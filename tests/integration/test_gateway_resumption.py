@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
 import grpc
@@ -13,12 +13,15 @@ from interlock import resume
 from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import gateway_service_pb2_grpc
 
+from services.common.errors import StoreUnavailable
 from services.common.queue_keys import ModelKeys
 from services.common.redis_client import RedisStore
+from services.common.redis_client import Script as LuaScript
+from services.gateway.adapters.queue_scripts import read_operation
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_world import MODEL, bearer, fail, joined, reason_of
 from tests.fixtures.redis_server import RedisServer, advance_clock
-from tests.fixtures.resumption_world import Peer, ResumptionWorld, open_resumption_world
+from tests.fixtures.resumption_world import LIMITS, Peer, ResumptionWorld, open_resumption_world
 
 KEYS = ModelKeys(MODEL)
 TEXT = "Streams survive the death of a gateway, and nobody hears a word twice. " * 2
@@ -135,6 +138,28 @@ async def test_a_gateway_restarted_under_its_name_takes_up_what_it_left(
     assert len(world.workers["w1"].starts) == 2
 
 
+async def test_a_gateway_that_drains_alone_leaves_its_requests_to_its_next_process(
+    world: ResumptionWorld, redis_client: redis.Redis
+) -> None:
+    """Its client is told to come back, and hears the rest there, or all of it by the same request again."""
+    await world.peers["g2"].die()
+    # Nothing is handed to one that was heard of so long ago.
+    advance_clock(redis_client, MODEL, 2 * LIMITS.gateway_ttl_s)
+    call = begin(world.peers["g1"])
+    events = await take(call, 3)
+    await world.peers["g1"].dispatcher.drain(0)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:  # noqa: PT012 - it fails at any read
+        while (event := await call.read()) is not grpc.aio.EOF:
+            events.append(event)
+    assert reason_of(caught.value) == "DRAINING"
+    await world.peers["g1"].die()
+    restarted = await world.add_gateway("g1")
+    events = [event for event in events if not event.HasField("queued")]
+    events += await follow(restarted, events[-1].cursor, timeout=20)
+    assert joined(events) == joined([event async for event in begin(restarted)]) == TEXT
+    assert [event.started.attempt for event in events if event.HasField("started")] == [1, 2]
+
+
 async def test_a_gateway_that_slept_cannot_speak_and_its_client_follows(world: ResumptionWorld) -> None:
     """The other one carries on; the sleeper's append is refused, and its stream ends with the same text."""
     g1 = world.peers["g1"]
@@ -190,6 +215,26 @@ async def test_a_client_that_vanishes_does_not_end_its_request(world: Resumption
     rest = await follow(world.peers["g2"], events[-1].cursor)
     assert joined(events + rest) == TEXT
     assert not world.workers["w1"].cancelled
+
+
+async def test_a_request_that_the_store_took_without_a_word_is_joined_by_its_client(
+    world: ResumptionWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call failed, and the job is in the queue: it is taken up, and its log has no end before that."""
+    store, enqueue = world.peers["g1"].store, read_operation("enqueue")
+    run = store.run_script
+
+    async def run_mutely(script: LuaScript, keys: Sequence[str], args: Iterable[str | int | float]) -> Any:
+        answer = await run(script, keys, args)
+        if script == enqueue:
+            raise StoreUnavailable("It has taken the job.")
+        return answer
+
+    monkeypatch.setattr(store, "run_script", run_mutely)
+    error, _ = await fail(begin(world.peers["g1"]))
+    assert reason_of(error) == "STORE_UNAVAILABLE"
+    assert joined([event async for event in begin(world.peers["g1"])]) == TEXT
+    assert len(world.workers["w1"].starts) == 1
 
 
 async def test_a_request_that_nobody_comes_back_for_is_given_up(world: ResumptionWorld) -> None:

@@ -159,8 +159,10 @@ def _enqueue_again(request: Request, _: Forgotten) -> Step:
 
 
 def _reject(request: Request, event: Rejected) -> Step:
-    # Where the store did not answer, the call may have worked all the same.
-    doubt: tuple[Effect, ...] = (Withdraw(),) if isinstance(event.error, StoreUnavailable) else ()
+    # Where the store did not answer, the call may have worked all the same. A resumable request goes on then
+    # without this gateway, and the client that comes back joins it: its log must not say that it has ended.
+    in_doubt = isinstance(event.error, StoreUnavailable) and not request.resumable
+    doubt: tuple[Effect, ...] = (Withdraw(),) if in_doubt else ()
     return replace(request, phase=Phase.FAILED), (*doubt, Close(event.error))
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from services.common import logs
 from services.common.clock import Clock
 from services.common.errors import (
     Draining,
@@ -29,7 +28,9 @@ from services.gateway.core.params import GenerationJob
 from services.gateway.core.ports import JobQueue, Meter, WorkerPool
 from services.gateway.core.queue_errors import exists_with_other_body
 from services.gateway.core.refusals import Refusals
+from services.gateway.dispatcher import farewell
 from services.gateway.dispatcher.direct_stream import DirectStream
+from services.gateway.dispatcher.farewell import RETRY_WHEN_DRAINING_S
 from services.gateway.dispatcher.follower import Follower
 from services.gateway.dispatcher.generation import Generation
 from services.gateway.dispatcher.limits import GenerationLimits
@@ -43,7 +44,6 @@ RENEW_S = 1.0
 ENDED_MAX = 4_096
 # Another gateway may have room now; this one has within seconds, as requests end all the time.
 RETRY_WHEN_FULL_S = 1.0
-RETRY_WHEN_DRAINING_S = 1.0
 # A renewal takes milliseconds; without Redis nobody would hear it.
 TELL_LEAVING_S = 1.0
 # Withdrawn requests need a moment to give their slots back; leases free them otherwise.
@@ -135,7 +135,8 @@ class Dispatcher:
     async def submit(self, job: GenerationJob) -> AnswerStream:
         """Accepts a job; iterate over what is returned, and close it.
 
-        A resumable one that was accepted before is followed from its beginning, wherever it runs.
+        A resumable one that was accepted before is followed from its beginning, wherever it runs. Its client
+        may be cut off at any moment and come back: what was begun for it goes on to its end.
 
         Raises:
             QueueFull: The queue, or this process, is at its bound.
@@ -144,6 +145,17 @@ class Dispatcher:
             Draining: This gateway shuts down.
         """
         self._check_room(job)
+        if not job.resumable:
+            return await self._submit(job)
+        begun = asyncio.get_running_loop().create_task(self._submit(job), name="dispatcher-submission")
+        try:
+            await asyncio.wait((begun,))
+        except asyncio.CancelledError:
+            self._do(_see_off(begun))
+            raise
+        return begun.result()
+
+    async def _submit(self, job: GenerationJob) -> AnswerStream:
         if (known := self._live.get(job.job_id)) is not None:
             return self._join(known, job)
         claimed = await self._resumption.claim(job)
@@ -157,7 +169,11 @@ class Dispatcher:
         generation = self._create(job)
         if claimed is Claimed.NOW:
             self._claims.add(job.submission)
-        await self._open(generation)
+        try:
+            await self._open(generation)
+        except asyncio.CancelledError:
+            generation.withdraw(RequestCancelled("The client ended the call."))
+            raise
         if job.digest and self._live.get(job.job_id) is generation:
             # The queue knows of no other, whoever claimed the id before.
             self._claims.add(job.submission)
@@ -168,6 +184,8 @@ class Dispatcher:
     async def _begin_resumable(self, job: GenerationJob, claimed: Claimed) -> AnswerStream:
         """Admits a request once there is room for its client: without one it would run on for nobody."""
         try:
+            # Its id took a moment to claim, in which this gateway may have filled up, or begun to leave.
+            self._check_room(job)
             self._resumption.check_room(job.tenant)
             generation = self._create(job)
             follower = await self._open_resumable(generation)
@@ -178,6 +196,8 @@ class Dispatcher:
                 await self._resumption.release(job)
             raise
         if follower is None:
+            # Where it was left to another one, so is its client.
+            self._check_open()
             return await self._resumption.follow(job.tenant, job.model, job.job_id, 0, job.digest)
         follower.allowance = generation.allowance
         return follower
@@ -254,28 +274,19 @@ class Dispatcher:
         await self._rounds.renew()
 
     async def drain(self, grace_s: float) -> None:
-        """Refuses new requests, lets the running ones end within `grace_s`, hands over or ends the rest."""
+        """Refuses new requests, lets the running ones end within `grace_s`, and parts with the rest."""
         self._draining = True
         # Once that is told nobody hands anything over to this gateway, though it may end at once.
         await self._rounds.leave(min(grace_s, TELL_LEAVING_S))
         await self._wait_briefly(grace_s)
-        await asyncio.gather(*(self._part_with(generation) for generation in tuple(self._live.values())))
-        self._resumption.end_all(_draining())
+        live = tuple(self._live.values())
+        await asyncio.gather(*(farewell.part_with(one, self._queue, self._resumption) for one in live))
+        self._resumption.end_all(farewell.draining())
         await self._wait_briefly(SETTLE_GRACE_S)
         for chore in tuple(self._chores):
             chore.cancel()
-        await asyncio.gather(*(generation.close() for generation in tuple(self._live.values())))
-
-    async def _part_with(self, generation: Generation) -> None:
-        """Hands a resumable request to another gateway, and ends any other one in-band."""
-        if generation.chronicle is not None and not generation.ended:
-            job = generation.job
-            try:
-                if await self._queue.release(job.model, job.job_id, job.submission):
-                    generation.leave()
-            except StoreUnavailable:
-                logs.get_logger().warning("request.kept", request_id=job.request_id)
-        generation.withdraw(_draining())
+        left = tuple(self._live.values())
+        await asyncio.gather(*(farewell.close(generation, self._resumption) for generation in left))
 
     async def wait_empty(self) -> None:
         """Returns once no request is under way and nothing is owed to the queue."""
@@ -306,9 +317,6 @@ class Dispatcher:
             raise
         except StoreUnavailable:
             self._rounds.store_reachable = False
-            raise
-        except asyncio.CancelledError:
-            generation.withdraw(RequestCancelled("The client ended the call."))
             raise
 
     def _join(self, known: Generation, job: GenerationJob) -> AnswerStream:
@@ -374,5 +382,8 @@ class Dispatcher:
                 await self.wait_empty()
 
 
-def _draining() -> Draining:
-    return Draining("The gateway is shutting down.", retry_after_s=RETRY_WHEN_DRAINING_S)
+async def _see_off(begun: asyncio.Task[AnswerStream]) -> None:
+    """Closes what a client would have got that has gone."""
+    with contextlib.suppress(InterlockError):
+        stream = await begun
+        await stream.aclose()

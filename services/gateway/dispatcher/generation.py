@@ -171,11 +171,11 @@ class Generation:
             raise self.error
 
     def granted(self, grant: Grant) -> None:
-        """The queue lent the request a slot. One that it has no use for is given back."""
+        """The queue lent the request a slot. One without a use is given back, unless the job goes on."""
         self._accept(grant.allowance)
         if self.waits:
             self._apply(request_events.Granted(grant))
-        elif self._request.grant is None or self._request.grant.nonce != grant.nonce:
+        elif not self.moved and (self._request.grant is None or self._request.grant.nonce != grant.nonce):
             self._ticket.give_back(grant)
 
     def placed(self, place: Waiting) -> None:

@@ -31,7 +31,8 @@ from services.gateway.core.params import (
 from services.gateway.core.payload import digest_of
 from services.gateway.core.ports import Tokenizer
 from services.gateway.core.tenancy import TenantBounds
-from services.gateway.dispatcher.dispatch import RETRY_WHEN_DRAINING_S, Dispatcher
+from services.gateway.dispatcher.dispatch import Dispatcher
+from services.gateway.dispatcher.farewell import RETRY_WHEN_DRAINING_S
 from services.gateway.dispatcher.streams import AnswerStream
 
 GENERATE_SCOPE = "generate"

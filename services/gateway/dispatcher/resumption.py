@@ -178,11 +178,15 @@ class Resumption:
         for follower in self._followers.get(job_id, ()):
             follower.notice()
 
+    def end(self, job_id: str, error: InterlockError) -> None:
+        """Ends the followers of one request, which itself goes on."""
+        for follower in tuple(self._followers.get(job_id, ())):
+            follower.end(error)
+
     def end_all(self, error: InterlockError) -> None:
         """Ends every follower; the requests go on."""
-        for followers in tuple(self._followers.values()):
-            for follower in followers:
-                follower.end(error)
+        for job_id in tuple(self._followers):
+            self.end(job_id, error)
 
     def _add(
         self, tenant: str, model: str, job_id: str, cursor: int, on_leave: Callable[[], None]
