@@ -35,7 +35,9 @@ ENVIRONMENT = {
 def _compose() -> dict[str, Any]:
     """The file with its variables filled in, as the engine reads it."""
     text = re.sub(
-        r"\$\{(\w+):\?[^}]*\}", lambda found: ENVIRONMENT[found[1]], (DOCKER / "compose.yaml").read_text()
+        r"\$\{(\w+):(?:\?[^}]*|-([^}]*))\}",
+        lambda found: ENVIRONMENT[found[1]] if found[2] is None else found[2],
+        (DOCKER / "compose.yaml").read_text(),
     )
     assert "${" not in text
     document: dict[str, Any] = yaml.safe_load(text)

@@ -15,7 +15,7 @@ from tests.fixtures.manifests import ROOT
 
 ELK = ROOT / "deploy" / "elk"
 # How a field gets into a line: `logs.annotate(...)`, a logger's methods, and what binds them.
-LOGGING = {"annotate", "bind_contextvars", "debug", "emit", "error", "info", "log", "warning"}
+LOGGING = {"annotate", "bind_contextvars", "critical", "debug", "emit", "error", "info", "log", "warning"}
 NUMBERS = {"double", "long", "short"}
 
 
@@ -80,10 +80,13 @@ def test_filebeat_reads_our_lines_as_objects() -> None:
     """Plain YAML; each input decodes JSON under the name that the template types, and overwrites nothing."""
     settings = yaml.safe_load((ELK / "filebeat.yml").read_text())
     for found in settings["filebeat.inputs"]:
-        decoder = found["parsers"][-1]["ndjson"]
+        steps = {
+            name: told for step in found.get("parsers") or found["processors"] for name, told in step.items()
+        }
+        decoder = steps.get("ndjson") or steps["decode_json_fields"]
         assert decoder["target"] == "interlock"
         assert decoder["overwrite_keys"] is False
-    assert len({found["id"] for found in settings["filebeat.inputs"]}) == 2
+    assert len({found["id"] for found in settings["filebeat.inputs"]}) == 3
     assert "output.logstash" in settings
     assert "password" not in (ELK / "filebeat.yml").read_text()
 

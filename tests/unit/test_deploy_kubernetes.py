@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from deploy.envoy import generate
+from services.common.artifacts import TOKENIZER_BYTES_MAX
 from services.common.config import SHARED_FIELDS
 from tests.fixtures.manifests import (
     CONFIGS,
@@ -127,6 +128,20 @@ def test_services_lead_to_pods_and_ports_that_exist(name: str) -> None:
     for port in service["ports"]:
         assert port["targetPort"] in ports
         assert name == "interlock-envoy" or port["port"] == ports[port["targetPort"]]
+
+
+@pytest.mark.parametrize("name", ["interlock-gateway", "interlock-controller"])
+def test_a_pod_has_room_for_the_largest_tokenizer(name: str) -> None:
+    """It takes forty times its size while it is read; a pod without that much would be killed for it."""
+    limit = container(name)["resources"]["limits"]["memory"]
+    assert limit.endswith("Gi")
+    assert int(limit.removesuffix("Gi")) << 30 >= 40 * TOKENIZER_BYTES_MAX + (1 << 30)
+
+
+def test_a_worker_computes_with_the_cores_that_it_asks_for() -> None:
+    """Whatever the node has: pods of one node would wait for one another's threads."""
+    found = settings("worker", environment("interlock-worker"))
+    assert str(found.threads) == container("interlock-worker")["resources"]["requests"]["cpu"]
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

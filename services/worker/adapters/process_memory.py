@@ -12,6 +12,16 @@ AVAILABLE_BYTES_DEFAULT = 2 << 30
 CGROUP = Path("/sys/fs/cgroup")
 
 
+def machine_bytes() -> int:
+    """Memory that there is to use, taken or not, in bytes; control groups are heeded."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(physical, int((CGROUP / "memory.max").read_text()))
+    except (OSError, ValueError):
+        # There is no such file where nothing is limited so, and "max" in it where nothing is limited.
+        return physical
+
+
 def resident_bytes() -> int:
     """Resident memory of this process in bytes; 0 where it cannot be read."""
     try:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import os
 import platform
 from pathlib import Path
 
 import torch
 
-from services.worker.adapters.process_memory import available_bytes
+from services.worker.adapters.process_memory import available_bytes, machine_bytes
 from services.worker.adapters.stored_forms import StoredForms
 from services.worker.adapters.torch_loader import TorchLoader, TorchSettings
 from services.worker.config import WorkerConfig
@@ -35,7 +34,7 @@ def describe_device(device: torch.device) -> tuple[str, str, int]:
     if device.type == "cuda":
         facts = torch.cuda.get_device_properties(device)
         return device.type, str(facts.name), int(facts.total_memory)
-    return device.type, _processor(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return device.type, _processor(), machine_bytes()
 
 
 def make_loader(config: WorkerConfig, device: torch.device, threads: int) -> TorchLoader:

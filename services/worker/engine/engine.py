@@ -262,7 +262,7 @@ class Engine:
     def _die(self, cause: str) -> None:
         if not self._dead:
             self._dead = True
-            logs.get_logger().critical("engine.died", cause=cause, phase=_phases(self._residency))
+            logs.get_logger().critical("engine.died", cause=cause, phases=_phases(self._residency))
             self._on_fatal(cause)
 
 

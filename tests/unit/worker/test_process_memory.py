@@ -75,3 +75,14 @@ def test_a_system_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process_memory.available_bytes() == process_memory.AVAILABLE_BYTES_DEFAULT
     monkeypatch.setattr(process_memory, "_meminfo_available", lambda: 100 * MB)
     assert process_memory.available_bytes() == 0
+
+
+def test_a_limit_is_the_machine(machine: Path) -> None:
+    """Two revisions that the machine has room for, and the group has not, do not fit beside each other."""
+    whole = process_memory.machine_bytes()
+    group(machine, limit="max", current=0)
+    assert process_memory.machine_bytes() == whole
+    group(machine, limit=str(64 * MB), current=0)
+    assert process_memory.machine_bytes() == 64 * MB
+    group(machine, limit=str(2 * whole), current=0)
+    assert process_memory.machine_bytes() == whole
