@@ -138,7 +138,7 @@ def test_the_entrypoint_names_and_binds_a_service(service: str) -> None:
     assert port is not None
     environ = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **_image_environment(service)}
     told = _compose()["services"][service]["environment"]
-    environ |= {key: value for key, value in told.items() if not key.endswith("_ID")}
+    environ |= {key: str(value) for key, value in told.items() if not key.endswith("_ID")}
     done = subprocess.run(
         [str(DOCKER / "entrypoint.sh"), service, port[1], "--print-config"],
         capture_output=True,
