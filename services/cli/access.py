@@ -1,4 +1,4 @@
-"""The way to the local mesh. Owns: how a command finds it, and with which token and channel it calls."""
+"""The way to a mesh. Owns: how a command finds the one it is about, and how it enters."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import grpc
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
+from services.cli.door import TOKEN, URL, Door, Metadata, bearer, door_elsewhere
 from services.cli.failure import CommandFailed
 from services.common.channel import connect
 from services.common.status import read_error
@@ -19,11 +20,9 @@ from services.local.home import Home
 from services.local.owner_token import renewed_token
 from services.local.state import MeshState
 
-# A command's question to a mesh on the same machine; generation has its own deadline. It outlasts a
-# controller that stands still: Envoy gives that up after 9 s, and asks the other one.
+# A command's question to a mesh; generation has its own deadline. It outlasts a controller that stands still:
+# Envoy gives that up after 9 s, and asks the other one.
 ANSWER_TIMEOUT_S = 20.0
-
-Metadata = tuple[tuple[str, str], ...]
 
 
 def rows_of(messages: Iterable[Message]) -> list[dict[str, Any]]:
@@ -34,39 +33,53 @@ def rows_of(messages: Iterable[Message]) -> list[dict[str, Any]]:
     ]
 
 
-def running_mesh() -> tuple[Home, MeshState]:
-    """The home and what runs in it.
+def find_door() -> Door:
+    """The door of the mesh that the environment names, else of the one that runs in the home.
 
     Raises:
-        CommandFailed: Nothing runs.
+        CommandFailed: Nothing runs there, or the environment names no mesh that there can be.
     """
+    elsewhere = door_elsewhere(os.environ)
+    if elsewhere is not None:
+        return elsewhere
     home = Home.of_environment(os.environ)
     found = state.read(home.state_file)
     if found is None or home.holder() is None:
-        raise CommandFailed(f"no mesh runs in {home.path}. Start one with `interlock up`.")
-    return home, found
+        raise CommandFailed(
+            f"no mesh runs in {home.path}. Start one with `interlock up`, or name one elsewhere by "
+            f"{URL} and {TOKEN}."
+        )
+    return door_of(home, found)
+
+
+def door_of(home: Home, mesh: MeshState) -> Door:
+    """The door of the mesh that runs in a home, for its owner."""
+    return Door(
+        address=mesh.http.removeprefix("http://"),
+        metadata=bearer(renewed_token(home)),
+        hint="`interlock status` shows what runs.",
+    )
 
 
 @asynccontextmanager
-async def entrance(home: Home, mesh: MeshState) -> AsyncIterator[tuple[grpc.aio.Channel, Metadata]]:
+async def entrance(door: Door) -> AsyncIterator[tuple[grpc.aio.Channel, Metadata]]:
     """A channel through Envoy, and the metadata that lets a call pass.
 
     Raises:
         CommandFailed: A call in the block failed.
     """
-    metadata = (("authorization", f"Bearer {renewed_token(home)}"),)
-    async with connect(mesh.http.removeprefix("http://")) as channel:
+    async with connect(door.address, door.tls) as channel:
         try:
-            yield channel, metadata
+            yield channel, door.metadata
         except grpc.aio.AioRpcError as error:
-            raise _explained(error) from None
+            raise _explained(error, door) from None
 
 
-def _explained(error: grpc.aio.AioRpcError) -> CommandFailed:
+def _explained(error: grpc.aio.AioRpcError, door: Door) -> CommandFailed:
     told = read_error(error)
     words = told.message or told.code.value
     if told.retry_after_s is not None:
         words += f" Try again in {told.retry_after_s:.1f} s."
     if error.code() is grpc.StatusCode.UNAVAILABLE:
-        words += " `interlock status` shows what runs."
+        words += f" {door.hint}"
     return CommandFailed(words, reason=told.reason)

@@ -17,9 +17,8 @@ from interlock.v1.worker_pb2 import (
 )
 
 from services.cli import table
-from services.cli.access import ANSWER_TIMEOUT_S, entrance, rows_of, running_mesh
-from services.local.home import Home
-from services.local.state import MeshState
+from services.cli.access import ANSWER_TIMEOUT_S, entrance, find_door, rows_of
+from services.cli.door import Door
 
 COLUMNS = {
     "gateway_id": "GATEWAY",
@@ -35,7 +34,7 @@ _HOLDS = {"open": BREAKER_STATE_FORCED_OPEN, "closed": BREAKER_STATE_FORCED_CLOS
 
 def list_breakers(arguments: argparse.Namespace) -> int:
     """Prints the breakers of all gateways."""
-    _show(asyncio.run(read_breakers(*running_mesh())), as_json=arguments.json)
+    _show(asyncio.run(read_breakers(find_door())), as_json=arguments.json)
     return 0
 
 
@@ -51,11 +50,9 @@ def release(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def read_breakers(
-    home: Home, mesh: MeshState, *, timeout_s: float = ANSWER_TIMEOUT_S
-) -> list[dict[str, Any]]:
+async def read_breakers(door: Door, *, timeout_s: float = ANSWER_TIMEOUT_S) -> list[dict[str, Any]]:
     """The breakers of a mesh, one object each, fields as in the protos."""
-    async with entrance(home, mesh) as (channel, metadata):
+    async with entrance(door) as (channel, metadata):
         reply = await ControllerServiceStub(channel).ListBreakers(
             ListBreakersRequest(), metadata=metadata, timeout=timeout_s
         )
@@ -69,8 +66,7 @@ def for_people(row: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _force(target: str, state: BreakerState.ValueType) -> list[dict[str, Any]]:
-    home, mesh = running_mesh()
-    async with entrance(home, mesh) as (channel, metadata):
+    async with entrance(find_door()) as (channel, metadata):
         reply = await ControllerServiceStub(channel).ForceBreaker(
             ForceBreakerRequest(target=target, state=state), metadata=metadata, timeout=ANSWER_TIMEOUT_S
         )

@@ -12,7 +12,7 @@ from interlock import resume
 from interlock.v1.gateway_service_pb2 import GenerateRequest
 from interlock.v1.generation_pb2 import FINISH_REASON_LENGTH, ChatInput, ChatMessage
 
-from services.cli.access import entrance, running_mesh
+from services.cli.access import entrance, find_door
 from services.cli.failure import CommandFailed
 from services.common.errors import ContextExceeded
 
@@ -28,7 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.prompt is not None:
         asyncio.run(_answer([ChatMessage(role="user", content=arguments.prompt)], arguments))
         return 0
-    running_mesh()
+    # Whether there is a mesh is told before the first question.
+    find_door()
     if sys.stdin.isatty():
         # Its mere import gives `input` a line editor and a history.
         importlib.import_module("readline")
@@ -75,13 +76,13 @@ def _continued(turns: list[ChatMessage], prompt: str, arguments: argparse.Namesp
 
 async def _answer(turns: list[ChatMessage], arguments: argparse.Namespace) -> str:
     """Prints the answer as it comes and returns it."""
-    home, mesh = running_mesh()
+    door = find_door()
     request = GenerateRequest(chat=ChatInput(messages=turns), max_tokens=arguments.max_tokens)
     if arguments.model:
         request.model = arguments.model
     spoken: list[str] = []
     try:
-        async with entrance(home, mesh) as (channel, metadata):
+        async with entrance(door) as (channel, metadata):
             events = resume.generate_async(channel, request, metadata=metadata, timeout_s=_ANSWER_TIMEOUT_S)
             async for event in events:
                 if event.HasField("chunk"):

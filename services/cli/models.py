@@ -11,7 +11,7 @@ from interlock.v1.controller_service_pb2 import ControllerServiceListModelsReque
 from interlock.v1.controller_service_pb2_grpc import ControllerServiceStub
 
 from services.cli import table
-from services.cli.access import ANSWER_TIMEOUT_S, entrance, rows_of, running_mesh
+from services.cli.access import ANSWER_TIMEOUT_S, entrance, find_door, rows_of
 from services.cli.failure import CommandFailed
 from services.local import progress_bar
 from services.local.home import Home, HomeUnusable
@@ -55,8 +55,7 @@ def fetch(arguments: argparse.Namespace) -> int:
 
 
 async def _models() -> list[dict[str, Any]]:
-    home, mesh = running_mesh()
-    async with entrance(home, mesh) as (channel, metadata):
+    async with entrance(find_door()) as (channel, metadata):
         reply = await ControllerServiceStub(channel).ListModels(
             ControllerServiceListModelsRequest(), metadata=metadata, timeout=ANSWER_TIMEOUT_S
         )

@@ -20,6 +20,8 @@ Interlock serves a language model on your own machines, as a mesh of small servi
 
 _EPILOG = """\
 A local mesh lives in $INTERLOCK_HOME (default .interlock): its state, logs, secrets and models.
+With $INTERLOCK_URL and $INTERLOCK_TOKEN, chat, models, rollouts, workers, breakers and token revoke are about
+the mesh there (https: by the machine's authorities, or those in $INTERLOCK_CA_FILE), not about the home's.
 Exit codes: 0 it worked, 1 it failed, 2 it was called wrongly.
 """
 
@@ -135,12 +137,13 @@ def _token(commands: _Commands) -> None:
     parser = _command(
         commands,
         "token",
-        "Print a bearer token for the mesh of this home, or take one back.",
+        "Print a bearer token for the mesh of this home, or of $INTERLOCK_JWT_SECRET, or take one back.",
         run="token",
         examples="""\
   interlock token                                          every scope, eight hours
   interlock token --sub alice --scope generate --ttl 15m   for somebody else
   interlock token --sub batch --weight 3 --concurrency 8   with limits, which the gateway's own bound
+  INTERLOCK_JWT_SECRET=... interlock token --sub ops       for services with that secret; needs no home
   interlock token revoke "$TOKEN"                          refused everywhere within five seconds
   interlock token --key signer.pem                         for services that check RS256, ES256 or EdDSA
   interlock token jwks signer.pem > jwks.json              what those services are given as jwt_jwks

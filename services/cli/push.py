@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from services.cli import table
-from services.cli.access import ANSWER_TIMEOUT_S, entrance, rows_of, running_mesh
+from services.cli.access import ANSWER_TIMEOUT_S, entrance, find_door, rows_of
 from services.cli.failure import CommandFailed
 from services.common import artifacts
 from services.common.errors import ArtifactInvalid
@@ -97,7 +97,7 @@ def list_revisions(arguments: argparse.Namespace) -> int:
 
 
 async def _push(directory: Path, manifest: model_pb2.Manifest) -> model_pb2.Revision:
-    async with entrance(*running_mesh()) as (channel, metadata):
+    async with entrance(find_door()) as (channel, metadata):
         stub = ControllerServiceStub(channel)
         manifest.model = manifest.model or await _default_model(stub, metadata)
         plan = await stub.PlanUpload(
@@ -133,7 +133,7 @@ async def _parts(
 
 
 async def _remove(model: str, revision: str) -> None:
-    async with entrance(*running_mesh()) as (channel, metadata):
+    async with entrance(find_door()) as (channel, metadata):
         await ControllerServiceStub(channel).DeleteRevision(
             pb.DeleteRevisionRequest(model=model, revision=revision),
             metadata=metadata,
@@ -142,7 +142,7 @@ async def _remove(model: str, revision: str) -> None:
 
 
 async def _revisions(model: str | None) -> list[model_pb2.Revision]:
-    async with entrance(*running_mesh()) as (channel, metadata):
+    async with entrance(find_door()) as (channel, metadata):
         stub = ControllerServiceStub(channel)
         name = model or await _default_model(stub, metadata)
         reply = await stub.ListRevisions(

@@ -10,7 +10,7 @@ import jwt
 from interlock.v1.controller_service_pb2 import RevokeTokenRequest
 from interlock.v1.controller_service_pb2_grpc import ControllerServiceStub
 
-from services.cli.access import ANSWER_TIMEOUT_S, entrance, running_mesh
+from services.cli.access import ANSWER_TIMEOUT_S, entrance, find_door
 from services.cli.failure import CommandFailed
 
 
@@ -29,8 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _revoke(token_id: str) -> float:
-    home, mesh = running_mesh()
-    async with entrance(home, mesh) as (channel, metadata):
+    async with entrance(find_door()) as (channel, metadata):
         reply = await ControllerServiceStub(channel).RevokeToken(
             RevokeTokenRequest(token_id=token_id), metadata=metadata, timeout=ANSWER_TIMEOUT_S
         )

@@ -20,7 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from services.cli import table
-from services.cli.access import ANSWER_TIMEOUT_S, Metadata, entrance, rows_of, running_mesh
+from services.cli.access import ANSWER_TIMEOUT_S, entrance, find_door, rows_of
+from services.cli.door import Metadata
 from services.cli.failure import CommandFailed
 
 _COLUMNS = {
@@ -110,7 +111,7 @@ def resume(arguments: argparse.Namespace) -> int:
 
 def _tell(method: str, request: Any, arguments: argparse.Namespace) -> int:
     async def call() -> rollout_pb2.Rollout:
-        async with entrance(*running_mesh()) as (channel, metadata):
+        async with entrance(find_door()) as (channel, metadata):
             ask = getattr(ControllerServiceStub(channel), method)
             reply = await ask(request, metadata=metadata, timeout=ANSWER_TIMEOUT_S)
         found: rollout_pb2.Rollout = reply.rollout
@@ -132,7 +133,7 @@ def _newest(found: list[rollout_pb2.Rollout]) -> str:
 
 
 async def _create(spec: rollout_pb2.RolloutSpec) -> rollout_pb2.Rollout:
-    async with entrance(*running_mesh()) as (channel, metadata):
+    async with entrance(find_door()) as (channel, metadata):
         reply = await ControllerServiceStub(channel).CreateRollout(
             pb.CreateRolloutRequest(spec=spec), metadata=metadata, timeout=ANSWER_TIMEOUT_S
         )
@@ -140,7 +141,7 @@ async def _create(spec: rollout_pb2.RolloutSpec) -> rollout_pb2.Rollout:
 
 
 async def _list() -> list[rollout_pb2.Rollout]:
-    async with entrance(*running_mesh()) as (channel, metadata):
+    async with entrance(find_door()) as (channel, metadata):
         return await _listed(ControllerServiceStub(channel), metadata)
 
 
@@ -166,7 +167,7 @@ async def _watch(rollout_id: str | None, *, as_json: bool) -> int:
 async def _changes(rollout_id: str | None) -> AsyncIterator[rollout_pb2.Rollout]:
     """A rollout, or the newest, at each of its changes; outlives a controller until the next one leads."""
     lost_s: float | None = None
-    async with entrance(*running_mesh()) as (channel, metadata):
+    async with entrance(find_door()) as (channel, metadata):
         stub = ControllerServiceStub(channel)
         while True:
             try:

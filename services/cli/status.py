@@ -10,6 +10,7 @@ import asyncio
 import importlib
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ _COLUMNS = {"kind": "KIND", "id": "ID", "state": "STATE", "address": "ADDRESS", 
 def run(arguments: argparse.Namespace) -> int:
     """Prints one line a process. Returns 1 when one of them is not well. Breakers follow."""
     home = Home.of_environment(os.environ)
+    if os.environ.get("INTERLOCK_URL"):
+        # Of a mesh elsewhere the processes cannot be seen.
+        print(f"interlock: status is of the mesh in {home.path}, not of INTERLOCK_URL.", file=sys.stderr)
     mesh = _running(home)
     if arguments.watch:
         # Loaded late, as below.
@@ -115,13 +119,14 @@ def _headline(home: Home, mesh: MeshState) -> None:
 def _ask(home: Home, mesh: MeshState) -> tuple[list[dict[str, Any]] | None, list[dict[str, str | int]]]:
     """The controller's workers, and a line a breaker; None and no lines where it cannot be asked."""
     # Loaded only where there is a mesh to ask: without one the command answers before gRPC would be there.
+    access = importlib.import_module("services.cli.access")
     breakers = importlib.import_module("services.cli.breakers")
     workers = importlib.import_module("services.cli.workers")
 
     async def ask() -> list[Any]:
+        door = access.door_of(home, mesh)
         asked = (
-            read(home, mesh, timeout_s=_ASK_TIMEOUT_S)
-            for read in (workers.read_workers, breakers.read_breakers)
+            read(door, timeout_s=_ASK_TIMEOUT_S) for read in (workers.read_workers, breakers.read_breakers)
         )
         # It can know its workers and not the breakers: those are in the store.
         return list(await asyncio.gather(*asked, return_exceptions=True))

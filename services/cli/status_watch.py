@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from services.cli import breakers, models, status, workers
-from services.cli.access import entrance, rows_of
+from services.cli.access import door_of, entrance, rows_of
 from services.cli.failure import CommandFailed
 from services.local.home import Home
 from services.local.state import MeshState
@@ -97,7 +97,7 @@ async def look(home: Home, mesh: MeshState, processes: Processes) -> dict[str, A
 
 async def _ask(home: Home, mesh: MeshState) -> dict[str, Rows] | None:
     try:
-        async with entrance(home, mesh) as (channel, metadata):
+        async with entrance(door_of(home, mesh)) as (channel, metadata):
             stub = ControllerServiceStub(channel)
             found, attached, held = await asyncio.gather(
                 stub.ListModels(

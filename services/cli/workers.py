@@ -10,9 +10,8 @@ from interlock.v1.controller_service_pb2 import ListWorkersRequest
 from interlock.v1.controller_service_pb2_grpc import ControllerServiceStub
 
 from services.cli import table
-from services.cli.access import ANSWER_TIMEOUT_S, entrance, rows_of, running_mesh
-from services.local.home import Home
-from services.local.state import MeshState
+from services.cli.access import ANSWER_TIMEOUT_S, entrance, find_door, rows_of
+from services.cli.door import Door
 
 COLUMNS = {
     "id": "ID",
@@ -26,18 +25,16 @@ COLUMNS = {
 
 def list_workers(arguments: argparse.Namespace) -> int:
     """Prints the workers of the mesh."""
-    rows = asyncio.run(read_workers(*running_mesh()))
+    rows = asyncio.run(read_workers(find_door()))
     if not arguments.json:
         rows = [for_people(row) for row in rows]
     table.show(rows, COLUMNS, as_json=arguments.json)
     return 0
 
 
-async def read_workers(
-    home: Home, mesh: MeshState, *, timeout_s: float = ANSWER_TIMEOUT_S
-) -> list[dict[str, Any]]:
+async def read_workers(door: Door, *, timeout_s: float = ANSWER_TIMEOUT_S) -> list[dict[str, Any]]:
     """The workers of a mesh, one object each, fields as in the protos."""
-    async with entrance(home, mesh) as (channel, metadata):
+    async with entrance(door) as (channel, metadata):
         reply = await ControllerServiceStub(channel).ListWorkers(
             ListWorkersRequest(), metadata=metadata, timeout=timeout_s
         )

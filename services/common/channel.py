@@ -24,6 +24,13 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
 )
 
 
-def connect(address: str) -> grpc.aio.Channel:
-    """Opens a channel to `host:port` inside the mesh. It connects lazily; close it when done."""
+def connect(address: str, tls: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
+    """Opens a channel to `host:port`. It connects lazily; close it when done.
+
+    Args:
+        address: Where to.
+        tls: Whom to believe to be there; None: plain text, as inside the mesh.
+    """
+    if tls is not None:
+        return grpc.aio.secure_channel(address, tls, options=list(OPTIONS))
     return grpc.aio.insecure_channel(address, options=list(OPTIONS))

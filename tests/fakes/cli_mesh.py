@@ -161,17 +161,24 @@ class FakeMesh(grpc.GenericRpcHandler):
 
 
 @contextmanager
-def running(home: Home) -> Iterator[FakeMesh]:
-    """A mesh in `home`, as far as commands can see: its lock is held, its state written, its port answers."""
+def running(home: Home, tls: grpc.ServerCredentials | None = None) -> Iterator[FakeMesh]:
+    """A mesh in `home`, as far as commands can see: its lock is held, its state written, its port answers.
+
+    Args:
+        home: Where it is.
+        tls: What it shows to clients; None: it speaks plain text.
+    """
     with home.locked():
         mesh = FakeMesh(home)
         server = grpc.server(futures.ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)])
         server.add_generic_rpc_handlers((mesh,))
-        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        free = "127.0.0.1:0"
+        port = server.add_secure_port(free, tls) if tls is not None else server.add_insecure_port(free)
+        address = f"127.0.0.1:{port}"
         server.start()
         part = Part("envoy", address, os.getpid())
         found = MeshState(
-            http=f"http://{address}",
+            http=f"{'http' if tls is None else 'https'}://{address}",
             gateways=(Part("gateway-1", address, os.getpid()),),
             controllers=(),
             workers=(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,17 +11,6 @@ from services.local.home import Home
 from tests.fakes.cli_mesh import FakeMesh
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A directory with the shape of a model."""
-    directory = tmp_path / "model"
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
-    (directory / "model.safetensors").write_bytes(b"w" * 64)
-    (directory / "tokenizer.json").write_text("{}")
-    return directory
 
 
 @pytest.mark.parametrize(

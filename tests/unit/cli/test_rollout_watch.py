@@ -57,7 +57,7 @@ async def watched(
 
     monkeypatch.setattr(rollouts, "ControllerServiceStub", Stub)
     monkeypatch.setattr(rollouts, "entrance", entrance)
-    monkeypatch.setattr(rollouts, "running_mesh", lambda: ())
+    monkeypatch.setattr(rollouts, "find_door", lambda: None)
     monkeypatch.setattr(rollouts, "_PATIENCE_S", PATIENCE_S)
     monkeypatch.setattr(rollouts, "_RETRY_S", 0.02)
     return len([found async for found in rollouts._changes(rollout_id)])

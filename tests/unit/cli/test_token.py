@@ -53,6 +53,17 @@ def test_a_token_of_a_key_file_is_believed_by_its_key_set(
     assert not home.path.exists()
 
 
+def test_a_token_of_a_secret_needs_no_home(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """As an operator makes the first one for a mesh in containers, whose secret the environment has."""
+    monkeypatch.setenv("INTERLOCK_JWT_SECRET", "x" * 64)
+    assert main(["token", "--sub", "ops", "--scope", "admin generate"]) == 0
+    claims = TokenVerifier("x" * 64).verify(capsys.readouterr().out.strip())
+    assert (claims.subject, claims.scopes) == ("ops", frozenset({"admin", "generate"}))
+    assert not home.path.exists()
+
+
 @pytest.mark.parametrize("arguments", [["token", "--key"], ["token", "jwks"]], ids=["sign", "publish"])
 def test_a_file_that_signs_nothing_is_named(
     arguments: list[str], home: Home, tmp_path: Path, capsys: Capture
