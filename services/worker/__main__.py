@@ -188,7 +188,9 @@ class _Process:
             self._die(0)
 
     def _on_fatal(self, cause: str) -> None:
-        self.refuse_new_work()
+        # No word of it to the controller: what it was loading may have been the cause, and counts as that.
+        self.residency.draining = True
+        self.show_health()
 
         async def end() -> None:
             await asyncio.gather(*self._changes)

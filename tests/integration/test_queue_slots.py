@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.gateway.core.jobs import Grant, Waiting
+from services.gateway.core.jobs import Band, Grant, Waiting
 from services.gateway.core.tenancy import TenantLimits
 from tests.fixtures.queue_audit import audit
 from tests.fixtures.queue_world import KEYS, MODEL, QueueWorld, make_job
@@ -139,15 +139,19 @@ async def test_those_that_pass_a_job_do_not_put_it_off(unequal: QueueWorld) -> N
 async def test_a_job_that_ends_while_it_is_due_is_in_nobodys_way(unequal: QueueWorld) -> None:
     """The slots that were kept for it go to the others, and the next one that needs several is due."""
     world = unequal
-    running = await fill(world, "big")
+    running = await fill(world, "big", "s1")
     await world.wait("quad", slots=4)
     await world.wait("quad-2", slots=4)
     await world.finish(running["big"][0])
+    # Who waits behind it has lost nothing yet.
+    assert not world.client.exists(KEYS.prefix + "due")
+    await world.finish(running["s1"][0])
     assert world.client.get(KEYS.prefix + "due") == "quad"
     await world.gateway().cancel(MODEL, "quad", "submission-of-quad")
     assert world.client.get(KEYS.prefix + "due") == "quad-2"
     await world.gateway().cancel(MODEL, "quad-2", "submission-of-quad-2")
-    assert (await world.grant("small")).worker_id == "big"
+    grants = [await world.grant(f"small-{number}") for number in range(2)]
+    assert {grant.worker_id for grant in grants} == {"big", "s1"}
 
 
 async def test_a_tenant_at_its_cap_has_no_turn_for_what_is_due(unequal: QueueWorld) -> None:
@@ -201,3 +205,15 @@ async def test_a_name_that_is_due_and_waits_no_more_is_dropped(world: QueueWorld
     assert (await world.grant("second")).job_id == "second"
     assert not world.client.exists(KEYS.prefix + "due")
     assert world.running("w1") == {"first", "first#2", "second"}
+
+
+async def test_where_all_workers_are_large_enough_the_bands_go_before_it(world: QueueWorld) -> None:
+    """Nobody is given what it could have had, so that nothing has to make up for that."""
+    for name in ("w1", "w2"):
+        await world.add_worker(name, slots=2)
+    grants = [await world.grant(f"first-{number}") for number in range(4)]
+    await world.wait("pair", slots=2, band=Band.BATCH)
+    for name in ("w1", "w2"):
+        await world.finish(next(grant for grant in grants if grant.worker_id == name))
+    for number in range(2):
+        assert (await world.grant(f"system-{number}", band=Band.SYSTEM)).job_id == f"system-{number}"

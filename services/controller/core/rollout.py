@@ -52,6 +52,9 @@ from services.controller.core.rollout_record import (
     Transition,
 )
 
+# A worker that was restarted is back by then. Until then nobody else gives up what serves.
+RETURN_S = 60.0
+
 
 class RolloutEventIllegal(Exception):
     """The state does not know the event; the message says both, for people."""
@@ -168,13 +171,7 @@ def _prepare(rollout: Rollout, now: Moment) -> Rollout:
     obstacle = _obstacle(rollout, now)
     if obstacle:
         return _enter(rollout, State.ABORTING, obstacle, now)
-    # Who was chosen first may have gone for good before it served.
-    is_chosen = any(worker.worker_id in rollout.swapping for worker in now.fleet.workers)
-    if rollout.strategy is Strategy.SWAP and not is_chosen and now.all_staged:
-        before, rollout = rollout, _swap_one(rollout, now)
-        # With nobody there it stays as it is: a record that changes with each look would never be at rest.
-        if rollout.swapping != before.swapping:
-            rollout = replace(rollout, drain_due_ms=now.after(rollout.spec.drain_timeout_s))
+    rollout = _swap_first(rollout, now) if rollout.strategy is Strategy.SWAP else rollout
     if now.ready < _needed(rollout, now.fleet) or now.fleet.gateways_pending:
         return rollout
     cause = f"{now.ready} of {_count(len(now.fleet.workers))} ready."
@@ -302,6 +299,21 @@ def _needed(rollout: Rollout, fleet: Fleet) -> int:
         return 1
     workers = len(fleet.workers)
     return max(1, workers if rollout.spec.quorum is None else min(rollout.spec.quorum, workers))
+
+
+def _swap_first(rollout: Rollout, now: Moment) -> Rollout:
+    """Lets one worker give up the old revision, once all have the files; another where that stays away."""
+    if any(worker.worker_id in rollout.swapping for worker in now.fleet.workers):
+        return replace(rollout, away_due_ms=0)
+    if rollout.swapping and not rollout.away_due_ms:
+        return replace(rollout, away_due_ms=now.after(RETURN_S))
+    if now.ms < rollout.away_due_ms or not now.all_staged:
+        return rollout
+    after = _swap_one(rollout, now)
+    # With nobody there it stays as it is: a record that changes with each look would never be at rest.
+    if after.swapping == rollout.swapping:
+        return rollout
+    return replace(after, drain_due_ms=now.after(rollout.spec.drain_timeout_s), away_due_ms=0)
 
 
 def _swap_one(rollout: Rollout, now: Moment) -> Rollout:

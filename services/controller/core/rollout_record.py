@@ -107,6 +107,7 @@ class Rollout:
         written: The weights that the store is known to hold since `route` was set; empty: not known.
         due_ms: When the time of the state is over, since the epoch; 0: it has no bound.
         drain_due_ms: When the first worker of a swap shall have ended what ran on the old revision.
+        away_due_ms: When another one takes its place, since it went before it served; 0: it is there.
         swapping: Workers that gave up the old revision for the new one, in the order in which they did.
         paused: Whether an operator holds it.
         history: Every state that it entered, oldest first.
@@ -122,6 +123,7 @@ class Rollout:
     written: Weights = ()
     due_ms: int = 0
     drain_due_ms: int = 0
+    away_due_ms: int = 0
     swapping: tuple[str, ...] = ()
     paused: bool = False
     history: tuple[Transition, ...] = ()

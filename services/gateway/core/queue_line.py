@@ -167,8 +167,8 @@ class QueueLine:
             place = self.places.place(entry.job, able, entry.pin, entry.avoid)
             if place is not None:
                 return self._grant(entry, place, nonce, now)
-            if able and not entry.pin:
-                # Those behind it may start now, and shall not go before it for ever.
+            if not entry.pin and any(worker.slots < self.places.needed(entry.job) for worker in able):
+                # Those behind it may start there now, and shall not go before it for ever.
                 self.jobs.due = self.jobs.due or entry
         return None
 

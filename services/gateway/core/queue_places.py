@@ -98,6 +98,10 @@ class Places:
         revisions = {pin} if pin else {revision for revision, weight in self.weights.items() if weight > 0}
         return [worker for worker in self.free.values() if not revisions.isdisjoint(worker.ready)]
 
+    def needed(self, job: QueuedJob) -> int:
+        """How many free slots of one worker a job needs; who wants more than any has gets a whole one."""
+        return min(job.slots, self._largest)
+
     def place(self, job: QueuedJob, able: Sequence[QueueWorker], pin: str, avoid: str) -> Place | None:
         """Where of the able a job may go: to its pin, or to the revision of its hash and then the others.
 
@@ -106,7 +110,7 @@ class Places:
         """
         if not able:
             return None
-        needed = min(job.slots, self._largest)
+        needed = self.needed(job)
         for revision in [pin] if pin else self._revisions(job.job_id):
             if (place := self._pick(able, revision, avoid, needed)) is not None:
                 return place

@@ -52,7 +52,9 @@ async def test_a_swap_goes_on_when_its_first_worker_left() -> None:
     await world.settle(2)
     assert list(world.rollout.swapping) == ["a"]
     world.kill("a")
-    await world.settle(3)
+    await world.settle(50)
+    assert list(world.rollout.swapping) == ["a"]
+    await world.settle(15)
     assert list(world.rollout.swapping) == ["a", "b"]
     await world.settle(10)
     assert world.rollout.history[-1].state is State.COMPLETED

@@ -183,8 +183,9 @@ local function place_job(view, job)
     local worker_id, is_trial = pick_worker(view, revision, job, needed, short)
     if worker_id then return worker_id, revision, is_trial end
   end
+  local is_passed = false
   for _, id in ipairs(short) do
-    if slots_of_worker(id) >= needed then view.kept_free[id] = true end
+    if slots_of_worker(id) >= needed then view.kept_free[id] = true else is_passed = true end
   end
-  if short[1] and job.pin == '' then note_due(job) end
+  if is_passed and job.pin == '' then note_due(job) end
 end
