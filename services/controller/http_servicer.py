@@ -23,14 +23,12 @@ from interlock.v1 import controller_service_pb2 as pb
 from services.common import http_errors, ids, logs, status
 from services.common.errors import ArgumentInvalid
 from services.common.grpc_types import Context
+from services.common.http_types import EVENTS_TYPE, JSON_TYPE
 from services.common.strict_json import read_object
 from services.common.tokens import TokenVerifier, bearer_token
 
 SERVICE = "interlock.http.v1.AdminHttpService"
 REQUEST_ID_KEY = "x-request-id"
-JSON_TYPE = "application/json"
-# Said, though the type has no other: HTTP libraries exist that guess one.
-EVENTS_TYPE = "text/event-stream; charset=utf-8"
 # Proxies give up on connections that are silent for a minute; some sooner.
 HEARTBEAT_S = 10.0
 # Of a mistake in a body: enough for its field, too little for what was sent.

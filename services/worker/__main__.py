@@ -154,11 +154,14 @@ class _Process:
         return link, preparation
 
     def refuse_new_work(self) -> None:
-        """From now on the worker drains."""
-        self.residency.draining = True
-        self.show_health()
+        """From now on the worker drains, and its controller hears of it."""
+        self._stop_serving()
         if self.link is not None:
             self.link.report_load()
+
+    def _stop_serving(self) -> None:
+        self.residency.draining = True
+        self.show_health()
 
     def show_health(self) -> None:
         """Health follows the residency."""
@@ -189,8 +192,7 @@ class _Process:
 
     def _on_fatal(self, cause: str) -> None:
         # No word of it to the controller: what it was loading may have been the cause, and counts as that.
-        self.residency.draining = True
-        self.show_health()
+        self._stop_serving()
 
         async def end() -> None:
             await asyncio.gather(*self._changes)

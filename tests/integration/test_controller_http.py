@@ -202,7 +202,7 @@ async def test_a_watched_rollout_is_events_with_heartbeats(monkeypatch: pytest.M
     async with served(_Rollouts()) as stub:
         call = stub.WatchRollout(http_pb.OneRollout(rollout_id="r1"), metadata=bearer("admin"))
         bodies = [one async for one in call]
-    assert {one.content_type for one in bodies} == {http_servicer.EVENTS_TYPE}
+    assert {one.content_type for one in bodies} == {"text/event-stream; charset=utf-8"}
     assert b": waiting\n\n" in [one.data for one in bodies]
     events = [one.data.decode() for one in bodies if one.data.startswith(b"event: rollout\ndata: ")]
     states = [json.loads(event.split("data: ")[1])["rollout"]["state"] for event in events]

@@ -12,7 +12,6 @@ from interlock.v1 import worker_service_pb2
 
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.dispatcher.limits import GenerationLimits
-from services.gateway.http.reply import EVENTS_TYPE
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_world import (
     MODEL,
@@ -56,7 +55,7 @@ async def test_a_stream_is_numbered_events(gateway: GatewayWorld) -> None:
     """`id:` counts from 1, `event:` names the kind, and the chunks join to the text."""
     await gateway.add_worker("w1", Script(answer="one two three", interval_s=0.001))
     reply = await gateway.post({**BODY, "stream": True})
-    assert (reply.status, reply.content_type) == (200, EVENTS_TYPE)
+    assert (reply.status, reply.content_type) == (200, "text/event-stream; charset=utf-8")
     events = reply.events
     assert [int(event["id"]) for event in events] == list(range(1, len(events) + 1))
     assert all(event["data"]["cursor"] == int(event["id"]) for event in events)

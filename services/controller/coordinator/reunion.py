@@ -49,7 +49,7 @@ class Reunion:
         self._until_s: float | None = None
         self._over = False
 
-    async def begin(self, swapped: Iterable[str] = ()) -> None:
+    async def begin(self, swapped: Iterable[str]) -> None:
         """Reads, once, who was there.
 
         Args:

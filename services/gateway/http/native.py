@@ -9,6 +9,7 @@ from typing import Any
 
 from services.common import http_errors
 from services.common.errors import ArgumentInvalid, InterlockError
+from services.common.http_types import JSON_TYPE
 from services.common.strict_json import read_object, shown
 from services.gateway.core.events import Chunk, Event, Finished, Queued, Started, Timings, TokenLogprob, Usage
 from services.gateway.core.params import (
@@ -22,8 +23,6 @@ from services.gateway.core.params import (
 from services.gateway.http.bodies import Sliced, at_once, dump, pieces
 from services.gateway.http.native_fields import FIELDS, SAMPLING_FIELDS
 from services.gateway.http.whole import Answer, Said
-
-JSON_TYPE = "application/json"
 
 # A cursor is a position in a log of at most some thousands; the contract's own type has 64 bits.
 _CURSOR = re.compile(r"[0-9]{1,18}")

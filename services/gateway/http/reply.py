@@ -17,14 +17,11 @@ from google.api.httpbody_pb2 import HttpBody
 from services.common import http_errors, ids, logs, status
 from services.common.errors import InterlockError, InternalError
 from services.common.grpc_types import Context
+from services.common.http_types import EVENTS_TYPE, JSON_TYPE
 from services.gateway.core.events import Chunk, Event, Finished
 from services.gateway.dispatcher.streams import AnswerStream
 from services.gateway.http.whole import Answer, Said
 from services.gateway.servicer import REQUEST_ID_KEY, note_worker, response_metadata
-
-JSON_TYPE = "application/json"
-# The character set is said, though the type has no other: HTTP libraries exist that guess one.
-EVENTS_TYPE = "text/event-stream; charset=utf-8"
 
 # Status and headers wait this long for the first text: most responses name revision and worker, and what
 # only a worker finds out, such as a format that is none, has its status, streamed as well as whole.

@@ -15,11 +15,8 @@ CGROUP = Path("/sys/fs/cgroup")
 def machine_bytes() -> int:
     """Memory that there is to use, taken or not, in bytes; control groups are heeded."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(physical, int((CGROUP / "memory.max").read_text()))
-    except (OSError, ValueError):
-        # There is no such file where nothing is limited so, and "max" in it where nothing is limited.
-        return physical
+    limit = _cgroup_limit(CGROUP)
+    return physical if limit is None else min(physical, limit)
 
 
 def resident_bytes() -> int:
@@ -63,17 +60,26 @@ def _meminfo_available() -> int | None:
     return None
 
 
+def _cgroup_limit(root: Path) -> int | None:
+    """The limit of a control group; None: it has none."""
+    try:
+        return int((root / "memory.max").read_text())
+    except (OSError, ValueError):
+        # There is no such file where nothing is limited so, and "max" in it where nothing is limited.
+        return None
+
+
 def _cgroup_available(root: Path, mapped_bytes: int) -> int | None:
     """What a control group leaves; None: it has no limit.
 
     Its use includes the pages of files, mapped or not, so that those which are mapped are taken from what
     can be dropped, and from nothing else. They may be another group's: whoever reads a page first has it.
     """
+    limit = _cgroup_limit(root)
+    if limit is None:
+        return None
     try:
-        limit = (root / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        left = int(limit) - int((root / "memory.current").read_text())
+        left = limit - int((root / "memory.current").read_text())
     except (OSError, ValueError):
         return None
     return max(0, left + max(0, _file_bytes(root) - mapped_bytes))

@@ -12,18 +12,13 @@ from services.controller.core.commands import SendAbort
 from services.controller.core.member import Hello, Kind
 from services.controller.core.rollout_events import Promoted
 from services.controller.core.rollout_record import Rollout, Spec, State
-from tests.fixtures.rollout_world import World
+from tests.fixtures.rollout_world import World, pair
 
 
 @pytest.fixture
 async def world() -> World:
     """Two workers that serve the old revision."""
-    world = World()
-    await world.settle()
-    for name in "ab":
-        world.attach(name)
-    await world.settle()
-    return world
+    return await pair()
 
 
 @pytest.mark.parametrize(("tokens", "refused"), [(63, True), (64, False), (65, False)])

@@ -6,23 +6,18 @@ from services.controller.core.member import Hello, Kind, Ready
 from services.controller.core.residency import Phase, Resident
 from services.controller.core.rollout_record import State, Strategy
 from tests.fakes.controller_ports import FakeStream
-from tests.fixtures.rollout_world import World
+from tests.fixtures.rollout_world import heir_of, pair
 
 
 async def test_a_worker_that_loads_belongs_to_the_fleet() -> None:
     """It is not listed while it has nothing to serve; the one that serves already does not stand for both."""
-    world = World()
-    await world.settle()
-    for name in "ab":
-        world.attach(name)
-    await world.settle()
+    world = await pair()
     world.lazy = {"b"}
     await world.start(strategy=Strategy.SWAP, bake_s=1.0)
     await world.settle(5)
     assert (world.rollout.state, world.rollout.swapping) == (State.BAKING, ("a", "b"))
     assert "b" not in world.store.workers
-    heir = World(world.store, world.records)
-    heir.clock.seconds = world.clock.seconds
+    heir = heir_of(world)
     await heir.settle()
     heir.lazy = {"b"}
     for name, phase in (("a", Phase.ACTIVE), ("b", Phase.PREPARING)):
@@ -42,11 +37,7 @@ async def test_a_worker_that_loads_belongs_to_the_fleet() -> None:
 
 async def test_a_swap_goes_on_when_its_first_worker_left() -> None:
     """It drained for good before it served; nobody waits for it until the time to prepare is over."""
-    world = World()
-    await world.settle()
-    for name in "ab":
-        world.attach(name)
-    await world.settle()
+    world = await pair()
     world.store.running.add(("a", world.old))
     await world.start(strategy=Strategy.SWAP)
     await world.settle(2)

@@ -19,26 +19,7 @@ from services.controller.core.residency import Phase, Resident
 from services.controller.core.rollout_events import Cancelled, Paused, Resumed
 from services.controller.core.rollout_record import Rollout, Spec, State, Strategy, create
 from tests.fakes.controller_ports import FakeStream, MemoryLead, MemoryRolloutRecords, MemoryRouteStore
-from tests.fixtures.rollout_world import World
-
-
-async def pair(store: MemoryRouteStore | None = None, weights_bytes: int = 0, memory_bytes: int = 0) -> World:
-    """A world with two workers that serve the old revision."""
-    world = World(store, weights_bytes=weights_bytes)
-    await world.settle()
-    for name in "ab":
-        world.attach(name, memory_bytes)
-    await world.settle()
-    return world
-
-
-def heir_of(world: World, *, without: str = "", weights_bytes: int = 0) -> World:
-    """The next controller over the same store and records, before any member has come to it."""
-    heir = World(world.store, world.records, weights_bytes=weights_bytes)
-    heir.clock.seconds = world.clock.seconds
-    if without:
-        heir.catalog.forget("m", without)
-    return heir
+from tests.fixtures.rollout_world import World, heir_of, pair
 
 
 def come(world: World, name: str, *, ready: bool) -> None:
