@@ -31,7 +31,7 @@ from services.gateway.adapters.redis_queue import RedisJobQueue
 from services.gateway.adapters.standby import Standby
 from services.gateway.config import GatewayConfig
 from services.gateway.core.catalog import Catalog
-from services.gateway.core.ports import GenerationLog, RequestDirectory, SharedQueue, WorkerPool
+from services.gateway.core.ports import GenerationLog, Meter, RequestDirectory, SharedQueue, WorkerPool
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.readiness import Readiness
 from services.gateway.core.retry import RetryBudget
@@ -130,12 +130,15 @@ async def _serve(
     tallies = Tallies()
     counted = CountedWorkerPool(pool, tallies, clock)
     workers = GuardedWorkerPool(counted, breakers, RetryBudget(), clock)
-    dispatcher = _dispatcher(settings, store, workers, clock, catalog)
+    meter = PrometheusMeter()
+    dispatcher = _dispatcher(settings, store, workers, clock, catalog, meter)
     reception = Reception(
         tokens.verifier,
         catalog,
         dispatcher,
         DeadlineLimits(settings.deadline_default_s, settings.deadline_max_s),
+        clock,
+        meter=meter,
         tenants=_tenants(settings),
     )
     serving = server.create(SERVICES, clock, interceptors=tokens.interceptors)
@@ -206,7 +209,12 @@ def _pool(settings: GatewayConfig, clock: Clock) -> GrpcWorkerPool:
 
 
 def _dispatcher(
-    settings: GatewayConfig, store: _Store, workers: WorkerPool, clock: Clock, catalog: Catalog
+    settings: GatewayConfig,
+    store: _Store,
+    workers: WorkerPool,
+    clock: Clock,
+    catalog: Catalog,
+    meter: Meter,
 ) -> Dispatcher:
     limits = ResumptionLimits(
         followers_max=settings.requests_max,
@@ -220,7 +228,7 @@ def _dispatcher(
         Resumption(store.log, store.directory, clock, catalog.decoder, limits),
         models=lambda: catalog.models,
         is_replaced=catalog.is_replaced,
-        meter=PrometheusMeter(),
+        meter=meter,
         # Spreads the gateways' reaping in time; nothing is guarded by it.
         jitter=random.random,
         limits=DispatcherLimits(requests_max=settings.requests_max, worker_wait_s=settings.failover_wait_s),

@@ -48,6 +48,17 @@ class TokenPrompt:
 Prompt = TextPrompt | RawPrompt | ChatPrompt | TokenPrompt
 
 
+def prompt_size(prompt: Prompt) -> int:
+    """Bytes of a prompt's text, or token ids where it was given by them."""
+    match prompt:
+        case TokenPrompt(ids):
+            return len(ids)
+        case ChatPrompt(messages):
+            return sum(len(message.content.encode()) for message in messages)
+        case TextPrompt(text) | RawPrompt(text):
+            return len(text.encode())
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen; None: the caller said nothing.

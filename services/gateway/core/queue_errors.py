@@ -32,6 +32,13 @@ def tenant_full(waiting: int, wait_s: float | None) -> QueueFull:
     )
 
 
+def gateway_full(requests: int) -> QueueFull:
+    """This gateway's own bound is reached; another one may have room, and this one has within a moment."""
+    error = QueueFull(f"This gateway carries {requests} requests already.", retry_after_s=RETRY_MIN_S)
+    error.lasting = False
+    return error
+
+
 def hopeless(position: int, wait_s: float, left_s: float) -> QueueFull:
     """The job could not be done before its deadline; it may once the queue has become shorter by the rest."""
     error = QueueFull(

@@ -2,8 +2,9 @@
 
 A queue that is asked ten times as often as it serves says no nine times of ten. Each no costs the store and
 the gateway as much as a yes, and that time is missing where tokens are made. So in a flood a refusal stands
-for a moment, for requests of the same tenant that are like the one that was refused and take no less. Must
-not know: clocks, or where the queue is.
+for a moment, for requests of the same tenant that are like the one that was refused and take no less. It is
+told before their prompts are tokenized, which is most of the work of a no; so a prompt is as long as its text
+here. Must not know: clocks, or where the queue is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 
 from services.common.errors import QueueFull
 from services.gateway.core.jobs import Band
-from services.gateway.core.params import GenerationJob
 from services.gateway.core.rolling_window import RollingWindow
 from services.gateway.core.tenancy import TenantLimits
 
@@ -27,10 +27,55 @@ FLOOD_BUCKETS = 10
 # Clients that give the same deadline differ by their way here: by so much, or this part of it.
 ALIKE_S = 0.1
 ALIKE_PART = 0.1
+# Texts of the same number of tokens differ in length by so much, or a little less.
+LENGTH_PART = 0.25
 # Those beyond are put to the queue each time.
 KEPT_MAX = 1_024
 
-Key = tuple[str, str, Band, int, TenantLimits]
+Key = tuple[str, str, Band, int, bool, TenantLimits]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outline:
+    """What is known of a request before its prompt is tokenized.
+
+    Attributes:
+        model: The model's name.
+        tenant: The subject that asks.
+        band: How urgent it is.
+        slots: Sequences.
+        limits: What the tenant may take.
+        timeout_s: Time until its deadline.
+        max_tokens: Most tokens of each sequence.
+        prompt_size: Bytes of the prompt's text, or token ids where it was given by them.
+        in_tokens: Whether it was given by token ids.
+    """
+
+    model: str
+    tenant: str
+    band: Band
+    slots: int
+    limits: TenantLimits
+    timeout_s: float
+    max_tokens: int
+    prompt_size: int
+    in_tokens: bool = False
+
+    @property
+    def kind(self) -> Key:
+        """What requests must have in common for one to stand for another."""
+        return self.model, self.tenant, self.band, self.slots, self.in_tokens, self.limits
+
+    @property
+    def may_exceed_quota(self) -> bool:
+        """Whether it could be more than a minute's tokens; a text has at most as many tokens as bytes."""
+        quota = self.limits.tokens_per_minute
+        return bool(quota) and self.prompt_size + self.slots * self.max_tokens > (quota or 0)
+
+    def takes_no_less_than(self, other: Outline) -> bool:
+        """Whether it is as much work as `other`, as far as can be said."""
+        least = other.prompt_size if self.in_tokens else other.prompt_size * (1 - LENGTH_PART)
+        return self.max_tokens >= other.max_tokens and self.prompt_size >= least
 
 
 @dataclass(slots=True)
@@ -38,8 +83,7 @@ class _Refused:
     """What is remembered of requests of one kind: the latest refusal, and how many there were lately."""
 
     error: QueueFull
-    timeout_s: float
-    cost_tokens: int
+    outline: Outline
     at_s: float
     window: RollingWindow
 
@@ -47,12 +91,14 @@ class _Refused:
         """Counts one more."""
         self.window = self.window.counted(now_s, failed=True)
 
-    def stands(self, job: GenerationJob, now_s: float) -> bool:
+    def stands(self, outline: Outline, now_s: float) -> bool:
         """Whether a request would be refused in the same words: it has as much time, and takes no less."""
         if self.window.tally(now_s).failures < FLOOD or now_s - self.at_s >= STANDS_S:
             return False
-        alike_s = min(ALIKE_S, ALIKE_PART * self.timeout_s)
-        return abs(job.timeout_s - self.timeout_s) <= alike_s and job.cost_tokens >= self.cost_tokens
+        alike_s = min(ALIKE_S, ALIKE_PART * self.outline.timeout_s)
+        if abs(outline.timeout_s - self.outline.timeout_s) > alike_s:
+            return False
+        return outline.takes_no_less_than(self.outline)
 
 
 class Refusals:
@@ -61,32 +107,28 @@ class Refusals:
     def __init__(self) -> None:
         self._kept: OrderedDict[Key, _Refused] = OrderedDict()
 
-    def note(self, job: GenerationJob, error: QueueFull, now_s: float) -> None:
+    def note(self, outline: Outline, error: QueueFull, now_s: float) -> None:
         """The queue refused a request."""
         if not error.lasting:
             return
         # The error itself was raised: it holds all that was under way then, prompts too.
         error = copy.copy(error)
-        window = RollingWindow(FLOOD_WINDOW_S, FLOOD_BUCKETS)
-        refused = self._kept.setdefault(_key(job), _Refused(error, 0.0, 0, now_s, window))
-        refused.error, refused.at_s = error, now_s
-        refused.timeout_s, refused.cost_tokens = job.timeout_s, job.cost_tokens
+        kind = outline.kind
+        if (refused := self._kept.get(kind)) is None:
+            window = RollingWindow(FLOOD_WINDOW_S, FLOOD_BUCKETS)
+            refused = self._kept[kind] = _Refused(error, outline, now_s, window)
+        refused.error, refused.outline, refused.at_s = error, outline, now_s
         refused.tally(now_s)
-        self._kept.move_to_end(_key(job))
+        self._kept.move_to_end(kind)
         if len(self._kept) > KEPT_MAX:
             self._kept.popitem(last=False)
 
-    def recall(self, job: GenerationJob, now_s: float) -> QueueFull | None:
+    def recall(self, outline: Outline, now_s: float) -> QueueFull | None:
         """The refusal that stands for a request; None: it is put to the queue."""
-        refused = self._kept.get(_key(job))
-        quota = job.limits.tokens_per_minute
-        if refused is None or not refused.stands(job, now_s) or (quota and job.cost_tokens > quota):
+        refused = self._kept.get(outline.kind)
+        if refused is None or not refused.stands(outline, now_s) or outline.may_exceed_quota:
             # What no minute could hold is told so.
             return None
         refused.tally(now_s)
         # Its own, for whoever raises it.
         return copy.copy(refused.error)
-
-
-def _key(job: GenerationJob) -> Key:
-    return job.model, job.tenant, job.band, job.params.n, job.limits

@@ -16,18 +16,15 @@ from services.common.clock import Clock
 from services.common.errors import (
     Draining,
     InterlockError,
-    QueueFull,
     RequestCancelled,
     RequestExists,
     RequestUnknown,
     StoreUnavailable,
 )
-from services.gateway.core.jobs import Outcome
 from services.gateway.core.log import Notice, NoticeKind
 from services.gateway.core.params import GenerationJob
 from services.gateway.core.ports import JobQueue, Meter, WorkerPool
-from services.gateway.core.queue_errors import exists_with_other_body
-from services.gateway.core.refusals import Refusals
+from services.gateway.core.queue_errors import exists_with_other_body, gateway_full
 from services.gateway.dispatcher import farewell
 from services.gateway.dispatcher.direct_stream import DirectStream
 from services.gateway.dispatcher.farewell import RETRY_WHEN_DRAINING_S
@@ -42,8 +39,6 @@ from services.gateway.dispatcher.streams import AnswerStream
 RENEW_S = 1.0
 # Ids whose end is remembered, so that cancelling one that has just ended is no error.
 ENDED_MAX = 4_096
-# Another gateway may have room now; this one has within seconds, as requests end all the time.
-RETRY_WHEN_FULL_S = 1.0
 # A renewal takes milliseconds; without Redis nobody would hear it.
 TELL_LEAVING_S = 1.0
 # Withdrawn requests need a moment to give their slots back; leases free them otherwise.
@@ -102,7 +97,6 @@ class Dispatcher:
         self._claims: set[str] = set()
         self._emptied = asyncio.Event()
         self._draining = False
-        self._refusals = Refusals()
         self._chores: set[asyncio.Task[None]] = set()
         self._rounds = Rounds(
             queue,
@@ -312,9 +306,6 @@ class Dispatcher:
         """Enqueues a request; raises what the queue says against it."""
         try:
             await generation.open()
-        except QueueFull as error:
-            self._refusals.note(generation.job, error, self._clock.monotonic())
-            raise
         except StoreUnavailable:
             self._rounds.store_reachable = False
             raise
@@ -334,16 +325,7 @@ class Dispatcher:
     def _check_room(self, job: GenerationJob) -> None:
         self._check_open()
         if job.job_id not in self._live and len(self._live) >= self._limits.requests_max:
-            raise QueueFull(
-                f"This gateway carries {self._limits.requests_max} requests already.",
-                retry_after_s=RETRY_WHEN_FULL_S,
-            )
-        if job.digest:
-            # It may be under way already, here or elsewhere.
-            return
-        if (refusal := self._refusals.recall(job, self._clock.monotonic())) is not None:
-            self._meter.request_ended(job.model, Outcome.FAILED, None)
-            raise refusal
+            raise gateway_full(self._limits.requests_max)
 
     def _forget(self, generation: Generation) -> None:
         if self._live.get(generation.job.job_id) is not generation:

@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from services.common import ids, logs
-from services.common.errors import ArgumentInvalid, Draining
+from services.common.clock import Clock
+from services.common.errors import ArgumentInvalid, Draining, QueueFull
 from services.common.tokens import TokenVerifier, bearer_token
 from services.gateway.core import validation
 from services.gateway.core.catalog import Catalog, CatalogEntry
-from services.gateway.core.jobs import Principal
+from services.gateway.core.jobs import Outcome, Principal
 from services.gateway.core.params import (
     GenerationJob,
     GenerationParams,
@@ -27,9 +28,11 @@ from services.gateway.core.params import (
     RawPrompt,
     SamplingParams,
     TokenPrompt,
+    prompt_size,
 )
 from services.gateway.core.payload import digest_of
-from services.gateway.core.ports import Tokenizer
+from services.gateway.core.ports import Meter, Tokenizer
+from services.gateway.core.refusals import Outline, Refusals
 from services.gateway.core.tenancy import TenantBounds
 from services.gateway.dispatcher.dispatch import Dispatcher
 from services.gateway.dispatcher.farewell import RETRY_WHEN_DRAINING_S
@@ -73,6 +76,8 @@ class Reception:
         catalog: What serves.
         dispatcher: Where requests go.
         deadlines: Bounds of deadlines.
+        clock: Measures.
+        meter: Counts what is turned away here.
         tenants: Bounds of what tenants may use.
         draw_seed: Draws a seed for those who name none.
     """
@@ -83,7 +88,9 @@ class Reception:
         catalog: Catalog,
         dispatcher: Dispatcher,
         deadlines: DeadlineLimits,
+        clock: Clock,
         *,
+        meter: Meter,
         tenants: TenantBounds = TenantBounds(),  # noqa: B008 - it is frozen
         draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
     ) -> None:
@@ -91,8 +98,11 @@ class Reception:
         self._catalog = catalog
         self._dispatcher = dispatcher
         self._deadlines = deadlines
+        self._clock = clock
+        self._meter = meter
         self._tenants = tenants
         self._draw_seed = draw_seed
+        self._refusals = Refusals()
         self._draining = False
 
     def drain(self) -> None:
@@ -152,38 +162,29 @@ class Reception:
         prompt = validation.check_request(request)
         band = validation.band_of(request.priority, principal)
         entry = self._catalog.find(request.model)
-        prompt_ids = await self._tokenize(entry, prompt)
-        max_tokens = validation.fit_max_tokens(
-            request.max_tokens, len(prompt_ids), entry.context_tokens, request.tokens_where_absent
-        )
-        # Only what fits is looked at one by one.
-        validation.check_token_ids(prompt_ids, entry.tokenizer.vocabulary)
-        validation.check_biased_ids(request.sampling, entry.tokenizer.vocabulary)
-        logs.annotate(model=entry.model, prompt_tokens=len(prompt_ids), max_tokens=max_tokens)
-        job = GenerationJob(
-            job_id=job_id(principal.subject, request_id),
-            request_id=request_id,
-            tenant=principal.subject,
+        logs.annotate(model=entry.model)
+        outline = Outline(
             model=entry.model,
-            prompt_ids=prompt_ids,
-            params=GenerationParams(
-                max_tokens,
-                self._with_seed(request.sampling),
-                request.stop,
-                request.logprobs,
-                request.form,
-                request.n or 1,
-            ),
+            tenant=principal.subject,
             band=band,
-            timeout_s=timeout_s,
-            submission=secrets.token_hex(8),
-            decode=entry.tokenizer.decode,
+            slots=request.n or 1,
             limits=principal.limits,
-            # An id that was drawn here is nobody's business but its own.
-            digest=digest_of(entry.model, request) if request.request_id or request.resumable else "",
-            resumable=request.resumable,
+            timeout_s=timeout_s,
+            max_tokens=request.max_tokens or request.tokens_where_absent,
+            prompt_size=prompt_size(prompt),
+            in_tokens=isinstance(prompt, TokenPrompt),
         )
-        return await self._dispatcher.submit(job)
+        # What its caller named may be under way already, here or elsewhere.
+        named = bool(request.request_id) or request.resumable
+        if not named:
+            self._turn_away(outline)
+        job = await self._prepare(request_id, request, prompt, outline, entry)
+        try:
+            return await self._dispatcher.submit(job)
+        except QueueFull as error:
+            if not named:
+                self._refusals.note(outline, error, self._clock.monotonic())
+            raise
 
     async def resume(self, principal: Principal, request_id: str, cursor: int) -> AnswerStream:
         """Goes on with a resumable request of the caller's own subject behind `cursor`.
@@ -231,6 +232,57 @@ class Reception:
         """What serves, the default model first."""
         default = self._catalog.default
         return tuple(sorted(self._catalog.entries, key=lambda entry: (entry.model != default, entry.model)))
+
+    async def _prepare(
+        self,
+        request_id: str,
+        request: GenerationRequest,
+        prompt: Prompt,
+        outline: Outline,
+        entry: CatalogEntry,
+    ) -> GenerationJob:
+        """Tokenizes a request and checks what could not be checked before."""
+        prompt_ids = await self._tokenize(entry, prompt)
+        max_tokens = validation.fit_max_tokens(
+            request.max_tokens, len(prompt_ids), entry.context_tokens, request.tokens_where_absent
+        )
+        # Only what fits is looked at one by one.
+        validation.check_token_ids(prompt_ids, entry.tokenizer.vocabulary)
+        validation.check_biased_ids(request.sampling, entry.tokenizer.vocabulary)
+        logs.annotate(prompt_tokens=len(prompt_ids), max_tokens=max_tokens)
+        return GenerationJob(
+            job_id=job_id(outline.tenant, request_id),
+            request_id=request_id,
+            tenant=outline.tenant,
+            model=outline.model,
+            prompt_ids=prompt_ids,
+            params=GenerationParams(
+                max_tokens,
+                self._with_seed(request.sampling),
+                request.stop,
+                request.logprobs,
+                request.form,
+                outline.slots,
+            ),
+            band=outline.band,
+            timeout_s=outline.timeout_s,
+            submission=secrets.token_hex(8),
+            decode=entry.tokenizer.decode,
+            limits=outline.limits,
+            # An id that was drawn here is nobody's business but its own.
+            digest=digest_of(entry.model, request) if request.request_id or request.resumable else "",
+            resumable=request.resumable,
+        )
+
+    def _turn_away(self, outline: Outline) -> None:
+        """Refuses in a flood what the queue has just refused another one like it.
+
+        Raises:
+            QueueFull: As it was told the other one.
+        """
+        if (refusal := self._refusals.recall(outline, self._clock.monotonic())) is not None:
+            self._meter.request_ended(outline.model, Outcome.FAILED, None)
+            raise refusal
 
     async def _tokenize(self, entry: CatalogEntry, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, TokenPrompt):
