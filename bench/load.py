@@ -9,7 +9,8 @@ It loads the mesh of $INTERLOCK_HOME, or starts one there (--up). A step is a nu
 again as soon as they are answered (--clients), or a rate of independent arrivals (--rate). A client that is
 refused comes back when it was told to; an arrival does not. Prompts are random token ids, no two alike.
 Requests that run when a step ends are cut; their tokens count. A machine's speed drifts: --rounds runs all
---clients steps so often, mixed, and tells the medians with what they are worth; the chart draws them.
+--clients steps so often, mixed, and tells the medians with what they are worth; the chart draws them. What
+does not drift is told with each step: how many cores the workers had, and how many all others took.
 
 --without-queue runs every --clients step a second time as it would be with no gateway: the same clients
 straight at the first worker's session, all requests at once, and whoever is refused tries again at once.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import platform
 import random
@@ -33,6 +35,7 @@ from typing import Any
 
 from rich.progress import Progress
 
+from bench.load_callers import Caller
 from bench.load_chart import draw
 from bench.load_direct import open_direct
 from bench.load_figures import figures
@@ -40,6 +43,7 @@ from bench.load_plan import Load, Tenant, tenant
 from bench.load_rounds import Summary, order, summaries
 from bench.load_steps import Crowd, Step, Tick
 from bench.load_world import NoMesh, Target, find, open_caller, started, tokens_of
+from bench.processor_time import Ledger
 
 # What a cancelled request still costs its worker is over by then.
 _SETTLING_S = 1.0
@@ -59,19 +63,20 @@ class Bench:
         self._tokens = tokens_of(load, target.jwt_secret)
         # Not seeded: the mesh remembers the prompts of earlier runs.
         self._chance = random.Random()  # noqa: S311 - prompts are no secrets
+        self._ledger = Ledger(target.processes)
 
     async def closed(self, clients: int, tick: Tick) -> dict[str, Any]:
         """One step of clients, through the mesh."""
         opened = open_caller(self._target.address, self._tokens, transport=self._transport, clients=clients)
         async with opened as caller:
-            step = await Crowd(caller, self._load, self._chance).closed_loop(clients, tick)
+            step = await self._crowd(caller).closed_loop(clients, tick)
         return self._told(step, clients=clients, rate=None, queue=True)
 
     async def direct(self, clients: int, tick: Tick) -> dict[str, Any]:
         """One step of clients, straight at the worker."""
         target = self._target
         async with open_direct(target.worker, target.mesh_token, target.model) as caller:
-            step = await Crowd(caller, self._load, self._chance).closed_loop(clients, tick)
+            step = await self._crowd(caller).closed_loop(clients, tick)
         return self._told(step, clients=clients, rate=None, queue=False)
 
     async def open(self, rate: float, tick: Tick) -> dict[str, Any]:
@@ -80,11 +85,15 @@ class Bench:
         clients = int(rate * 10) + 1
         opened = open_caller(self._target.address, self._tokens, transport=self._transport, clients=clients)
         async with opened as caller:
-            step = await Crowd(caller, self._load, self._chance).open_loop(rate, tick)
+            step = await self._crowd(caller).open_loop(rate, tick)
         return self._told(step, clients=None, rate=rate, queue=True)
 
+    def _crowd(self, caller: Caller) -> Crowd:
+        return Crowd(caller, self._load, self._chance, self._ledger)
+
     def _told(self, step: Step, **what: Any) -> dict[str, Any]:
-        return what | asdict(figures(step.traces, self._load.weights, step.window_s))
+        found = asdict(figures(step.traces, self._load.weights, step.window_s))
+        return what | found | {"cores": dict(step.cores)}
 
 
 async def run(bench: Bench, arguments: argparse.Namespace, load: Load) -> list[dict[str, Any]]:
@@ -102,6 +111,8 @@ async def run(bench: Bench, arguments: argparse.Namespace, load: Load) -> list[d
             told = await run_step(size, lambda seconds: progress.advance(task, seconds))
             found.append(told)
             progress.console.print(line_of(told))
+            if (hint := hint_of(told, load)) is not None:
+                progress.console.print(f"  {hint}", style="dim")
             await asyncio.sleep(_SETTLING_S)
     return found
 
@@ -118,8 +129,23 @@ def line_of(step: dict[str, Any]) -> str:
         f"refused {step['shed_rate']:.1%} in {_ms(refusal['p50'])}/{_ms(refusal['p95'])} ms",
         f"{step['missed_deadlines']} missed, {step['requests']['failed']} failed",
         f"Jain {step['jain']:.3f}",
+        f"cores: {', '.join(f'{kind} {cores:.2f}' for kind, cores in step['cores'].items())}",
     ]
     return ", ".join(parts)
+
+
+def hint_of(step: dict[str, Any], load: Load) -> str | None:
+    """What to do where a window was too short for its clients; None: it was not."""
+    clients, answers = step["clients"], step["answers"]
+    if clients is None or answers >= clients:
+        return None
+    if not answers:
+        return f"no answer ended in {load.duration_s:g} s; give a longer --duration"
+    turn_s = math.ceil(load.duration_s * clients / answers)
+    return (
+        f"{answers} answers for {clients} clients: TTFT is of those who were served first. "
+        f"All have a turn in about {turn_s} s; give --warmup and --duration as much for theirs"
+    )
 
 
 def _ms(value: float | None) -> str:

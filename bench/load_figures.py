@@ -27,6 +27,7 @@ class Figures:
         goodput_tokens_per_s: Tokens that came, without those of answers that failed or missed a deadline.
         ttft_ms: From a client's first asking, refused attempts included, to a first token in the window.
         itl_ms: Between tokens; a message of several counts as so many, evenly spaced.
+        answers: Answers that ended in the window.
         requests: Attempts that began, by fate.
         shed_rate: The share of ended and running attempts that was refused.
         refusal_ms: From an attempt to its refusal.
@@ -40,6 +41,7 @@ class Figures:
     goodput_tokens_per_s: float
     ttft_ms: Spread
     itl_ms: Spread
+    answers: int
     requests: Mapping[str, int]
     shed_rate: float
     refusal_ms: Spread
@@ -64,6 +66,7 @@ def figures(traces: Sequence[Trace], weights: Mapping[str, float], window_s: tup
         goodput_tokens_per_s=round(sum(tokens.values()) / (ended_s - began_s), 1),
         ttft_ms=spread_ms(ttft_s for trace in traces for ttft_s in ttfts_s(trace, window_s)),
         itl_ms=spread_ms(gap_s for trace in traces for gap_s in gaps_s(trace, window_s)),
+        answers=sum(_answered(trace, window_s) for trace in traces),
         requests={fate.value: sum(trace.fate is fate for trace in mine) for fate in Fate},
         shed_rate=round(len(refused) / len(mine), 4) if mine else 0.0,
         refusal_ms=spread_ms((trace.ended_s or 0.0) - trace.began_s for trace in refused),
@@ -80,6 +83,10 @@ def good_tokens(trace: Trace, window_s: tuple[float, float]) -> int:
     if trace.fate in {Fate.FAILED, Fate.MISSED}:
         return 0
     return sum(count for at_s, count in trace.arrivals if window_s[0] <= at_s < window_s[1])
+
+
+def _answered(trace: Trace, window_s: tuple[float, float]) -> bool:
+    return trace.fate is Fate.FINISHED and window_s[0] <= (trace.ended_s or 0.0) < window_s[1]
 
 
 def ttfts_s(trace: Trace, window_s: tuple[float, float]) -> list[float]:

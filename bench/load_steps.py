@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from bench.load_callers import Caller
 from bench.load_plan import Ask, Load, Tenant, ask_of
 from bench.load_trace import Fate, Trace
+from bench.processor_time import Ledger, cores_between
 
 # How often the progress bar moves.
 _TICK_S = 0.25
@@ -28,10 +29,12 @@ class Step:
     Attributes:
         traces: All its requests.
         window_s: From when to when it is measured, of the traces' clock.
+        cores: Cores that each kind of process kept busy then.
     """
 
     traces: list[Trace] = field(default_factory=list)
     window_s: tuple[float, float] = (0.0, 0.0)
+    cores: Mapping[str, float] = field(default_factory=dict)
 
 
 class Crowd:
@@ -41,10 +44,14 @@ class Crowd:
         caller: How they ask.
         load: What they ask.
         chance: Draws prompts and arrivals.
+        ledger: Tells what the mesh's processes have used.
     """
 
-    def __init__(self, caller: Caller, load: Load, chance: random.Random) -> None:
+    def __init__(
+        self, caller: Caller, load: Load, chance: random.Random, ledger: Ledger | None = None
+    ) -> None:
         self._caller, self._load, self._chance = caller, load, chance
+        self._ledger = ledger or Ledger()
         self._traces: list[Trace] = []
 
     async def closed_loop(self, clients: int, tick: Tick) -> Step:
@@ -63,10 +70,15 @@ class Crowd:
     async def _measure(self, tick: Tick) -> Step:
         began_s = time.monotonic() + self._load.warmup_s
         until_s = began_s + self._load.duration_s
+        await self._pass_until(began_s, tick)
+        first = self._ledger.read()
+        await self._pass_until(until_s, tick)
+        return Step(self._traces, (began_s, until_s), cores_between(first, self._ledger.read()))
+
+    async def _pass_until(self, until_s: float, tick: Tick) -> None:
         while (left_s := until_s - time.monotonic()) > 0:
             await asyncio.sleep(min(_TICK_S, left_s))
             tick(min(_TICK_S, left_s))
-        return Step(self._traces, (began_s, until_s))
 
     async def _client(self, tenant: Tenant) -> None:
         wished_s, ask = time.monotonic(), ask_of(self._load, tenant, self._chance)

@@ -38,6 +38,7 @@ class Target:
         workers: How many it has.
         mesh_token: What the worker believes.
         model: The name of the model.
+        processes: Its processes: of what kind each is, and its id.
     """
 
     address: str
@@ -46,6 +47,7 @@ class Target:
     workers: int
     mesh_token: str
     model: str
+    processes: tuple[tuple[str, int], ...]
 
 
 def find() -> Target:
@@ -60,7 +62,8 @@ def find() -> Target:
         raise NoMesh(f"No mesh runs in {home.path}. Start one with `interlock up`, or give --up.")
     address = found.http.removeprefix("http://").rstrip("/")
     worker, workers = found.workers[0].address, len(found.workers)
-    return Target(address, home.jwt_secret, worker, workers, home.mesh_token, found.model)
+    processes = tuple((kind, part.pid) for kind, part in found.parts() if part.pid)
+    return Target(address, home.jwt_secret, worker, workers, home.mesh_token, found.model, processes)
 
 
 @contextmanager

