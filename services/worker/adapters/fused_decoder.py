@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from services.worker.adapters.packed_product import BLOCK, WORD, PackedProduct
 
 
 class Int8Weight:
-    """A weight of LLM.int8, and the columns of it that outliers have met.
+    """A weight of LLM.int8. Nothing of it changes: any number of passes may use it at once.
 
     Args:
         weight: int8, as `packed_product.packed` makes it; used as it is: it may be pages of a file that other
@@ -32,10 +33,30 @@ class Int8Weight:
         self._stored = {"weight": weight, "scales": scales}
         if bias is not None:
             self._stored["bias"] = bias.float()
-        self._met = {
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """What of a frame of `fused_parts` belongs to the weight."""
+        return {"inputs": self.inputs} | _addresses(self._stored)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the weight."""
+        return sum(tensor.nbytes for tensor in self._stored.values())
+
+
+class KeptColumns:
+    """The columns of a weight that the outliers of one pass after another have met; one pass at a time.
+
+    Args:
+        weight: Whose columns they are.
+    """
+
+    def __init__(self, weight: Int8Weight) -> None:
+        self._tensors = {
             # Pages that nothing was written to take no memory.
-            "kept": torch.empty((KEPT_COLUMNS, self.outputs), dtype=torch.int8),
-            "slots": torch.full((self.inputs,), -1, dtype=torch.int32),
+            "kept": torch.empty((KEPT_COLUMNS, weight.outputs), dtype=torch.int8),
+            "slots": torch.full((weight.inputs,), -1, dtype=torch.int32),
             "owners": torch.full((KEPT_COLUMNS,), -1, dtype=torch.int32),
             "uses": torch.zeros(KEPT_COLUMNS, dtype=torch.long),
             "clock": torch.zeros(2, dtype=torch.long),
@@ -43,14 +64,17 @@ class Int8Weight:
 
     @property
     def fields(self) -> dict[str, int]:
-        """What of a frame of `fused_parts` belongs to the weight."""
-        tensors = self._stored | self._met
-        return {"inputs": self.inputs} | {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        """What of a frame of `fused_parts` belongs to them."""
+        return _addresses(self._tensors)
 
     @property
     def bytes(self) -> int:
-        """Memory of the weight, and of the columns of it that may come to be kept."""
-        return sum(tensor.nbytes for tensor in (*self._stored.values(), self._met["kept"]))
+        """Memory that they may come to take."""
+        return self._tensors["kept"].nbytes
+
+
+def _addresses(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +143,14 @@ class FusedDecoder:
         )
 
     @property
+    def weights(self) -> tuple[Int8Weight, ...]:
+        """All of them, in the order in which a token meets them."""
+        return (*(weight for layer in self.layers for weight in layer.weights), self.head)
+
+    @property
     def bytes(self) -> int:
         """Memory of the weights."""
-        weights = [weight for layer in self.layers for weight in layer.weights]
-        return self.embedding.nbytes + self.head.bytes + sum(weight.bytes for weight in weights)
+        return self.embedding.nbytes + sum(weight.bytes for weight in self.weights)
 
     def check(self) -> None:
         """Makes sure that every tensor is as large as the functions take it to be: they would not notice.

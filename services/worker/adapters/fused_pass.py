@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from services.worker.adapters.fused_decoder import FusedDecoder, Int8Weight
+from services.worker.adapters.fused_decoder import FusedDecoder, Int8Weight, KeptColumns
 from services.worker.adapters.fused_parts import FIELDS, FusedShape, compiled
 from services.worker.adapters.lean_cache import LeanRows
 
@@ -68,9 +68,9 @@ class _Space:
             self._views[rows, inputs] = found
         return found
 
-    def multiply(self, weight: Int8Weight, rows: int) -> torch.Tensor:
+    def multiply(self, weight: Int8Weight, rows: int, threads: int) -> torch.Tensor:
         """The product of the first rows, int32 `[rows, outputs]`."""
-        return weight.product(self.view(rows, weight.inputs))
+        return weight.product(self.view(rows, weight.inputs), threads)
 
     def pick(self, chosen: Sequence[int], tokens: int, inputs: int) -> None:
         """Brings what the next product wants of some tokens to the front, in their order."""
@@ -85,17 +85,18 @@ class _Space:
 class FusedPass:
     """Passes of one decoder over its rows of keys and values; one at a time.
 
+    Another one of the same decoder and cache may pass at the same time, over other rows.
+
     Args:
         decoder: The model.
         rows: Its cache, in half precision and blocks of `fused_attention.BLOCK_POSITIONS`.
-        threads: How many take part.
     """
 
-    def __init__(self, decoder: FusedDecoder, rows: LeanRows, threads: int) -> None:
+    def __init__(self, decoder: FusedDecoder, rows: LeanRows) -> None:
         decoder.check()
         self._decoder = decoder
         self._rows = rows
-        self._threads = threads
+        self._kept = tuple(KeptColumns(weight) for weight in decoder.weights)
         self._shape = decoder.shape
         self._functions = compiled(self._shape)
         self._space = _Space(FEW_TOKENS, self._shape)
@@ -107,6 +108,7 @@ class FusedPass:
         rows: Sequence[int],
         positions: Sequence[int],
         drawn: Sequence[int],
+        threads: int,
     ) -> torch.Tensor:
         """Passes tokens through all layers; each attends to the positions of its row up to its own.
 
@@ -115,6 +117,7 @@ class FusedPass:
             rows: Of the cache, for each token.
             positions: Where each stands in its row.
             drawn: Which tokens' logits are wanted, ascending, counted from 0.
+            threads: How many may take part.
 
         Returns:
             `[drawn, vocabulary]`, in single precision.
@@ -130,15 +133,15 @@ class FusedPass:
         for row, position in zip(rows, positions, strict=True):
             self._rows.fill(row, position + 1)
         scores = (sum(positions) + tokens) * self._shape.queries
-        call = self._caller(tokens, scores)
+        call = self._caller(tokens, scores, threads)
         call("enter", plan.first, tokens, None)
         *calls, last = plan.calls
         for one in calls:
-            call(one.name, one.frame, tokens, space.multiply(one.weight, tokens))
+            call(one.name, one.frame, tokens, space.multiply(one.weight, tokens, threads))
         if not drawn:
             return torch.empty((0, self._shape.vocabulary))
         space.pick(drawn, tokens, last.weight.inputs)
-        product = space.multiply(last.weight, len(drawn))
+        product = space.multiply(last.weight, len(drawn), threads)
         call(last.name, last.frame, len(drawn), product)
         return product.view(torch.float32)
 
@@ -146,14 +149,22 @@ class FusedPass:
         """Lets go of layers and rows; nothing passes from then on."""
         self._decoder = replace(self._decoder, layers=())
         self._rows = LeanRows(self._rows.shape, 0)
+        self._kept = ()
         self._plan = None
 
-    def _caller(self, tokens: int, scores: int) -> Callable[[str, Frame, int, torch.Tensor | None], None]:
-        """What makes the calls of one pass."""
+    @property
+    def bytes(self) -> int:
+        """Memory that the columns it keeps may come to take."""
+        return sum(columns.bytes for columns in self._kept)
+
+    def _caller(
+        self, tokens: int, scores: int, most: int
+    ) -> Callable[[str, Frame, int, torch.Tensor | None], None]:
+        """What makes the calls of one pass, of `most` threads."""
         few = tokens <= FEW_TOKENS
         brief = few and scores <= FEW_SCORES
-        threads = 1 if few else self._threads
-        attending = 1 if scores <= FEW_SCORES else self._threads
+        threads = 1 if few else most
+        attending = 1 if scores <= FEW_SCORES else most
 
         def call(name: str, frame: Frame, count: int, product: torch.Tensor | None) -> None:
             # A vocabulary is long, and a column of it that is met for the first time takes milliseconds.
@@ -190,8 +201,10 @@ class FusedPass:
         shared = step | {"turns": turns.data_ptr(), "blocks": blocks}
         norms = [layer.attention_norm for layer in decoder.layers[1:]] + [decoder.norm]
 
+        kept = iter(self._kept)
+
         def made(weight: Int8Weight, name: str, **fields: int) -> _Call:
-            return _Call(weight, name, _frame(shared | weight.fields | fields))
+            return _Call(weight, name, _frame(shared | weight.fields | next(kept).fields | fields))
 
         for layer, norm, cache in zip(decoder.layers, norms, rows.layers, strict=True):
             keys, values = cache

@@ -9,7 +9,7 @@ import torch
 
 from services.worker.adapters.fused_attention import BLOCK_POSITIONS
 from services.worker.adapters.fused_decoder import FusedDecoder
-from services.worker.adapters.fused_pass import FusedPass
+from services.worker.adapters.fused_lanes import FusedLanes, Tokens
 from services.worker.adapters.lean_cache import CacheShape, LeanRows
 from services.worker.adapters.torch_cache import GROWTH_TOKENS
 from services.worker.adapters.torch_runner import DecoderModel, TorchRunner
@@ -33,12 +33,12 @@ class FusedRunner(TorchRunner):
         # The first passes, which measure, need little.
         rows = LeanRows(shape, 2 * GROWTH_TOKENS)
         self._cache = rows
-        self._passes = FusedPass(decoder, rows, model.threads)
+        self._passes = FusedLanes(decoder, rows, model.threads)
 
     @property
     def weights_bytes(self) -> int:
-        """Memory of the weights."""
-        return self._decoder.bytes
+        """Memory of the weights, and of what passes keep beside them."""
+        return self._decoder.bytes + self._passes.bytes
 
     def settle(self, facts: ModelFacts) -> None:
         """As for any runner; the module, which the probe has been compared with, is given up."""
@@ -52,7 +52,7 @@ class FusedRunner(TorchRunner):
         self._decoder = replace(self._decoder, layers=())
 
     def forward(self, batch: Batch) -> tuple[list[torch.Tensor], list[int]]:
-        """All chunks and all decodes in one pass: no token's numbers depend on its neighbours."""
+        """All chunks and all decodes at once: no token's numbers depend on its neighbours."""
         if batch.decodes and batch.decodes[0].guess:
             return self._check_guess(batch.decodes[0])
         ids: list[int] = []
@@ -73,8 +73,8 @@ class FusedRunner(TorchRunner):
             positions.append(decode.position)
         if not ids:
             return [], []
-        logits = self._passes.forward(ids, rows, positions, drawn)
-        return ([logits] if drawn else []), [rows[index] for index in drawn]
+        logits = self._passes.forward(Tokens(ids, rows, positions, drawn))
+        return (logits if drawn else []), [rows[index] for index in drawn]
 
     def _check_guess(self, one: Decode) -> tuple[list[torch.Tensor], list[int]]:
         """One token and what is guessed behind it, as if they were a prompt: each yields its logits."""
@@ -94,4 +94,4 @@ class FusedRunner(TorchRunner):
         spread = [row for row in rows for _ in range(count)]
         places = [position + offset for position in positions for offset in range(count)]
         drawn = range(len(ids)) if every or count == 1 else [len(ids) - 1]
-        return self._passes.forward(ids, spread, places, drawn)
+        return self._passes.together(Tokens(ids, spread, places, drawn))

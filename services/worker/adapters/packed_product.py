@@ -72,18 +72,18 @@ class PackedProduct:
         self._frame = (ctypes.c_int64 * len(fields))(*fields)
         self._call = compiled_product().long("multiply")
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, threads: int) -> torch.Tensor:
         """Multiplies.
 
         Args:
             rows: uint8 `[rows, inputs]`, contiguous: signed bytes, with ZERO_POINT added.
+            threads: How many may take part.
 
         Returns:
             The exact sums, int32 `[rows, outputs]`, contiguous and nobody else's.
         """
         count = rows.shape[0]
         sums = torch.empty((count, self._outputs), dtype=torch.int32)
-        threads = torch.get_num_threads()
         self._call(ctypes.addressof(self._frame), rows.data_ptr(), sums.data_ptr(), count, threads)
         return sums
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from services.worker.adapters.fused_attention import BLOCK_POSITIONS
-from services.worker.adapters.fused_decoder import Int8Weight, quantized
+from services.worker.adapters.fused_decoder import Int8Weight, KeptColumns, quantized
 from services.worker.adapters.fused_int8 import KEPT_COLUMNS
 from services.worker.adapters.fused_parts import FIELDS, FusedShape, compiled
 from services.worker.adapters.packed_product import packed
@@ -38,6 +38,7 @@ class Layer:
         self.plain = integers * scales.unsqueeze(1)
         self.bias = torch.randn(OUTPUTS) if bias else None
         self.weight = Int8Weight(packed(integers), scales, self.bias)
+        self.kept = KeptColumns(self.weight)
         self.counts: list[int] = []
 
     def __call__(self, x: torch.Tensor, threads: int = 1) -> torch.Tensor:
@@ -55,9 +56,9 @@ class Layer:
         product = self.weight.product
         call("enter", self.shape, step, rows, threads, threads, 0)
         self.counts = step["counts"].tolist()
-        sums = product(step["bytes"])
+        sums = product(step["bytes"], threads)
         numbers = (rows, threads, threads, sums.data_ptr())
-        call("leave", self.shape, step, *numbers, **self.weight.fields)
+        call("leave", self.shape, step, *numbers, **self.weight.fields, **self.kept.fields)
         return sums.view(torch.float32)[:rows]
 
     def exactly(self, x: torch.Tensor) -> torch.Tensor:
@@ -144,6 +145,7 @@ class Attention:
         weight = packed(torch.zeros((outputs, 16), dtype=torch.int8))
         # Sums are whole numbers: these are thousandths, and the scale says so.
         self.weight = Int8Weight(weight, torch.full((outputs,), 0.001), None)
+        self.kept = KeptColumns(self.weight)
         self.turns = turns
 
     def __call__(
@@ -176,7 +178,7 @@ class Attention:
             step["counts"][spoilt], step["outliers"][spoilt, 0] = 1, math.nan
         numbers = (tokens, threads, threads, product.data_ptr())
         blocks = self.capacity // BLOCK_POSITIONS
-        call("attend", self.shape, step, *numbers, blocks=blocks, **self.weight.fields)
+        call("attend", self.shape, step, *numbers, blocks=blocks, **self.weight.fields, **self.kept.fields)
         return product.view(torch.float32)[:, : self.shape.attended]
 
     def exactly(self, projected: torch.Tensor) -> torch.Tensor:
