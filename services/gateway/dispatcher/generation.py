@@ -175,7 +175,7 @@ class Generation:
         self._accept(grant.allowance)
         if self.waits:
             self._apply(request_events.Granted(grant))
-        elif not self.moved and (self._request.grant is None or self._request.grant.nonce != grant.nonce):
+        elif not self.moved and not self._request.knows(grant):
             self._ticket.give_back(grant)
 
     def placed(self, place: Waiting) -> None:
