@@ -1,9 +1,9 @@
-"""One request under way. Owns: its table and its timers, from enqueue to end.
+"""One request under way. Owns: its table, from enqueue to end.
 
 The shell around `core.request`: everything that happens becomes an event for the table, and the effects that
-the table returns are performed here, by its ticket, its engagement and its narration. Must not know: which
-queue, which workers, which API, or who listens: its events go into an outbox, which a client empties, or the
-writer of its log.
+the table returns are performed here, by its ticket, its engagement, its narration and its timers. Must not
+know: which queue, which workers, which API, or who listens: its events go into an outbox, which a client
+empties, or the writer of its log.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ from services.gateway.dispatcher.limits import GenerationLimits
 from services.gateway.dispatcher.narration import Narration
 from services.gateway.dispatcher.outbox import Outbox
 from services.gateway.dispatcher.ticket import Ticket
+from services.gateway.dispatcher.timers import Timers
 
 # Starts that one gateway may count before the next one's numbers begin: a retry each 100 ms for an hour.
 ADOPTION_BITS = 16
-# The wait for a worker begins again while it is in vain: where none is allowed, it is still no busy loop.
-AWAIT_LEAST_S = 0.05
 
 
 class Generation:
@@ -89,10 +88,7 @@ class Generation:
         self._accepted = False
         self.allowance: Allowance | None = None
         self.error: InterlockError | None = None
-        self._deadline = asyncio.get_running_loop().call_later(
-            max(job.timeout_s - job.waited_s, 0.0), self._apply, request_events.DeadlinePassed()
-        )
-        self._failover: asyncio.TimerHandle | None = None
+        self._timers = Timers(job.timeout_s - job.waited_s, limits.failover_wait_s, self._apply)
 
     # --- what the dispatcher and the queue say --------------------------------------------------------------
 
@@ -337,7 +333,7 @@ class Generation:
             case request_events.Settle(grant, outcome):
                 self._ticket.settle(grant, outcome)
             case request_events.AwaitWorker():
-                self._await_worker()
+                self._timers.await_worker()
             case request_events.Close(error):
                 self._close(error)
 
@@ -369,18 +365,9 @@ class Generation:
 
         self._ticket.do(wait)
 
-    def _await_worker(self) -> None:
-        if self._failover is not None:
-            self._failover.cancel()
-        wait_s = max(self._limits.failover_wait_s, AWAIT_LEAST_S)
-        loop = asyncio.get_running_loop()
-        self._failover = loop.call_later(wait_s, self._apply, request_events.WaitedOut())
-
     def _close(self, error: InterlockError | None) -> None:
         self.error = error
-        for timer in (self._deadline, self._failover):
-            if timer is not None:
-                timer.cancel()
+        self._timers.close()
         self.attendance.close()
         finished = self._narration.finish() if error is None else None
         if (outcome := life.OUTCOMES.get(self._request.phase)) is not None:
