@@ -93,7 +93,7 @@ class Request:
         attempts_max: Workers that it may use up.
         resumable: Whether another gateway may go on with it.
         phase: Where it is.
-        starts: How often a worker was asked; refusals count.
+        starts: The number of the latest attempt. Each time that a worker is asked is one; refusals count.
         failures: Workers that it has used up; refusals do not count.
         blames: Those of them that were lost before they emitted anything for it.
         emitted: Whether anything was generated so far.

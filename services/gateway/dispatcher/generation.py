@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from services.common.allowance import Allowance
 from services.common.clock import Clock
@@ -132,6 +133,18 @@ class Generation:
         """The latest grant, as the client is told of it; None before the first."""
         return self._narration.started
 
+    @property
+    def starts(self) -> int:
+        """The number of the latest attempt."""
+        return self._request.starts
+
+    def start_behind(self, starts: int) -> None:
+        """Numbers attempts behind those of a request before it that had its id.
+
+        A worker may not have ended the last of them yet, and what it says of that is of another number.
+        """
+        self._request = replace(self._request, starts=starts)
+
     def queued_job(self) -> QueuedJob:
         """The request as the queue knows it."""
         return self._ticket.queued_job()
@@ -144,11 +157,10 @@ class Generation:
         self.attendance.leave_alone()
         started = self.chronicle.journal.started
         is_exact = self._narration.restore(taken.entries, started)
-        self._request = life.Request(
-            attempts_max=self._limits.attempts_max,
-            resumable=True,
+        self._request = replace(
+            self._request,
             # Other numbers than those that a worker may have heard from the process before.
-            starts=taken.adoptions << ADOPTION_BITS,
+            starts=max(self.starts, taken.adoptions << ADOPTION_BITS),
             failures=0 if started is None else started.failures,
             emitted=self._narration.answers.progress > 0,
             revision="" if started is None else started.revision,
