@@ -35,9 +35,6 @@ from services.gateway.dispatcher.outbox import Outbox
 from services.gateway.dispatcher.ticket import Ticket
 from services.gateway.dispatcher.timers import Timers
 
-# Starts that one gateway may count before the next one's numbers begin: a retry each 100 ms for an hour.
-ADOPTION_BITS = 16
-
 
 class Generation:
     """A request from `open` to its end.
@@ -159,12 +156,14 @@ class Generation:
         is_exact = self._narration.restore(taken.entries, started)
         self._request = replace(
             self._request,
-            # Other numbers than those that a worker may have heard from the process before.
-            starts=max(self.starts, taken.adoptions << ADOPTION_BITS),
+            starts=max(self.starts, taken.starts),
             failures=0 if started is None else started.failures,
             emitted=self._narration.answers.progress > 0,
             revision="" if started is None else started.revision,
         )
+        if started is not None:
+            # Its worker may have gone with its gateway: as after any loss, it waits so long for another.
+            self._timers.await_worker()
         if not is_exact:
             self.withdraw(unlike_log())
         elif taken.grant is not None:
