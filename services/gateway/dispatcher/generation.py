@@ -79,7 +79,9 @@ class Generation:
         self._narration = Narration(job, self.outbox, clock, meter)
         self._engagement = Engagement(workers, self, job.request_id, meter)
         self._ticket = Ticket(job, queue, clock, self, self._narration, self._look_for_end)
-        self.chronicle = Chronicle(job, self.outbox, log, self, clock) if job.resumable else None
+        self.chronicle = (
+            Chronicle(job, self.outbox, log, self, self._narration, clock) if job.resumable else None
+        )
         self.attendance = Attendance(
             limits.detach_grace_s, lambda: log.unattended_s(job.model, job.job_id), self._give_up
         )
@@ -231,11 +233,6 @@ class Generation:
         self._engagement.add_credit(sequence, tokens)
 
     # --- what the log says ----------------------------------------------------------------------------------
-
-    @property
-    def cached_prompt_tokens(self) -> int:
-        """Prompt tokens found in a cache."""
-        return self._narration.answers.cached_prompt_tokens
 
     async def dispute(self, grant: Grant) -> None:
         """The log was refused to `grant`: unless the queue confirms it, another gateway has the request."""
