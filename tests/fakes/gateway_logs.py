@@ -30,6 +30,7 @@ class FakeLogs:
         claims: What ids stand for.
         answers: What the next appends answer instead of writing.
         appends: Positions and sizes of the appends.
+        used: What the appends told of used tokens.
         down: Whether every call raises StoreUnavailable.
         unattended: What `unattended_s` answers.
         outcomes: How jobs ended whose logs do not say so.
@@ -39,6 +40,7 @@ class FakeLogs:
     claims: dict[str, Claim] = field(default_factory=dict)
     answers: list[Appended] = field(default_factory=list)
     appends: list[tuple[str, int, int]] = field(default_factory=list)
+    used: list[int] = field(default_factory=list)
     down: bool = False
     unattended: float | None = None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
@@ -55,9 +57,12 @@ class FakeLogs:
         position: int,
         entries: Sequence[Entry],
         bounds: LogBounds,
+        *,
+        used_tokens: int = 0,
     ) -> Appended:
         """See `GenerationLog.append`."""
         self._check()
+        self.used.append(used_tokens)
         self.appends.append((nonce, position, len(entries)))
         if self.answers:
             return self.answers.pop(0)

@@ -188,6 +188,23 @@ async def test_an_id_in_use_is_refused(gateway: GatewayWorld) -> None:
     assert (await other.read()).HasField("started")
 
 
+async def test_an_id_is_free_before_a_worker_has_ended_what_was_asked_by_it(gateway: GatewayWorld) -> None:
+    """In a long step it hears of no cancellation: what it still says of the first is not the second's."""
+    worker = await gateway.add_worker("w1", Script(answer="the first " * 4, interval_s=0.01, deaf=True))
+    request = pb.GenerateRequest(text="hi", request_id="r")
+    first = gateway.call(request)
+    while not (await first.read()).HasField("chunk"):
+        pass
+    first.cancel()
+    async with asyncio.timeout(10):
+        await gateway.dispatcher.wait_empty()
+    worker.script.answer = "the second"
+    events = await gateway.generate(request)
+    assert joined(events) == "the second"
+    assert [event.started.attempt for event in events if event.HasField("started")] == [1]
+    assert len({(order.job, order.attempt) for order in worker.starts}) == len(worker.starts) == 2
+
+
 async def test_credit_bounds_what_a_worker_sends_to_an_unread_stream() -> None:
     """The client reads nothing: the worker stops within its credit, and the slot is freed after a while."""
     limits = GenerationLimits(credit_tokens=8, client_stall_s=0.3)

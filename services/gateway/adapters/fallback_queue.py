@@ -307,9 +307,8 @@ class FallbackJobQueue:
         if entry is not None and entry.grant is not None and entry.grant.nonce == grant.nonce:
             return entry.grant
         told = grant if grant.degraded is self.degraded else replace(grant, degraded=self.degraded)
-        self._book.note_grant(told)
-        if entry is not None and not self.degraded:
-            entry.at_store = grant.nonce
+        if entry is not None:
+            entry.note_grant(told, by_store=not self.degraded)
         return told
 
     def _give_back(self, job_id: str, nonce: str, pin: str = "", used_tokens: int = 0) -> LiveEntry | None:
@@ -317,7 +316,7 @@ class FallbackJobQueue:
         entry = self._book.running(job_id, nonce)
         if entry is None:
             return None
-        entry.note_return(pin, used_tokens)
+        entry.note_return(nonce, pin, used_tokens)
         if self.degraded and not entry.at_store:
             # Where it waits there as well, it is not known to have begun.
             entry.at_store = None
@@ -389,7 +388,7 @@ class FallbackJobQueue:
         other cases, as where the job runs or its text is another revision's, the store is told otherwise.
         """
         entry.at_store = grant.nonce
-        is_wanted = entry.grant is None and entry.job.pin in {"", grant.revision} and self._book.lives(entry)
+        is_wanted = entry.wants(grant) and self._book.lives(entry)
         if self._own is not None and self._returning.locked() and is_wanted:
             entry.grant = grant
             self._own.hold(entry.job, grant)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from services.gateway.core.jobs import Grant, Outcome, QueuedJob
+from services.gateway.core.jobs import Grant, Outcome, QueuedJob, and_returned
 from services.gateway.core.log import LogTail
 
 # A job that lives for a submission is known to the store as `<submission>` and, once an earlier record stands
@@ -28,6 +28,7 @@ class LiveEntry:
         at_store: What the store knows of it. None: nothing, or not all; empty: that it waits, or perhaps runs
             under a grant that nobody heard of; else the nonce under which it runs there.
         suffix: What the store knows its submission by besides.
+        returned: The nonces of the latest grants that were given back.
     """
 
     job: QueuedJob
@@ -36,6 +37,7 @@ class LiveEntry:
     told: bool = False
     at_store: str | None = None
     suffix: str = ""
+    returned: tuple[str, ...] = ()
 
     @property
     def at_home(self) -> bool:
@@ -60,9 +62,22 @@ class LiveEntry:
         """The same, as the store knows it."""
         return replace(self.aged(now_s), submission=self.stored_job.submission)
 
-    def note_return(self, pin: str, used_tokens: int) -> None:
+    def wants(self, grant: Grant) -> bool:
+        """Whether the job waits for a slot such as `grant` lends."""
+        is_new = grant.nonce not in self.returned
+        return is_new and self.grant is None and self.job.pin in {"", grant.revision}
+
+    def note_grant(self, grant: Grant, *, by_store: bool) -> None:
+        """Notes the slot that the job runs in now, unless it is late news of one that was given back."""
+        if grant.nonce in self.returned:
+            return
+        self.grant = grant
+        if by_store:
+            self.at_store = grant.nonce
+
+    def note_return(self, nonce: str, pin: str, used_tokens: int) -> None:
         """Notes that the job waits again: the revision of its text, if any, and what it has used so far."""
-        self.grant = None
+        self.grant, self.returned = None, and_returned(self.returned, nonce)
         self.note_text(pin, used_tokens)
 
     def note_text(self, pin: str, used_tokens: int) -> None:
@@ -129,12 +144,6 @@ class JobBook:
         """Removes an entry that is in the book."""
         if self.lives(entry):
             del self._entries[entry.job.job_id]
-
-    def note_grant(self, grant: Grant) -> None:
-        """Notes the slot that a job runs in now."""
-        entry = self._entries.get(grant.job_id)
-        if entry is not None:
-            entry.grant = grant
 
     def running(self, job_id: str, nonce: str) -> LiveEntry | None:
         """The job that runs under `nonce`; None where that is not the grant that counts."""

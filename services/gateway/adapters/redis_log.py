@@ -32,11 +32,13 @@ class RedisGenerationLog:
         position: int,
         entries: Sequence[Entry],
         bounds: LogBounds,
+        *,
+        used_tokens: int = 0,
     ) -> Appended:
         """See `GenerationLog.append`."""
-        texts = map(write_entry, entries)
+        texts, most = map(write_entry, entries), (bounds.events_max, bounds.bytes_max)
         outcome, *rest = await self._scripts.run(
-            "append", model, job_id, nonce, position, bounds.events_max, bounds.bytes_max, *texts
+            "append", model, job_id, nonce, position, *most, used_tokens, *texts
         )
         return Appended(AppendOutcome(outcome), *rest)
 

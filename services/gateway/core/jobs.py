@@ -8,6 +8,9 @@ from enum import IntEnum, StrEnum
 from services.common.allowance import Allowance
 from services.gateway.core.tenancy import TenantLimits
 
+# News of a grant may arrive when its slot was given back already: so many of the latest are known again.
+RETURNED_MAX = 32
+
 
 class Band(IntEnum):
     """Priority bands; a higher one goes first. The values are those of `interlock.v1.Priority`."""
@@ -103,6 +106,11 @@ class Grant:
     trial: bool = False
     degraded: bool = False
     allowance: Allowance | None = field(default=None, compare=False)
+
+
+def and_returned(returned: tuple[str, ...], nonce: str) -> tuple[str, ...]:
+    """Adds the nonce of a grant whose slot is given back to those of the latest such ones."""
+    return (*returned, nonce)[-RETURNED_MAX:]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ BYTES_BESIDES_TOKENS = 16_384
 BYTES_PER_TOKEN = 512
 # One alternative of a token: an id and a number with all its digits.
 BYTES_PER_ALTERNATIVE = 64
+# Starts that one gateway may count before the next one's numbers begin: a retry each 100 ms for an hour.
+ADOPTION_BITS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,11 @@ class TakenUp:
     adoptions: int
     entries: tuple[Entry, ...]
     grant: Grant | None = None
+
+    @property
+    def starts(self) -> int:
+        """Behind which number attempts go on: a worker may have heard those before from another process."""
+        return self.adoptions << ADOPTION_BITS
 
 
 class NoticeKind(StrEnum):

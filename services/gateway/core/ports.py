@@ -186,10 +186,13 @@ class GenerationLog(Protocol):
         position: int,
         entries: Sequence[Entry],
         bounds: LogBounds,
+        *,
+        used_tokens: int = 0,
     ) -> Appended:
         """Writes events behind the first `position` ones, if `nonce` names the attempt that runs.
 
         What stands there already is not written again, so that a repeated call has the same effect.
+        `used_tokens` is what the job has used so far, and is charged whoever ends it.
         """
         ...
 

@@ -26,7 +26,7 @@ from services.common.errors import (
     WorkerLost,
 )
 from services.gateway.core.attempts import RefusalReason
-from services.gateway.core.jobs import Grant, Outcome
+from services.gateway.core.jobs import Grant, Outcome, and_returned
 from services.gateway.core.request_events import (
     AttemptLost,
     AwaitWorker,
@@ -93,7 +93,7 @@ class Request:
         attempts_max: Workers that it may use up.
         resumable: Whether another gateway may go on with it.
         phase: Where it is.
-        starts: How often a worker was asked; refusals count.
+        starts: The number of the latest attempt. Each time that a worker is asked is one; refusals count.
         failures: Workers that it has used up; refusals do not count.
         blames: Those of them that were lost before they emitted anything for it.
         emitted: Whether anything was generated so far.
@@ -102,6 +102,7 @@ class Request:
             was over, was not there.
         waited_out: Whether that was so when a whole time of waiting was over.
         grant: The slot that it holds; None while it waits or has ended.
+        returned: The nonces of the latest grants that it gave back to wait for another.
     """
 
     attempts_max: int = 3
@@ -115,6 +116,11 @@ class Request:
     missed: bool = False
     waited_out: bool = False
     grant: Grant | None = None
+    returned: tuple[str, ...] = ()
+
+    def knows(self, grant: Grant) -> bool:
+        """Whether it holds the slot, or has given it back."""
+        return grant.nonce in self.returned or (self.grant is not None and self.grant.nonce == grant.nonce)
 
 
 Step = tuple[Request, tuple[Effect, ...]]
@@ -140,6 +146,11 @@ def step(request: Request, event: RequestEvent) -> Step:
 
 
 def _start(request: Request, event: Granted) -> Step:
+    if event.grant.nonce in request.returned:
+        # Late news, or a store that has forgotten the return: said again, it is without effect or made good.
+        return request, (
+            Requeue(event.grant, emitted=True) if request.emitted else Decline(event.grant, 0.0),
+        )
     if request.emitted and event.grant.revision != request.revision:
         # One response, one revision: another one would continue somebody else's sentence.
         lost = WorkerLost(
@@ -192,7 +203,7 @@ def _refuse(request: Request, event: Refused) -> Step:
     absent = event.reason in ABSENCES
     if absent and request.waited_out:
         return _end(request, Phase.FAILED, _nobody_goes_on())
-    waiting = replace(request, phase=Phase.QUEUED, grant=None, missed=request.missed or absent)
+    waiting = replace(_back_in_line(request, request.grant), missed=request.missed or absent)
     return waiting, (Decline(request.grant, HOLD_S[event.reason]),)
 
 
@@ -228,10 +239,14 @@ def _fail_over(request: Request, event: AttemptLost | Refused) -> Step:
             retry_after_s=RETRY_AFTER_LOSS_S,
         )
         return _end(replace(request, failures=failures), Phase.FAILED, error)
-    waiting = replace(
-        request, phase=Phase.QUEUED, grant=None, failures=failures, missed=False, waited_out=False
-    )
+    waiting = _back_in_line(request, request.grant)
+    waiting = replace(waiting, failures=failures, missed=False, waited_out=False)
     return waiting, (Requeue(request.grant, request.emitted), AwaitWorker())
+
+
+def _back_in_line(request: Request, grant: Grant) -> Request:
+    returned = and_returned(request.returned, grant.nonce)
+    return replace(request, phase=Phase.QUEUED, grant=None, returned=returned)
 
 
 def _lose_lease(request: Request, _: LeaseLost) -> Step:

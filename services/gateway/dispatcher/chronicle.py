@@ -31,13 +31,21 @@ RETRY_FIRST_S = 0.05
 RETRY_LAST_S = 1.0
 
 
-class Author(Protocol):
-    """Whose events are written."""
+class ChronicleText(Protocol):
+    """What has been generated so far."""
 
     @property
     def cached_prompt_tokens(self) -> int:
         """Prompt tokens found in a cache."""
         ...
+
+    def charged_tokens(self) -> int:
+        """What is charged however the job ends."""
+        ...
+
+
+class Author(Protocol):
+    """Whose events are written."""
 
     def add_credit(self, sequence: int, tokens: int) -> None:
         """Lets the worker send so many tokens more of a sequence."""
@@ -60,17 +68,25 @@ class Chronicle:
         outbox: Where its events come from.
         log: Where they go.
         author: The request itself.
+        text: Tells what the log and its store must know of the text besides.
         clock: Measures.
     """
 
     def __init__(
-        self, job: GenerationJob, outbox: Outbox, log: GenerationLog, author: Author, clock: Clock
+        self,
+        job: GenerationJob,
+        outbox: Outbox,
+        log: GenerationLog,
+        author: Author,
+        text: ChronicleText,
+        clock: Clock,
     ) -> None:
         self.journal = Journal(job.digest)
         self._job = job
         self._outbox = outbox
         self._log = log
         self._author = author
+        self._text = text
         self._clock = clock
         self._accepted_s = clock.monotonic() - job.waited_s
         self._bounds = log_bounds(job.params.n * job.params.max_tokens, job.params.logprobs)
@@ -164,8 +180,10 @@ class Chronicle:
     async def _append(self, grant: Grant) -> None:
         position = self._written
         entries = self._said[position : position + EVENTS_AT_ONCE_MAX]
-        job = self._job
-        answer = await self._log.append(job.model, job.job_id, grant.nonce, position, entries, self._bounds)
+        job, used_tokens = self._job, self._text.charged_tokens()
+        answer = await self._log.append(
+            job.model, job.job_id, grant.nonce, position, entries, self._bounds, used_tokens=used_tokens
+        )
         match answer.outcome:
             case AppendOutcome.WRITTEN:
                 self._note_known()
@@ -222,7 +240,7 @@ class Chronicle:
             self.journal.place(event)
             return
         is_first = isinstance(event, Chunk) and event.index == event.sequence == 0
-        cached = self._author.cached_prompt_tokens if is_first else 0
+        cached = self._text.cached_prompt_tokens if is_first else 0
         self._said.append(Entry(event, self._at_s(), cached))
 
     def _at_s(self) -> float:

@@ -37,7 +37,8 @@ from services.gateway.dispatcher.streams import AnswerStream
 
 # Grants whose message was lost are found within this time, and it is the gateway's sign of life.
 RENEW_S = 1.0
-# Ids whose end is remembered, so that cancelling one that has just ended is no error.
+# Ids whose end is remembered: cancelling one that has just ended is no error, and the attempts of another
+# request by it have other numbers.
 ENDED_MAX = 4_096
 # A renewal takes milliseconds; without Redis nobody would hear it.
 TELL_LEAVING_S = 1.0
@@ -92,7 +93,8 @@ class Dispatcher:
         self._limits = limits
         self._generation_limits = generation_limits
         self._live: dict[str, Generation] = {}
-        self._ended: OrderedDict[str, None] = OrderedDict()
+        # With the number of the last attempt.
+        self._ended: OrderedDict[str, int] = OrderedDict()
         # Live submissions, not resumable, whose ids are theirs: claimed for them, or accepted by the queue.
         self._claims: set[str] = set()
         self._emptied = asyncio.Event()
@@ -299,6 +301,7 @@ class Dispatcher:
             self._meter,
             self._forget,
         )
+        generation.start_behind(self._ended.get(job.job_id, 0))
         self._live[job.job_id] = generation
         return generation
 
@@ -332,7 +335,8 @@ class Dispatcher:
             return
         del self._live[generation.job.job_id]
         if not generation.moved:
-            self._ended[generation.job.job_id] = None
+            self._ended[generation.job.job_id] = generation.starts
+            self._ended.move_to_end(generation.job.job_id)
         if len(self._ended) > ENDED_MAX:
             self._ended.popitem(last=False)
         if generation.job.submission in self._claims:

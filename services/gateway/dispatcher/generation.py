@@ -1,15 +1,16 @@
-"""One request under way. Owns: its table and its timers, from enqueue to end.
+"""One request under way. Owns: its table, from enqueue to end.
 
 The shell around `core.request`: everything that happens becomes an event for the table, and the effects that
-the table returns are performed here, by its ticket, its engagement and its narration. Must not know: which
-queue, which workers, which API, or who listens: its events go into an outbox, which a client empties, or the
-writer of its log.
+the table returns are performed here, by its ticket, its engagement, its narration and its timers. Must not
+know: which queue, which workers, which API, or who listens: its events go into an outbox, which a client
+empties, or the writer of its log.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 from services.common.allowance import Allowance
 from services.common.clock import Clock
@@ -32,11 +33,7 @@ from services.gateway.dispatcher.limits import GenerationLimits
 from services.gateway.dispatcher.narration import Narration
 from services.gateway.dispatcher.outbox import Outbox
 from services.gateway.dispatcher.ticket import Ticket
-
-# Starts that one gateway may count before the next one's numbers begin: a retry each 100 ms for an hour.
-ADOPTION_BITS = 16
-# The wait for a worker begins again while it is in vain: where none is allowed, it is still no busy loop.
-AWAIT_LEAST_S = 0.05
+from services.gateway.dispatcher.timers import Timers
 
 
 class Generation:
@@ -82,17 +79,16 @@ class Generation:
         self._narration = Narration(job, self.outbox, clock, meter)
         self._engagement = Engagement(workers, self, job.request_id, meter)
         self._ticket = Ticket(job, queue, clock, self, self._narration, self._look_for_end)
-        self.chronicle = Chronicle(job, self.outbox, log, self, clock) if job.resumable else None
+        self.chronicle = (
+            Chronicle(job, self.outbox, log, self, self._narration, clock) if job.resumable else None
+        )
         self.attendance = Attendance(
             limits.detach_grace_s, lambda: log.unattended_s(job.model, job.job_id), self._give_up
         )
         self._accepted = False
         self.allowance: Allowance | None = None
         self.error: InterlockError | None = None
-        self._deadline = asyncio.get_running_loop().call_later(
-            max(job.timeout_s - job.waited_s, 0.0), self._apply, request_events.DeadlinePassed()
-        )
-        self._failover: asyncio.TimerHandle | None = None
+        self._timers = Timers(job.timeout_s - job.waited_s, limits.failover_wait_s, self._apply)
 
     # --- what the dispatcher and the queue say --------------------------------------------------------------
 
@@ -136,6 +132,18 @@ class Generation:
         """The latest grant, as the client is told of it; None before the first."""
         return self._narration.started
 
+    @property
+    def starts(self) -> int:
+        """The number of the latest attempt."""
+        return self._request.starts
+
+    def start_behind(self, starts: int) -> None:
+        """Numbers attempts behind those of a request before it that had its id.
+
+        A worker may not have ended the last of them yet, and what it says of that is of another number.
+        """
+        self._request = replace(self._request, starts=starts)
+
     def queued_job(self) -> QueuedJob:
         """The request as the queue knows it."""
         return self._ticket.queued_job()
@@ -148,15 +156,16 @@ class Generation:
         self.attendance.leave_alone()
         started = self.chronicle.journal.started
         is_exact = self._narration.restore(taken.entries, started)
-        self._request = life.Request(
-            attempts_max=self._limits.attempts_max,
-            resumable=True,
-            # Other numbers than those that a worker may have heard from the process before.
-            starts=taken.adoptions << ADOPTION_BITS,
+        self._request = replace(
+            self._request,
+            starts=max(self.starts, taken.starts),
             failures=0 if started is None else started.failures,
             emitted=self._narration.answers.progress > 0,
             revision="" if started is None else started.revision,
         )
+        if started is not None:
+            # Its worker may have gone with its gateway: as after any loss, it waits so long for another.
+            self._timers.await_worker()
         if not is_exact:
             self.withdraw(unlike_log())
         elif taken.grant is not None:
@@ -175,7 +184,7 @@ class Generation:
         self._accept(grant.allowance)
         if self.waits:
             self._apply(request_events.Granted(grant))
-        elif not self.moved and (self._request.grant is None or self._request.grant.nonce != grant.nonce):
+        elif not self.moved and not self._request.knows(grant):
             self._ticket.give_back(grant)
 
     def placed(self, place: Waiting) -> None:
@@ -224,11 +233,6 @@ class Generation:
         self._engagement.add_credit(sequence, tokens)
 
     # --- what the log says ----------------------------------------------------------------------------------
-
-    @property
-    def cached_prompt_tokens(self) -> int:
-        """Prompt tokens found in a cache."""
-        return self._narration.answers.cached_prompt_tokens
 
     async def dispute(self, grant: Grant) -> None:
         """The log was refused to `grant`: unless the queue confirms it, another gateway has the request."""
@@ -337,7 +341,7 @@ class Generation:
             case request_events.Settle(grant, outcome):
                 self._ticket.settle(grant, outcome)
             case request_events.AwaitWorker():
-                self._await_worker()
+                self._timers.await_worker()
             case request_events.Close(error):
                 self._close(error)
 
@@ -369,18 +373,9 @@ class Generation:
 
         self._ticket.do(wait)
 
-    def _await_worker(self) -> None:
-        if self._failover is not None:
-            self._failover.cancel()
-        wait_s = max(self._limits.failover_wait_s, AWAIT_LEAST_S)
-        loop = asyncio.get_running_loop()
-        self._failover = loop.call_later(wait_s, self._apply, request_events.WaitedOut())
-
     def _close(self, error: InterlockError | None) -> None:
         self.error = error
-        for timer in (self._deadline, self._failover):
-            if timer is not None:
-                timer.cancel()
+        self._timers.close()
         self.attendance.close()
         finished = self._narration.finish() if error is None else None
         if (outcome := life.OUTCOMES.get(self._request.phase)) is not None:

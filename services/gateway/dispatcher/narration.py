@@ -64,6 +64,11 @@ class Narration:
         return self.answers.restore(entries)
 
     @property
+    def cached_prompt_tokens(self) -> int:
+        """Prompt tokens found in a cache, as far as is known."""
+        return self.answers.cached_prompt_tokens
+
+    @property
     def place_due(self) -> bool:
         """Whether the client is to hear again where it stands, if it stands elsewhere."""
         return self._position is None or self._clock.monotonic() >= self._place_due_s

@@ -52,6 +52,17 @@ async def test_what_comes_without_the_store_is_told_at_once_and_written_when_it_
     assert world.logs.entries["j"][-1].is_last
 
 
+async def test_the_store_is_told_with_the_text_what_it_costs(world: World) -> None:
+    """Its gateway may vanish, and the request end in other hands: the prompt once anything was generated."""
+    stream = await world.dispatcher.submit(job(resumable=True))
+    assert isinstance(await anext(stream), Started)
+    assert world.logs.used == [0]
+    world.workers.attempts[0].sink.output(Output(0, ids("ab")))
+    assert isinstance(await anext(stream), Chunk)
+    assert world.logs.used == [0, 3 + 2]
+    await stream.aclose()
+
+
 async def test_a_slot_that_the_store_has_lost_is_not_taken_for_known(world: World) -> None:
     """Its job is registered first; the next renewal says whether that was of use."""
     world.queue.answer = replace(grant("n1"), degraded=True)

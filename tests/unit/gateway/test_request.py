@@ -197,7 +197,7 @@ def lose_and_meet(*happens: RefusalReason | None) -> Request:
             request, effects = step(request, request_events.WaitedOut())
             assert effects == (request_events.AwaitWorker(),)
         else:
-            request, _ = step(request, request_events.Granted(grant(f"n{number}")))
+            request, _ = step(request, request_events.Granted(grant(f"later{number}")))
             request, effects = step(request, request_events.Refused(reason))
             assert request.phase is Phase.QUEUED or isinstance(effects[-1], request_events.Close)
     return request

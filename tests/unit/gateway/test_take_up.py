@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator
 import pytest
 
 from services.common.errors import RequestUnknown, WorkerLost
+from services.gateway.core.attempts import RefusalReason
 from services.gateway.core.events import Chunk, Finished, FinishReason, Started
 from services.gateway.core.jobs import Grant, Outcome, Renewal
 from services.gateway.core.log import Entry, Failed, Notice, NoticeKind, TakenUp
 from services.gateway.core.payload import write_payload
 from tests.fakes.gateway_ports import grant
-from tests.fixtures.dispatcher_world import World, dispatcher_world, job
+from tests.fixtures.dispatcher_world import World, dispatcher_world, job, rest
 
 
 @pytest.fixture
@@ -77,6 +78,26 @@ async def test_a_found_grant_that_the_take_up_fenced_off_is_not_started(world: W
     assert (world.dispatcher.live, world.workers.attempts, ends(world)) == (1, [], [])
     world.queue.receive(grant("fresh", "a"))
     await world.workers.wait_started(1)
+
+
+async def test_nobody_takes_over_in_time_what_was_taken_up(world: World) -> None:
+    """Its host is gone, and the controller that would strike off the worker: as after any loss, it ends."""
+    world.queue.taken["a"] = left(grant("n1", "a"), Started("r", "m", "r1", "w1", 1, 0.0))
+    world.queue.renewal = Renewal(unknown=frozenset("a"))
+    await world.dispatcher.renew()
+    stream = await world.dispatcher.resume("alice", "a", 0)
+
+    async def lend_in_vain() -> None:
+        for number in range(2, 100):
+            world.workers.attempts[-1].sink.refused(RefusalReason.UNREACHABLE, "away")
+            await asyncio.sleep(0.05)
+            world.queue.receive(grant(f"n{number}", "a"))
+
+    lending = asyncio.create_task(lend_in_vain())
+    with pytest.raises(WorkerLost, match="no other one could go on"):
+        await rest(stream)
+    lending.cancel()
+    await asyncio.gather(lending, return_exceptions=True)
 
 
 async def test_a_grant_for_what_has_moved_away_and_come_back_is_taken_up(world: World) -> None:
