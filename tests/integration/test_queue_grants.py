@@ -215,6 +215,19 @@ async def test_a_worker_that_failed_gets_no_job_for_a_moment(world: QueueWorld) 
     assert [granted.job_id for granted in world.received["g1"]] == ["a"]
 
 
+async def test_a_suspicion_is_not_shortened_by_another(empty_world: QueueWorld) -> None:
+    """A worker fails one job and refuses another one a moment later: it is left alone for 0.8 s."""
+    await empty_world.set_route()
+    await empty_world.add_worker(slots=2)
+    first, second = [await empty_world.grant(name) for name in "ab"]
+    await empty_world.gateway().requeue(MODEL, "a", first.nonce)
+    await empty_world.gateway().refused(MODEL, "b", second.nonce, hold_s=0.01)
+    for seconds, running in ((0.1, set()), (1.0, {"a", "b"})):
+        empty_world.advance(seconds)
+        await empty_world.gateway().reap(MODEL)
+        assert empty_world.running() == running
+
+
 async def test_a_worker_that_returns_as_a_new_process_is_not_suspect(world: QueueWorld) -> None:
     """A new incarnation starts clean; the same one does not."""
     grant = await world.grant("a")

@@ -345,7 +345,7 @@ class MemoryJobQueue:
 
     def _put_back(self, line: QueueLine, entry: LiveJob, hold_s: float, *, pin: str = "") -> None:
         line.put_back(entry, pin=pin)
-        line.places.suspect_until[entry.avoid] = self._now() + hold_s
+        line.places.suspect(entry.avoid, self._now() + hold_s)
         self._deliver(self._grant_free(line))
         self._look_after(line, hold_s)
 

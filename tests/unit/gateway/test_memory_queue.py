@@ -126,6 +126,22 @@ async def test_a_failed_worker_is_left_alone_for_a_moment(
     assert second.attempt == 2
 
 
+async def test_a_suspicion_is_not_shortened_by_another(
+    queue: MemoryJobQueue, clock: SteppedClock, received: list[Grant]
+) -> None:
+    """A worker fails one job and refuses another one a moment later."""
+    queue.set_worker(MODEL, QueueWorker("w1", "w1:1", 2, frozenset({"r1"})))
+    first, second = [await enqueue_granted(queue, job_id) for job_id in "ab"]
+    await queue.requeue(MODEL, "a", first.nonce)
+    await queue.refused(MODEL, "b", second.nonce, hold_s=0.1)
+    clock.seconds += 0.5
+    await queue.reap(MODEL)
+    assert received == []
+    clock.seconds += 0.5
+    await queue.reap(MODEL)
+    assert [grant.job_id for grant in received] == ["a", "b"]
+
+
 async def test_a_pinned_job_ends_when_nobody_can_continue_it(
     queue: MemoryJobQueue, clock: SteppedClock
 ) -> None:

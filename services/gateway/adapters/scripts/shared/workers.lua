@@ -8,9 +8,10 @@ local RETURNS_MAX = 64
 -- fewer free slots than it needs. The largest worker is looked for among as many.
 local WORKERS_LOOKED_AT_MAX = 64
 
--- Keeps a worker from new jobs for a while.
+-- Keeps a worker from new jobs for a while. What it is held for already does not become less: who refuses a job
+-- knows nothing of the one that failed there.
 local function suspect_worker(worker_id, hold_ms)
-  redis.call('ZADD', PREFIX .. 'held', NOW + hold_ms, worker_id)
+  redis.call('ZADD', PREFIX .. 'held', 'GT', NOW + hold_ms, worker_id)
   redis.call('PEXPIRE', PREFIX .. 'held', HELD_TTL_MS)
   index_worker(worker_id)
 end
