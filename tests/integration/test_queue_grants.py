@@ -10,7 +10,7 @@ import pytest
 
 from services.gateway.core.jobs import Grant, Waiting
 from tests.fixtures.queue_audit import audit
-from tests.fixtures.queue_world import MODEL, REVISION, QueueWorld, make_job
+from tests.fixtures.queue_world import KEYS, MODEL, REVISION, QueueWorld, make_job
 
 
 async def test_the_least_loaded_worker_takes_the_job(empty_world: QueueWorld) -> None:
@@ -226,6 +226,22 @@ async def test_a_suspicion_is_not_shortened_by_another(empty_world: QueueWorld) 
         empty_world.advance(seconds)
         await empty_world.gateway().reap(MODEL)
         assert empty_world.running() == running
+
+
+@pytest.mark.parametrize("reaps", [True, False])
+async def test_a_hold_ends_also_where_nobody_waits_for_it(world: QueueWorld, *, reaps: bool) -> None:
+    """The only job is cancelled within the hold; whoever comes a minute later finds the worker."""
+    grant = await world.grant("a")
+    await world.gateway().requeue(MODEL, "a", grant.nonce)
+    await world.gateway().cancel(MODEL, "a", "submission-of-a")
+    world.advance(1)
+    if reaps:
+        await world.gateway().reap(MODEL)
+        assert world.client.zrange(KEYS.prefix + "takers", 0, -1) == ["w1"]
+    # What ends by itself has ended by then.
+    if world.client.pttl(KEYS.prefix + "held") >= 0:
+        world.client.delete(KEYS.prefix + "held")
+    assert (await world.grant("b")).worker_id == "w1"
 
 
 async def test_a_worker_that_returns_as_a_new_process_is_not_suspect(world: QueueWorld) -> None:

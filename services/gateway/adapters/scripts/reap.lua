@@ -62,5 +62,7 @@ reap_pinned()
 forget_gateways()
 forget_workers()
 prune_shares(JOBS_MAX)
+-- Grants look at who is held while somebody waits.
+release_held()
 grant_free()
 return { GRANTED, ADOPTED }
