@@ -17,8 +17,9 @@ from services.gateway.core.queue_quota import QuotaBook
 
 __all__ = ["EndedJob", "QueueLine", "QueueWorker"]
 
-# One grant in so many looks at the bands from the bottom, so that the lowest never starves.
-BOTTOM_UP_EVERY = 8
+# Of so many grants one begins with the lowest band and another with the next, so that neither starves.
+TURNS = 8
+EARLY = {0: (Band.BATCH, Band.INTERACTIVE, Band.SYSTEM), 4: (Band.INTERACTIVE, Band.SYSTEM, Band.BATCH)}
 # A finished job's share of the mean service time and of the mean cost.
 SERVICE_SHARE = 0.1
 # Two arrivals are a microsecond apart at least, so that equal times keep their order.
@@ -180,7 +181,7 @@ class QueueLine:
         due = self.jobs.due
         if due is not None and self._free_of_cap(due.job.tenant) != 0:
             yield due
-        for band in sorted(Band, reverse=(self.grants + 1) % BOTTOM_UP_EVERY != 0):
+        for band in EARLY.get((self.grants + 1) % TURNS, sorted(Band, reverse=True)):
             for tenant in self._ranked(band):
                 yield from self.jobs.lines[band][tenant]
 

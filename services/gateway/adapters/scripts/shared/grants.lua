@@ -3,8 +3,9 @@
 -- A call grants this many jobs at most, and looks at as many for each, so that it stays below a few milliseconds
 -- whatever has piled up.
 local LOOKS_MAX = 64
--- One grant in so many looks at the bands from the bottom, so that the lowest never starves.
-local BOTTOM_UP_EVERY = 8
+-- Of so many grants one begins with the lowest band and another with the one above it, so that neither starves.
+local TURNS = 8
+local EARLY = { [0] = { 1, 2, 3 }, [4] = { 2, 3, 1 } }
 -- While breakers are open, a job may be barred from all free workers; then at most this many are looked at.
 local BARRED_LOOKS_MAX = 16
 -- Behind a job that finds no place, so many are looked at of one tenant, and so many tenants.
@@ -35,8 +36,7 @@ end
 
 local function bands_in_turn()
   local grants = tonumber(redis.call('HGET', PREFIX .. 'clock', 'grants') or 0)
-  if (grants + 1) % BOTTOM_UP_EVERY ~= 0 then return BANDS end
-  return { BANDS[3], BANDS[2], BANDS[1] }
+  return EARLY[(grants + 1) % TURNS] or BANDS
 end
 
 -- Returns the job and its place if a worker can take it, or nil.
