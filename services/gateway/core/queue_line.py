@@ -20,6 +20,8 @@ __all__ = ["EndedJob", "QueueLine", "QueueWorker"]
 # Of so many grants one begins with the lowest band and another with the next, so that neither starves.
 TURNS = 8
 EARLY = {0: (Band.BATCH, Band.INTERACTIVE, Band.SYSTEM), 4: (Band.INTERACTIVE, Band.SYSTEM, Band.BATCH)}
+# The band whose jobs age, and the one that they are lifted into.
+_AGING, _AGED = Band.BATCH, Band.INTERACTIVE
 # A finished job's share of the mean service time and of the mean cost.
 SERVICE_SHARE = 0.1
 # Two arrivals are a microsecond apart at least, so that equal times keep their order.
@@ -95,8 +97,7 @@ class QueueLine:
             return
         self.jobs.take(entry)
         if (grant := entry.grant) is not None and grant.revision != pin:
-            self._correct(entry, 0)
-            entry.grant, entry.ended_nonce = None, grant.nonce
+            self._take_back(entry, grant)
         entry.pin, entry.pin_until = pin, pin_until
         self.jobs.put(entry)
 
@@ -131,59 +132,89 @@ class QueueLine:
         """
         grant = entry.grant
         assert grant is not None
-        self._correct(entry, 0)
         self.jobs.take(entry)
-        entry.avoid, entry.ended_nonce = grant.worker_id, grant.nonce
+        self._take_back(entry, grant)
+        entry.avoid = grant.worker_id
         entry.pin = pin or entry.pin
-        entry.grant = None
         if not entry.pin:
             self._enter(entry)
         self.jobs.put(entry)
+
+    def _take_back(self, entry: LiveJob, grant: Grant) -> None:
+        """Ends the attempt of a job that is taken out and goes on elsewhere, and takes its charge back.
+
+        One that was lifted is so no more: of several that come back at once, one alone may be.
+        """
+        self._correct(entry, 0)
+        entry.grant, entry.ended_nonce = None, grant.nonce
+        if entry.is_lifted:
+            self._change_band(entry, entry.job.band)
 
     def age(self, now: float) -> None:
         """Lifts jobs that have waited long for their turn in the lowest band into the next; it alone ages.
 
         Within a band nobody starves, and whoever floods it has the oldest jobs there: they must not overtake
-        those of the others.
+        those of the others. Of each tenant it is the oldest job, while no other one of it waits there: an old
+        backlog is never before what the tenant asks for now.
         """
-        lowest = min(Band)
-        lines = self.jobs.lines[lowest].values()
-        for entry in [entry for line in lines for entry in line if entry.ages_at <= now]:
-            self.jobs.take(entry)
-            entry.band = Band(lowest + 1)
-            if not self.jobs.bands[lowest]:
-                self.shares[lowest].clear()
-            self._enter(entry)
-            self.jobs.put(entry)
+        for tenant in self._ranked(_AGING):
+            oldest = self.jobs.lines[_AGING][tenant][0]
+            if oldest.ages_at <= now and not self.jobs.in_line(_AGED, tenant):
+                self._move(oldest, _AGED)
+
+    def _move(self, entry: LiveJob, band: Band) -> None:
+        """Lets a waiting job count in another band, at its old place there."""
+        self.jobs.take(entry)
+        self._change_band(entry, band)
+        self._enter(entry)
+        self.jobs.put(entry)
+
+    def _change_band(self, entry: LiveJob, band: Band) -> None:
+        """Lets a job count in another band that is taken out."""
+        former, entry.band = entry.band, band
+        if not self.jobs.bands[former]:
+            self.shares[former].clear()
 
     # --- the next grant -------------------------------------------------------------------------------------
 
     def grant_next(self, nonce: str, now: float) -> Grant | None:
         """Lends free slots to the job that is next; None where none are free for anyone."""
         self.places.look(self.jobs.slots, now)
-        for entry in self._turns():
+        for band, entry in self._turns():
             if not self.places.free:
                 return None
             able = self.places.able(entry.pin)
             place = self.places.place(entry.job, able, entry.pin, entry.avoid)
             if place is not None:
+                if entry.band is not band:
+                    self._move(entry, band)
                 return self._grant(entry, place, nonce, now)
             if not entry.pin and any(worker.slots < self.places.needed(entry.job) for worker in able):
                 # Those behind it may start there now, and shall not go before it for ever.
                 self.jobs.due = self.jobs.due or entry
         return None
 
-    def _turns(self) -> Iterator[LiveJob]:
-        """Who goes first: pinned jobs; the due one; by band in turn, the tenant served least, its oldest."""
+    def _turns(self) -> Iterator[tuple[Band, LiveJob]]:
+        """Who goes first, and in which band: pinned jobs; the due one; by band, tenant and age.
+
+        A lifted job stays the first of its tenant in the turn of its own band too.
+        """
         if not self.places.free:
             return
-        yield from self.jobs.all_pinned()
+        yield from ((entry.band, entry) for entry in self.jobs.all_pinned())
         due = self.jobs.due
         if due is not None and self._free_of_cap(due.job.tenant) != 0:
-            yield due
+            yield due.band, due
         for band in EARLY.get((self.grants + 1) % TURNS, sorted(Band, reverse=True)):
             for tenant in self._ranked(band):
-                yield from self.jobs.lines[band][tenant]
+                if band is _AGING and (lifted := self._lifted(tenant)) is not None:
+                    yield band, lifted
+                yield from ((band, entry) for entry in self.jobs.lines[band][tenant])
+
+    def _lifted(self, tenant: str) -> LiveJob | None:
+        """The tenant's job that was lifted out of the lowest band."""
+        line = self.jobs.lines[_AGED].get(tenant)
+        return line[0] if line and line[0].is_lifted else None
 
     def _grant(self, entry: LiveJob, place: Place, nonce: str, now: float) -> Grant:
         self._charge(entry)

@@ -72,11 +72,13 @@ local function has_free_routed(view)
   return false
 end
 
--- Returns the members of a sorted set one by one, a few at most. Most callers want the first alone.
-local function in_order(key)
-  local rank = -1
+-- Returns the members of a sorted set one by one, a few at most, behind `first` where there is one. Most callers
+-- want the first alone.
+local function in_order(key, first)
+  local rank = first and -2 or -1
   return function()
     rank = rank + 1
+    if rank == -1 then return first end
     return rank < DEPTH_MAX and redis.call('ZRANGE', key, rank, rank)[1] or nil
   end
 end
@@ -114,11 +116,15 @@ local function next_in_line(view)
   view.looks_left, view.vain_slots = view.has_open and BARRED_LOOKS_MAX or LOOKS_MAX, nil
   local due, due_place = next_due(view)
   if due then return due, due_place end
-  for _, band in ipairs(bands_in_turn()) do
+  for _, number in ipairs(bands_in_turn()) do
+    local band = tostring(number)
     for seat in in_order(PREFIX .. 'tenants:' .. band) do
-      for id in in_order(PREFIX .. 'waiting:' .. band .. ':' .. tenant_of(seat)) do
+      local tenant = tenant_of(seat)
+      -- A lifted job stays the first of its tenant in the turn of its own band too.
+      for id in in_order(PREFIX .. 'waiting:' .. band .. ':' .. tenant, lifted_from(band, tenant)) do
         if view.looks_left == 0 then return nil end
         local job, place = try_in_line(view, id)
+        if job and job.band ~= band then move_waiting(job, band) end
         if job then return job, place end
       end
     end
@@ -257,8 +263,7 @@ end
 local function put_back(id, nonce, prepare)
   local job = load_job(id)
   if is_current(job, nonce) then
-    take_running(job)
-    correct_charge(job, 0)
+    take_back(job)
     prepare(job)
     job.state, job.nonce, job.ended_nonce = 'waiting', '', nonce
     store_job(job)
