@@ -399,3 +399,30 @@ async def test_the_estimate_of_a_capped_tenant_counts_its_own_jobs(empty_world: 
     await empty_world.grant("b", limits=limits)
     waits = [(await empty_world.wait(name, limits=limits)).estimated_wait_s for name in "cd"]
     assert waits == pytest.approx([2, 4], rel=0.05)
+
+
+async def test_a_capped_backlog_of_a_higher_band_does_not_put_off_the_others(empty_world: QueueWorld) -> None:
+    """Who may run two of eight jobs takes no more slots by having a hundred in line."""
+    await empty_world.set_route()
+    await empty_world.add_worker(slots=8)
+    limits = TenantLimits(concurrency=2)
+    first = await empty_world.grant("first")
+    empty_world.advance(2)
+    await empty_world.finish(first)
+    for number in range(6):
+        await empty_world.grant(f"x{number}", tenant="x")
+    for number in range(2):
+        await empty_world.grant(f"a{number}", tenant="a", limits=limits)
+    for number in range(2, 100):
+        await empty_world.wait(f"a{number}", tenant="a", limits=limits)
+    place = await empty_world.wait("b", tenant="b", band=Band.BATCH, timeout_s=5.0)
+    assert place.position == 1
+    assert place.estimated_wait_s == pytest.approx(0.5, rel=0.05)
+    own = await empty_world.wait("own", tenant="a", band=Band.BATCH, limits=limits)
+    assert own.position == 99
+    assert own.estimated_wait_s == pytest.approx(99, rel=0.05)
+    # Of tenants without a bound all that waits is counted, and what the other one begins meanwhile.
+    for number in range(60):
+        await empty_world.wait(f"c{number}", tenant="c")
+    place = await empty_world.wait("d", tenant="d", band=Band.BATCH)
+    assert place.position == pytest.approx((60 + 2) * 8 / 6, abs=2)

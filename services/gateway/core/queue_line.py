@@ -6,6 +6,7 @@ follow the same rules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -22,6 +23,8 @@ TURNS = 8
 EARLY = {0: (Band.BATCH, Band.INTERACTIVE, Band.SYSTEM), 4: (Band.INTERACTIVE, Band.SYSTEM, Band.BATCH)}
 # The band whose jobs age, and the one that they are lifted into.
 _AGING, _AGED = Band.BATCH, Band.INTERACTIVE
+# A place is counted anew so many times, until it does not change any more.
+RECOUNTS_MAX = 16
 # A finished job's share of the mean service time and of the mean cost.
 SERVICE_SHARE = 0.1
 # Two arrivals are a microsecond apart at least, so that equal times keep their order.
@@ -289,21 +292,51 @@ class QueueLine:
         jobs, tenant = self.jobs, entry.job.tenant
         if entry.pin:
             return Waiting(place_in(jobs.pinned[entry.pin], entry), self.wait_s(0))
-        higher = [band for band in Band if band > entry.band]
         place = place_in(jobs.lines[entry.band][tenant], entry)
         turn = turns.get(tenant, len(turns))
-        ahead = min(place * max(len(turns), 1) + turn, jobs.waits[entry.band] - 1)
-        tokens = sum(jobs.backlog[band] for band in higher)
-        tokens += ahead * jobs.backlog[entry.band] // jobs.waits[entry.band]
-        position = sum(jobs.waits[band] for band in higher) + ahead
-        return Waiting(position, self._longer(self.wait_s(tokens), tenant, place))
+        before = min(place * max(len(turns), 1) + turn, jobs.waits[entry.band] - 1)
+        above = self._count_above(entry, before)
+        counts = {entry.band: before, **above}
+        tokens = sum(count * jobs.backlog[band] // jobs.waits[band] for band, count in counts.items())
+        return Waiting(sum(counts.values()), self._longer(self.wait_s(tokens), entry, place))
 
-    def _longer(self, wait_s: float | None, tenant: str, place: int) -> float | None:
+    def _count_above(self, entry: LiveJob, before: int) -> dict[Band, int]:
+        """How many jobs of each higher band start before one that has `before` ahead of it in its own.
+
+        How many there are depends on how many start in all: they are counted anew from all of them down, and
+        so never to too few.
+        """
+        counts = {band: count for band, count in self.jobs.waits.items() if band > entry.band}
+        ahead = before + sum(counts.values())
+        for _ in range(RECOUNTS_MAX if self.places.slots else 0):
+            counts = {band: self._count_starts(band, entry.job.tenant, ahead + 1) for band in counts}
+            fewer = before + sum(counts.values())
+            if fewer == ahead:
+                break
+            ahead = fewer
+        return counts
+
+    def _count_starts(self, band: Band, tenant: str, starts: int) -> int:
+        """How many jobs of a higher band start while so many start in all.
+
+        A tenant that may run few at once begins another one where one of its own ends; the tenant of the job
+        that waits begins all of them before it.
+        """
+        jobs = self.jobs.waits[band]
+        for other, line in self.jobs.lines[band].items():
+            cap, free = self.caps.get(other), self._free_of_cap(other)
+            if other != tenant and cap is not None and free is not None:
+                jobs -= max(0, len(line) - free - math.ceil(cap * starts / self.places.slots))
+        return jobs
+
+    def _longer(self, wait_s: float | None, entry: LiveJob, place: int) -> float | None:
         """Whoever may run few jobs at once waits for its own, too."""
+        tenant = entry.job.tenant
         cap, free = self.caps.get(tenant), self._free_of_cap(tenant)
         if wait_s is None or self.service_s is None or cap is None or free is None:
             return wait_s
-        return max(wait_s, max(0, place + 1 - free) * self.service_s / cap)
+        above = sum(len(self.jobs.lines[band].get(tenant, ())) for band in Band if band > entry.band)
+        return max(wait_s, max(0, above + place + 1 - free) * self.service_s / cap)
 
     def wait_s(self, tokens: float) -> float | None:
         """Estimated time until a job behind so many tokens starts; None while nothing was measured."""
