@@ -181,6 +181,23 @@ async def test_a_pinned_job_waits_while_any_worker_holds_its_revision(world: Que
         assert await world.gateway().length(MODEL) == left
 
 
+async def test_every_pinned_job_waits_as_long_for_a_worker_s_return(world: QueueWorld) -> None:
+    """Also one that stood behind too many to be looked at while a worker held the revision."""
+    names = [f"p{number}" for number in range(35)]
+    await world.add_worker(draining=True)
+    for name in names:
+        await world.gateway().enqueue(replace(make_job(name), pin=REVISION))
+    world.advance(60)
+    await world.gateway().reap(MODEL)
+    await world.routes.remove_worker(MODEL, "w1", 1)
+    for name in names[:3]:
+        await world.gateway().cancel(MODEL, name, f"submission-of-{name}")
+    for seconds, left in ((14, 32), (2, 0)):
+        world.advance(seconds)
+        await world.gateway().reap(MODEL)
+        assert await world.gateway().length(MODEL) == left
+
+
 async def test_a_retry_avoids_its_worker_beyond_the_suspicion(world: QueueWorld) -> None:
     """With both workers free, the job goes to the one where it has not failed."""
     await world.add_worker("w2")

@@ -42,7 +42,10 @@ class EndedJob:
 
 @dataclass(slots=True)
 class QueueLine:
-    """Everything that one model's queue knows."""
+    """Everything that one model's queue knows.
+
+    `held_at` says when a worker was last seen to hold a revision that jobs are pinned to, lately.
+    """
 
     epoch: int = 0
     places: Places = field(default_factory=Places)
@@ -51,6 +54,7 @@ class QueueLine:
     caps: dict[str, int | None] = field(default_factory=dict)
     jobs: LiveJobs = field(default_factory=LiveJobs)
     ended: dict[str, EndedJob] = field(default_factory=dict)
+    held_at: dict[str, float] = field(default_factory=dict)
     grants: int = 0
     service_s: float | None = None
     service_tokens: float = 0.0
@@ -127,6 +131,12 @@ class QueueLine:
         while self.ended and (oldest := next(iter(self.ended))) and self.ended[oldest].kept_until <= now:
             del self.ended[oldest]
         self.ended[entry.job.job_id] = EndedJob(entry.job.submission, outcome, kept_until)
+
+    def note_held(self, now: float, since: float) -> None:
+        """Notes which revisions that jobs are pinned to are held; forgets what was seen until `since`."""
+        held = {revision for worker in self.places.workers.values() for revision in worker.ready}
+        self.held_at = {revision: at for revision, at in self.held_at.items() if at > since}
+        self.held_at |= dict.fromkeys(held & self.jobs.pinned.keys(), now)
 
     def put_back(self, entry: LiveJob, *, pin: str = "") -> None:
         """Ends an attempt; the job waits at its old place, and its tenant is given back the charge.
