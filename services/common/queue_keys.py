@@ -26,9 +26,10 @@ All keys of a model `M` bear the hash tag `{il:M}`, so that a script's keys lie 
 | `tenant:<t>` | hash | `waiting running cap seat:<band>` | gateways |
 | `quota:<t>` | hash | `window used reserved`: tokens of the tenant's minute | gateways |
 | `live`, `backlog` | hash | band -> jobs that have not ended; estimated tokens that wait | gateways |
-| `aging:<band>` | zset | waiting jobs by the time at which they count one band higher | gateways |
+| `aging:<band>` | zset | what gateways of an earlier version will lift; nothing is added now | gateways |
 | `pinned:<revision>` | zset | jobs that must go on with that revision, by arrival | gateways |
 | `pins` | set | revisions that jobs are pinned to | gateways |
+| `pins_held` | zset | of them, those that a worker held lately, by when that was seen last | gateways |
 | `due` | string | the job whose turn has come and that waits for several slots of one worker | gateways |
 | `running:<w>` | hash | job, and `job#2` and so on for further slots -> nonce of the grant | gateways |
 | `lease` | zset | live jobs by the end of their lease | gateways |

@@ -123,8 +123,8 @@ async def test_a_tenant_that_sends_ten_times_as_much_gets_no_more(gateways: list
     assert jain(list(crowd.tokens.values())) >= 0.95
 
 
-async def test_batch_never_starves(gateways: list[RedisJobQueue]) -> None:
-    """Behind saturating INTERACTIVE and SYSTEM work it has its eighth of the grants."""
+async def test_no_band_starves(gateways: list[RedisJobQueue]) -> None:
+    """Behind saturating SYSTEM work BATCH and INTERACTIVE have an eighth of the grants each."""
     senders = {
         "batch": Sender(jobs=6, band=Band.BATCH),
         "interactive": Sender(jobs=8),
@@ -133,3 +133,4 @@ async def test_batch_never_starves(gateways: list[RedisJobQueue]) -> None:
     crowd = Crowd(gateways, senders)
     await crowd.run(320)
     assert crowd.answers["batch"] == pytest.approx(320 / 8, abs=5)
+    assert crowd.answers["interactive"] == pytest.approx(320 / 8, abs=5)

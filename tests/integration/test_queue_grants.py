@@ -10,7 +10,7 @@ import pytest
 
 from services.gateway.core.jobs import Grant, Waiting
 from tests.fixtures.queue_audit import audit
-from tests.fixtures.queue_world import MODEL, REVISION, QueueWorld, make_job
+from tests.fixtures.queue_world import KEYS, MODEL, REVISION, QueueWorld, make_job
 
 
 async def test_the_least_loaded_worker_takes_the_job(empty_world: QueueWorld) -> None:
@@ -181,6 +181,23 @@ async def test_a_pinned_job_waits_while_any_worker_holds_its_revision(world: Que
         assert await world.gateway().length(MODEL) == left
 
 
+async def test_every_pinned_job_waits_as_long_for_a_worker_s_return(world: QueueWorld) -> None:
+    """Also one that stood behind too many to be looked at while a worker held the revision."""
+    names = [f"p{number}" for number in range(35)]
+    await world.add_worker(draining=True)
+    for name in names:
+        await world.gateway().enqueue(replace(make_job(name), pin=REVISION))
+    world.advance(60)
+    await world.gateway().reap(MODEL)
+    await world.routes.remove_worker(MODEL, "w1", 1)
+    for name in names[:3]:
+        await world.gateway().cancel(MODEL, name, f"submission-of-{name}")
+    for seconds, left in ((14, 32), (2, 0)):
+        world.advance(seconds)
+        await world.gateway().reap(MODEL)
+        assert await world.gateway().length(MODEL) == left
+
+
 async def test_a_retry_avoids_its_worker_beyond_the_suspicion(world: QueueWorld) -> None:
     """With both workers free, the job goes to the one where it has not failed."""
     await world.add_worker("w2")
@@ -213,6 +230,35 @@ async def test_a_worker_that_failed_gets_no_job_for_a_moment(world: QueueWorld) 
     world.advance(0.5)
     await world.gateway().reap(MODEL)
     assert [granted.job_id for granted in world.received["g1"]] == ["a"]
+
+
+async def test_a_suspicion_is_not_shortened_by_another(empty_world: QueueWorld) -> None:
+    """A worker fails one job and refuses another one a moment later: it is left alone for 0.8 s."""
+    await empty_world.set_route()
+    await empty_world.add_worker(slots=2)
+    first, second = [await empty_world.grant(name) for name in "ab"]
+    await empty_world.gateway().requeue(MODEL, "a", first.nonce)
+    await empty_world.gateway().refused(MODEL, "b", second.nonce, hold_s=0.01)
+    for seconds, running in ((0.1, set()), (1.0, {"a", "b"})):
+        empty_world.advance(seconds)
+        await empty_world.gateway().reap(MODEL)
+        assert empty_world.running() == running
+
+
+@pytest.mark.parametrize("reaps", [True, False])
+async def test_a_hold_ends_also_where_nobody_waits_for_it(world: QueueWorld, *, reaps: bool) -> None:
+    """The only job is cancelled within the hold; whoever comes a minute later finds the worker."""
+    grant = await world.grant("a")
+    await world.gateway().requeue(MODEL, "a", grant.nonce)
+    await world.gateway().cancel(MODEL, "a", "submission-of-a")
+    world.advance(1)
+    if reaps:
+        await world.gateway().reap(MODEL)
+        assert world.client.zrange(KEYS.prefix + "takers", 0, -1) == ["w1"]
+    # What ends by itself has ended by then.
+    if world.client.pttl(KEYS.prefix + "held") >= 0:
+        world.client.delete(KEYS.prefix + "held")
+    assert (await world.grant("b")).worker_id == "w1"
 
 
 async def test_a_worker_that_returns_as_a_new_process_is_not_suspect(world: QueueWorld) -> None:

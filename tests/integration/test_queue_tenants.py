@@ -193,30 +193,6 @@ async def test_a_raised_cap_holds_at_once(empty_world: QueueWorld) -> None:
     assert empty_world.running() == {"a0", "a1", "a2"}
 
 
-async def test_a_job_that_waited_long_counts_one_band_higher(world: QueueWorld) -> None:
-    """Old BATCH goes before new INTERACTIVE of a tenant that was served more, and never before SYSTEM."""
-    running = await world.grant("running", tenant="i")
-    await world.wait("batch", tenant="b", band=Band.BATCH)
-    world.advance(31)
-    for number in range(3):
-        await world.wait(f"i{number}", tenant="i")
-    await world.wait("system", tenant="s", band=Band.SYSTEM)
-    await world.finish(running, used=100)
-    assert (await world.finish_all())[:2] == ["system", "batch"]
-
-
-async def test_a_backlog_earns_nothing_by_its_age(world: QueueWorld) -> None:
-    """Whoever floods a band has the oldest jobs there; who was served least goes first all the same."""
-    running = await world.grant("a0", tenant="a")
-    for number in range(1, 5):
-        await world.wait(f"a{number}", tenant="a")
-    world.advance(120)
-    for number in range(2):
-        await world.wait(f"b{number}", tenant="b")
-    await world.finish(running, used=100)
-    assert (await world.finish_all(used=100))[:3] == ["b0", "a1", "b1"]
-
-
 async def test_a_tenant_has_its_own_bound_in_the_queue(world: QueueWorld) -> None:
     """One that floods the queue is refused while others still find room."""
     gateway = world.gateway("g1", QueueLimits(tenant_waiting_jobs_max=2))
@@ -337,3 +313,30 @@ async def test_the_estimate_of_a_capped_tenant_counts_its_own_jobs(empty_world: 
     await empty_world.grant("b", limits=limits)
     waits = [(await empty_world.wait(name, limits=limits)).estimated_wait_s for name in "cd"]
     assert waits == pytest.approx([2, 4], rel=0.05)
+
+
+async def test_a_capped_backlog_of_a_higher_band_does_not_put_off_the_others(empty_world: QueueWorld) -> None:
+    """Who may run two of eight jobs takes no more slots by having a hundred in line."""
+    await empty_world.set_route()
+    await empty_world.add_worker(slots=8)
+    limits = TenantLimits(concurrency=2)
+    first = await empty_world.grant("first")
+    empty_world.advance(2)
+    await empty_world.finish(first)
+    for number in range(6):
+        await empty_world.grant(f"x{number}", tenant="x")
+    for number in range(2):
+        await empty_world.grant(f"a{number}", tenant="a", limits=limits)
+    for number in range(2, 100):
+        await empty_world.wait(f"a{number}", tenant="a", limits=limits)
+    place = await empty_world.wait("b", tenant="b", band=Band.BATCH, timeout_s=5.0)
+    assert place.position == 1
+    assert place.estimated_wait_s == pytest.approx(0.5, rel=0.05)
+    own = await empty_world.wait("own", tenant="a", band=Band.BATCH, limits=limits)
+    assert own.position == 99
+    assert own.estimated_wait_s == pytest.approx(99, rel=0.05)
+    # Of tenants without a bound all that waits is counted, and what the other one begins meanwhile.
+    for number in range(60):
+        await empty_world.wait(f"c{number}", tenant="c")
+    place = await empty_world.wait("d", tenant="d", band=Band.BATCH)
+    assert place.position == pytest.approx((60 + 2) * 8 / 6, abs=2)

@@ -245,11 +245,9 @@ class MemoryJobQueue:
     async def reap(self, model: str) -> tuple[str, ...]:
         """See `JobQueue.reap`. There is no other gateway; pinned jobs that nobody can continue end."""
         line, now = self._line(model), self._now()
-        held = {revision for worker in line.places.workers.values() for revision in worker.ready}
+        line.note_held(now, now - self._limits.failover_wait_s)
         for entry in line.jobs.all_pinned():
-            if entry.pin in held:
-                entry.pin_until = now + self._limits.failover_wait_s
-            elif entry.pin_until <= now:
+            if entry.pin not in line.held_at and entry.pin_until <= now:
                 self._end(line, entry, Outcome.FAILED)
         self._deliver(self._grant_free(line))
         return ()
@@ -345,7 +343,7 @@ class MemoryJobQueue:
 
     def _put_back(self, line: QueueLine, entry: LiveJob, hold_s: float, *, pin: str = "") -> None:
         line.put_back(entry, pin=pin)
-        line.places.suspect_until[entry.avoid] = self._now() + hold_s
+        line.places.suspect(entry.avoid, self._now() + hold_s)
         self._deliver(self._grant_free(line))
         self._look_after(line, hold_s)
 

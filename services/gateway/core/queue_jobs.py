@@ -24,7 +24,7 @@ class LiveJob:
         job: What was submitted.
         arrival: Its place among those of its tenant.
         deadline: When it expires, if it still waits.
-        band: The band that it counts in: one higher than its own once it has aged.
+        band: The band that it counts in: one higher than its own while it is lifted.
         ages_at: When it ages.
         grant: The current one.
         granted_at: When that was made.
@@ -49,6 +49,11 @@ class LiveJob:
     pin: str = ""
     pin_until: float = 0.0
     avoid: str = ""
+
+    @property
+    def is_lifted(self) -> bool:
+        """Whether it counts one band higher than it asked for, as it has waited long."""
+        return self.band is not self.job.band
 
     def note_used(self, tokens: int) -> None:
         """Notes what the job has used so far."""

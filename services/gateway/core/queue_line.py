@@ -6,6 +6,7 @@ follow the same rules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -17,8 +18,13 @@ from services.gateway.core.queue_quota import QuotaBook
 
 __all__ = ["EndedJob", "QueueLine", "QueueWorker"]
 
-# One grant in so many looks at the bands from the bottom, so that the lowest never starves.
-BOTTOM_UP_EVERY = 8
+# Of so many grants one begins with the lowest band and another with the next, so that neither starves.
+TURNS = 8
+EARLY = {0: (Band.BATCH, Band.INTERACTIVE, Band.SYSTEM), 4: (Band.INTERACTIVE, Band.SYSTEM, Band.BATCH)}
+# The band whose jobs age, and the one that they are lifted into.
+_AGING, _AGED = Band.BATCH, Band.INTERACTIVE
+# A place is counted anew so many times, until it does not change any more.
+RECOUNTS_MAX = 16
 # A finished job's share of the mean service time and of the mean cost.
 SERVICE_SHARE = 0.1
 # Two arrivals are a microsecond apart at least, so that equal times keep their order.
@@ -36,7 +42,10 @@ class EndedJob:
 
 @dataclass(slots=True)
 class QueueLine:
-    """Everything that one model's queue knows."""
+    """Everything that one model's queue knows.
+
+    `held_at` says when a worker was last seen to hold a revision that jobs are pinned to, lately.
+    """
 
     epoch: int = 0
     places: Places = field(default_factory=Places)
@@ -45,6 +54,7 @@ class QueueLine:
     caps: dict[str, int | None] = field(default_factory=dict)
     jobs: LiveJobs = field(default_factory=LiveJobs)
     ended: dict[str, EndedJob] = field(default_factory=dict)
+    held_at: dict[str, float] = field(default_factory=dict)
     grants: int = 0
     service_s: float | None = None
     service_tokens: float = 0.0
@@ -94,8 +104,7 @@ class QueueLine:
             return
         self.jobs.take(entry)
         if (grant := entry.grant) is not None and grant.revision != pin:
-            self._correct(entry, 0)
-            entry.grant, entry.ended_nonce = None, grant.nonce
+            self._take_back(entry, grant)
         entry.pin, entry.pin_until = pin, pin_until
         self.jobs.put(entry)
 
@@ -123,6 +132,12 @@ class QueueLine:
             del self.ended[oldest]
         self.ended[entry.job.job_id] = EndedJob(entry.job.submission, outcome, kept_until)
 
+    def note_held(self, now: float, since: float) -> None:
+        """Notes which revisions that jobs are pinned to are held; forgets what was seen until `since`."""
+        held = {revision for worker in self.places.workers.values() for revision in worker.ready}
+        self.held_at = {revision: at for revision, at in self.held_at.items() if at > since}
+        self.held_at |= dict.fromkeys(held & self.jobs.pinned.keys(), now)
+
     def put_back(self, entry: LiveJob, *, pin: str = "") -> None:
         """Ends an attempt; the job waits at its old place, and its tenant is given back the charge.
 
@@ -130,59 +145,89 @@ class QueueLine:
         """
         grant = entry.grant
         assert grant is not None
-        self._correct(entry, 0)
         self.jobs.take(entry)
-        entry.avoid, entry.ended_nonce = grant.worker_id, grant.nonce
+        self._take_back(entry, grant)
+        entry.avoid = grant.worker_id
         entry.pin = pin or entry.pin
-        entry.grant = None
         if not entry.pin:
             self._enter(entry)
         self.jobs.put(entry)
+
+    def _take_back(self, entry: LiveJob, grant: Grant) -> None:
+        """Ends the attempt of a job that is taken out and goes on elsewhere, and takes its charge back.
+
+        One that was lifted is so no more: of several that come back at once, one alone may be.
+        """
+        self._correct(entry, 0)
+        entry.grant, entry.ended_nonce = None, grant.nonce
+        if entry.is_lifted:
+            self._change_band(entry, entry.job.band)
 
     def age(self, now: float) -> None:
         """Lifts jobs that have waited long for their turn in the lowest band into the next; it alone ages.
 
         Within a band nobody starves, and whoever floods it has the oldest jobs there: they must not overtake
-        those of the others.
+        those of the others. Of each tenant it is the oldest job, while no other one of it waits there: an old
+        backlog is never before what the tenant asks for now.
         """
-        lowest = min(Band)
-        lines = self.jobs.lines[lowest].values()
-        for entry in [entry for line in lines for entry in line if entry.ages_at <= now]:
-            self.jobs.take(entry)
-            entry.band = Band(lowest + 1)
-            if not self.jobs.bands[lowest]:
-                self.shares[lowest].clear()
-            self._enter(entry)
-            self.jobs.put(entry)
+        for tenant in self._ranked(_AGING):
+            oldest = self.jobs.lines[_AGING][tenant][0]
+            if oldest.ages_at <= now and not self.jobs.in_line(_AGED, tenant):
+                self._move(oldest, _AGED)
+
+    def _move(self, entry: LiveJob, band: Band) -> None:
+        """Lets a waiting job count in another band, at its old place there."""
+        self.jobs.take(entry)
+        self._change_band(entry, band)
+        self._enter(entry)
+        self.jobs.put(entry)
+
+    def _change_band(self, entry: LiveJob, band: Band) -> None:
+        """Lets a job count in another band that is taken out."""
+        former, entry.band = entry.band, band
+        if not self.jobs.bands[former]:
+            self.shares[former].clear()
 
     # --- the next grant -------------------------------------------------------------------------------------
 
     def grant_next(self, nonce: str, now: float) -> Grant | None:
         """Lends free slots to the job that is next; None where none are free for anyone."""
         self.places.look(self.jobs.slots, now)
-        for entry in self._turns():
+        for band, entry in self._turns():
             if not self.places.free:
                 return None
             able = self.places.able(entry.pin)
             place = self.places.place(entry.job, able, entry.pin, entry.avoid)
             if place is not None:
+                if entry.band is not band:
+                    self._move(entry, band)
                 return self._grant(entry, place, nonce, now)
             if not entry.pin and any(worker.slots < self.places.needed(entry.job) for worker in able):
                 # Those behind it may start there now, and shall not go before it for ever.
                 self.jobs.due = self.jobs.due or entry
         return None
 
-    def _turns(self) -> Iterator[LiveJob]:
-        """Who goes first: pinned jobs; the due one; by band in turn, the tenant served least, its oldest."""
+    def _turns(self) -> Iterator[tuple[Band, LiveJob]]:
+        """Who goes first, and in which band: pinned jobs; the due one; by band, tenant and age.
+
+        A lifted job stays the first of its tenant in the turn of its own band too.
+        """
         if not self.places.free:
             return
-        yield from self.jobs.all_pinned()
+        yield from ((entry.band, entry) for entry in self.jobs.all_pinned())
         due = self.jobs.due
         if due is not None and self._free_of_cap(due.job.tenant) != 0:
-            yield due
-        for band in sorted(Band, reverse=(self.grants + 1) % BOTTOM_UP_EVERY != 0):
+            yield due.band, due
+        for band in EARLY.get((self.grants + 1) % TURNS, sorted(Band, reverse=True)):
             for tenant in self._ranked(band):
-                yield from self.jobs.lines[band][tenant]
+                if band is _AGING and (lifted := self._lifted(tenant)) is not None:
+                    yield band, lifted
+                yield from ((band, entry) for entry in self.jobs.lines[band][tenant])
+
+    def _lifted(self, tenant: str) -> LiveJob | None:
+        """The tenant's job that was lifted out of the lowest band."""
+        line = self.jobs.lines[_AGED].get(tenant)
+        return line[0] if line and line[0].is_lifted else None
 
     def _grant(self, entry: LiveJob, place: Place, nonce: str, now: float) -> Grant:
         self._charge(entry)
@@ -257,21 +302,51 @@ class QueueLine:
         jobs, tenant = self.jobs, entry.job.tenant
         if entry.pin:
             return Waiting(place_in(jobs.pinned[entry.pin], entry), self.wait_s(0))
-        higher = [band for band in Band if band > entry.band]
         place = place_in(jobs.lines[entry.band][tenant], entry)
         turn = turns.get(tenant, len(turns))
-        ahead = min(place * max(len(turns), 1) + turn, jobs.waits[entry.band] - 1)
-        tokens = sum(jobs.backlog[band] for band in higher)
-        tokens += ahead * jobs.backlog[entry.band] // jobs.waits[entry.band]
-        position = sum(jobs.waits[band] for band in higher) + ahead
-        return Waiting(position, self._longer(self.wait_s(tokens), tenant, place))
+        before = min(place * max(len(turns), 1) + turn, jobs.waits[entry.band] - 1)
+        above = self._count_above(entry, before)
+        counts = {entry.band: before, **above}
+        tokens = sum(count * jobs.backlog[band] // jobs.waits[band] for band, count in counts.items())
+        return Waiting(sum(counts.values()), self._longer(self.wait_s(tokens), entry, place))
 
-    def _longer(self, wait_s: float | None, tenant: str, place: int) -> float | None:
+    def _count_above(self, entry: LiveJob, before: int) -> dict[Band, int]:
+        """How many jobs of each higher band start before one that has `before` ahead of it in its own.
+
+        How many there are depends on how many start in all: they are counted anew from all of them down, and
+        so never to too few.
+        """
+        counts = {band: count for band, count in self.jobs.waits.items() if band > entry.band}
+        ahead = before + sum(counts.values())
+        for _ in range(RECOUNTS_MAX if self.places.slots else 0):
+            counts = {band: self._count_starts(band, entry.job.tenant, ahead + 1) for band in counts}
+            fewer = before + sum(counts.values())
+            if fewer == ahead:
+                break
+            ahead = fewer
+        return counts
+
+    def _count_starts(self, band: Band, tenant: str, starts: int) -> int:
+        """How many jobs of a higher band start while so many start in all.
+
+        A tenant that may run few at once begins another one where one of its own ends; the tenant of the job
+        that waits begins all of them before it.
+        """
+        jobs = self.jobs.waits[band]
+        for other, line in self.jobs.lines[band].items():
+            cap, free = self.caps.get(other), self._free_of_cap(other)
+            if other != tenant and cap is not None and free is not None:
+                jobs -= max(0, len(line) - free - math.ceil(cap * starts / self.places.slots))
+        return jobs
+
+    def _longer(self, wait_s: float | None, entry: LiveJob, place: int) -> float | None:
         """Whoever may run few jobs at once waits for its own, too."""
+        tenant = entry.job.tenant
         cap, free = self.caps.get(tenant), self._free_of_cap(tenant)
         if wait_s is None or self.service_s is None or cap is None or free is None:
             return wait_s
-        return max(wait_s, max(0, place + 1 - free) * self.service_s / cap)
+        above = sum(len(self.jobs.lines[band].get(tenant, ())) for band in Band if band > entry.band)
+        return max(wait_s, max(0, above + place + 1 - free) * self.service_s / cap)
 
     def wait_s(self, tokens: float) -> float | None:
         """Estimated time until a job behind so many tokens starts; None while nothing was measured."""

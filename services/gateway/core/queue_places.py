@@ -79,6 +79,10 @@ class Places:
         """Keeps jobs from a worker for `sleep_s`; None: until it is listed as closed."""
         self.opened[worker_id] = OpenPair(now + (sleep_s or 0.0), sleep_s)
 
+    def suspect(self, worker_id: str, until: float) -> None:
+        """Keeps jobs from a worker; what it is held for already does not become less."""
+        self.suspect_until[worker_id] = max(until, self.suspect_until.get(worker_id, until))
+
     def open_workers(self, now: float) -> int:
         """Workers that take jobs, with or without a free slot."""
         return sum(

@@ -29,11 +29,18 @@ class SteppedClock:
 
 
 def make_job(
-    job_id: str, *, submission: str = "", timeout_s: float = 60.0, waited_s: float = 0.0, slots: int = 1
+    job_id: str,
+    *,
+    tenant: str = "tenant",
+    band: Band = Band.INTERACTIVE,
+    submission: str = "",
+    timeout_s: float = 60.0,
+    waited_s: float = 0.0,
+    slots: int = 1,
 ) -> QueuedJob:
     """A job with plain values."""
     name = submission or job_id
-    return QueuedJob(job_id, MODEL, "tenant", Band.INTERACTIVE, 10, timeout_s, name, waited_s, slots=slots)
+    return QueuedJob(job_id, MODEL, tenant, band, 10, timeout_s, name, waited_s, slots=slots)
 
 
 @pytest.fixture
@@ -126,6 +133,22 @@ async def test_a_failed_worker_is_left_alone_for_a_moment(
     assert second.attempt == 2
 
 
+async def test_a_suspicion_is_not_shortened_by_another(
+    queue: MemoryJobQueue, clock: SteppedClock, received: list[Grant]
+) -> None:
+    """A worker fails one job and refuses another one a moment later."""
+    queue.set_worker(MODEL, QueueWorker("w1", "w1:1", 2, frozenset({"r1"})))
+    first, second = [await enqueue_granted(queue, job_id) for job_id in "ab"]
+    await queue.requeue(MODEL, "a", first.nonce)
+    await queue.refused(MODEL, "b", second.nonce, hold_s=0.1)
+    clock.seconds += 0.5
+    await queue.reap(MODEL)
+    assert received == []
+    clock.seconds += 0.5
+    await queue.reap(MODEL)
+    assert [grant.job_id for grant in received] == ["a", "b"]
+
+
 async def test_a_pinned_job_ends_when_nobody_can_continue_it(
     queue: MemoryJobQueue, clock: SteppedClock
 ) -> None:
@@ -152,6 +175,29 @@ async def test_a_pinned_job_waits_for_a_worker_s_return_from_when_the_last_one_w
         await queue.reap(MODEL)
         assert await queue.length(MODEL) == left
         queue.remove_worker(MODEL, "w1")
+
+
+async def test_aged_jobs_keep_the_turn_of_their_band_and_their_order(
+    clock: SteppedClock, received: list[Grant]
+) -> None:
+    """As in Redis: of eight grants one begins with INTERACTIVE, where one of `b` counts."""
+    queue = MemoryJobQueue(clock)
+    queue.on_grant(received.append)
+    queue.set_route(MODEL, 7, {"r1": 100})
+    queue.set_worker(MODEL, QueueWorker("w1", "w1:1", 1, frozenset({"r1"})))
+    running = await enqueue_granted(queue, "running")
+    for number in range(6):
+        await queue.enqueue(make_job(f"b{number}", tenant="b", band=Band.BATCH, timeout_s=600.0))
+        clock.seconds += 12
+    for number in range(20):
+        await queue.enqueue(make_job(f"s{number}", tenant="s", band=Band.SYSTEM))
+        await queue.enqueue(make_job(f"i{number}", tenant=f"i{number % 4}"))
+    received.append(running)
+    for number in range(24):
+        await queue.settle(MODEL, received[number].job_id, received[number].nonce, Outcome.FINISHED, 10)
+    order = [grant.job_id for grant in received[1:24]]
+    assert "".join(name[0] for name in order) == "ssb" + "sssb" + "sssi" + "sssb" + "sssi" + "sssb"
+    assert [name for name in order if name.startswith("b")] == [f"b{number}" for number in range(4)]
 
 
 @pytest.mark.parametrize("end", ["cancel", "deadline", "reap"])

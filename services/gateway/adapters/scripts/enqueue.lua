@@ -51,8 +51,7 @@ local function bind(job)
   if job.state == 'waiting' then
     take_waiting(job)
   elseif job.revision ~= pin then
-    take_running(job)
-    correct_charge(job, 0)
+    take_back(job)
     job.state, job.nonce, job.ended_nonce = 'waiting', '', job.nonce
   end
   job.pin, job.pin_until = pin, NOW + pin_ms

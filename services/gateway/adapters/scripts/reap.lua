@@ -23,15 +23,17 @@ local function is_held(revision)
   return redis.call('EXISTS', PREFIX .. 'holders:' .. revision) == 1
 end
 
--- A worker that was lost may be on its way back with the revision, so that a job waits a while first.
+-- A worker that was lost may be on its way back with the revision, so that whoever is pinned to it waits a while
+-- first, from when it was held last.
 local function reap_pinned()
+  local seen = PREFIX .. 'pins_held'
+  redis.call('ZREMRANGEBYSCORE', seen, '-inf', NOW - pin_ms)
   for _, revision in ipairs(redis.call('SMEMBERS', PREFIX .. 'pins')) do
-    local held = is_held(revision)
-    -- Those behind them are looked at when these have gone, which takes as long.
-    for _, id in ipairs(redis.call('ZRANGE', PREFIX .. 'pinned:' .. revision, 0, JOBS_MAX - 1)) do
-      if held then
-        redis.call('HSET', PREFIX .. 'job:' .. id, 'pin_until', NOW + pin_ms)
-      else
+    if is_held(revision) then
+      redis.call('ZADD', seen, NOW, revision)
+    elseif not redis.call('ZSCORE', seen, revision) then
+      -- Those behind them are looked at when these have gone.
+      for _, id in ipairs(redis.call('ZRANGE', PREFIX .. 'pinned:' .. revision, 0, JOBS_MAX - 1)) do
         local job = load_job(id)
         if tonumber(job.pin_until) <= NOW then finish_job(job, 'failed') end
       end
@@ -62,5 +64,7 @@ reap_pinned()
 forget_gateways()
 forget_workers()
 prune_shares(JOBS_MAX)
+-- Grants look at who is held while somebody waits.
+release_held()
 grant_free()
 return { GRANTED, ADOPTED }

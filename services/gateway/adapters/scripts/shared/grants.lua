@@ -3,12 +3,15 @@
 -- A call grants this many jobs at most, and looks at as many for each, so that it stays below a few milliseconds
 -- whatever has piled up.
 local LOOKS_MAX = 64
--- One grant in so many looks at the bands from the bottom, so that the lowest never starves.
-local BOTTOM_UP_EVERY = 8
+-- Of so many grants one begins with the lowest band and another with the one above it, so that neither starves.
+local TURNS = 8
+local EARLY = { [0] = { 1, 2, 3 }, [4] = { 2, 3, 1 } }
 -- While breakers are open, a job may be barred from all free workers; then at most this many are looked at.
 local BARRED_LOOKS_MAX = 16
 -- Behind a job that finds no place, so many are looked at of one tenant, and so many tenants.
 local DEPTH_MAX = 16
+-- A place is counted anew so many times, until it does not change any more.
+local RECOUNTS_MAX = 16
 -- What a grant changes of a job's record.
 local GRANT_FIELDS = {
   'state', 'worker', 'revision', 'address', 'attempt', 'epoch', 'granted_at', 'trial', 'nonce', 'charged', 'entry',
@@ -35,8 +38,7 @@ end
 
 local function bands_in_turn()
   local grants = tonumber(redis.call('HGET', PREFIX .. 'clock', 'grants') or 0)
-  if (grants + 1) % BOTTOM_UP_EVERY ~= 0 then return BANDS end
-  return { BANDS[3], BANDS[2], BANDS[1] }
+  return EARLY[(grants + 1) % TURNS] or BANDS
 end
 
 -- Returns the job and its place if a worker can take it, or nil.
@@ -72,11 +74,13 @@ local function has_free_routed(view)
   return false
 end
 
--- Returns the members of a sorted set one by one, a few at most. Most callers want the first alone.
-local function in_order(key)
-  local rank = -1
+-- Returns the members of a sorted set one by one, a few at most, behind `first` where there is one. Most callers
+-- want the first alone.
+local function in_order(key, first)
+  local rank = first and -2 or -1
   return function()
     rank = rank + 1
+    if rank == -1 then return first end
     return rank < DEPTH_MAX and redis.call('ZRANGE', key, rank, rank)[1] or nil
   end
 end
@@ -114,11 +118,15 @@ local function next_in_line(view)
   view.looks_left, view.vain_slots = view.has_open and BARRED_LOOKS_MAX or LOOKS_MAX, nil
   local due, due_place = next_due(view)
   if due then return due, due_place end
-  for _, band in ipairs(bands_in_turn()) do
+  for _, number in ipairs(bands_in_turn()) do
+    local band = tostring(number)
     for seat in in_order(PREFIX .. 'tenants:' .. band) do
-      for id in in_order(PREFIX .. 'waiting:' .. band .. ':' .. tenant_of(seat)) do
+      local tenant = tenant_of(seat)
+      -- A lifted job stays the first of its tenant in the turn of its own band too.
+      for id in in_order(PREFIX .. 'waiting:' .. band .. ':' .. tenant, lifted_from(band, tenant)) do
         if view.looks_left == 0 then return nil end
         local job, place = try_in_line(view, id)
+        if job and job.band ~= band then move_waiting(job, band) end
         if job then return job, place end
       end
     end
@@ -189,33 +197,90 @@ local function wait_of(seen, tokens)
   return math.floor((service_of(seen, tokens) + seen.service_ms) / seen.slots)
 end
 
--- Returns the tenants of a band that have a seat, its jobs that wait and their tokens, and those above it.
+-- Returns the tenants of a band that have a seat, and its jobs that wait and their tokens.
 local function look_at_band(seen, band)
   local found = seen.bands[band]
   if not found then
-    found = { seats = redis.call('ZCARD', PREFIX .. 'tenants:' .. band), jobs_above = 0, tokens_above = 0 }
-    for _, other in ipairs(BANDS) do
-      local jobs = redis.call('ZCARD', PREFIX .. 'deadline:' .. other)
-      local tokens = tonumber(redis.call('HGET', PREFIX .. 'backlog', other) or 0)
-      if other == tonumber(band) then
-        found.jobs, found.tokens = jobs, tokens
-        break
-      end
-      found.jobs_above, found.tokens_above = found.jobs_above + jobs, found.tokens_above + tokens
-    end
+    found = {
+      seats = redis.call('ZCARD', PREFIX .. 'tenants:' .. band),
+      jobs = redis.call('ZCARD', PREFIX .. 'deadline:' .. band),
+      tokens = tonumber(redis.call('HGET', PREFIX .. 'backlog', band) or 0),
+    }
     seen.bands[band] = found
   end
   return found
 end
 
--- Returns how many tenants of the job's band come before its own, and what its own may run.
+local function count_in_line(band, tenant)
+  return redis.call('ZCARD', PREFIX .. 'waiting:' .. band .. ':' .. tenant)
+end
+
+-- Returns the tenants in line in a band that may run few jobs at once: a few of them, those that were served most.
+local function capped_in(band)
+  local capped = {}
+  for _, tenant in ipairs(redis.call('ZREVRANGE', PREFIX .. 'served:' .. band, 0, DEPTH_MAX - 1)) do
+    local _, free, cap = seat_of(band, tenant)
+    local jobs = cap and count_in_line(band, tenant) or 0
+    if jobs > 0 then capped[#capped + 1] = { tenant = tenant, jobs = jobs, free = free, cap = cap } end
+  end
+  return capped
+end
+
+-- Returns the bands above one in which jobs wait, and which of their tenants may run few at once.
+local function look_above(seen, band)
+  local above = {}
+  for _, other in ipairs(BANDS) do
+    local found = other > tonumber(band) and look_at_band(seen, tostring(other))
+    if found and found.jobs > 0 then
+      found.capped = found.capped or capped_in(other)
+      above[#above + 1] = found
+    end
+  end
+  return above
+end
+
+-- Returns how many jobs of a higher band start while so many start in all. A tenant that may run few at once begins
+-- another one where one of its own ends; the tenant of the job that waits begins all of them before it.
+local function count_starts(seen, found, tenant, starts)
+  local jobs = found.jobs
+  for _, other in ipairs(found.capped) do
+    local begun = other.free + math.ceil(other.cap * starts / seen.slots)
+    if other.tenant ~= tenant then jobs = jobs - math.max(0, other.jobs - begun) end
+  end
+  return jobs
+end
+
+-- Returns how many jobs of higher bands start before one that has so many before it in its own, and their tokens.
+-- How many there are depends on how many start in all: they are counted anew from all of them down, and so never
+-- to too few.
+local function count_above(seen, job, before)
+  local above, counts, ahead, tokens = look_above(seen, job.band), {}, before, 0
+  for i, found in ipairs(above) do counts[i], ahead = found.jobs, ahead + found.jobs end
+  for _ = 1, seen.slots > 0 and RECOUNTS_MAX or 0 do
+    local fewer = before
+    for i, found in ipairs(above) do
+      counts[i] = count_starts(seen, found, job.tenant, ahead + 1)
+      fewer = fewer + counts[i]
+    end
+    if fewer == ahead then break end
+    ahead = fewer
+  end
+  for i, found in ipairs(above) do tokens = tokens + math.floor(counts[i] * found.tokens / found.jobs) end
+  return ahead - before, tokens
+end
+
+-- Returns how many tenants of the job's band come before its own, and what its own may run; where that is bounded
+-- also how many of its jobs are in line above.
 local function look_at_tenant(seen, job)
   local name = job.band .. ':' .. job.tenant
   local found = seen.tenants[name]
   if not found then
     local seat, free, cap = seat_of(job.band, job.tenant)
     local turn = seat and redis.call('ZRANK', PREFIX .. 'tenants:' .. job.band, seat)
-    found = { turn = turn or look_at_band(seen, job.band).seats, free = free, cap = cap }
+    found = { turn = turn or look_at_band(seen, job.band).seats, free = free, cap = cap, above = 0 }
+    for _, band in ipairs(cap and BANDS or {}) do
+      if band > tonumber(job.band) then found.above = found.above + count_in_line(band, job.tenant) end
+    end
     seen.tenants[name] = found
   end
   return found
@@ -231,13 +296,14 @@ local function place_of(seen, job)
   local band, tenant = look_at_band(seen, job.band), look_at_tenant(seen, job)
   local place = redis.call('ZRANK', PREFIX .. 'waiting:' .. job.band .. ':' .. job.tenant, job.id)
   local before = math.min(place * math.max(band.seats, 1) + tenant.turn, band.jobs - 1)
-  local wait_ms = wait_of(seen, band.tokens_above + math.floor(before * band.tokens / band.jobs))
+  local above, tokens_above = count_above(seen, job, before)
+  local wait_ms = wait_of(seen, tokens_above + math.floor(before * band.tokens / band.jobs))
   if wait_ms >= 0 and tenant.free then
     -- Whoever may run few jobs at once waits for its own, too.
-    local rounds = math.max(0, place + 1 - tenant.free) / math.max(tenant.cap, 1)
+    local rounds = math.max(0, tenant.above + place + 1 - tenant.free) / math.max(tenant.cap, 1)
     wait_ms = math.max(wait_ms, math.floor(rounds * seen.service_ms))
   end
-  return band.jobs_above + before, wait_ms
+  return above + before, wait_ms
 end
 
 -- Takes a finished job's service time, in all of its slots, and what it was expected to cost, into the means, a
@@ -257,8 +323,7 @@ end
 local function put_back(id, nonce, prepare)
   local job = load_job(id)
   if is_current(job, nonce) then
-    take_running(job)
-    correct_charge(job, 0)
+    take_back(job)
     prepare(job)
     job.state, job.nonce, job.ended_nonce = 'waiting', '', nonce
     store_job(job)

@@ -1,9 +1,9 @@
 -- Jobs: their records, and the indices that a record stands in. A job's band is the one it counts in: one
--- higher than it asked for once it has aged.
+-- higher than it asked for while it is lifted.
 
 -- A call ends at most this many overdue jobs, so that it stays short; the next call goes on.
 local OVERDUE_MAX = 32
--- And it lifts at most this many aged ones.
+-- And it looks at so many tenants for jobs that have aged.
 local AGED_MAX = 16
 -- So many leases are written at once: what Lua can hand over in one go is bounded.
 local LEASES_AT_ONCE = 500
@@ -11,9 +11,9 @@ local LEASES_AT_ONCE = 500
 -- Jobs of vanished gateways that this call made the caller's.
 local ADOPTED = {}
 
--- The lowest band alone ages. Within a band nobody starves, and whoever floods it has the oldest jobs there: they
--- must not overtake those of the others.
-local AGING_BAND = tostring(BANDS[#BANDS])
+-- The lowest band alone ages, into the one above it. Within a band nobody starves, and whoever floods it has the
+-- oldest jobs there: they must not overtake those of the others.
+local AGING_BAND, AGED_BAND = tostring(BANDS[#BANDS]), tostring(BANDS[#BANDS - 1])
 
 -- Returns the job's record with its id, or nil.
 local function load_job(id)
@@ -90,9 +90,17 @@ local function put_in_line(job)
   redis.call('ZADD', line, job.arrival, job.id)
   -- The tenant's turn is that of its oldest job.
   if redis.call('ZRANK', line, job.id) == 0 then rank_tenant(job.band, job.tenant) end
-  if job.aged == '0' and job.band == AGING_BAND then
-    redis.call('ZADD', PREFIX .. 'aging:' .. job.band, job.ages_at, job.id)
-  end
+end
+
+-- Returns the oldest job of a tenant that waits for its turn in a band, or nil.
+local function oldest_of(band, tenant)
+  return redis.call('ZRANGE', PREFIX .. 'waiting:' .. band .. ':' .. tenant, 0, 0)[1]
+end
+
+-- Returns the job of a tenant that was lifted out of a band, or nil.
+local function lifted_from(band, tenant)
+  local id = band == AGING_BAND and oldest_of(AGED_BAND, tenant)
+  return id and read_job(id, 'aged').aged == '1' and id or nil
 end
 
 local function slots_of(job)
@@ -141,6 +149,7 @@ local function take_waiting(job)
     end
   else
     redis.call('ZREM', PREFIX .. 'waiting:' .. job.band .. ':' .. job.tenant, job.id)
+    -- A gateway of an earlier version lists here what it lifts, and takes it for waiting.
     redis.call('ZREM', PREFIX .. 'aging:' .. job.band, job.id)
     rank_tenant(job.band, job.tenant)
   end
@@ -176,6 +185,21 @@ local function take_running(job)
   redis.call('HDEL', PREFIX .. 'running:' .. job.worker, unpack(slot_fields(job)))
   index_worker(job.worker)
   count_running(job.tenant, -1)
+end
+
+-- Lets a job count in another band; it stands in no line meanwhile.
+local function change_band(job, band)
+  count_live(job.band, -1)
+  job.band, job.aged = band, band == AGED_BAND and '1' or '0'
+  count_live(band, 1)
+end
+
+-- Takes a job out of its slots that goes on elsewhere, and its charge back. One that was lifted is so no more: of
+-- several that come back at once, one alone may be.
+local function take_back(job)
+  take_running(job)
+  correct_charge(job, 0)
+  if job.aged == '1' then change_band(job, AGING_BAND) end
 end
 
 -- Takes in a new job: its tokens are reserved, and its tenant's cap is as it says.
@@ -233,16 +257,22 @@ local function expire_overdue()
   end
 end
 
--- A job of the lowest band that has waited long counts one band higher.
+-- Lets a waiting job count in another band, at its old place there.
+local function move_waiting(job, band)
+  take_waiting(job)
+  change_band(job, band)
+  store_fields(job, { 'band', 'aged' })
+  put_waiting(job)
+end
+
+-- A job of the lowest band that has waited long counts one band higher: of each tenant its oldest, and that only
+-- while no other one of the tenant waits there. So an old backlog is never before what the tenant asks for now.
 local function lift_aged()
-  local index = PREFIX .. 'aging:' .. AGING_BAND
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', index, '-inf', NOW, 'LIMIT', 0, AGED_MAX)) do
-    local job = load_job(id)
-    take_waiting(job)
-    count_live(job.band, -1)
-    job.band, job.aged = tostring(BANDS[#BANDS - 1]), '1'
-    count_live(job.band, 1)
-    store_job(job)
-    put_waiting(job)
+  for _, seat in ipairs(redis.call('ZRANGE', PREFIX .. 'tenants:' .. AGING_BAND, 0, AGED_MAX - 1)) do
+    local tenant = tenant_of(seat)
+    if redis.call('EXISTS', PREFIX .. 'waiting:' .. AGED_BAND .. ':' .. tenant) == 0 then
+      local oldest = read_job(oldest_of(AGING_BAND, tenant), 'ages_at')
+      if tonumber(oldest.ages_at) <= NOW then move_waiting(load_job(oldest.id), AGED_BAND) end
+    end
   end
 end

@@ -45,8 +45,7 @@ end
 -- its log holds; its former owner's nonces mean nothing any more.
 local function adopt_job(job, owner)
   if job.state == 'running' then
-    take_running(job)
-    correct_charge(job, 0)
+    take_back(job)
     if redis.call('EXISTS', PREFIX .. 'log:' .. job.id) == 1 then
       -- A worker that has the revision may be on its way back, as after a failure.
       job.pin, job.pin_until = job.revision, NOW + 3 * LEASE_MS

@@ -1,21 +1,20 @@
 -- Workers and the route, as the controller wrote them, and which worker takes a job.
 
--- A suspicion lasts a second at most; the key goes when nobody was suspect for a minute.
-local HELD_TTL_MS = 60000
 -- A call brings at most this many workers back from a hold or a lapse, so that it stays short.
 local RETURNS_MAX = 64
 -- A job looks at this many workers of a revision at most; those before them must all be barred to it, or have
 -- fewer free slots than it needs. The largest worker is looked for among as many.
 local WORKERS_LOOKED_AT_MAX = 64
 
--- Keeps a worker from new jobs for a while.
+-- Keeps a worker from new jobs for a while. What it is held for already does not become less: who refuses a job
+-- knows nothing of the one that failed there.
 local function suspect_worker(worker_id, hold_ms)
-  redis.call('ZADD', PREFIX .. 'held', NOW + hold_ms, worker_id)
-  redis.call('PEXPIRE', PREFIX .. 'held', HELD_TTL_MS)
+  redis.call('ZADD', PREFIX .. 'held', 'GT', NOW + hold_ms, worker_id)
   index_worker(worker_id)
 end
 
--- Lets workers be used again whose hold has ended.
+-- Lets workers be used again whose hold has ended. They are in no other index meanwhile, so that only this brings
+-- them back: `held` has no time to live.
 local function release_held()
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', PREFIX .. 'held', '-inf', NOW, 'LIMIT', 0, RETURNS_MAX)) do
     redis.call('ZREM', PREFIX .. 'held', id)
