@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# The share of the latest time in a way's mean.
+# The share of the latest time in the mean of the way that is taken. What another one took a while ago says little.
 LATEST = 0.25
 # A way that was not chosen is tried again after so many pieces of work, twice as many each time that it was
 # slower by more than a quarter.
@@ -24,7 +24,7 @@ class _Way:
     """What is known of one way.
 
     Attributes:
-        mean_s: The mean time of a unit of work; None: never tried.
+        mean_s: The time of a unit of work: the mean lately, or the last one; None: never tried.
         pause: So many pieces of work go by until it is tried again.
         left: How many of them are left.
     """
@@ -32,10 +32,6 @@ class _Way:
     mean_s: float | None = None
     pause: int = TRY_AGAIN
     left: int = TRY_AGAIN
-
-    def note(self, unit_s: float) -> None:
-        """Takes in how long a unit took."""
-        self.mean_s = unit_s if self.mean_s is None else self.mean_s + LATEST * (unit_s - self.mean_s)
 
 
 @dataclass(slots=True)
@@ -68,13 +64,13 @@ class Ways:
 
     def note(self, index: int, units: float, took_s: float) -> None:
         """Takes in how long a piece of work of so many units took in one of the ways."""
-        way = self._ways[index]
-        way.note(took_s / units)
-        if (best := self._best()) == index:
-            way.pause = TRY_AGAIN
+        way, unit_s = self._ways[index], took_s / units
+        if way.mean_s is None or index != self._best():
+            way.mean_s = unit_s
         else:
-            slower = took_s / units > MUCH_SLOWER * (self._ways[best].mean_s or 0.0)
-            way.pause = min(2 * way.pause, TRY_AGAIN_MAX) if slower else TRY_AGAIN
+            way.mean_s += LATEST * (unit_s - way.mean_s)
+        best_s = self._ways[self._best()].mean_s or 0.0
+        way.pause = min(2 * way.pause, TRY_AGAIN_MAX) if way.mean_s > MUCH_SLOWER * best_s else TRY_AGAIN
         way.left = way.pause
 
     def _best(self) -> int:

@@ -63,3 +63,10 @@ def test_what_counts_is_the_time_of_a_unit() -> None:
     ways.note(0, 1.0, 1.0)
     ways.note(1, 4.0, 2.0)
     assert ways.choose() == 1
+
+
+def test_a_slow_first_time_is_forgotten() -> None:
+    """Weights that are read from a file for the first time take ten times as long: not the way's doing."""
+    ways = Ways(2)
+    ways.note(0, UNITS, 30.0)
+    assert work(ways, 8 * TRY_AGAIN, (1.0, 2.0))[-1] == 0
