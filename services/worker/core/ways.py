@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# The share of the latest time in the mean of the way that is taken. What another one took a while ago says little.
+# The share of the latest time in the mean of the way that is taken. The last try of another says it all.
 LATEST = 0.25
 # A way that was not chosen is tried again after so many pieces of work, twice as many each time that it was
 # slower by more than a quarter.
