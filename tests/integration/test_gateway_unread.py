@@ -40,7 +40,7 @@ async def open_talkative() -> AsyncIterator[tuple[GatewayWorld, ScriptedWorker]]
     async with open_gateway(
         generation=GenerationLimits(client_stall_s=STALL_S),
         tokenizer=FakeTokenizer(letters=KIB),
-        context_tokens=2 * ANSWER_TOKENS,
+        context=2 * ANSWER_TOKENS,
     ) as gateway:
         worker = await gateway.add_worker("w1", Script(answer="x" * ANSWER_TOKENS), slots=2)
         yield gateway, worker
