@@ -327,9 +327,11 @@ class FakeMember:
         if self._call is not None:
             self._call.cancel()
 
-    async def become_active(self, kind: int, member_id: str, incarnation: str) -> pb.Activate:
+    async def become_active(
+        self, kind: int, member_id: str, incarnation: str, **fields: object
+    ) -> pb.Activate:
         """Goes through the whole handshake; returns the activation."""
-        await self.hello(kind, member_id, incarnation)
+        await self.hello(kind, member_id, incarnation, **fields)
         await self.hear("lease")
         revision = (await self.hear("prepare")).prepare.manifest.revision
         await self.say(ready=pb.Ready(revision=revision, weights_bytes=1))

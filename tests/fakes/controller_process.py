@@ -22,9 +22,10 @@ from services.controller.__main__ import run
 from services.controller.adapters.redis_lead import RedisLead
 from services.controller.config import ControllerConfig
 from services.controller.core.ports import BreakerFleet, Lead, RouteStore
+from tests.fakes import scripted_worker
 from tests.fakes.controller_ports import LEAD_TTL_S, TIMEOUT_S, FakeMember, MemoryLead, MemoryRouteStore
 
-MESH_TOKEN = "m" * 32
+MESH_TOKEN = scripted_worker.MESH_TOKEN
 JWT_SECRET = "j" * 32
 # Longer than a test: members that shall not be lost need not speak.
 LEASE_TTL_S = 30.0
@@ -75,9 +76,10 @@ async def started(
     lead: Lead | None = None,
     breakers: BreakerFleet | None = None,
     artifacts_url: str = "",
+    model: Path | None = None,
 ) -> AsyncIterator[Controller]:
-    """A controller process's `run`, in this process."""
-    model = write_model(tmp_path / "model")
+    """A controller process's `run`, in this process, with a model of no use unless one is given."""
+    model = model or write_model(tmp_path / "model")
     announced, stop, drained = tmp_path / "announce.json", asyncio.Event(), asyncio.Event()
     settings = ControllerConfig(
         bind="127.0.0.1:0",

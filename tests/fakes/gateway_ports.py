@@ -23,8 +23,15 @@ from services.gateway.core.ports import AttemptSink
 VOCABULARY = 0x3000
 
 
+@dataclass(frozen=True)
 class FakeTokenizer:
-    """One token a character; a message becomes `role:content` and a line end."""
+    """One token a character; a message becomes `role:content` and a line end.
+
+    Attributes:
+        letters: How often a token's character stands in the text that it becomes.
+    """
+
+    letters: int = 1
 
     @property
     def vocabulary(self) -> int:
@@ -42,11 +49,11 @@ class FakeTokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """See `Tokenizer.decode`."""
-        return "".join(map(chr, token_ids))
+        return "".join(chr(token_id) * self.letters for token_id in token_ids)
 
     def piece(self, token_id: int) -> TokenPiece:
         """See `Tokenizer.piece`."""
-        return TokenPiece.of_bytes(chr(token_id).encode())
+        return TokenPiece.of_bytes(self.decode([token_id]).encode())
 
 
 @dataclass

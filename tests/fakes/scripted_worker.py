@@ -7,6 +7,7 @@ must be. The sequences of a job take turns, a message each, and may have answers
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ class Script:
         cached_prompt_tokens: What it tells with the first token of an answer.
         stall_at: Index before which its steps stand still while it goes on saying that it lives; None: never.
         failing: Every job is ended as failed before its first token.
+        failures: So many of the next jobs are.
+        opening: What the first token of an answer waits for; None: nothing.
         flaw_at: Index before which the first sequence of a job with a format cannot go on; None: never.
         flaw: Why; where it is empty, as by workers that do not tell, the sequence just failed.
     """
@@ -59,6 +62,8 @@ class Script:
     cached_prompt_tokens: int = 0
     stall_at: int | None = None
     failing: bool = False
+    failures: int = 0
+    opening: asyncio.Event | None = None
     flaw_at: int | None = None
     flaw: str = ""
     others: tuple[str, ...] = ()
@@ -96,6 +101,7 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         script: What it does.
         address: Where it listens.
         starts: The orders that it got.
+        starts_s: When each of them came, by the monotonic clock.
         cancelled: Jobs that it was told to end.
         shortened: Sequences of jobs that it was told to end alone.
         sent: Tokens sent for each job, by all attempts, of the longest sequence.
@@ -109,6 +115,7 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         self.script = script or Script()
         self.address = ""
         self.starts: list[pb.StartJob] = []
+        self.starts_s: list[float] = []
         self.cancelled: list[str] = []
         self.shortened: list[tuple[str, int]] = []
         self.sent: dict[str, int] = {}
@@ -198,6 +205,7 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
 
     def _begin(self, start: pb.StartJob, outgoing: asyncio.Queue[Any]) -> None:
         self.starts.append(start)
+        self.starts_s.append(time.monotonic())
         if self.script.refusals:
             reason = self.script.refusals.pop(0)
             refused = pb.Refused(
@@ -212,7 +220,8 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
             dict.fromkeys(going, start.credit_tokens),
             {at: len(emitted[at].token_ids) if at in emitted else 0 for at in going},
         )
-        if self.script.failing:
+        if self.script.failing or self.script.failures > 0:
+            self.script.failures = max(0, self.script.failures - 1)
             self._send(running, outgoing, going[0], 0, [], generation_pb2.FINISH_REASON_ERROR)
             return
         self.running[start.job] = running
@@ -242,6 +251,8 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         self._send(running, outgoing, sequence, index, [], generation_pb2.FINISH_REASON_CANCELLED)
 
     async def _generate(self, running: Running, outgoing: asyncio.Queue[Any]) -> None:
+        if self.script.opening is not None:
+            await self.script.opening.wait()
         while running.index:
             for sequence in tuple(running.index):
                 if not await self._trouble(max(running.index.values(), default=0), outgoing):

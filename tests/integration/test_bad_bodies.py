@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import itertools
 import json
 import re
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ import pytest_asyncio
 from deploy.envoy.routes import BODY_BYTES_MAX
 from services.gateway.http import native_fields
 from tests.fakes.scripted_worker import Script
+from tests.fixtures.any_call import check_delays
 from tests.fixtures.bad_bodies import ANSWER, APIS, PRIVATE, Api, World, check_next, message_of
 from tests.fixtures.edge import ask
 from tests.fixtures.gateway_edge import envoy_before
@@ -99,6 +102,18 @@ async def test_a_bad_body(world: World, api: Api, case: str) -> None:
     body = made(api) if callable(made) else made
     world.check_error(api.shape, 400, await world.post(api.path, body), told=told)
     await check_next(world, api)
+
+
+async def test_bad_bodies_are_refused_at_once(world: World) -> None:
+    """Whatever is wrong with them, in less than 100 ms."""
+    delays_s = []
+    for api, (made, _) in itertools.product(APIS, BODIES.values()):
+        body = made(api) if callable(made) else made
+        asked_s = time.monotonic()
+        status, _, _ = await world.post(api.path, body)
+        delays_s.append(time.monotonic() - asked_s)
+        assert status == 400
+    check_delays(delays_s)
 
 
 FIELDS = [

@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
+from pybreaker import CircuitBreakerError
+
 from services.common import logs
 from services.common.clock import Clock
 from services.common.errors import InterlockError, StoreUnavailable
@@ -251,25 +253,12 @@ class FallbackJobQueue:
 
     async def _guarded(self, call: Callable[[], Awaitable[T]]) -> T:
         """Makes one call to the shared queue under its breaker."""
-        permit = self._circuit.admit()
-        if permit is None:
-            await self._retreat()
-            raise StoreUnavailable("The queue's store is not asked now.")
-        verdict = Verdict.NEUTRAL
         try:
-            result = await call()
-            verdict = Verdict.SUCCESS
-        except StoreUnavailable:
-            verdict = Verdict.FAILURE
-            raise
-        except InterlockError:
-            # A refusal is an answer.
-            verdict = Verdict.SUCCESS
-            raise
-        else:
-            return result
+            return await self._circuit.acall(call, _verdict_of)
+        except CircuitBreakerError as error:
+            await self._retreat()
+            raise StoreUnavailable("The queue's store is not asked now.") from error
         finally:
-            self._circuit.settle(permit, verdict)
             if self._circuit.breaker.state in {State.OPEN, State.FORCED_OPEN}:
                 await self._retreat()
 
@@ -393,6 +382,13 @@ class FallbackJobQueue:
             entry.grant = grant
             self._own.hold(entry.job, grant)
             self._receive(grant)
+
+
+def _verdict_of(error: BaseException) -> Verdict:
+    """What the end of a call says of the shared queue's store; a refusal is an answer."""
+    if isinstance(error, StoreUnavailable):
+        return Verdict.FAILURE
+    return Verdict.SUCCESS if isinstance(error, InterlockError) else Verdict.NEUTRAL
 
 
 def _ignore(grant: Grant) -> None:
