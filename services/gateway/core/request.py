@@ -116,6 +116,11 @@ class Request:
     waited_out: bool = False
     grant: Grant | None = None
 
+    @property
+    def tries(self) -> bool:
+        """Whether it is the one call that tries a worker, which has said nothing yet."""
+        return self.phase is Phase.GRANTED and self.grant is not None and self.grant.trial
+
 
 Step = tuple[Request, tuple[Effect, ...]]
 

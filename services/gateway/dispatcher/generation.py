@@ -107,6 +107,11 @@ class Generation:
         return self._request.phase is life.Phase.QUEUED
 
     @property
+    def tries(self) -> bool:
+        """Whether the request is the one that tries a worker, which has not spoken yet."""
+        return self._request.tries
+
+    @property
     def place_due(self) -> bool:
         """Whether the client is to hear where the request stands in the queue."""
         return self._narration.place_due
@@ -373,8 +378,9 @@ class Generation:
         if self._failover is not None:
             self._failover.cancel()
         wait_s = max(self._limits.failover_wait_s, AWAIT_LEAST_S)
-        loop = asyncio.get_running_loop()
-        self._failover = loop.call_later(wait_s, self._apply, request_events.WaitedOut())
+        self._failover = asyncio.get_running_loop().call_later(
+            wait_s, self._apply, request_events.WaitedOut()
+        )
 
     def _close(self, error: InterlockError | None) -> None:
         self.error = error

@@ -24,6 +24,8 @@ from services.gateway.dispatcher.generation import Generation
 
 # A worker that did not come back within its time is being mended by somebody.
 RETRY_WITHOUT_WORKER_S = 5.0
+# A worker that is tried may be well again: requests wait longer by this factor, however often one is tried.
+TRIED_FACTOR = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Rounds:
         models: The models that are served now; their queues are looked after even when nobody waits here.
         jitter: Draws a number from 0 to 1, so that gateways do not reap in step.
         renew_s: How often notes are compared.
-        worker_wait_s: How long requests wait while there is no worker.
+        worker_wait_s: How long requests wait while there is no worker that they may go to.
         is_replaced: Whether another revision takes the place of a model's; its only worker is away meanwhile.
     """
 
@@ -272,14 +274,19 @@ class Rounds:
     def _judge_workers(self, model: str, renewal: Renewal, waiting: frozenset[str]) -> None:
         """Ends the wait of those for whom no worker has come back in time, and says so.
 
-        What a worker needs to end what it runs, and to load a revision, is not known here: while one replaces
-        another, requests wait until their deadline.
+        Workers whose breakers are open count as away. What a worker needs to end what it runs, and to load a
+        revision, is not known here: while one replaces another, requests wait until their deadline.
         """
+        is_tried = any(one.job.model == model and one.tries for one in self._register.live.values())
+        if renewal.workers is None and is_tried:
+            # The one that waited is under way, and perhaps waits on soon.
+            return
         if renewal.workers != 0 or self._is_replaced(model):
             self._workerless_since.pop(model, None)
             return
         since = self._workerless_since.setdefault(model, self._clock.monotonic())
-        if self._clock.monotonic() - since < self._worker_wait_s:
+        factor = TRIED_FACTOR if is_tried or renewal.due else 1.0
+        if self._clock.monotonic() - since < factor * self._worker_wait_s:
             return
         for job_id in waiting:
             # One that was lent a slot meanwhile waits no more.
