@@ -15,7 +15,15 @@ from services.gateway.core.breaker import BreakerLimits, State, Verdict
 from services.gateway.core.queue_errors import RETRY_WHEN_HELD_S
 from services.gateway.core.queue_limits import QueueLimits
 from tests.fakes.scripted_worker import Script
-from tests.fixtures.gateway_world import MODEL, GatewayWorld, fail, joined, open_gateway, reason_of
+from tests.fixtures.gateway_world import (
+    MODEL,
+    GatewayWorld,
+    fail,
+    joined,
+    open_gateway,
+    reason_of,
+    settle_board,
+)
 
 ANSWER = "The quick brown fox jumps over the lazy dog."
 REQUEST = pb.GenerateRequest(text="hi", max_tokens=100)
@@ -83,12 +91,9 @@ async def test_who_comes_while_every_breaker_is_open_is_told_at_once_when_to_com
     async with open_gateway() as gateway:
         for name in ("w1", "w2"):
             await gateway.add_worker(name, Script(answer=ANSWER))
-            gateway.breakers.worker(name, MODEL)
-        gateway.breakers.hold({"w1": State.FORCED_OPEN})
-        await settle_board()
+        await gateway.hold_open("w1")
         assert {await answering(gateway) for _ in range(4)} == {"w2"}
-        gateway.breakers.hold({"w1": State.FORCED_OPEN, "w2": State.FORCED_OPEN})
-        await settle_board()
+        await gateway.hold_open("w1", "w2")
         began_s = time.monotonic()
         error, events = await fail(gateway.call(REQUEST))
         assert time.monotonic() - began_s < AT_ONCE_S
@@ -134,12 +139,6 @@ async def trip(gateway: GatewayWorld, worker_id: str) -> None:
     assert permit is not None
     circuit.settle(permit, Verdict.FAILURE)
     await settle_board()
-
-
-async def settle_board() -> None:
-    """Lets the queue hear of the breakers, which a task of their own tells it."""
-    for _ in range(5):
-        await asyncio.sleep(0)
 
 
 async def answering(gateway: GatewayWorld) -> str:

@@ -81,6 +81,11 @@ def ended_error(outcome: Outcome) -> InterlockError:
             return RequestExists("This request has been answered already.")
 
 
+def in_use() -> RequestExists:
+    """The error for an id whose request is under way and cannot be joined."""
+    return RequestExists("request_id: is in use by a request of this subject that has not ended.")
+
+
 def exists_with_other_body() -> RequestExists:
     """The error for an id that stands for another body."""
     return RequestExists("request_id: stands for a request with another body.")

@@ -96,12 +96,16 @@ class Rounds:
 
     async def renew(self) -> None:
         """Compares notes with the queue once, for every model."""
+        leaving = not self._register.is_open()
         try:
             for model in self.known_models():
-                await self._renew(model)
+                await self._renew(model, leaving=leaving)
                 self._note_store(reachable=True)
         except StoreUnavailable:
             self._note_store(reachable=False)
+        else:
+            if leaving:
+                self._told_leaving.set()
 
     async def leave(self, within_s: float) -> None:
         """Has a renewal made at once that says that this gateway leaves; waits for it, at most so long."""
@@ -227,7 +231,7 @@ class Rounds:
             self.store_reachable = reachable
             logs.get_logger().info("store.reached" if reachable else "store.lost")
 
-    async def _renew(self, model: str) -> None:
+    async def _renew(self, model: str, *, leaving: bool) -> None:
         # Requests that owe the queue a call are left out: it could only answer about the past.
         named = {
             job_id: generation.grant
@@ -238,10 +242,7 @@ class Rounds:
         waiting = frozenset(job_id for job_id, grant in named.items() if grant is None)
         # A place costs the queue more than a lease, and its client more still.
         places = frozenset(job_id for job_id in waiting if self._register.live[job_id].place_due)
-        leaving = not self._register.is_open()
         renewal = await self._queue.renew(model, running, waiting, places=places, leaving=leaving)
-        if leaving:
-            self._told_leaving.set()
         self._place(renewal)
         granted = {grant.job_id for grant in renewal.granted}
         self._judge_workers(model, renewal, waiting - renewal.lost - granted)
