@@ -89,9 +89,7 @@ class Generation:
         self._accepted = False
         self.allowance: Allowance | None = None
         self.error: InterlockError | None = None
-        self._deadline = asyncio.get_running_loop().call_later(
-            max(job.timeout_s - job.waited_s, 0.0), self._apply, request_events.DeadlinePassed()
-        )
+        self._deadline = self._later(max(job.timeout_s - job.waited_s, 0.0), request_events.DeadlinePassed())
         self._failover: asyncio.TimerHandle | None = None
 
     # --- what the dispatcher and the queue say --------------------------------------------------------------
@@ -378,9 +376,10 @@ class Generation:
         if self._failover is not None:
             self._failover.cancel()
         wait_s = max(self._limits.failover_wait_s, AWAIT_LEAST_S)
-        self._failover = asyncio.get_running_loop().call_later(
-            wait_s, self._apply, request_events.WaitedOut()
-        )
+        self._failover = self._later(wait_s, request_events.WaitedOut())
+
+    def _later(self, delay_s: float, event: request_events.RequestEvent) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(delay_s, self._apply, event)
 
     def _close(self, error: InterlockError | None) -> None:
         self.error = error

@@ -1,21 +1,36 @@
-"""Ids of requests that another model may answer: what a gateway does that finds such a claim."""
+"""Requests that another model answers: how they are prepared for it, and what their ids stand for."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 import pytest
 
-from services.common.errors import RequestExists
+from services.common.conversation import Message
+from services.common.errors import QueueFull, RequestExists
+from services.common.system_clock import SystemClock
+from services.common.tokens import TokenVerifier
+from services.gateway.core.catalog import Catalog, CatalogEntry
 from services.gateway.core.events import Finished, FinishReason, Started
+from services.gateway.core.jobs import Grant, Principal, QueuedJob, Waiting
 from services.gateway.core.log import Claim, Entry, LogPage
-from services.gateway.core.params import GenerationJob
+from services.gateway.core.params import (
+    GenerationJob,
+    GenerationRequest,
+    SamplingParams,
+    TextPrompt,
+    TokenPrompt,
+)
 from services.gateway.core.queue_errors import WorkersBarred, workers_barred
+from services.gateway.dispatcher.reception import DeadlineLimits, Reception
+from tests.fakes.gateway_ports import FakeTokenizer
 from tests.fixtures.dispatcher_world import World, dispatcher_world, job, rest
 
 OTHER = "small"
+ALICE = Principal("alice", frozenset({"generate"}))
+QUESTION = GenerationRequest(prompt=TextPrompt("why?"))
 
 
 @pytest.fixture
@@ -78,3 +93,76 @@ async def test_a_log_is_followed_whichever_model_wrote_it(
     assert isinstance(started, Started)
     assert isinstance(finished, Finished)
     assert (started.model, set(asked)) == (OTHER, {OTHER})
+
+
+class ShortTokenizer(FakeTokenizer):
+    """Another vocabulary: every prompt is one token."""
+
+    async def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """See `Tokenizer.encode`."""
+        del messages
+        return (9,)
+
+
+def reception_of(world: World, *, further: str = "") -> Reception:
+    """A reception with two models, the first of which may not ask its workers; the other names a third."""
+    catalog = Catalog()
+    catalog.activate(CatalogEntry("m", "r1", 1, 1_000, 1, FakeTokenizer(), OTHER))
+    catalog.activate(CatalogEntry(OTHER, "r1", 1, 50, 1, ShortTokenizer(), further, secondary=True))
+    if further:
+        catalog.activate(CatalogEntry(further, "r1", 1, 50, 1, ShortTokenizer(), secondary=True))
+    verifier = TokenVerifier("a-secret-of-at-least-thirty-two-bytes")
+    clock = SystemClock()
+    return Reception(verifier, catalog, world.dispatcher, DeadlineLimits(), clock, meter=world.meter)
+
+
+def bar(world: World, monkeypatch: pytest.MonkeyPatch, *models: str) -> list[str]:
+    """Bars the workers of some models; returns which models are asked, as they are."""
+    asked, enqueue = [], world.queue.enqueue
+
+    async def enqueue_unbarred(queued: QueuedJob) -> Grant | Waiting:
+        asked.append(queued.model)
+        if queued.model in models:
+            raise workers_barred(2.0)
+        return await enqueue(queued)
+
+    monkeypatch.setattr(world.queue, "enqueue", enqueue_unbarred)
+    return asked
+
+
+async def test_a_request_is_prepared_anew_for_the_model_that_stands_in(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its tokenizer, and as many tokens as its context holds; what it then says is by that model."""
+    asked = bar(world, monkeypatch, "m")
+    stream = await reception_of(world).generate(ALICE, "a-request", QUESTION, 30.0)
+    order = world.workers.attempts[0].order
+    assert (order.model, order.prompt_ids, order.max_tokens) == (OTHER, (9,), 49)
+    assert asked == ["m", OTHER]
+    await stream.aclose()
+
+
+async def test_nothing_stands_in_for_what_stands_in(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal of the model that was asked is told, with its delay."""
+    asked = bar(world, monkeypatch, "m", OTHER)
+    with pytest.raises(WorkersBarred) as caught:
+        await reception_of(world, further="third").generate(ALICE, "a-request", QUESTION, 30.0)
+    assert caught.value.retry_after_s == 2.0
+    assert asked == ["m", OTHER]
+
+
+@pytest.mark.parametrize("kind", ["token ids", "biased ids", "a full queue"])
+async def test_who_is_not_asked_in_another_model_s_place(
+    world: World, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Ids are of one vocabulary; and a queue that is long is waited for where it was asked for."""
+    asked = bar(world, monkeypatch, *() if kind == "a full queue" else ("m",))
+    world.queue.answer = QueueFull("full", retry_after_s=1.0)
+    request = {
+        "token ids": replace(QUESTION, prompt=TokenPrompt((1, 2))),
+        "biased ids": replace(QUESTION, sampling=SamplingParams(logit_bias=((7, 1.0),))),
+        "a full queue": QUESTION,
+    }[kind]
+    with pytest.raises(QueueFull if kind == "a full queue" else WorkersBarred):
+        await reception_of(world).generate(ALICE, "a-request", request, 30.0)
+    assert asked == ["m"]
