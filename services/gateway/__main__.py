@@ -92,7 +92,7 @@ async def run(
         failover_wait_s=settings.failover_wait_s,
         resume_ttl_s=settings.resume_ttl_s,
     )
-    standby = Standby(clock, limits, catalog.activated)
+    standby = Standby(clock, limits, catalog.activated, breakers.opened)
     redis_queue = RedisJobQueue(store, settings.id, limits, standby.serves)
     redis_log = RedisGenerationLog(store, settings.id, limits)
     fallback = FallbackJobQueue(redis_queue, standby, breakers.store, clock)

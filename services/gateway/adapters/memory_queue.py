@@ -262,6 +262,10 @@ class MemoryJobQueue:
 
     async def list_open(self, model: str, worker_id: str, sleep_s: float | None) -> None:
         """See `BreakerBoard.list_open`."""
+        self.bar(model, worker_id, sleep_s)
+
+    def bar(self, model: str, worker_id: str, sleep_s: float | None) -> None:
+        """What `list_open` does, for who cannot wait."""
         self._line(model).places.list_open(worker_id, sleep_s, self._now())
 
     async def list_closed(self, model: str, worker_id: str) -> None:
@@ -337,8 +341,7 @@ class MemoryJobQueue:
         left_s = entry.deadline - self._now()
         if entry.job.waited_s > 0 or place.estimated_wait_s is None:
             return
-        runs_s = line.runs_s(entry.job.cost_tokens) / entry.job.slots
-        if place.estimated_wait_s + runs_s > left_s:
+        if place.estimated_wait_s + line.runs_s(entry.job.cost_tokens) / entry.job.slots > left_s:
             line.remove(entry, 0, self._now())
             raise hopeless(place.position, place.estimated_wait_s, left_s)
 
