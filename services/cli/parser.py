@@ -241,6 +241,12 @@ def _models(commands: _Commands) -> None:
     push.add_argument(
         "--golden", metavar="FILE", help="JSON list of prompts that it must answer before it may serve"
     )
+    push.add_argument(
+        "--fallback-model",
+        default="",
+        metavar="NAME",
+        help="another mesh's model, which gateways ask when no worker can (none)",
+    )
     _add_json(push)
     remove = _command(
         inner, "rm", "Delete a revision.", run="push:remove", examples="  interlock models rm my-model@v1"

@@ -75,6 +75,7 @@ def push(arguments: argparse.Namespace) -> int:
         compute_dtype=_DTYPES[arguments.dtype],
         context_tokens=arguments.context_tokens or _context_tokens(directory),
         golden_prompts=golden,
+        fallback_model=arguments.fallback_model,
     )
     revision = asyncio.run(_push(directory, manifest))
     _show([revision], as_json=arguments.json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import uvloop
 from interlock.http.v1 import http_service_pb2_grpc
@@ -73,7 +73,8 @@ async def run(
         wait: Returns when the server shall end, after it has run its argument.
 
     Raises:
-        ConfigInvalid: The URL of Redis is of no known form, or no key for tokens can be used.
+        ConfigInvalid: The URL of Redis is of no known form, no key for tokens can be used, or a controller is
+            of two meshes.
         PortTaken: The address cannot be bound.
         SecretWeak: The JWT secret is too short.
     """
@@ -91,7 +92,7 @@ async def run(
         failover_wait_s=settings.failover_wait_s,
         resume_ttl_s=settings.resume_ttl_s,
     )
-    standby = Standby(clock, limits, catalog.activated)
+    standby = Standby(clock, limits, catalog.activated, breakers.opened)
     redis_queue = RedisJobQueue(store, settings.id, limits, standby.serves)
     redis_log = RedisGenerationLog(store, settings.id, limits)
     fallback = FallbackJobQueue(redis_queue, standby, breakers.store, clock)
@@ -143,10 +144,10 @@ async def _serve(
     )
     serving = server.create(SERVICES, clock, interceptors=tokens.interceptors)
     address = serving.bind(settings.bind)
-    link = ControllerLink(_membership(settings, address), catalog, tallies)
+    link, *further = _links(settings, address, catalog, tallies)
     readiness = Readiness(
         attached=lambda: link.attached_once,
-        model_known=lambda: bool(catalog.models),
+        model_known=lambda: bool(catalog.default),
         store_reachable=lambda: dispatcher.store_reachable,
     )
     gateway_service_pb2_grpc.add_GatewayServiceServicer_to_server(
@@ -170,6 +171,7 @@ async def _serve(
         asyncio.create_task(tokens.run(), name="gateway.trust"),
         asyncio.create_task(_tell_health(serving, readiness), name="gateway.health"),
     ]
+    work += [asyncio.create_task(other.run(), name="gateway.further-link") for other in further]
     if store.fleet is not None:
         work.append(asyncio.create_task(store.fleet.run(), name="gateway.fleet"))
 
@@ -255,8 +257,16 @@ def _tenants(settings: GatewayConfig) -> TenantBounds:
     )
 
 
-def _membership(settings: GatewayConfig, address: str) -> Membership:
-    return Membership(
+def _links(settings: GatewayConfig, address: str, catalog: Catalog, tallies: Tallies) -> list[ControllerLink]:
+    """The link to the controllers of the mesh, and to those of the one that it falls back to.
+
+    Raises:
+        ConfigInvalid: A controller is of both.
+    """
+    if both := set(settings.controllers) & set(settings.fallback_controllers):
+        # It would take the two links for the same member, which attaches again and again.
+        raise config.ConfigInvalid(f"fallback_controllers: {min(both)} is one of this mesh's controllers.")
+    member = Membership(
         gateway_id=settings.id,
         incarnation=ids.new_incarnation(),
         address=address,
@@ -264,6 +274,11 @@ def _membership(settings: GatewayConfig, address: str) -> Membership:
         controllers=settings.controllers,
         cache_dir=settings.cache_dir,
     )
+    links = [ControllerLink(member, catalog, tallies)]
+    if settings.fallback_controllers:
+        other = replace(member, controllers=settings.fallback_controllers)
+        links.append(ControllerLink(other, catalog, tallies, secondary=True))
+    return links
 
 
 async def _tell_health(serving: server.Server, readiness: Readiness) -> None:

@@ -30,6 +30,13 @@ class GatewayConfig(TokenSettings):
     controllers: Annotated[
         tuple[str, ...], Field(min_length=1, description="host:port of each controller.")
     ] = ("127.0.0.1:50052",)
+    fallback_controllers: Annotated[
+        tuple[str, ...],
+        Field(
+            description="host:port of each controller of another mesh, with the same store and join token, "
+            "whose model stands in where a revision names it as its fallback."
+        ),
+    ] = ()
     redis_url: Annotated[SecretStr, Field(description="redis://, rediss:// or unix:// URL.")] = (
         REDIS_URL_DEFAULT
     )

@@ -110,7 +110,8 @@ class GatewayServicer(gateway_service_pb2_grpc.GatewayServiceServicer):
         """See the contract."""
         del request
         self._authenticate(context, MODELS_SCOPE, GENERATE_SCOPE)
-        models = [_model(entry, is_default=at == 0) for at, entry in enumerate(self._reception.models())]
+        listed = enumerate(self._reception.models())
+        models = [_model(entry, is_default=at == 0 and not entry.secondary) for at, entry in listed]
         return pb.ListModelsResponse(models=sorted(models, key=lambda model: model.name))
 
     async def GetUsage(self, request: pb.GetUsageRequest, context: Context) -> pb.GetUsageResponse:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 
+from services.gateway.core.queue_errors import WorkersBarred
 from tests.fixtures.queue_world import KEYS, MODEL, QueueWorld
+
+
+async def wait_for_open(
+    world: QueueWorld, *job_ids: str, sleep_s: float | None, gateway: str = "g1", slots: int = 1
+) -> None:
+    """Lets jobs wait for the worker, and opens its breaker for their gateway; it has free slots then."""
+    await world.add_worker(slots=slots, draining=True)
+    for job_id in job_ids:
+        await world.wait(job_id, gateway=gateway)
+    await world.gateway(gateway).list_open(MODEL, "w1", sleep_s)
+    await world.add_worker(slots=slots)
 
 
 async def test_an_open_pair_keeps_one_gateways_jobs_from_one_worker(world: QueueWorld) -> None:
@@ -19,8 +31,8 @@ async def test_an_open_pair_keeps_one_gateways_jobs_from_one_worker(world: Queue
 async def test_a_barred_job_holds_up_nobody_behind_it(world: QueueWorld) -> None:
     """Its gateway may not use the free worker; the next jobs' may, of the same tenant or of another."""
     running = await world.grant("running", gateway="g2", tenant="x")
-    await world.gateway("g1").list_open(MODEL, "w1", 5.0)
     await world.wait("barred")
+    await world.gateway("g1").list_open(MODEL, "w1", 5.0)
     await world.wait("behind", gateway="g2")
     await world.wait("other", gateway="g2", tenant="y")
     await world.finish(running, gateway="g2")
@@ -29,10 +41,7 @@ async def test_a_barred_job_holds_up_nobody_behind_it(world: QueueWorld) -> None
 
 async def test_after_the_sleep_one_grant_is_a_trial(world: QueueWorld) -> None:
     """It lists the pair as open again in the same step: the second job waits for another sleep."""
-    await world.add_worker(slots=4)
-    await world.gateway().list_open(MODEL, "w1", 5.0)
-    await world.wait("a")
-    await world.wait("b")
+    await wait_for_open(world, "a", "b", sleep_s=5.0, slots=4)
     for seconds, expected in ((3.0, []), (2.5, ["a"]), (3.0, ["a"]), (2.5, ["a", "b"])):
         world.advance(seconds)
         await world.gateway().renew(MODEL, {}, frozenset())
@@ -44,8 +53,8 @@ async def test_after_the_sleep_one_grant_is_a_trial(world: QueueWorld) -> None:
 
 async def test_a_closed_pair_is_granted_at_once(world: QueueWorld) -> None:
     """Closing lends the slot to what waits, without a trial."""
-    await world.gateway().list_open(MODEL, "w1", 5.0)
-    await world.wait("a")
+    await wait_for_open(world, "a", sleep_s=5.0)
+    assert world.received["g1"] == []
     await world.gateway().list_closed(MODEL, "w1")
     (grant,) = world.received["g1"]
     assert not grant.trial
@@ -54,8 +63,7 @@ async def test_a_closed_pair_is_granted_at_once(world: QueueWorld) -> None:
 
 async def test_a_forced_pair_stays_open(world: QueueWorld) -> None:
     """No sleep ends it, and no new process of the worker."""
-    await world.gateway().list_open(MODEL, "w1", None)
-    await world.wait("a")
+    await wait_for_open(world, "a", sleep_s=None)
     world.advance(3)
     await world.add_worker(incarnation="i2")
     await world.gateway().reap(MODEL)
@@ -65,9 +73,7 @@ async def test_a_forced_pair_stays_open(world: QueueWorld) -> None:
 @pytest.mark.parametrize("is_removed_first", [True, False])
 async def test_a_new_process_starts_closed(world: QueueWorld, *, is_removed_first: bool) -> None:
     """A worker that comes back as another incarnation has done no harm yet."""
-    await world.gateway().list_open(MODEL, "w1", 5.0)
-    await world.add_worker(incarnation="i1")
-    await world.wait("a")
+    await wait_for_open(world, "a", sleep_s=5.0)
     if is_removed_first:
         await world.routes.remove_worker(MODEL, "w1", 1)
     await world.add_worker(incarnation="i2")
@@ -95,14 +101,13 @@ async def test_what_was_forced_outlasts_the_worker(world: QueueWorld) -> None:
     await world.routes.remove_worker(MODEL, "w1", 1)
     await world.gateway().reap(MODEL)
     await world.add_worker(incarnation="i2")
-    await world.wait("a")
-    assert world.received["g1"] == []
+    with pytest.raises(WorkersBarred):
+        await world.wait("a")
 
 
 async def test_the_trial_of_another_gateways_call_is_flagged_in_the_message(world: QueueWorld) -> None:
     """Whoever makes the grant, its owner learns that it is a trial."""
-    await world.gateway("g2").list_open(MODEL, "w1", 1.0)
-    await world.wait("a", gateway="g2")
+    await wait_for_open(world, "a", gateway="g2", sleep_s=1.0)
     world.advance(2)
     await world.gateway("g1").reap(MODEL)
     (grant,) = (await world.gateway("g2").renew(MODEL, {}, frozenset("a"))).granted

@@ -111,7 +111,7 @@ def comparable(answer: object) -> object:
             return answer.position, answer.allowance
         case Renewal():
             waiting = {job_id: place.position for job_id, place in answer.waiting.items()}
-            return waiting, answer.lost, answer.unknown, answer.workers
+            return waiting, answer.lost, answer.unknown, answer.workers, answer.due
     return answer
 
 

@@ -165,8 +165,8 @@ class Manifest(_message.Message):
     context_tokens: _builtins.int
     """Most tokens that prompt and output may have together."""
     fallback_model: _builtins.str
-    """A model to ask when no worker of this one can answer. A mesh serves one model, so that it is refused unless it
-    is empty: none.
+    """A model to ask when the breakers of all workers of this one are open. It is another mesh's, to whose controllers
+    the gateways attach as well; one that is not served is not asked. Empty: none.
     """
     tokenizer_sha256: _builtins.str
     """SHA-256 over tokenizer and chat template: equal digests mean equal token ids."""

@@ -31,6 +31,7 @@ def check_manifest(manifest: Manifest) -> Manifest:
         raise ArgumentInvalid(
             "manifest.revision: 1 to 63 of the characters a-z 0-9 . _ - are allowed, the first no sign."
         )
+    _check_fallback(manifest)
     files = [artifacts.FileDigest(one.path, one.size_bytes, one.sha256) for one in manifest.files]
     artifacts.check_files(files)
     _check_names({file.path for file in files})
@@ -40,6 +41,15 @@ def check_manifest(manifest: Manifest) -> Manifest:
     ordered = tuple(sorted(manifest.files, key=lambda file: file.path))
     checked = replace(manifest, files=ordered, tokenizer_sha256=digest)
     return checked if checked.revision else checked.named()
+
+
+def _check_fallback(manifest: Manifest) -> None:
+    name = manifest.fallback_model
+    if name and (name == manifest.model or _NAME.fullmatch(name) is None):
+        raise ArgumentInvalid(
+            "manifest.fallback_model: must be the name of another model: 1 to 63 of the characters "
+            "a-z 0-9 . _ -, the first no sign."
+        )
 
 
 def _check_names(names: set[str]) -> None:

@@ -213,6 +213,7 @@ def manifest_message(revision: Revision) -> model_pb2.Manifest:
             model_pb2.GoldenPrompt(text=one.text, expected=one.expected, max_tokens=one.max_tokens)
             for one in manifest.golden_prompts
         ],
+        fallback_model=manifest.fallback_model,
     )
 
 

@@ -38,10 +38,6 @@ def read_manifest(message: model_pb2.Manifest) -> Manifest:
         raise ArgumentInvalid("manifest: quantization or compute_dtype is not one that is known.")
     if not 1 <= message.context_tokens <= CONTEXT_TOKENS_MAX:
         raise ArgumentInvalid(f"manifest.context_tokens: must be 1 to {CONTEXT_TOKENS_MAX}.")
-    if message.fallback_model:
-        raise ArgumentInvalid(
-            "manifest.fallback_model: leave it empty; a mesh serves one model, and has none to fall back to."
-        )
     if len(message.golden_prompts) > GOLDEN_PROMPTS_MAX:
         raise ArgumentInvalid(f"manifest.golden_prompts: more than {GOLDEN_PROMPTS_MAX}.")
     return Manifest(
@@ -53,6 +49,7 @@ def read_manifest(message: model_pb2.Manifest) -> Manifest:
         context_tokens=message.context_tokens,
         tokenizer_sha256=message.tokenizer_sha256,
         golden_prompts=tuple(_read_golden(one) for one in message.golden_prompts),
+        fallback_model=message.fallback_model,
     )
 
 

@@ -47,6 +47,7 @@ class Manifest:
         context_tokens: Most tokens that prompt and output may have together.
         tokenizer_sha256: Digest of tokenizer and chat template.
         golden_prompts: What it must answer before it may serve.
+        fallback_model: The model, of another mesh, that is asked when no worker of this one can; empty: none.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Manifest:
     context_tokens: int
     tokenizer_sha256: str
     golden_prompts: tuple[GoldenPrompt, ...] = ()
+    fallback_model: str = ""
 
     @property
     def weights_bytes(self) -> int:
@@ -66,9 +68,10 @@ class Manifest:
     def named(self) -> Manifest:
         """The same manifest under the name that its content gives it."""
         fields = asdict(replace(self, revision=""))
-        if not self.golden_prompts:
-            # Names that were given before there were any stay what they are.
-            del fields["golden_prompts"]
+        # Names that were given before there were any of these stay what they are.
+        for name in ("golden_prompts", "fallback_model"):
+            if not fields[name]:
+                del fields[name]
         content = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(content.encode()).hexdigest()
         return replace(self, revision=digest[:NAME_DIGITS])

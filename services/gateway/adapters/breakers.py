@@ -116,6 +116,20 @@ class Breakers:
             found.append(BreakerReport(target, state, tally.calls, tally.failures, changed_s))
         return tuple(found)
 
+    def opened(self, model: str) -> dict[str, float | None]:
+        """The workers of a model that get no calls, and how long they get none; None: they are held."""
+        found: dict[str, float | None] = {}
+        for target in (name for name, served in self._models.items() if served == model):
+            match self._circuits[target].breaker.state:
+                case State.OPEN:
+                    found[target] = self._circuits[target].sleep_left_s + SLEEP_MARGIN_S
+                case State.HALF_OPEN:
+                    # As the grant of the trial has listed it.
+                    found[target] = self._limits.sleep_s
+                case State.FORCED_OPEN:
+                    found[target] = None
+        return found
+
     def tell(self, worker_id: str) -> None:
         """Tells the board of a worker's state, now or as soon as it can be reached."""
         if self._board is None:

@@ -75,12 +75,19 @@ class ControllerLink:
         membership: Who we are, and who leads perhaps.
         catalog: Is told what serves.
         tallies: What became of the attempts at each revision.
+        secondary: Whether they are another mesh's, whose models stand in for this one's.
     """
 
-    def __init__(self, membership: Membership, catalog: Catalog, tallies: Tallies) -> None:
+    def __init__(
+        self, membership: Membership, catalog: Catalog, tallies: Tallies, *, secondary: bool = False
+    ) -> None:
         self._membership = membership
         self._catalog = catalog
         self._tallies = tallies
+        self._secondary = secondary
+        # What these controllers have had prepared. Catalog and tallies may know of others' models, too, whose
+        # revisions may have the same names.
+        self._models: set[str] = set()
         # By their digest, while anything serves with them: reading one holds the interpreter, and with it
         # every stream, for as long as it takes, and revisions of one model mostly share theirs.
         self._tokenizers = WeakValueDictionary[str, HfTokenizer]()
@@ -126,8 +133,12 @@ class ControllerLink:
             id=member.gateway_id,
             incarnation=member.incarnation,
             address=member.address,
-            revisions=[self._resident(entry) for entry in self._catalog.prepared],
-            epoch=max((entry.epoch for entry in self._catalog.entries), default=0),
+            revisions=[
+                self._resident(entry) for entry in self._catalog.prepared if entry.model in self._models
+            ],
+            epoch=max(
+                (entry.epoch for entry in self._catalog.entries if entry.model in self._models), default=0
+            ),
             fence=self._fence,
         )
         return Request(hello=hello)
@@ -143,6 +154,7 @@ class ControllerLink:
                 ttft_counts=tally.ttft,
             )
             for tally in self._tallies
+            if tally.model in self._models
         ]
         return Request(load=worker_pb2.WorkerLoad(), tallies=tallies)
 
@@ -153,6 +165,8 @@ class ControllerLink:
 
     async def prepare(self, manifest: model_pb2.Manifest, connection: grpc.aio.Channel) -> Request:
         """Loads the tokenizer of a revision; returns Ready or Failed."""
+        if self._secondary and self._catalog.is_own(manifest.model):
+            return _failed(manifest.revision, "the gateway serves a model of this name for its own mesh")
         try:
             entry = await self._load(manifest, connection)
         except InterlockError as error:
@@ -160,6 +174,7 @@ class ControllerLink:
         except Exception:  # noqa: BLE001 - a defect here must reach the rollout, not end the membership
             logs.get_logger().error("tokenizer.crashed", revision=manifest.revision, exc_info=True)
             return _failed(manifest.revision, "the gateway could not load the tokenizer")
+        self._models.add(entry.model)
         self._catalog.prepare(entry)
         logs.get_logger().info("tokenizer.prepared", model=manifest.model, revision=manifest.revision)
         return Request(ready=controller_service_pb2.Ready(revision=manifest.revision))
@@ -167,7 +182,7 @@ class ControllerLink:
     def activate(self, command: controller_service_pb2.Activate) -> Request:
         """Lets a prepared revision serve; returns Activated or Failed."""
         prepared = self._catalog.find_prepared(command.model, command.revision)
-        if prepared is None:
+        if prepared is None or prepared.secondary is not self._secondary:
             return _failed(command.revision, "the gateway was not asked to prepare this revision")
         entry = replace(prepared, epoch=command.epoch)
         self._catalog.activate(entry)
@@ -178,8 +193,9 @@ class ControllerLink:
         return Request(activated=activated)
 
     def drop(self, model: str, revision: str) -> None:
-        """Forgets a prepared revision; an empty model means any."""
-        self._catalog.drop(revision, model)
+        """Forgets a prepared revision; an empty model means any of these controllers'."""
+        for own in self._models & {model} if model else self._models:
+            self._catalog.drop(revision, own)
 
     async def _load(self, manifest: model_pb2.Manifest, connection: grpc.aio.Channel) -> CatalogEntry:
         files = [artifacts.FileDigest(file.path, file.size_bytes, file.sha256) for file in manifest.files]
@@ -212,6 +228,8 @@ class ControllerLink:
             context_tokens=manifest.context_tokens,
             quantization=manifest.quantization,
             tokenizer=tokenizer,
+            fallback=manifest.fallback_model,
+            secondary=self._secondary,
         )
 
     def _resident(self, entry: CatalogEntry) -> worker_pb2.ResidentRevision:

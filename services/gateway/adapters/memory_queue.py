@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from services.common.allowance import Allowance, allowance_of
 from services.common.clock import Clock
-from services.common.errors import QueueFull, QuotaExceeded, RequestExists, RequestUnknown
+from services.common.errors import NoWorker, QueueFull, QuotaExceeded, RequestExists, RequestUnknown
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
 from services.gateway.core.log import LogTail, Notice, TakenUp
 from services.gateway.core.queue_errors import ended_error, hopeless, queue_full, tenant_full
@@ -80,7 +80,7 @@ class MemoryJobQueue:
         """See `JobQueue.enqueue`."""
         try:
             answer = self._enqueue(self._line(job.model), job)
-        except (QueueFull, QuotaExceeded) as error:
+        except (QueueFull, QuotaExceeded, NoWorker) as error:
             error.allowance = self._allowance(job)
             raise
         return replace(answer, allowance=self._allowance(job))
@@ -134,6 +134,7 @@ class MemoryJobQueue:
         known = {job_id: entry for job_id in waiting if (entry := line.find(job_id)) is not None}
         lost = {job_id for job_id, nonce in running.items() if line.current(job_id, nonce) is None}
         nonces = {grant.nonce for grant in made}
+        workers, due = line.places.takers(self._now()) if somebody_waits else (None, 0)
         missed = [entry.grant for entry in known.values() if entry.grant and entry.grant.nonce not in nonces]
         asked = known.keys() if places is None else known.keys() & places
         return Renewal(
@@ -141,7 +142,8 @@ class MemoryJobQueue:
             waiting=line.places_of(known[job_id] for job_id in asked if known[job_id].grant is None),
             lost=frozenset(lost | (waiting - known.keys())),
             unknown=frozenset(unknown),
-            workers=line.places.open_workers(self._now()) if somebody_waits else None,
+            workers=workers,
+            due=due,
         )
 
     async def settle(
@@ -258,6 +260,10 @@ class MemoryJobQueue:
 
     async def list_open(self, model: str, worker_id: str, sleep_s: float | None) -> None:
         """See `BreakerBoard.list_open`."""
+        self.bar(model, worker_id, sleep_s)
+
+    def bar(self, model: str, worker_id: str, sleep_s: float | None) -> None:
+        """What `list_open` does, for who cannot wait."""
         self._line(model).places.list_open(worker_id, sleep_s, self._now())
 
     async def list_closed(self, model: str, worker_id: str) -> None:
@@ -270,12 +276,8 @@ class MemoryJobQueue:
         """See `UsageBook.usage`."""
         line, now = self._line(model), self._now()
         account = line.quotas.account(tenant, now)
-        return TenantUsage(
-            window_age_s(now),
-            account.used_tokens,
-            account.reserved_tokens,
-            line.jobs.running[tenant],
-        )
+        running = line.jobs.running[tenant]
+        return TenantUsage(window_age_s(now), account.used_tokens, account.reserved_tokens, running)
 
     def _write_tail(self, job_id: str, tail: LogTail | None) -> None:
         if tail is not None and self._tail is not None:
@@ -310,6 +312,7 @@ class MemoryJobQueue:
         if job.waited_s > 0:
             limit = None
         else:
+            line.places.check_open(job, self._now())
             self._check_room(line, job.tenant)
         line.quotas.reserve(job.tenant, job.cost_tokens, limit, self._now())
         line.add(job, self._now(), self._limits.aging_s).pin_until = self._pin_until()
@@ -336,8 +339,7 @@ class MemoryJobQueue:
         left_s = entry.deadline - self._now()
         if entry.job.waited_s > 0 or place.estimated_wait_s is None:
             return
-        runs_s = line.runs_s(entry.job.cost_tokens) / entry.job.slots
-        if place.estimated_wait_s + runs_s > left_s:
+        if place.estimated_wait_s + line.runs_s(entry.job.cost_tokens) / entry.job.slots > left_s:
             line.remove(entry, 0, self._now())
             raise hopeless(place.position, place.estimated_wait_s, left_s)
 

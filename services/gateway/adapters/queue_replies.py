@@ -15,7 +15,13 @@ from services.gateway.adapters.log_entries import write_entry
 from services.gateway.adapters.queue_scripts import ms
 from services.gateway.core.jobs import Outcome, QueuedJob, Waiting
 from services.gateway.core.log import LogTail
-from services.gateway.core.queue_errors import ended_error, hopeless, queue_full, tenant_full
+from services.gateway.core.queue_errors import (
+    ended_error,
+    hopeless,
+    queue_full,
+    tenant_full,
+    workers_barred,
+)
 from services.gateway.core.queue_quota import quota_exceeded
 
 
@@ -51,6 +57,8 @@ def read_place(job: QueuedJob, reply: list[Any]) -> Waiting:
             raise quota_exceeded(job.cost_tokens, reply[1], limit, reply[2] / 1000)
         case "late":
             raise hopeless(reply[1], reply[2] / 1000, job.timeout_s)
+        case "barred":
+            raise workers_barred(seconds(reply[2]))
         case "exists":
             raise RequestExists("This request id is in use by a request that has not ended.")
         case "ended":

@@ -155,7 +155,7 @@ class RedisJobQueue:
         fences = [text for pair in running.items() for text in pair]
         asked = waiting if places is None else waiting & places
         with self._renewing() as touched:
-            grants, positions, lost, unknown, workers, cancelled = await self._run(
+            grants, positions, lost, unknown, workers, cancelled, due = await self._run(
                 "renew", model, int(leaving), len(running), len(asked), *fences, *asked, *(waiting - asked)
             )
         return Renewal(
@@ -168,6 +168,7 @@ class RedisJobQueue:
             unknown=frozenset(unknown) - touched,
             workers=None if int(workers) < 0 else int(workers),
             cancelled=frozenset(cancelled),
+            due=int(due),
         )
 
     async def settle(

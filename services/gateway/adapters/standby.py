@@ -38,6 +38,7 @@ class Standby:
         limits: For the queues.
         activated: The revision that the controller told this gateway to serve last, and the epoch of the
             route; None: it told none. The controller reaches us also while the store does not.
+        opened: The workers of a model whose breakers are open, and for how long still; None: they are held.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class Standby:
         clock: Clock,
         limits: QueueLimits,
         activated: Callable[[str], tuple[str, int] | None] = lambda _: None,
+        opened: Callable[[str], Mapping[str, float | None]] = lambda _: {},
     ) -> None:
         self._clock = clock
         self._limits = limits
         self._activated = activated
+        self._opened = opened
         self._views: dict[str, FleetView] = {}
 
     @property
@@ -76,6 +79,8 @@ class Standby:
             for worker in view.workers:
                 share = max(1, worker.slots // max(1, view.gateways))
                 queue.set_worker(model, replace(worker, slots=share))
+            for worker_id, sleep_s in self._opened(model).items():
+                queue.bar(model, worker_id, sleep_s)
             self.follow(queue, model)
         return queue
 

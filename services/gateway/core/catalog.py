@@ -19,7 +19,7 @@ from services.gateway.core.ports import Tokenizer
 RETRY_UNTIL_ATTACHED_S = 2.0
 # A model's name has at most 63 characters; a caller's mistake is repeated up to that length.
 NAME_CHARS_SHOWN = 65
-# Revisions that are kept beside the active ones: rollouts prepare one, and a rollback needs the last.
+# Revisions of a model that are kept beside the active one: rollouts prepare one, a rollback needs the last.
 PREPARED_MAX = 8
 
 
@@ -35,6 +35,8 @@ class CatalogEntry:
             model's prepared revisions a request may meet.
         quantization: How its weights are held: the number of `interlock.v1.Quantization`.
         tokenizer: Text to ids and back, with the chat template.
+        fallback: The model that answers when no worker of this one can; empty: none.
+        secondary: Whether it is another mesh's, which this gateway falls back to: never the default model.
     """
 
     model: str
@@ -43,6 +45,8 @@ class CatalogEntry:
     context_tokens: int
     quantization: int
     tokenizer: Tokenizer
+    fallback: str = ""
+    secondary: bool = False
 
 
 @dataclass(slots=True)
@@ -60,10 +64,10 @@ class Catalog:
     _prepared: dict[tuple[str, str], CatalogEntry] = field(default_factory=dict)
 
     def prepare(self, entry: CatalogEntry) -> None:
-        """Notes a revision that may serve; the oldest goes beyond the bound."""
+        """Notes a revision that may serve; the oldest of its model goes beyond the bound."""
         self._prepared[entry.model, entry.revision] = entry
-        while len(self._prepared) > PREPARED_MAX:
-            del self._prepared[next(iter(self._prepared))]
+        for key in [key for key in self._prepared if key[0] == entry.model][:-PREPARED_MAX]:
+            del self._prepared[key]
         self._publish()
 
     def find_prepared(self, model: str, revision: str) -> CatalogEntry | None:
@@ -75,21 +79,24 @@ class Catalog:
         """The revisions that may serve, in the order in which they came."""
         return tuple(self._prepared.values())
 
-    def drop(self, revision: str, model: str = "") -> None:
-        """Forgets a prepared revision; an empty model means any. What is active goes on serving."""
-        for key in tuple(self._prepared):
-            if key[1] == revision and model in {"", key[0]}:
-                del self._prepared[key]
+    def drop(self, revision: str, model: str) -> None:
+        """Forgets a prepared revision. What is active goes on serving."""
+        self._prepared.pop((model, revision), None)
         self._publish()
+
+    def is_own(self, model: str) -> bool:
+        """Whether a model is one of this gateway's own mesh."""
+        known = (*self._active.values(), *self._prepared.values())
+        return any(entry.model == model and not entry.secondary for entry in known)
 
     def is_replaced(self, model: str) -> bool:
         """Whether a rollout is under way: another revision than one is prepared."""
         return sum(name == model for name, _ in self._prepared) > 1
 
     def activate(self, entry: CatalogEntry) -> None:
-        """Lets new requests use `entry`, unless a later epoch is known already."""
+        """Lets new requests use `entry`, unless a later epoch is known, or it is ours already."""
         known = self._active.get(entry.model)
-        if known is not None and known.epoch > entry.epoch:
+        if known is not None and (known.secondary, -known.epoch) < (entry.secondary, -entry.epoch):
             return
         self._active[entry.model] = entry
         self._publish()
@@ -113,13 +120,18 @@ class Catalog:
             NoWorker: Nothing is served yet.
             ModelUnknown: No model has that name.
         """
-        if not self._entries:
+        if not self.default:
             raise NoWorker("No model is ready yet; try again shortly.", retry_after_s=RETRY_UNTIL_ATTACHED_S)
         entry = self._entries.get(self.default if name is None else self._meant(name))
         if entry is None:
             named, served = ascii(name)[:NAME_CHARS_SHOWN], ", ".join(self.models)
             raise ModelUnknown(f"model: {named} is not served; {served} can be asked.")
         return entry
+
+    def fallback_of(self, entry: CatalogEntry) -> CatalogEntry | None:
+        """What serves in the place of a model that no worker can answer for; None: nothing does."""
+        found = self._entries.get(entry.fallback)
+        return None if found is None or found.model == entry.model else found
 
     def _meant(self, name: str) -> str:
         """The model that a name means: its own, or what the first alias that fits says."""
@@ -150,8 +162,8 @@ class Catalog:
 
     @property
     def default(self) -> str:
-        """The model that was served first; empty: none is."""
-        return next(iter(self._entries), "")
+        """The model of this gateway's own mesh that was served first; empty: none is."""
+        return next((model for model, entry in self._entries.items() if not entry.secondary), "")
 
     @property
     def entries(self) -> tuple[CatalogEntry, ...]:

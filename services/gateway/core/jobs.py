@@ -148,7 +148,9 @@ class Renewal:
         lost: Jobs that the caller named and the queue does not give to it: unknown to it (it was
             emptied), ended, expired, or another gateway's.
         unknown: Job ids that the queue gives to this gateway and the caller did not name.
-        workers: Workers that take jobs now, with or without a free slot; None when nobody waited.
+        workers: Workers that take jobs of this gateway now, with or without a free slot; None when nobody
+            waited.
+        due: Workers that are not among them, since their breakers are open, but would be tried next.
         cancelled: Running jobs that their subject wants ended.
         degraded: Whether it was answered without the store that all gateways share.
     """
@@ -158,5 +160,6 @@ class Renewal:
     lost: frozenset[str] = frozenset()
     unknown: frozenset[str] = frozenset()
     workers: int | None = None
+    due: int = 0
     cancelled: frozenset[str] = frozenset()
     degraded: bool = False

@@ -37,6 +37,7 @@ class JobQueue(Protocol):
             QueueFull: The model's bound or the tenant's is reached, or the job could not start before
                 its deadline by the present estimate.
             QuotaExceeded: Its tokens do not fit into its tenant's minute.
+            WorkersBarred: It is new, and the breakers of all workers are open.
             RequestExists: The id is in use by a job that has not ended; or this submission was
                 repeated after it had finished.
             DeadlineExceeded, RequestCancelled, WorkerLost: This submission was repeated after it had

@@ -5,6 +5,7 @@ from __future__ import annotations
 from services.common.errors import (
     DeadlineExceeded,
     InterlockError,
+    NoWorker,
     QueueFull,
     RequestCancelled,
     RequestExists,
@@ -15,6 +16,12 @@ from services.gateway.core.retry import RETRY_AFTER_LOSS_S
 
 # Requests end all the time: a second later there may be room, whatever the estimate.
 RETRY_MIN_S = 1.0
+# Nobody knows when an operator lets go: as long as a breaker that opened by itself sleeps.
+RETRY_WHEN_HELD_S = 5.0
+
+
+class WorkersBarred(NoWorker):
+    """The gateway sends no request to any worker of the model for a while, since too many failed there."""
 
 
 def queue_full(waiting: int, wait_s: float | None) -> QueueFull:
@@ -51,6 +58,14 @@ def hopeless(position: int, wait_s: float, left_s: float) -> QueueFull:
     return error
 
 
+def workers_barred(sleep_s: float | None) -> WorkersBarred:
+    """The breakers of all workers are open; `sleep_s` is the time until one is tried, None: they are held."""
+    return WorkersBarred(
+        "No worker can take the request at present: the breakers of all of them are open.",
+        retry_after_s=RETRY_WHEN_HELD_S if sleep_s is None else sleep_s,
+    )
+
+
 def ended_error(outcome: Outcome) -> InterlockError:
     """The error for a submission that is repeated after it ended; it never runs twice."""
     match outcome:
@@ -64,6 +79,11 @@ def ended_error(outcome: Outcome) -> InterlockError:
             )
         case Outcome.FINISHED:
             return RequestExists("This request has been answered already.")
+
+
+def in_use() -> RequestExists:
+    """The error for an id whose request is under way and cannot be joined."""
+    return RequestExists("request_id: is in use by a request of this subject that has not ended.")
 
 
 def exists_with_other_body() -> RequestExists:

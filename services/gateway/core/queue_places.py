@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from services.gateway.core.jobs import QueuedJob
+from services.gateway.core.queue_errors import workers_barred
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,10 @@ class OpenPair:
 
     until: float
     sleep_s: float | None
+
+    def is_due(self, now: float) -> bool:
+        """Whether one job may try the worker."""
+        return self.sleep_s is not None and self.until <= now
 
 
 @dataclass(slots=True)
@@ -83,12 +88,32 @@ class Places:
         """Keeps jobs from a worker; what it is held for already does not become less."""
         self.suspect_until[worker_id] = max(until, self.suspect_until.get(worker_id, until))
 
-    def open_workers(self, now: float) -> int:
-        """Workers that take jobs, with or without a free slot."""
-        return sum(
-            not worker.draining and not self._is_suspect(worker.worker_id, now)
+    def takers(self, now: float) -> tuple[int, int]:
+        """Workers that take jobs, with or without a free slot: those whose breakers are closed, those due."""
+        takers = [
+            self.opened.get(worker.worker_id)
             for worker in self.workers.values()
-        )
+            if not worker.draining and not self._is_suspect(worker.worker_id, now)
+        ]
+        return takers.count(None), sum(pair is not None and pair.is_due(now) for pair in takers)
+
+    def check_open(self, job: QueuedJob, now: float) -> None:
+        """Lets no job begin to wait for workers that are all barred; one that has a text waits on.
+
+        A suspect counts: it is back in a moment.
+
+        Raises:
+            WorkersBarred: The breakers of all that serve the route are open.
+        """
+        serving = [
+            self.opened.get(worker.worker_id)
+            for worker in self.workers.values()
+            if not worker.draining and not worker.ready.isdisjoint(self._routed())
+        ]
+        pairs = [pair for pair in serving if pair is not None and not pair.is_due(now)]
+        if not job.pin and serving and len(pairs) == len(serving):
+            sleeps = (pair.until - now for pair in pairs if pair.sleep_s is not None)
+            raise workers_barred(min(sleeps, default=None))
 
     def look(self, running: Mapping[str, int], now: float) -> None:
         """Looks who has a free slot; `running` says how many of each worker are taken."""
@@ -154,7 +179,7 @@ class Places:
     def _is_free(self, worker: QueueWorker, now: float) -> bool:
         """Whether a worker takes jobs, and has a free slot."""
         pair = self.opened.get(worker.worker_id)
-        is_closed = pair is None or (pair.sleep_s is not None and pair.until <= now)
+        is_closed = pair is None or pair.is_due(now)
         is_open = not worker.draining and is_closed and not self._is_suspect(worker.worker_id, now)
         return is_open and self._taken(worker) < worker.slots
 

@@ -122,6 +122,11 @@ class Request:
         """Whether it holds the slot, or has given it back."""
         return grant.nonce in self.returned or (self.grant is not None and self.grant.nonce == grant.nonce)
 
+    @property
+    def tries(self) -> bool:
+        """Whether it is the one call that tries a worker, which has said nothing yet."""
+        return self.phase is Phase.GRANTED and self.grant is not None and self.grant.trial
+
 
 Step = tuple[Request, tuple[Effect, ...]]
 

@@ -17,14 +17,13 @@ from services.common.errors import (
     Draining,
     InterlockError,
     RequestCancelled,
-    RequestExists,
     RequestUnknown,
     StoreUnavailable,
 )
 from services.gateway.core.log import Notice, NoticeKind
 from services.gateway.core.params import GenerationJob
 from services.gateway.core.ports import JobQueue, Meter, WorkerPool
-from services.gateway.core.queue_errors import exists_with_other_body, gateway_full
+from services.gateway.core.queue_errors import WorkersBarred, exists_with_other_body, gateway_full, in_use
 from services.gateway.dispatcher import farewell
 from services.gateway.dispatcher.direct_stream import DirectStream
 from services.gateway.dispatcher.farewell import RETRY_WHEN_DRAINING_S
@@ -136,6 +135,7 @@ class Dispatcher:
 
         Raises:
             QueueFull: The queue, or this process, is at its bound.
+            WorkersBarred: No worker of the model may be asked; the id stands for nothing again.
             RequestExists: The id is in use.
             StoreUnavailable: The queue cannot be reached.
             Draining: This gateway shuts down.
@@ -154,14 +154,21 @@ class Dispatcher:
     async def _submit(self, job: GenerationJob) -> AnswerStream:
         if (known := self._live.get(job.job_id)) is not None:
             return self._join(known, job)
-        claimed = await self._resumption.claim(job)
+        claimed, model = await self._resumption.claim(job)
         if claimed is Claimed.BEFORE and job.resumable:
             with contextlib.suppress(RequestUnknown):
-                return await self._resumption.follow(job.tenant, job.model, job.job_id, 0, job.digest)
+                return await self._resumption.follow(job.tenant, model, job.job_id, 0, job.digest)
         if (known := self._live.get(job.job_id)) is not None:
             return self._join(known, job)
+        if model != job.model:
+            # Another gateway has another model answer it, whose queue alone knows whether it has ended.
+            raise in_use()
         if job.resumable:
             return await self._begin_resumable(job, claimed)
+        return await self._begin_direct(job, claimed)
+
+    async def _begin_direct(self, job: GenerationJob, claimed: Claimed) -> AnswerStream:
+        """Admits a request whose events its client alone gets."""
         generation = self._create(job)
         if claimed is Claimed.NOW:
             self._claims.add(job.submission)
@@ -169,6 +176,11 @@ class Dispatcher:
             await self._open(generation)
         except asyncio.CancelledError:
             generation.withdraw(RequestCancelled("The client ended the call."))
+            raise
+        except WorkersBarred:
+            if claimed is Claimed.NOW:
+                # At once: another model may be asked by this id.
+                await self._resumption.release(job)
             raise
         if job.digest and self._live.get(job.job_id) is generation:
             # The queue knows of no other, whoever claimed the id before.
@@ -316,7 +328,7 @@ class Dispatcher:
     def _join(self, known: Generation, job: GenerationJob) -> AnswerStream:
         """Another client of a request that is under way here."""
         if known.chronicle is None or not job.resumable:
-            raise RequestExists("request_id: is in use by a request of this subject that has not ended.")
+            raise in_use()
         if known.job.digest != job.digest:
             raise exists_with_other_body()
         return self._resumption.follow_here(known, 0)

@@ -103,6 +103,11 @@ class Generation:
         return self._request.phase is life.Phase.QUEUED
 
     @property
+    def tries(self) -> bool:
+        """Whether the request is the one that tries a worker, which has not spoken yet."""
+        return self._request.tries
+
+    @property
     def place_due(self) -> bool:
         """Whether the client is to hear where the request stands in the queue."""
         return self._narration.place_due

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from services.common import ids, logs
 from services.common.clock import Clock
-from services.common.errors import ArgumentInvalid, Draining, QueueFull
+from services.common.errors import ArgumentInvalid, Draining, InterlockError, QueueFull
 from services.common.tokens import TokenVerifier, bearer_token
 from services.gateway.core import validation
 from services.gateway.core.catalog import Catalog, CatalogEntry
@@ -32,6 +32,7 @@ from services.gateway.core.params import (
 )
 from services.gateway.core.payload import digest_of
 from services.gateway.core.ports import Meter, Tokenizer
+from services.gateway.core.queue_errors import WorkersBarred
 from services.gateway.core.refusals import Outline, Refusals
 from services.gateway.core.tenancy import TenantBounds
 from services.gateway.dispatcher.dispatch import Dispatcher
@@ -185,6 +186,8 @@ class Reception:
             if not named:
                 self._refusals.note(outline, error, self._clock.monotonic())
             raise
+        except WorkersBarred as error:
+            return await self._fall_back(error, job, request, prompt, outline, entry)
 
     async def resume(self, principal: Principal, request_id: str, cursor: int) -> AnswerStream:
         """Goes on with a resumable request of the caller's own subject behind `cursor`.
@@ -232,6 +235,35 @@ class Reception:
         """What serves, the default model first."""
         default = self._catalog.default
         return tuple(sorted(self._catalog.entries, key=lambda entry: (entry.model != default, entry.model)))
+
+    async def _fall_back(
+        self,
+        refusal: WorkersBarred,
+        job: GenerationJob,
+        request: GenerationRequest,
+        prompt: Prompt,
+        outline: Outline,
+        entry: CatalogEntry,
+    ) -> AnswerStream:
+        """Asks the model that stands in for one whose workers are all barred; none stands in for that one.
+
+        Raises:
+            WorkersBarred: None does, or it does not take the request either.
+        """
+        other = self._catalog.fallback_of(entry)
+        # The ids of one vocabulary mean nothing in another.
+        if other is None or isinstance(prompt, TokenPrompt) or request.sampling.logit_bias:
+            raise refusal
+        try:
+            standing_in = await self._prepare(
+                job.request_id, request, prompt, replace(outline, model=other.model), other
+            )
+            # The same request: whoever repeats it asks for the first model again, and joins it.
+            stream = await self._dispatcher.submit(replace(standing_in, digest=job.digest))
+        except InterlockError as error:
+            raise refusal from error
+        logs.annotate(model=other.model, asked_model=entry.model)
+        return stream
 
     async def _prepare(
         self,

@@ -90,23 +90,23 @@ class Resumption:
         """Clients that follow a log here."""
         return self._following.total()
 
-    async def claim(self, job: GenerationJob) -> Claimed:
-        """Lets the request's id stand for it; returns whether it does, and since when.
+    async def claim(self, job: GenerationJob) -> tuple[Claimed, str]:
+        """Lets the request's id stand for it; returns whether it does, since when, and which model answers.
 
         Raises:
             RequestExists: It stands for something else.
         """
         if not job.digest:
-            return Claimed.NOT
+            return Claimed.NOT, job.model
         kept_s = self._limits.resume_ttl_s if job.resumable else self._limits.record_ttl_s
         try:
             known = await self._directory.claim(job.job_id, _claim_of(job), job.timeout_s + kept_s)
         except StoreUnavailable:
             # The queue knows by itself whether it can do without the store.
-            return Claimed.NOT
+            return Claimed.NOT, job.model
         if known is not None and known.digest != job.digest:
             raise exists_with_other_body()
-        return Claimed.NOW if known is None else Claimed.BEFORE
+        return (Claimed.NOW, job.model) if known is None else (Claimed.BEFORE, known.model)
 
     async def release(self, job: GenerationJob) -> None:
         """Lets an id be used again, of a request that was not accepted, or ended and cannot be resumed."""

@@ -24,6 +24,8 @@ from services.gateway.dispatcher.generation import Generation
 
 # A worker that did not come back within its time is being mended by somebody.
 RETRY_WITHOUT_WORKER_S = 5.0
+# A worker that is tried may be well again: requests wait longer by this factor, however often one is tried.
+TRIED_FACTOR = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Rounds:
         models: The models that are served now; their queues are looked after even when nobody waits here.
         jitter: Draws a number from 0 to 1, so that gateways do not reap in step.
         renew_s: How often notes are compared.
-        worker_wait_s: How long requests wait while there is no worker.
+        worker_wait_s: How long requests wait while there is no worker that they may go to.
         is_replaced: Whether another revision takes the place of a model's; its only worker is away meanwhile.
     """
 
@@ -94,12 +96,16 @@ class Rounds:
 
     async def renew(self) -> None:
         """Compares notes with the queue once, for every model."""
+        leaving = not self._register.is_open()
         try:
             for model in self.known_models():
-                await self._renew(model)
+                await self._renew(model, leaving=leaving)
                 self._note_store(reachable=True)
         except StoreUnavailable:
             self._note_store(reachable=False)
+        else:
+            if leaving:
+                self._told_leaving.set()
 
     async def leave(self, within_s: float) -> None:
         """Has a renewal made at once that says that this gateway leaves; waits for it, at most so long."""
@@ -225,7 +231,7 @@ class Rounds:
             self.store_reachable = reachable
             logs.get_logger().info("store.reached" if reachable else "store.lost")
 
-    async def _renew(self, model: str) -> None:
+    async def _renew(self, model: str, *, leaving: bool) -> None:
         # Requests that owe the queue a call are left out: it could only answer about the past.
         named = {
             job_id: generation.grant
@@ -236,10 +242,7 @@ class Rounds:
         waiting = frozenset(job_id for job_id, grant in named.items() if grant is None)
         # A place costs the queue more than a lease, and its client more still.
         places = frozenset(job_id for job_id in waiting if self._register.live[job_id].place_due)
-        leaving = not self._register.is_open()
         renewal = await self._queue.renew(model, running, waiting, places=places, leaving=leaving)
-        if leaving:
-            self._told_leaving.set()
         self._place(renewal)
         granted = {grant.job_id for grant in renewal.granted}
         self._judge_workers(model, renewal, waiting - renewal.lost - granted)
@@ -272,14 +275,19 @@ class Rounds:
     def _judge_workers(self, model: str, renewal: Renewal, waiting: frozenset[str]) -> None:
         """Ends the wait of those for whom no worker has come back in time, and says so.
 
-        What a worker needs to end what it runs, and to load a revision, is not known here: while one replaces
-        another, requests wait until their deadline.
+        Workers whose breakers are open count as away. What a worker needs to end what it runs, and to load a
+        revision, is not known here: while one replaces another, requests wait until their deadline.
         """
+        is_tried = any(one.job.model == model and one.tries for one in self._register.live.values())
+        if renewal.workers is None and is_tried:
+            # The one that waited is under way, and perhaps waits on soon.
+            return
         if renewal.workers != 0 or self._is_replaced(model):
             self._workerless_since.pop(model, None)
             return
         since = self._workerless_since.setdefault(model, self._clock.monotonic())
-        if self._clock.monotonic() - since < self._worker_wait_s:
+        factor = TRIED_FACTOR if is_tried or renewal.due else 1.0
+        if self._clock.monotonic() - since < factor * self._worker_wait_s:
             return
         for job_id in waiting:
             # One that was lent a slot meanwhile waits no more.

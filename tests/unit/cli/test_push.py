@@ -34,9 +34,11 @@ def test_golden_prompts_that_cannot_be_read_are_told(
 
 def test_a_push_of_what_is_there_says_so(mesh: FakeMesh, model: Path, capsys: Capture) -> None:
     """The manifest alone is sent, and no bar is drawn over bytes that are not."""
-    assert main(["models", "push", str(model), "--name", "tiny", "--revision", "v2"]) == 0
+    arguments = ["--name", "tiny", "--revision", "v2", "--fallback-model", "smaller"]
+    assert main(["models", "push", str(model), *arguments]) == 0
     told = capsys.readouterr()
     assert "Every file is there already" in told.err
     assert "Uploading" not in told.err
     assert "v2" in told.out
     assert [part.WhichOneof("part") for part in mesh.uploaded] == ["manifest"]
+    assert mesh.uploaded[0].manifest.fallback_model == "smaller"

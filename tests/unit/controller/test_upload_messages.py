@@ -37,10 +37,11 @@ def test_they_are_part_of_what_names_a_revision() -> None:
     assert plain.named().revision == "ee36f8df2faa"
 
 
-def test_a_model_to_fall_back_to_is_refused() -> None:
-    """A mesh serves one model; whoever counts on another one hears of it at once."""
-    with pytest.raises(ArgumentInvalid, match="fallback_model: leave it empty; a mesh serves one model"):
-        read_manifest(pb.Manifest(model="m", context_tokens=64, fallback_model="other"))
+def test_a_model_to_fall_back_to_reaches_the_members() -> None:
+    """It is part of what names a revision; one without any keeps the name that it always had."""
+    found = read_manifest(pb.Manifest(model="m", context_tokens=64, fallback_model="other"))
+    assert found.named().revision != read_manifest(manifest()).named().revision
+    assert manifest_message(Revision(found, "", 0.0)).fallback_model == "other"
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,22 @@ async def test_a_name_that_is_no_plain_name_touches_nothing(place: Place, name: 
     assert sorted(place.directory.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["m", "Other", ".other", "a/b", "x" * 64], ids=ascii)
+async def test_what_is_no_other_model_s_name_is_nothing_to_fall_back_to(place: Place, name: str) -> None:
+    """Its own, or none; before anything is sent."""
+    with pytest.raises(ArgumentInvalid, match=r"manifest\.fallback_model"):
+        await place.uploads.plan(manifest(CONTENT, fallback_model=name))
+
+
+async def test_what_a_revision_falls_back_to_is_kept(place: Place) -> None:
+    """It is part of the revision, also after a restart."""
+    made = await push(place, manifest(CONTENT, fallback_model="other"), CONTENT)
+    later = Place(place.directory)
+    await later.uploads.load()
+    assert later.catalog.revision("m", "v2").manifest == made.manifest
+    assert made.manifest.fallback_model == "other"
+
+
 async def test_two_uploads_at_once(place: Place) -> None:
     """One wins, the other is told to come back."""
 

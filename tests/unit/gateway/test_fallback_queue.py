@@ -12,6 +12,7 @@ import pytest
 from services.common.errors import QueueFull, StoreUnavailable
 from services.gateway.core.breaker import State
 from services.gateway.core.jobs import Band, Outcome, QueuedJob, Waiting
+from services.gateway.core.queue_errors import WorkersBarred
 from services.gateway.core.tenancy import TenantLimits
 from tests.fixtures.fallback_world import MODEL, World, job
 
@@ -271,3 +272,13 @@ async def test_an_operator_may_keep_the_store_out(world: World) -> None:
     world.circuit.force(State.CLOSED)
     await world.queue.renew(MODEL, {}, frozenset())
     assert not world.queue.degraded
+
+
+async def test_what_breakers_bar_is_barred_in_the_own_queue_from_the_beginning(world: World) -> None:
+    """The store knows of it, and nobody says it again: a new job would be lent a slot that it cannot use."""
+    world.opened["w1"] = 3.0
+    await world.go_away()
+    with pytest.raises(WorkersBarred) as caught:
+        await world.queue.enqueue(job("a"))
+    assert caught.value.retry_after_s == pytest.approx(3.0)
+    assert not tuple(world.queue._book)

@@ -168,3 +168,23 @@ async def test_a_trial_that_is_overtaken_decides_nothing() -> None:
     world.speak()
     world.lose()
     assert (world.state, world.counted[1]) == (State.FORCED_OPEN, 2)
+
+
+async def test_who_gets_no_calls_is_told_with_what_is_left_of_the_sleep() -> None:
+    """For a queue that begins to lend: a worker that is tried sleeps as the trial's grant has listed it."""
+    world = World()
+    assert world.breakers.opened("m") == {}
+    for _ in range(2):
+        world.start()
+        world.lose()
+    world.clock.seconds += 2.0
+    assert world.breakers.opened("m") == {"w1": pytest.approx(3.05)}
+    assert world.breakers.opened("other") == {}
+    world.clock.seconds += 3.5
+    world.start()
+    assert world.breakers.opened("m") == {"w1": 5.0}
+    world.speak()
+    assert world.breakers.opened("m") == {}
+    world.breakers.hold({"w1": State.FORCED_OPEN})
+    assert world.breakers.opened("m") == {"w1": None}
+    await world.breakers.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -137,6 +138,31 @@ async def test_a_gateway_that_leaves_says_so_at_once(world: World) -> None:
         # It carries nothing, and ends as soon as it has said so.
         await world.dispatcher.drain(30)
     assert world.queue.leaving
+    work.cancel()
+    await asyncio.gather(work, return_exceptions=True)
+
+
+async def test_a_gateway_has_left_when_every_model_s_queue_knows(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them hands requests over by its own notes."""
+    told, heard, renew = asyncio.Event(), asyncio.Event(), world.queue.renew
+
+    async def renew_slowly(model: str, *args: Any, leaving: bool, **fields: Any) -> Renewal:
+        if leaving and model == "other":
+            told.set()
+            await heard.wait()
+        return await renew(model, *args, leaving=leaving, **fields)
+
+    monkeypatch.setattr(world.queue, "renew", renew_slowly)
+    monkeypatch.setattr(world.dispatcher._rounds, "_models", lambda: ("m", "other"))
+    work = asyncio.create_task(world.dispatcher.run())
+    leaving = asyncio.create_task(world.dispatcher.drain(30))
+    await told.wait()
+    await asyncio.sleep(0.1)
+    assert not leaving.done()
+    heard.set()
+    await leaving
     work.cancel()
     await asyncio.gather(work, return_exceptions=True)
 

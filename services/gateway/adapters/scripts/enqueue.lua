@@ -5,8 +5,9 @@
 -- is known learns what it has used and which revision's text it has.
 -- Returns {'granted' | 'waiting', position, wait_ms, grants, account}, {'exists'}, {'ended', outcome, 0, grants},
 -- {'emptied'} where the caller knows of a route that is not here, or a refusal: {'full' | 'tenant_full',
--- waiting, wait_ms, grants, account}, {'quota', taken tokens, ms until the window ends, grants, account} or
--- {'late', position, wait_ms, grants, account}. An account is {taken tokens, ms until the window ends, jobs} of
+-- waiting, wait_ms, grants, account}, {'quota', taken tokens, ms until the window ends, grants, account},
+-- {'late', position, wait_ms, grants, account} or {'barred', 0, ms until a breaker is tried | -1, grants, account}
+-- where those of all workers are open to the caller. An account is {taken tokens, ms until the window ends, jobs} of
 -- the tenant, empty where it has no limit. Writes a job, its indices, its tenant's accounts, and what the grants
 -- touch.
 
@@ -67,6 +68,14 @@ local function go_on(job)
   if pin ~= '' and job.pin ~= pin then bind(job) end
 end
 
+-- Returns the refusal of a job that would wait for workers whose breakers are all open, or nil. What has a text, or
+-- waited before they opened, waits on.
+local function barred()
+  if pin ~= '' or redis.call('EXISTS', PREFIX .. 'opened') == 0 then return end
+  local ms = barred_ms(look_at_workers())
+  return ms and { 'barred', 0, ms, GRANTED, account() }
+end
+
 -- Returns why there is no place for the job, or nil.
 local function crowded()
   local waiting = count_waiting()
@@ -103,7 +112,7 @@ end
 -- The answer of a resumable job is kept in its log, and never generated twice.
 if is_live(known) or known and known.keep_ms then return { 'exists' } end
 
-local refused = is_new and refusal()
+local refused = is_new and (barred() or refusal())
 if refused then return refused end
 
 if known then redis.call('DEL', PREFIX .. 'job:' .. id) end

@@ -3,8 +3,8 @@
 -- places of the first `places_count` of those that wait. A caller that says that it leaves (1; else 0) is given
 -- no other gateway's jobs from now on.
 -- Returns {grants, {job_id, position, wait_ms, ...}, lost job_ids, unknown job_ids, workers, cancelled
--- job_ids}. Workers: how many take jobs, with or without a free slot; -1 when nobody waited, for then nobody
--- looked.
+-- job_ids, due}. Workers: how many take jobs of the caller, with or without a free slot; -1 when nobody waited, for
+-- then nobody looked. Due: how many others would be tried next.
 
 local waiting_from = 9 + 2 * tonumber(ARGV[7])
 local places_until = waiting_from + tonumber(ARGV[8])
@@ -64,4 +64,6 @@ for _, id in ipairs(asked) do
     for _, value in ipairs({ id, position, wait_ms }) do positions[#positions + 1] = value end
   end
 end
-return { GRANTED, positions, lost, unknown, view and count_takers(view) or -1, cancelled }
+local workers, due = -1, 0
+if view then workers, due = count_takers(view) end
+return { GRANTED, positions, lost, unknown, workers, cancelled, due }

@@ -62,9 +62,9 @@ local function look_at_workers()
   return view
 end
 
--- Returns how many workers take jobs, with or without a free slot.
-local function count_takers(view)
-  return redis.call('ZCOUNT', PREFIX .. 'takers', view.judges_leases and '(' .. NOW or '-inf', '+inf')
+-- The least end of a lease that counts, as Redis reads bounds.
+local function least_expiry(view)
+  return view.judges_leases and '(' .. NOW or '-inf'
 end
 
 local function count_slots()
@@ -80,13 +80,63 @@ local function has_lapsed(view, revision, worker_id)
   return true
 end
 
--- Returns 'closed', 'open', or 'trial' where the sleep of an open breaker is over. An open pair holds its end
--- and the length of its sleep, both in milliseconds, or 'forced'.
+-- Returns 'closed', 'open', or 'trial' where the sleep of an open breaker is over; and what is left of the sleep
+-- of one that is open, unless it is forced. An open pair holds its end and the length of its sleep, both in
+-- milliseconds, or 'forced'.
 local function breaker_of(view, gateway, worker_id)
   local pair = view.has_open and redis.call('HGET', PREFIX .. 'open:' .. worker_id, gateway)
   if not pair then return 'closed' end
   if pair == 'forced' then return 'open' end
-  return tonumber(string.match(pair, '^%d+')) <= NOW and 'trial' or 'open'
+  local left_ms = tonumber(string.match(pair, '^%d+')) - NOW
+  if left_ms <= 0 then return 'trial' end
+  return 'open', left_ms
+end
+
+-- Returns how many workers take jobs, with or without a free slot, whose breakers for the caller are closed; and
+-- how many are due for a trial by it. Of more workers than are looked at, all count as closed.
+local function count_takers(view)
+  local least = least_expiry(view)
+  local count, due = redis.call('ZCOUNT', PREFIX .. 'takers', least, '+inf'), 0
+  if not view.has_open or count > WORKERS_LOOKED_AT_MAX then return count, due end
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', PREFIX .. 'takers', least, '+inf')) do
+    local breaker = breaker_of(view, CALLER, id)
+    if breaker ~= 'closed' then count = count - 1 end
+    if breaker == 'trial' then due = due + 1 end
+  end
+  return count, due
+end
+
+-- Returns a test of whether a worker is ready for any revision of the route, and not draining.
+local function serves_route(view)
+  local names = { 'draining' }
+  for _, revision in ipairs(view.routed) do names[#names + 1] = 'r:' .. revision.name end
+  return function(worker_id)
+    local fields = redis.call('HMGET', PREFIX .. 'worker:' .. worker_id, unpack(names))
+    if fields[1] ~= '0' then return false end
+    for i = 2, #names do
+      if fields[i] then return true end
+    end
+    return false
+  end
+end
+
+-- Returns how many milliseconds every worker that serves the route is barred to the caller for, -1 where operators
+-- bar them all; nil where one is not, none is there, or more are than are looked at. A suspect is there: it is
+-- back in a moment.
+local function barred_ms(view)
+  local limit = WORKERS_LOOKED_AT_MAX
+  local ids = redis.call('ZREVRANGEBYSCORE', PREFIX .. 'expiry', '+inf', least_expiry(view), 'LIMIT', 0, limit + 1)
+  if #ids > limit then return nil end
+  local serves, soonest_ms = serves_route(view), nil
+  for _, id in ipairs(ids) do
+    if serves(id) then
+      local breaker, left_ms = breaker_of(view, CALLER, id)
+      if breaker ~= 'open' then return nil end
+      soonest_ms = soonest_ms or -1
+      if left_ms and (soonest_ms < 0 or left_ms < soonest_ms) then soonest_ms = left_ms end
+    end
+  end
+  return soonest_ms
 end
 
 local function close_pair(gateway, worker_id)
@@ -107,8 +157,8 @@ end
 local function largest_worker(view)
   if view.largest then return view.largest end
   view.largest = 1
-  local least = view.judges_leases and '(' .. NOW or '-inf'
-  local ids = redis.call('ZREVRANGEBYSCORE', PREFIX .. 'expiry', '+inf', least, 'LIMIT', 0, WORKERS_LOOKED_AT_MAX)
+  local least, limit = least_expiry(view), WORKERS_LOOKED_AT_MAX
+  local ids = redis.call('ZREVRANGEBYSCORE', PREFIX .. 'expiry', '+inf', least, 'LIMIT', 0, limit)
   for _, id in ipairs(ids) do
     local fields = redis.call('HMGET', PREFIX .. 'worker:' .. id, 'slots', 'draining')
     if fields[2] == '0' then view.largest = math.max(view.largest, tonumber(fields[1])) end
