@@ -42,8 +42,7 @@ from bench.load_figures import figures
 from bench.load_plan import Load, Tenant, tenant
 from bench.load_rounds import Summary, order, summaries
 from bench.load_steps import Crowd, Step, Tick
-from bench.load_world import NoMesh, Target, find, open_caller, started, tokens_of
-from bench.processor_time import Ledger
+from bench.load_world import NoMesh, Target, find, open_caller, processes, started, tokens_of
 
 # What a cancelled request still costs its worker is over by then.
 _SETTLING_S = 1.0
@@ -63,7 +62,6 @@ class Bench:
         self._tokens = tokens_of(load, target.jwt_secret)
         # Not seeded: the mesh remembers the prompts of earlier runs.
         self._chance = random.Random()  # noqa: S311 - prompts are no secrets
-        self._ledger = Ledger(target.processes)
 
     async def closed(self, clients: int, tick: Tick) -> dict[str, Any]:
         """One step of clients, through the mesh."""
@@ -89,7 +87,7 @@ class Bench:
         return self._told(step, clients=None, rate=rate, queue=True)
 
     def _crowd(self, caller: Caller) -> Crowd:
-        return Crowd(caller, self._load, self._chance, self._ledger)
+        return Crowd(caller, self._load, self._chance, processes)
 
     def _told(self, step: Step, **what: Any) -> dict[str, Any]:
         found = asdict(figures(step.traces, self._load.weights, step.window_s))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from bench.load_callers import Caller
 from bench.load_plan import Ask, Load, Tenant, ask_of
 from bench.load_trace import Fate, Trace
-from bench.processor_time import Ledger, cores_between
+from bench.processor_time import Listing, Usage, client_alone
 
 # How often the progress bar moves.
 _TICK_S = 0.25
@@ -44,14 +44,14 @@ class Crowd:
         caller: How they ask.
         load: What they ask.
         chance: Draws prompts and arrivals.
-        ledger: Tells what the mesh's processes have used.
+        processes: Tells which processes there are now, the mesh's and this one.
     """
 
     def __init__(
-        self, caller: Caller, load: Load, chance: random.Random, ledger: Ledger | None = None
+        self, caller: Caller, load: Load, chance: random.Random, processes: Listing = client_alone
     ) -> None:
         self._caller, self._load, self._chance = caller, load, chance
-        self._ledger = ledger or Ledger()
+        self._processes = processes
         self._traces: list[Trace] = []
 
     async def closed_loop(self, clients: int, tick: Tick) -> Step:
@@ -71,9 +71,9 @@ class Crowd:
         began_s = time.monotonic() + self._load.warmup_s
         until_s = began_s + self._load.duration_s
         await self._pass_until(began_s, tick)
-        first = self._ledger.read()
+        usage = Usage(self._processes())
         await self._pass_until(until_s, tick)
-        return Step(self._traces, (began_s, until_s), cores_between(first, self._ledger.read()))
+        return Step(self._traces, (began_s, until_s), usage.cores())
 
     async def _pass_until(self, until_s: float, tick: Tick) -> None:
         while (left_s := until_s - time.monotonic()) > 0:

@@ -13,6 +13,7 @@ from bench.load_callers import Caller, GrpcCaller
 from bench.load_http import HttpCaller
 from bench.load_plan import Ask, Load, Tenant
 from bench.load_trace import Trace
+from bench.processor_time import Processes, client_alone
 from services.common.channel import connect
 from services.common.tokens import mint
 from services.local import state
@@ -38,7 +39,6 @@ class Target:
         workers: How many it has.
         mesh_token: What the worker believes.
         model: The name of the model.
-        processes: Its processes: of what kind each is, and its id.
     """
 
     address: str
@@ -47,7 +47,6 @@ class Target:
     workers: int
     mesh_token: str
     model: str
-    processes: tuple[tuple[str, int], ...]
 
 
 def find() -> Target:
@@ -62,8 +61,14 @@ def find() -> Target:
         raise NoMesh(f"No mesh runs in {home.path}. Start one with `interlock up`, or give --up.")
     address = found.http.removeprefix("http://").rstrip("/")
     worker, workers = found.workers[0].address, len(found.workers)
-    processes = tuple((kind, part.pid) for kind, part in found.parts() if part.pid)
-    return Target(address, home.jwt_secret, worker, workers, home.mesh_token, found.model, processes)
+    return Target(address, home.jwt_secret, worker, workers, home.mesh_token, found.model)
+
+
+def processes() -> Processes:
+    """The processes of the mesh of `$INTERLOCK_HOME` as they are now, and this one."""
+    found = state.read(Home.of_environment(os.environ).state_file)
+    parts = () if found is None else found.parts()
+    return (*((kind, part.pid) for kind, part in parts if part.pid), *client_alone())
 
 
 @contextmanager

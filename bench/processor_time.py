@@ -8,40 +8,57 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-Seconds = Mapping[str, float]
+Processes = Iterable[tuple[str, int]]
 
 
 def cpu_s(pid: int) -> float:
-    """Seconds that a process's threads have computed; 0 where there is none, or the system does not tell."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
+    """Seconds that a process's threads have computed.
+
+    Raises:
+        OSError: There is no such process, or the system does not tell.
+    """
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-class Ledger:
-    """What each kind of process has used.
+class Usage:
+    """What each kind of process uses from now on.
 
     Args:
-        processes: Kinds and process ids; this process is `client`.
+        processes: Kinds and process ids.
     """
 
-    def __init__(self, processes: Iterable[tuple[str, int]] = ()) -> None:
-        self._processes = (*processes, ("client", os.getpid()))
+    def __init__(self, processes: Processes) -> None:
+        self._processes = tuple(processes)
+        self._began_s = time.monotonic()
+        self._before = self._read()
 
-    def read(self) -> tuple[float, Seconds]:
-        """The time of a monotonic clock, and seconds by kind until then."""
-        used: dict[str, float] = {}
+    def cores(self) -> dict[str, float]:
+        """Cores that each kind kept busy in the mean until now; not of kinds of which a process has ended."""
+        elapsed_s, now = time.monotonic() - self._began_s, self._read()
+        ended = {kind for kind, pid in self._processes if (kind, pid) not in now.keys() & self._before.keys()}
+        found: dict[str, float] = {}
+        for (kind, pid), used_s in now.items():
+            if kind not in ended:
+                found[kind] = found.get(kind, 0.0) + (used_s - self._before[kind, pid]) / elapsed_s
+        return {kind: round(cores, 3) for kind, cores in found.items()}
+
+    def _read(self) -> Mapping[tuple[str, int], float]:
+        used: dict[tuple[str, int], float] = {}
         for kind, pid in self._processes:
-            used[kind] = used.get(kind, 0.0) + cpu_s(pid)
-        return time.monotonic(), used
+            try:
+                used[kind, pid] = cpu_s(pid)
+            except OSError:
+                continue
+        return used
 
 
-def cores_between(first: tuple[float, Seconds], last: tuple[float, Seconds]) -> dict[str, float]:
-    """Cores that each kind kept busy in the mean from one reading to the other."""
-    elapsed_s = last[0] - first[0]
-    return {kind: round((used_s - first[1][kind]) / elapsed_s, 3) for kind, used_s in last[1].items()}
+def client_alone() -> Processes:
+    """This process, as the client of a mesh that is not known."""
+    return (("client", os.getpid()),)
+
+
+Listing = Callable[[], Processes]

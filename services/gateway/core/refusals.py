@@ -29,6 +29,8 @@ ALIKE_S = 0.1
 ALIKE_PART = 0.1
 # Texts of the same number of tokens differ in length by so much, or a little less.
 LENGTH_PART = 0.25
+# Tokens that a chat template may add to a prompt: roles, separators, what it says of the day.
+TEMPLATE_TOKENS = 256
 # Those beyond are put to the queue each time.
 KEPT_MAX = 1_024
 
@@ -70,7 +72,8 @@ class Outline:
     def may_exceed_quota(self) -> bool:
         """Whether it could be more than a minute's tokens; a text has at most as many tokens as bytes."""
         quota = self.limits.tokens_per_minute
-        return bool(quota) and self.prompt_size + self.slots * self.max_tokens > (quota or 0)
+        most = self.prompt_size + TEMPLATE_TOKENS + self.slots * self.max_tokens
+        return bool(quota) and most > (quota or 0)
 
     def takes_no_less_than(self, other: Outline) -> bool:
         """Whether it is as much work as `other`, as far as can be said."""

@@ -164,6 +164,8 @@ class Reception:
         band = validation.band_of(request.priority, principal)
         entry = self._catalog.find(request.model)
         logs.annotate(model=entry.model)
+        if isinstance(prompt, TokenPrompt):
+            _fit(request, prompt.ids, entry)
         outline = Outline(
             model=entry.model,
             tenant=principal.subject,
@@ -275,9 +277,7 @@ class Reception:
     ) -> GenerationJob:
         """Tokenizes a request and checks what could not be checked before."""
         prompt_ids = await self._tokenize(entry, prompt)
-        max_tokens = validation.fit_max_tokens(
-            request.max_tokens, len(prompt_ids), entry.context_tokens, request.tokens_where_absent
-        )
+        max_tokens = _fit(request, prompt_ids, entry)
         # Only what fits is looked at one by one.
         validation.check_token_ids(prompt_ids, entry.tokenizer.vocabulary)
         validation.check_biased_ids(request.sampling, entry.tokenizer.vocabulary)
@@ -336,6 +336,13 @@ class Reception:
                 f"{DEADLINE_KEY}: decimal seconds, over 0 and at most {self._deadlines.longest_s:g}."
             )
         return seconds
+
+
+def _fit(request: GenerationRequest, prompt_ids: tuple[int, ...], entry: CatalogEntry) -> int:
+    """How many tokens may be generated; raises ContextExceeded where the request does not fit."""
+    return validation.fit_max_tokens(
+        request.max_tokens, len(prompt_ids), entry.context_tokens, request.tokens_where_absent
+    )
 
 
 def job_id(subject: str, request_id: str) -> str:

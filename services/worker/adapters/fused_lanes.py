@@ -3,7 +3,7 @@
 Together, all threads share each product, and meet again after it, some two hundred times a step. Whoever
 loses its core to another process holds up the others each time, so that a mesh on few cores loses its
 gateway's share of them twice. In lanes each half of the sequences goes its own way to the end of the step,
-with half of the threads; the weights are read twice, which costs little where there is enough to multiply.
+on a thread of its own; the weights are read twice, which costs little where there is enough to multiply.
 No token's numbers depend on its neighbours, so both ways give the same. The faster one lately is taken.
 """
 
@@ -19,11 +19,13 @@ import torch
 
 from services.worker.adapters.fused_decoder import FusedDecoder
 from services.worker.adapters.fused_pass import FusedPass
-from services.worker.adapters.lane_thread import beside
+from services.worker.adapters.lane_thread import Promise, beside
 from services.worker.adapters.lean_cache import LeanRows
 from services.worker.core.ways import Ways
 
 LANES = 2
+# With so many threads, or more, a lane of one would be too slow.
+THREADS_TOO_MANY = 2 * LANES
 # With fewer tokens in a lane reading the weights takes longer than multiplying with them.
 LANE_TOKENS = 4
 # The most that the heavier lane may have to do, of all.
@@ -67,7 +69,9 @@ class FusedLanes:
         self._turns = decoder.turns
         self._threads = threads
         self._clock = clock
-        self._passes = [FusedPass(decoder, rows) for _ in range(LANES if threads >= LANES else 1)]
+        self._passes = [
+            FusedPass(decoder, rows) for _ in range(LANES if LANES <= threads < THREADS_TOO_MANY else 1)
+        ]
         # By the power of two above the number of tokens.
         self._ways: dict[int, Ways] = {}
         self._position_cost = _position_cost(decoder)
@@ -89,7 +93,11 @@ class FusedLanes:
             return [self.together(tokens)]
         ways = self._ways.setdefault(len(costs).bit_length(), Ways(LANES))
         way, began_s = ways.choose(), self._clock()
-        found = self.in_lanes(tokens, cut) if way == _IN_LANES else [self.together(tokens)]
+        try:
+            found = self.in_lanes(tokens, cut) if way == _IN_LANES else [self.together(tokens)]
+        except BaseException:
+            ways.fail(way)
+            raise
         ways.note(way, sum(costs), self._clock() - began_s)
         return found
 
@@ -103,16 +111,16 @@ class FusedLanes:
         # What both read is made before they begin.
         self._turns.table(max(tokens.positions) + 1)
         parts = (tokens.part(0, cut), tokens.part(cut, len(tokens.ids)))
-        lanes = zip(self._passes, parts, strict=True)
-        promises = [beside(lane, partial(self._pass, *one)) for lane, one in enumerate(lanes)]
-        for promise in promises:
-            # Nobody may touch rows and weights before all have ended.
-            promise.wait()
+        promises: list[Promise[torch.Tensor]] = []
+        try:
+            for lane, (one, part) in enumerate(zip(self._passes, parts, strict=True)):
+                passing = partial(one.forward, part.ids, part.rows, part.positions, part.drawn, 1)
+                promises.append(beside(lane, passing))
+        finally:
+            # Nobody may touch rows and weights before all that began have ended.
+            for promise in promises:
+                promise.wait()
         return [promise.fetch() for promise in promises]
-
-    def _pass(self, one: FusedPass, tokens: Tokens) -> torch.Tensor:
-        threads = self._threads // LANES
-        return one.forward(tokens.ids, tokens.rows, tokens.positions, tokens.drawn, threads)
 
     def give_up(self) -> None:
         """Lets go of layers and rows; nothing passes from then on."""

@@ -1,7 +1,8 @@
 """Threads beside another one. Owns: work that a thread gives to some of its own, and waits for.
 
 They belong to the thread that gives, and end after it. They have its priority, and may run on any core that
-the process may use, while a library may have bound that one to a single core.
+the process may use, while OpenMP has bound that one to a single core. It would bind these to the same core as
+soon as they shared work with others; so whatever a library does in them, it does alone.
 """
 
 from __future__ import annotations
@@ -52,8 +53,13 @@ class Promise(Generic[T]):
             BaseException: What the work raised.
         """
         self.wait()
-        if self._error is not None:
-            raise self._error
+        # Kept, it would hold all that its frames hold, and these the promise: nobody would be rid of either.
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error
         return self._found  # type: ignore[return-value] # without an error it is what the work returned
 
 
@@ -88,6 +94,7 @@ def beside(lane: int, work: Callable[[], T]) -> Promise[T]:
 
 
 def _attend(line: queue.SimpleQueue[Promise[Any] | None]) -> None:
+    _work_alone()
     if cores := bound_cores():
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, cores)
@@ -95,6 +102,17 @@ def _attend(line: queue.SimpleQueue[Promise[Any] | None]) -> None:
         promise.keep()
         # A result may be large, and is nobody's business until the next one comes.
         del promise
+
+
+def _work_alone() -> None:
+    """Lets no library share this thread's work with others.
+
+    Torch's own function for that would also set what threads of later find.
+    """
+    # What torch finds at a thread's first question would overwrite it.
+    torch.get_num_threads()
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).omp_set_num_threads(1)
 
 
 def bound_cores() -> set[int]:
