@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
+import subprocess
+import sys
 import threading
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from services.worker.adapters import fused_lanes, fused_pass
 from services.worker.adapters.fused_lanes import HEAVIER_MAX, LANE_TOKENS, FusedLanes, Tokens, cut_of
 from services.worker.adapters.fused_runner import FusedRunner
 from services.worker.adapters.lane_thread import beside
@@ -53,7 +60,7 @@ def chunk_and_decodes() -> Tokens:
 
 
 @pytest.mark.parametrize("tokens", [decodes(), chunk_and_decodes()], ids=["decodes", "a chunk and decodes"])
-@pytest.mark.parametrize("threads", [2, 4])
+@pytest.mark.parametrize("threads", [2, 3])
 def test_lanes_give_what_one_pass_gives(runner: FusedRunner, tokens: Tokens, threads: int) -> None:
     """Each cut between two rows; in the same order, and again with what was kept of outliers."""
     lanes = lanes_of(runner, threads)
@@ -93,13 +100,78 @@ def test_the_faster_way_is_taken_and_both_are_tried(
     assert all(torch.equal(one, wanted) for one in found)
 
 
-def test_one_thread_has_no_lanes(runner: FusedRunner) -> None:
-    """Half of one is none."""
-    lanes = lanes_of(runner, threads=1)
+@pytest.mark.parametrize("threads", [1, 4])
+def test_one_thread_has_no_lanes_and_neither_have_many(runner: FusedRunner, threads: int) -> None:
+    """Half of one is none; and a lane has one thread, while together they are four."""
+    lanes = lanes_of(runner, threads)
     with torch.inference_mode():
         (found,) = lanes.forward(decodes())
         assert torch.equal(found, lanes.together(decodes()))
     assert 2 * lanes.bytes == lanes_of(runner, threads=2).bytes
+
+
+def test_a_lane_that_cannot_begin_is_waited_for_by_none(
+    runner: FusedRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one, which has begun, is; and the next step of that size goes together."""
+    lanes, begun = lanes_of(runner), []
+
+    def short(lane: int, work: Any) -> Any:
+        if lane:
+            message = "can't start new thread"
+            raise RuntimeError(message)
+        promise = beside(lane, work)
+        begun.append(promise)
+        return promise
+
+    with torch.inference_mode():
+        wanted = lanes.together(decodes())
+        lanes.forward(decodes())
+        monkeypatch.setattr(fused_lanes, "beside", short)
+        with pytest.raises(RuntimeError, match="thread"):
+            lanes.forward(decodes())
+        assert begun[0]._done.is_set()
+        assert torch.equal(torch.cat(lanes.forward(decodes())), wanted)
+
+
+def test_what_a_failed_lane_held_is_free_at_once(
+    runner: FusedRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A revision that ran out of memory is unloaded: the next one needs what it had."""
+    lanes = lanes_of(runner)
+    held = weakref.ref(lanes._passes[0]._kept[0])
+    gc.collect()
+    gc.disable()
+    try:
+        with monkeypatch.context() as patched, torch.inference_mode():
+            patched.setattr(fused_pass._Space, "multiply", fail_to_multiply)
+            with pytest.raises(MemoryError):
+                lanes.in_lanes(decodes(), ROWS // 2)
+        lanes.give_up()
+        del lanes
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def fail_to_multiply(*_: object) -> torch.Tensor:
+    """There is no memory for the sums."""
+    raise MemoryError
+
+
+def test_lanes_may_run_on_every_core_whatever_they_did() -> None:
+    """OpenMP binds a thread that shares work with others; in a process of its own, where it binds at all."""
+    code = (
+        "import os, torch\n"
+        "from services.worker.adapters.lane_thread import beside, bound_cores\n"
+        "torch.zeros(1 << 20).add_(1)\n"
+        "def work(): torch.zeros(1 << 20, dtype=torch.uint8).add_(1); return os.sched_getaffinity(0)\n"
+        "found = [one.fetch() for one in [beside(lane, work) for lane in range(2)]]\n"
+        "assert found == [bound_cores()] * 2, (found, bound_cores())\n"
+        "assert torch.get_num_threads() == os.cpu_count()\n"
+    )
+    environment = {**os.environ, "OMP_PROC_BIND": "true"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60.0)
 
 
 def test_a_lane_that_fails_fails_the_step_when_both_have_ended(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from random import Random
+
+import pytest
 
 from services.worker.core.ways import TRY_AGAIN, TRY_AGAIN_MAX, Ways
 
@@ -70,3 +73,29 @@ def test_a_slow_first_time_is_forgotten() -> None:
     ways = Ways(2)
     ways.note(0, UNITS, 30.0)
     assert work(ways, 8 * TRY_AGAIN, (1.0, 2.0))[-1] == 0
+
+
+@pytest.mark.parametrize("slower", [1.15, 1.3, 1.6])
+def test_what_befalls_a_thread_for_once_changes_no_choice(slower: float) -> None:
+    """One step of a hundred takes five times as long, in whichever way: the slower one is hardly taken."""
+    chance = Random(1)  # noqa: S311 - it draws mishaps
+    ways, taken = Ways(2), [0, 0]
+    for _ in range(20_000):
+        way = ways.choose()
+        taken[way] += 1
+        mishap = 5.0 if chance.random() < 0.01 else 1.0
+        ways.note(way, UNITS, (1.0, slower)[way] * chance.gauss(1.0, 0.05) * mishap)
+    assert taken[1] < 0.08 * 20_000
+
+
+def test_a_way_that_fails_is_left_for_a_while() -> None:
+    """Also the one that was the faster, and one that has never been taken to its end."""
+    ways = Ways(2)
+    work(ways, 10, (2.0, 1.0))
+    ways.fail(1)
+    assert work(ways, TRY_AGAIN_MAX - 1, (2.0, 1.0)) == [0] * (TRY_AGAIN_MAX - 1)
+    assert 1 in work(ways, 2, (2.0, 1.0))
+    fresh = Ways(2)
+    fresh.note(0, UNITS, 1.0)
+    fresh.fail(1)
+    assert fresh.choose() == 0
