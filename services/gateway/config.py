@@ -102,6 +102,7 @@ class GatewayConfig(TokenSettings):
         float, Field(ge=0, description="How long calls are still taken after health says NOT_SERVING.")
     ] = 1.0
     # A worker says something every second; three of them missed are silence, not a busy machine's hiccup.
+    # What it costs and why not less: ADR 15.
     worker_silence_s: Annotated[
         float, Field(ge=1.5, description="How long a worker with requests may say nothing.")
     ] = 3.0
