@@ -6,6 +6,7 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -270,6 +271,7 @@ async def write(twins: Twins, verb: str, worker: str, number: int, *, flag: bool
         twins.memory.set_route(MODEL, number, weights)
 
 
+@pytest.mark.timeout(900)
 @settings(max_examples=HISTORIES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(history=STEPS)
 async def test_redis_and_memory_agree_step_by_step(
