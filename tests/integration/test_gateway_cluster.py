@@ -1,4 +1,4 @@
-"""Two gateways as their processes compose them, over a real Redis Cluster of three nodes."""
+"""Gateways as their processes compose them, and a controller's process, over a real Redis Cluster."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tests.fakes.scripted_worker import MESH_TOKEN, scripted_worker
 from tests.fixtures.gateway_world import SECRET, bearer, joined
 from tests.fixtures.redis_cluster import RedisClusterServer, redis_cluster
 from tests.fixtures.tiny_tokenizer import write_tokenizer
+from tests.integration.test_controller_process import logged, process
 from tests.integration.test_gateway_process import MODEL, REVISION, script, wait_for
 
 __all__ = ["redis_cluster"]
@@ -103,3 +104,12 @@ async def test_what_one_gateway_generates_another_one_resumes(stubs: list[Any], 
     assert usage.used_tokens > 0
     while "w1" not in await store.fetch("HGETALL", breakers_of("g1")):  # noqa: ASYNC110 - Redis tells nobody
         await asyncio.sleep(0.05)
+
+
+async def test_a_controller_leads_and_writes_its_route(
+    tmp_path: Path, redis_cluster: RedisClusterServer
+) -> None:
+    """Its lease, its route and its workers lie on the node of the model."""
+    async with process(tmp_path, redis_cluster.url) as controller:
+        written = await logged(controller, "route.written")
+        assert written["model"] == "m"
