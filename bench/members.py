@@ -1,6 +1,6 @@
 """A thousand workers at one controller: how fast they attach, what a rollout over them costs, what it holds.
 
-    python -m bench.members [--workers 1000]
+    interlock bench members [--workers 1000]
 
 Starts a Redis and a controller, each its own process. The workers are simulated: each has a stream of its
 own, reports its load every second, and does at once what it is told, so that the time measured is the
@@ -275,17 +275,17 @@ async def measure(workers: int) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measures, and prints."""
     summary, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
-        prog="bench.members",
+        prog="interlock bench members",
         description=summary,
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--workers", type=int, default=1_000, help="how many workers attach (1000)")
-    figures = asyncio.run(measure(parser.parse_args().workers))
+    figures = asyncio.run(measure(parser.parse_args(argv).workers))
     print(json.dumps(figures, indent=2))
     return 0 if figures["serving_the_new_revision"] == figures["workers"] else 1
 

@@ -16,6 +16,7 @@ BENCHES = {
     "edge": "the way through Envoy and HTTP beside the worker's own: first token, tokens/s",
     "engine": "the engine by batch size, beside its peers on the same work",
     "load": "a mesh under load: goodput, latencies, refusals and shares, with and without the queue",
+    "members": "a thousand workers at one controller: how fast they attach, and what a rollout costs",
     "mesh": "a running mesh's throughput by the number of requests at once",
     "prefill": "what prompts cost: a chat's second turn, streams beside a prefill, mixed lengths",
     "quality": "what quantization costs: perplexity, and whether answers repeat",

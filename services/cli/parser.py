@@ -68,6 +68,11 @@ def _command(
     return parser
 
 
+def _group(commands: _Commands, name: str, summary: str) -> _Commands:
+    group = commands.add_parser(name, help=summary, description=summary)
+    return group.add_subparsers(metavar="COMMAND", required=True)
+
+
 def _up(commands: _Commands) -> None:
     parser = _command(
         commands,
@@ -207,9 +212,7 @@ def _chat(commands: _Commands) -> None:
 
 
 def _models(commands: _Commands) -> None:
-    summary = "List, fetch, upload or delete models."
-    group = commands.add_parser("models", help=summary, description=summary)
-    inner = group.add_subparsers(metavar="COMMAND", required=True)
+    inner = _group(commands, "models", "List, fetch, upload or delete models.")
     _add_json(_command(inner, "list", "Show the models that the mesh serves.", run="models:list_models"))
     fetch = _command(
         inner,
@@ -260,9 +263,7 @@ def _models(commands: _Commands) -> None:
 
 
 def _rollouts(commands: _Commands) -> None:
-    summary = "Replace the revision that serves, with nothing dropped."
-    group = commands.add_parser("rollouts", help=summary, description=summary)
-    inner = group.add_subparsers(metavar="COMMAND", required=True)
+    inner = _group(commands, "rollouts", "Replace the revision that serves, with nothing dropped.")
     start = _command(
         inner,
         "start",
@@ -323,15 +324,21 @@ def _rollouts(commands: _Commands) -> None:
 
 
 def _workers(commands: _Commands) -> None:
-    group = commands.add_parser("workers", help="List workers.", description="List workers.")
-    inner = group.add_subparsers(metavar="COMMAND", required=True)
+    inner = _group(commands, "workers", "List workers, or take one out of service.")
     _add_json(_command(inner, "list", "Show the workers of the mesh.", run="workers:list_workers"))
+    drain = _command(
+        inner,
+        "drain",
+        "Take a worker out of service: it ends what it runs, and gets nothing more until it is restarted.",
+        run="workers:drain",
+        examples="  interlock workers drain worker-1   with 0 RUNNING its process may end",
+    )
+    drain.add_argument("id", metavar="ID", help="as `interlock workers list` names it")
+    _add_json(drain)
 
 
 def _breakers(commands: _Commands) -> None:
-    summary = "List circuit breakers, or hold them."
-    group = commands.add_parser("breakers", help=summary, description=summary)
-    inner = group.add_subparsers(metavar="COMMAND", required=True)
+    inner = _group(commands, "breakers", "List circuit breakers, or hold them.")
     _add_json(_command(inner, "list", "Show the breakers of all gateways.", run="breakers:list_breakers"))
     force = _command(
         inner,

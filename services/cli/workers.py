@@ -1,17 +1,20 @@
-"""`interlock workers`. Owns: the list of workers as the controller sees them."""
+"""`interlock workers`. Owns: the list of workers, and how one is taken out of service."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
-from interlock.v1.controller_service_pb2 import ListWorkersRequest
+from interlock.v1.controller_service_pb2 import DrainWorkerRequest, ListWorkersRequest
 from interlock.v1.controller_service_pb2_grpc import ControllerServiceStub
 
 from services.cli import table
 from services.cli.access import ANSWER_TIMEOUT_S, entrance, find_door, rows_of
 from services.cli.door import Door
+from services.cli.failure import CommandFailed
+from services.common.errors import WorkerUnknown
 
 COLUMNS = {
     "id": "ID",
@@ -25,10 +28,13 @@ COLUMNS = {
 
 def list_workers(arguments: argparse.Namespace) -> int:
     """Prints the workers of the mesh."""
-    rows = asyncio.run(read_workers(find_door()))
-    if not arguments.json:
-        rows = [for_people(row) for row in rows]
-    table.show(rows, COLUMNS, as_json=arguments.json)
+    _show(asyncio.run(read_workers(find_door())), as_json=arguments.json)
+    return 0
+
+
+def drain(arguments: argparse.Namespace) -> int:
+    """Takes one worker out of service, and prints it as it is then."""
+    _show(asyncio.run(_drain(arguments.id)), as_json=arguments.json)
     return 0
 
 
@@ -61,3 +67,22 @@ def for_people(row: dict[str, Any]) -> dict[str, Any]:
         "running": load.get("running", 0),
         "slots": load.get("slots", 0),
     }
+
+
+async def _drain(worker_id: str) -> list[dict[str, Any]]:
+    try:
+        async with entrance(find_door()) as (channel, metadata):
+            reply = await ControllerServiceStub(channel).DrainWorker(
+                DrainWorkerRequest(worker_id=worker_id), metadata=metadata, timeout=ANSWER_TIMEOUT_S
+            )
+    except CommandFailed as failure:
+        if failure.reason != WorkerUnknown.reason:
+            raise
+        raise CommandFailed(
+            f"no worker {worker_id!r} is here; `interlock workers list` shows them."
+        ) from None
+    return rows_of([reply.worker])
+
+
+def _show(rows: Sequence[dict[str, Any]], *, as_json: bool) -> None:
+    table.show(rows if as_json else [for_people(row) for row in rows], COLUMNS, as_json=as_json)

@@ -14,12 +14,14 @@ import dataclasses
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 C = TypeVar("C")
@@ -94,6 +96,8 @@ def from_command_line(kind: type[C], service: str, argv: Sequence[str] | None = 
         prog=f"python -m services.{service}",
         description=f"The {service} of an Interlock mesh. Settings come from INTERLOCK_{service.upper()}_* "
         "variables or a YAML file; --print-config shows them all.",
+        epilog=f"settings:\n{_described(kind)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
     parser.add_argument(
@@ -109,6 +113,21 @@ def from_command_line(kind: type[C], service: str, argv: Sequence[str] | None = 
         print(printed(config), end="")  # noqa: T201
         sys.exit(0)
     return config
+
+
+def _described(kind: type[Any]) -> str:
+    """What each setting says of itself, for the help."""
+    hints = get_type_hints(kind, include_extras=True)
+    lines = []
+    for field in dataclasses.fields(kind):
+        notes = getattr(hints[field.name], "__metadata__", ())
+        told = next(
+            (note.description for note in notes if isinstance(note, FieldInfo) and note.description), ""
+        )
+        indent = " " * 6
+        text = textwrap.fill(told, 100, initial_indent=indent, subsequent_indent=indent) if told else ""
+        lines.append(f"  {field.name}\n{text}".rstrip())
+    return "\n".join(lines)
 
 
 def _told(problem: ErrorDetails, origins: Mapping[str, str]) -> str:

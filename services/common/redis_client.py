@@ -25,6 +25,7 @@ from redis.exceptions import NoScriptError, RedisError
 from services.common.config import ConfigInvalid
 from services.common.errors import StoreUnavailable
 from services.common.redis_batch import RedisBatcher
+from services.common.redis_url import REDIS_URL_FORMS
 
 Client: TypeAlias = Redis | RedisCluster
 
@@ -39,9 +40,6 @@ CALLS_AT_ONCE_MAX = 32
 HEALTH_CHECK_INTERVAL_S = 10
 RETRY_AFTER_S = 1.0
 
-SCHEMES = (
-    "redis://, rediss://, unix://, redis+sentinel://HOST:PORT,.../SERVICE or redis+cluster://HOST:PORT,..."
-)
 DEFAULT_PORT = 6379
 DEFAULT_SENTINEL_PORT = 26379
 
@@ -144,7 +142,7 @@ def connect(url: str) -> RedisStore:
         return RedisStore(_client(url))
     except ValueError as error:
         # The URL stays out of the message: it may hold a password.
-        raise ConfigInvalid(f"redis_url: not usable; expected {SCHEMES}") from error
+        raise ConfigInvalid(f"redis_url: not usable; expected a {REDIS_URL_FORMS}") from error
 
 
 def read_scores(reply: Sequence[Any]) -> dict[str, float]:

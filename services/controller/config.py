@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field, SecretStr
 
 from services.common.credential import MESH_TOKEN_CHARS_MIN
+from services.common.redis_url import REDIS_URL_FORMS
 from services.common.token_settings import TokenSettings
 
 REDIS_URL_DEFAULT = SecretStr("redis://127.0.0.1:6379/0")
@@ -32,9 +33,7 @@ class ControllerConfig(TokenSettings):
     announce_file: Annotated[
         Path | None, Field(description='Written when the port is bound: {"id", "address", "pid", "metrics"}.')
     ] = None
-    redis_url: Annotated[SecretStr, Field(description="redis://, rediss:// or unix:// URL.")] = (
-        REDIS_URL_DEFAULT
-    )
+    redis_url: Annotated[SecretStr, Field(description=REDIS_URL_FORMS)] = REDIS_URL_DEFAULT
     mesh_token: Annotated[
         SecretStr, Field(min_length=MESH_TOKEN_CHARS_MIN, description="Join token of the mesh.")
     ]

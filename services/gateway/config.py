@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field, SecretStr
 
 from services.common.credential import MESH_TOKEN_CHARS_MIN
+from services.common.redis_url import REDIS_URL_FORMS
 from services.common.token_settings import TokenSettings
 
 REDIS_URL_DEFAULT = SecretStr("redis://127.0.0.1:6379/0")
@@ -37,9 +38,7 @@ class GatewayConfig(TokenSettings):
             "whose model stands in where a revision names it as its fallback."
         ),
     ] = ()
-    redis_url: Annotated[SecretStr, Field(description="redis://, rediss:// or unix:// URL.")] = (
-        REDIS_URL_DEFAULT
-    )
+    redis_url: Annotated[SecretStr, Field(description=REDIS_URL_FORMS)] = REDIS_URL_DEFAULT
     cache_dir: Annotated[Path, Field(description="Where tokenizers are kept.")] = Path(".interlock/cache")
     mesh_token: Annotated[
         SecretStr, Field(min_length=MESH_TOKEN_CHARS_MIN, description="Join token of the mesh.")
@@ -110,6 +109,7 @@ class GatewayConfig(TokenSettings):
         float, Field(ge=0, description="How long calls are still taken after health says NOT_SERVING.")
     ] = 1.0
     # A worker says something every second; three of them missed are silence, not a busy machine's hiccup.
+    # What it costs and why not less: ADR 15.
     worker_silence_s: Annotated[
         float, Field(ge=1.5, description="How long a worker with requests may say nothing.")
     ] = 3.0

@@ -9,6 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,15 @@ import grpc
 import psutil
 import pytest
 from interlock.v1 import gateway_service_pb2 as pb
-from interlock.v1 import gateway_service_pb2_grpc
+from interlock.v1 import gateway_service_pb2_grpc, generation_pb2
 
 from tests.fixtures.mesh import ROOT, Mesh, started
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+# Streams that meet the death of their worker, and how many of them are seeded; the others are greedy.
+STREAMS, SEEDED = 8, 2
+TOKENS, MIDWAY = 64, 8
 
 
 def kill(mesh: Mesh, part: str) -> int:
@@ -60,31 +67,60 @@ def test_a_killed_part_is_restarted_and_the_mesh_answers_again(mesh: Mesh, part:
             return
 
 
-def test_a_stream_survives_the_death_of_the_only_worker(mesh: Mesh) -> None:
-    """It waits for the restart and goes on at the next index; the text is that of a quiet run."""
-    request = pb.GenerateRequest(text="Tell me a long story about a fox.", max_tokens=120)
-    with grpc.insecure_channel(mesh.address) as channel:
+@dataclass
+class Heard:
+    """What one client heard."""
+
+    text: str = ""
+    attempts: list[int] = field(default_factory=list)
+    degraded: bool = False
+
+
+def hear_all(mesh: Mesh, fault: Callable[[], object] = lambda: None) -> list[Heard]:
+    """Greedy and seeded streams at once; `fault` happens when all are midway."""
+    midway = threading.Semaphore(0)
+    with ThreadPoolExecutor(STREAMS) as pool, grpc.insecure_channel(mesh.address) as channel:
         stub: Any = gateway_service_pb2_grpc.GatewayServiceStub(channel)  # type: ignore[arg-type]
-        metadata = (("authorization", f"Bearer {mesh.token}"),)
-        while True:
-            events = list(stub.Generate(request, metadata=metadata))
-            quiet = "".join(event.chunk.text for event in events)
-            # A gateway whose Redis was just killed counts by an older epoch for a second, and is refused.
-            if not any(event.started.degraded for event in events):
-                break
-        text, position, old, attempts = "", 0, 0, []
-        for event in stub.Generate(request, metadata=metadata):
-            if event.HasField("started"):
-                attempts.append(event.started.attempt)
-            if event.HasField("chunk"):
-                assert event.chunk.index == position
-                position += len(event.chunk.token_ids)
-                text += event.chunk.text
-                if not old and position > 10:
-                    old = kill(mesh, "workers")
-    assert attempts == [1, 2]
-    assert text == quiet
-    await_new_pid(mesh, "workers", old)
+        running = [pool.submit(hear, mesh, stub, number, midway) for number in range(STREAMS)]
+        for _ in running:
+            assert midway.acquire(timeout=60)
+        fault()
+        return [one.result(timeout=120) for one in running]
+
+
+def hear(mesh: Mesh, stub: Any, number: int, midway: threading.Semaphore) -> Heard:
+    """One stream, whose indices are contiguous."""
+    sampling = generation_pb2.SamplingParams()
+    if number < SEEDED:
+        sampling = generation_pb2.SamplingParams(temperature=0.9, seed=number)
+    text = f"Tell me a long story about {number} foxes."
+    request = pb.GenerateRequest(text=text, max_tokens=TOKENS, sampling=sampling)
+    heard, position = Heard(), 0
+    for event in stub.Generate(request, metadata=(("authorization", f"Bearer {mesh.token}"),)):
+        if event.HasField("started"):
+            heard.attempts.append(event.started.attempt)
+            heard.degraded |= event.started.degraded
+        if event.HasField("chunk"):
+            assert event.chunk.index == position
+            if position < MIDWAY <= position + len(event.chunk.token_ids):
+                midway.release()
+            position += len(event.chunk.token_ids)
+            heard.text += event.chunk.text
+    return heard
+
+
+def test_streams_survive_the_death_of_the_only_worker(mesh: Mesh) -> None:
+    """They wait for its restart and go on at the next index; each text is that of a quiet run."""
+    while True:
+        quiet = hear_all(mesh)
+        # A gateway whose Redis was just killed counts by an older epoch for a second, and is refused.
+        if not any(heard.degraded for heard in quiet):
+            break
+    killed: list[int] = []
+    streams = hear_all(mesh, lambda: killed.append(kill(mesh, "workers")))
+    assert [heard.attempts for heard in streams] == [[1, 2]] * STREAMS
+    assert [heard.text for heard in streams] == [heard.text for heard in quiet]
+    await_new_pid(mesh, "workers", killed[0])
 
 
 def test_running_streams_do_not_notice_the_death_of_redis(mesh: Mesh) -> None:

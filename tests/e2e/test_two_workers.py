@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 # Each seeded one asks for two continuations: together they take as many slots as a worker has.
 GREEDY, SEEDED = 16, 4
 TOKENS = 64
-# What the design promises. A stopped worker is noticed by its silence alone.
+# What the design promises. A stopped worker is noticed by its silence alone, as the default settings have it.
 KILL_GAP_S, STOP_GAP_S = 3.0, 5.0
 
 
@@ -97,6 +97,9 @@ class Load:
 def pair(model_path: Path) -> Iterator[Mesh]:
     """A mesh with two workers, either of which can carry all streams."""
     with started(model_path, "--workers", "2", "--dtype", "fp32", INTERLOCK_WORKER_SLOTS="24") as mesh:
+        assert not {"INTERLOCK_GATEWAY_WORKER_SILENCE_S", "INTERLOCK_GATEWAY_WORKER_STALL_S"} & {
+            *mesh.environment
+        }
         yield mesh
 
 

@@ -12,6 +12,8 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 from interlock.v1.controller_service_pb2 import (
     ControllerServiceListModelsResponse,
+    DrainWorkerRequest,
+    DrainWorkerResponse,
     ForceBreakerRequest,
     ForceBreakerResponse,
     ListBreakersResponse,
@@ -28,6 +30,7 @@ from interlock.v1.model_pb2 import QUANTIZATION_INT8, Model, Revision
 from interlock.v1.worker_pb2 import (
     BREAKER_STATE_OPEN,
     REVISION_PHASE_ACTIVE,
+    WORKER_STATE_DRAINING,
     WORKER_STATE_SERVING,
     Breaker,
     BreakerState,
@@ -37,7 +40,7 @@ from interlock.v1.worker_pb2 import (
     WorkerState,
 )
 
-from services.common.errors import ContextExceeded, InterlockError
+from services.common.errors import ContextExceeded, InterlockError, WorkerUnknown
 from services.common.status import trailing_metadata
 from services.common.tokens import TokenVerifier
 from services.local import state
@@ -74,6 +77,7 @@ class FakeMesh(grpc.GenericRpcHandler):
             "/interlock.v1.GatewayService/Generate": self._generate,
             "/interlock.v1.ControllerService/ListModels": self._models,
             "/interlock.v1.ControllerService/ListWorkers": self._workers,
+            "/interlock.v1.ControllerService/DrainWorker": self._drain,
             "/interlock.v1.ControllerService/RevokeToken": self._revoke,
             "/interlock.v1.ControllerService/ListBreakers": self._breakers,
             "/interlock.v1.ControllerService/ForceBreaker": self._force,
@@ -124,16 +128,31 @@ class FakeMesh(grpc.GenericRpcHandler):
             answer, request_deserializer=ForceBreakerRequest.FromString, response_serializer=_bytes
         )
 
-    def _workers(self) -> Any:
+    def _worker(self) -> Worker:
         resident = ResidentRevision(model="tiny", revision="r1", phase=REVISION_PHASE_ACTIVE)
-        worker = Worker(
+        return Worker(
             id="worker-1",
             address="127.0.0.1:1",
             state=self.worker_state,
             revisions=[resident],
             load=WorkerLoad(running=2, slots=4),
         )
-        reply = ListWorkersResponse(workers=[worker])
+
+    def _drain(self) -> Any:
+        def answer(request: DrainWorkerRequest, context: grpc.ServicerContext) -> DrainWorkerResponse:
+            if request.worker_id != "worker-1":
+                error = WorkerUnknown("No worker of that id is attached.")
+                context.set_trailing_metadata(trailing_metadata(error))
+                context.abort(grpc.StatusCode.NOT_FOUND, error.message)
+            self.worker_state = WORKER_STATE_DRAINING
+            return DrainWorkerResponse(worker=self._worker())
+
+        return grpc.unary_unary_rpc_method_handler(
+            answer, request_deserializer=DrainWorkerRequest.FromString, response_serializer=_bytes
+        )
+
+    def _workers(self) -> Any:
+        reply = ListWorkersResponse(workers=[self._worker()])
         return grpc.unary_unary_rpc_method_handler(lambda _, __: reply, response_serializer=_bytes)
 
     def _plan(self) -> Any:

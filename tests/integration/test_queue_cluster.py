@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
 from redis.crc import key_slot
 
-from services.common.errors import QuotaExceeded
+from services.common.errors import QuotaExceeded, StoreUnavailable
 from services.common.queue_keys import ModelKeys
 from services.common.redis_client import RedisStore, connect
 from services.controller.adapters.redis_route import RedisRouteStore
@@ -17,7 +18,8 @@ from services.controller.core.records import WorkerRecord
 from services.gateway.adapters.redis_queue import RedisJobQueue
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Waiting
 from services.gateway.core.tenancy import TenantLimits
-from tests.fixtures.queue_world import make_job
+from tests.fixtures.queue_simulation import Simulation
+from tests.fixtures.queue_world import KEYS, QueueWorld, make_job
 from tests.fixtures.redis_cluster import NODES, SLOTS, RedisClusterServer, redis_cluster
 
 __all__ = ["redis_cluster"]
@@ -25,6 +27,8 @@ __all__ = ["redis_cluster"]
 # Their hash tags fall into slots of different nodes; a test says so.
 MODELS = tuple(f"model-{number}" for number in range(6))
 TIMEOUT_S = 10.0
+# Of the random history, before and after its node dies.
+STEPS = 200
 
 
 @pytest.fixture
@@ -111,3 +115,35 @@ async def test_grants_reach_the_other_gateway_across_nodes(store: RedisStore) ->
             await first.settle(model, running[1].job_id, running[1].nonce, Outcome.FINISHED, 1)
     await first.close()
     await second.close()
+
+
+async def test_every_job_ends_once_in_a_random_history_whose_node_dies(
+    redis_cluster: RedisClusterServer,
+) -> None:
+    """Gateways vanish, sleep and leave; then the node is killed and comes back empty, and all goes on."""
+    store, node = connect(redis_cluster.url), redis_cluster.node_of(KEYS.route)
+    with redis_cluster.client(node) as client:
+        client.flushall()
+        world = QueueWorld(client, store, RedisRouteStore(store))
+        simulation = Simulation(world, random.Random(1))  # noqa: S311 - a history to repeat, no secret
+        await simulation.begin()
+        await simulation.run(STEPS)
+        await asyncio.to_thread(redis_cluster.revive, node)
+        await until_answered(store)
+        await simulation.emptied()
+        await simulation.run(STEPS)
+        await simulation.end()
+        await world.clear()
+    await store.close()
+
+
+async def until_answered(store: RedisStore) -> None:
+    """Returns once the store has found its way back to a node that was gone."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while True:
+            try:
+                await store.fetch("EXISTS", KEYS.route)
+            except StoreUnavailable:
+                await asyncio.sleep(0.05)
+            else:
+                return

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
 
 from services.common.errors import RequestExists, StoreUnavailable
 from services.common.redis_client import connect
+from services.gateway.adapters.redis_log import RedisGenerationLog
 from services.gateway.adapters.redis_queue import RedisJobQueue
-from services.gateway.core.jobs import Grant
+from services.gateway.core.events import Chunk, Finished, FinishReason
+from services.gateway.core.jobs import Grant, Outcome
+from services.gateway.core.log import Entry, LogTail, log_bounds
 from tests.fixtures.queue_world import KEYS, MODEL, QueueWorld, make_job
 from tests.fixtures.redis_server import RedisServer
 
@@ -212,6 +216,26 @@ async def test_gateways_that_stay_silent_are_forgotten(world: QueueWorld) -> Non
     world.advance(61)
     await world.gateway().reap(MODEL)
     assert set(world.client.zrange(KEYS.prefix + "gateways", 0, -1)) == {"g1"}
+
+
+async def test_no_end_is_taken_before_the_log_that_redis_lost_is_whole_again(world: QueueWorld) -> None:
+    """A tail alone would leave a finished job without its beginning; the same end with all of it is taken."""
+    job = replace(make_job("a"), digest="d", payload="p")
+    grant = await world.gateway().enqueue(job)
+    assert isinstance(grant, Grant)
+    log = RedisGenerationLog(world.store, "g1")
+    first, last = Entry(Chunk(0, "a ", (1,))), Entry(Finished(FinishReason.STOP))
+    await log.append(MODEL, "a", grant.nonce, 0, [first], log_bounds(10, None))
+    world.client.flushall()
+    await world.add_worker()
+    await world.set_route()
+    assert await world.gateway().register(replace(job, waited_s=1), grant)
+    ends = [LogTail(1, (last,)), LogTail(0, (first, last))]
+    taken = [await world.gateway().settle(MODEL, "a", grant.nonce, Outcome.FINISHED, 2, end) for end in ends]
+    assert taken == [False, True]
+    page = await log.read(MODEL, "a", 0)
+    assert page is not None
+    assert (page.entries, page.outcome) == ((first, last), Outcome.FINISHED)
 
 
 async def test_without_redis_every_call_says_so_at_once(redis_server: RedisServer) -> None:

@@ -84,8 +84,9 @@ class JobQueue(Protocol):
         """Ends a granted job and frees its slot. Without effect unless the grant is current.
 
         What its tenant was charged, and what was reserved of its quota, is corrected to `used_tokens`, or to
-        what the job had used before if that is more. Of a resumable job it writes `tail` in the same step.
-        Returns whether the grant was current.
+        what the job had used before if that is more. Of a resumable job it writes `tail` in the same step;
+        without effect, too, where the log ends before it, for the store has lost what was written.
+        Returns whether it had an effect.
         """
         ...
 

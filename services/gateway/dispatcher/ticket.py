@@ -180,7 +180,7 @@ class Ticket:
         async def call() -> None:
             current = await self._settle(grant, outcome, used_tokens)
             if not current and self._payload and await self._queue.register(self.queued_job(), grant):
-                # The store had lost the job; its log is written once more.
+                # The store had lost the job, or its log alone, which is written once more.
                 current = await self._settle(grant, outcome, used_tokens, whole=True)
             self._holder.settled(current=current)
 

@@ -51,6 +51,7 @@ def test_without_a_mesh_commands_say_what_to_do(command: str, home: Home, capsys
         "token jwks",
         "chat hi --max-tokens 0",
         "models",
+        "workers drain",
         "breakers force worker-1",
         "breakers force worker-1 half_open",
     ],
@@ -95,6 +96,7 @@ def test_an_unknown_option_is_told_by_its_command(command: str, usage: str, caps
         "chat",
         "models fetch",
         "workers list",
+        "workers drain",
         "breakers force",
     ],
 )
@@ -288,6 +290,19 @@ def test_models_and_workers_are_listed(mesh: FakeMesh, capsys: Capture) -> None:
     (worker,) = json.loads(capsys.readouterr().out)
     assert worker["state"] == "WORKER_STATE_SERVING"
     assert worker["load"]["slots"] == 4
+
+
+def test_a_worker_is_taken_out_of_service(mesh: FakeMesh, capsys: Capture) -> None:
+    """It is shown as it is then; one that is not there is named, with where to look."""
+    assert mesh.home.holder() is not None
+    assert main(["workers", "drain", "worker-1"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["worker-1", "draining"]
+    assert main(["workers", "drain", "worker-1", "--json"]) == 0
+    (worker,) = json.loads(capsys.readouterr().out)
+    assert (worker["id"], worker["state"]) == ("worker-1", "WORKER_STATE_DRAINING")
+    assert main(["workers", "drain", "worker-9"]) == 1
+    told = capsys.readouterr()
+    assert (told.out, "worker-9" in told.err, "interlock workers list" in told.err) == ("", True, True)
 
 
 def test_up_in_a_home_in_use_is_refused(mesh: FakeMesh, capsys: Capture) -> None:

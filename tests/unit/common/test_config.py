@@ -10,6 +10,8 @@ import pytest
 from pydantic import Field, SecretStr
 
 from services.common.config import ConfigInvalid, from_command_line, load, printed
+from services.controller.config import ControllerConfig
+from services.gateway.config import GatewayConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +19,7 @@ class SampleConfig:
     """Settings of an imagined service."""
 
     jwt_secret: SecretStr
-    port: Annotated[int, Field(ge=0, le=65_535)] = 80
+    port: Annotated[int, Field(ge=0, le=65_535, description="Where it listens.")] = 80
     wait_s: float = 1.5
     peers: tuple[str, ...] = ()
     cache_dir: Path | None = None
@@ -94,6 +96,34 @@ def test_secrets_are_shown_neither_by_print_config_nor_by_errors(
     assert "port: 80" in output
     assert "INTERLOCK_SAMPLE_PORT" in output
     assert "not-to-be-shown" not in output
+
+
+def test_the_help_tells_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each by its name, and by what it says of itself."""
+    with pytest.raises(SystemExit) as ended:
+        from_command_line(SampleConfig, "sample", ["--help"])
+    settings = capsys.readouterr().out.partition("settings:\n")[2]
+    assert ended.value.code == 0
+    assert [line.strip() for line in settings.splitlines()] == [
+        "jwt_secret",
+        "port",
+        "Where it listens.",
+        "wait_s",
+        "peers",
+        "cache_dir",
+    ]
+
+
+@pytest.mark.parametrize(("kind", "service"), [(GatewayConfig, "gateway"), (ControllerConfig, "controller")])
+def test_the_help_names_every_form_of_the_stores_url(
+    capsys: pytest.CaptureFixture[str], kind: type, service: str
+) -> None:
+    """Sentinel and Cluster are not found by guessing."""
+    with pytest.raises(SystemExit):
+        from_command_line(kind, service, ["--help"])
+    told = capsys.readouterr().out
+    for scheme in ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster"):
+        assert f"{scheme}://" in told
 
 
 def test_what_is_printed_can_be_read_back(tmp_path: Path) -> None:
