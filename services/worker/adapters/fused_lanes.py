@@ -91,7 +91,7 @@ class FusedLanes:
         cut = cut_of(tokens.rows, costs) if len(self._passes) == LANES else None
         if cut is None:
             return [self.together(tokens)]
-        ways = self._ways.setdefault(len(costs).bit_length(), Ways(LANES))
+        ways = self._ways.setdefault(len(costs).bit_length(), Ways())
         way, began_s = ways.choose(), self._clock()
         try:
             found = self.in_lanes(tokens, cut) if way == _IN_LANES else [self.together(tokens)]

@@ -22,6 +22,7 @@ from services.worker.adapters.lane_thread import beside
 from services.worker.core.batch import Batch, Chunk, Draw
 from services.worker.core.revision import Quantization
 from services.worker.core.sequence import Sampling
+from services.worker.core.ways import FIRST_PAIRS
 from tests.fakes import tiny_models
 from tests.unit.worker.test_lean_forward import load
 
@@ -93,10 +94,10 @@ def test_the_faster_way_is_taken_and_both_are_tried(
     monkeypatch.setattr(lanes, "_clock", lambda: now_s[0])
     with torch.inference_mode():
         wanted = together(decodes())
-        found = [torch.cat(lanes.forward(decodes())) for _ in range(6)]
+        found = [torch.cat(lanes.forward(decodes())) for _ in range(2 * FIRST_PAIRS + 4)]
         # Too few for lanes, whatever was found for more.
         lanes.forward(decodes(2 * LANE_TOKENS - 1))
-    assert taken == ["together", *["lanes"] * 5, "together"]
+    assert taken == [*["together", "lanes"] * FIRST_PAIRS, *["lanes"] * 4, "together"]
     assert all(torch.equal(one, wanted) for one in found)
 
 
