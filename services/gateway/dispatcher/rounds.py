@@ -20,12 +20,11 @@ from services.gateway.core.log import Entry, used_tokens
 from services.gateway.core.params import Decode, GenerationJob
 from services.gateway.core.payload import read_payload
 from services.gateway.core.ports import JobQueue
+from services.gateway.dispatcher.barred_waits import BarredWaits
 from services.gateway.dispatcher.generation import Generation
 
 # A worker that did not come back within its time is being mended by somebody.
 RETRY_WITHOUT_WORKER_S = 5.0
-# A worker that is tried may be well again: requests wait longer by this factor, however often one is tried.
-TRIED_FACTOR = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +80,8 @@ class Rounds:
         self._models = models
         self._jitter = jitter
         self._renew_s = renew_s
-        self._worker_wait_s = worker_wait_s
         self._is_replaced = is_replaced
-        self._workerless_since: dict[str, float] = {}
+        self._barred_waits = BarredWaits(worker_wait_s)
         self._taking: set[str] = set()
         self._hurried = asyncio.Event()
         self._told_leaving = asyncio.Event()
@@ -275,23 +273,16 @@ class Rounds:
     def _judge_workers(self, model: str, renewal: Renewal, waiting: frozenset[str]) -> None:
         """Ends the wait of those for whom no worker has come back in time, and says so.
 
-        Workers whose breakers are open count as away. What a worker needs to end what it runs, and to load a
-        revision, is not known here: while one replaces another, requests wait until their deadline.
+        What a worker needs to end what it runs, and to load a revision, is not known here: while one replaces
+        another, requests wait until their deadline.
         """
-        is_tried = any(one.job.model == model and one.tries for one in self._register.live.values())
-        if renewal.workers is None and is_tried:
-            # The one that waited is under way, and perhaps waits on soon.
+        if self._is_replaced(model):
+            self._barred_waits.forget(model)
             return
-        if renewal.workers != 0 or self._is_replaced(model):
-            self._workerless_since.pop(model, None)
-            return
-        since = self._workerless_since.setdefault(model, self._clock.monotonic())
-        factor = TRIED_FACTOR if is_tried or renewal.due else 1.0
-        if self._clock.monotonic() - since < factor * self._worker_wait_s:
-            return
-        for job_id in waiting:
+        of_model = [one for one in self._register.live.values() if one.job.model == model]
+        for generation in self._barred_waits.judge(model, renewal, of_model, self._clock.monotonic()):
             # One that was lent a slot meanwhile waits no more.
-            if (generation := self._register.live.get(job_id)) is not None and generation.waits:
+            if generation.job.job_id in waiting and generation.waits:
                 generation.withdraw(
                     NoWorker(
                         "No worker can take the request at present.", retry_after_s=RETRY_WITHOUT_WORKER_S
