@@ -68,6 +68,7 @@ class Dispatcher:
         limits: Bounds of the dispatcher.
         generation_limits: Bounds of each request.
         is_replaced: Whether a rollout replaces a model's revision.
+        is_own: Whether a model is one of this mesh; of others nothing here depends.
     """
 
     def __init__(  # noqa: PLR0913 - one is made, and each is given by name
@@ -83,6 +84,7 @@ class Dispatcher:
         limits: DispatcherLimits,
         generation_limits: GenerationLimits,
         is_replaced: Callable[[str], bool] = lambda _: False,
+        is_own: Callable[[str], bool] = lambda _: True,
     ) -> None:
         self._queue = queue
         self._workers = workers
@@ -108,13 +110,14 @@ class Dispatcher:
             renew_s=limits.renew_s,
             worker_wait_s=limits.worker_wait_s,
             is_replaced=is_replaced,
+            is_own=is_own,
         )
         queue.on_grant(self._rounds.deliver)
         queue.on_notice(self._hear)
 
     @property
     def store_reachable(self) -> bool:
-        """Whether the queue answered when it was last asked."""
+        """Whether the queue answered when it was last asked about this mesh's own models."""
         return self._rounds.store_reachable
 
     @property
@@ -322,7 +325,7 @@ class Dispatcher:
         try:
             await generation.open()
         except StoreUnavailable:
-            self._rounds.store_reachable = False
+            self._rounds.note_lost(generation.job.model)
             raise
 
     def _join(self, known: Generation, job: GenerationJob) -> AnswerStream:
