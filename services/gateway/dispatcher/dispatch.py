@@ -159,8 +159,11 @@ class Dispatcher:
             return self._join(known, job)
         claimed, model = await self._resumption.claim(job)
         if claimed is Claimed.BEFORE and job.resumable:
-            with contextlib.suppress(RequestUnknown):
-                return await self._resumption.follow(job.tenant, model, job.job_id, 0, job.digest)
+            if (follower := await self._resumption.follow_known(job, model)) is not None:
+                return follower
+            if model != job.model and job.job_id not in self._live:
+                # Nothing is left of what the other one answered.
+                claimed, model = await self._resumption.claim_instead(job, model)
         if (known := self._live.get(job.job_id)) is not None:
             return self._join(known, job)
         if model != job.model:
