@@ -230,6 +230,7 @@ def _dispatcher(
         Resumption(store.log, store.directory, clock, catalog.decoder, limits),
         models=lambda: catalog.models,
         is_replaced=catalog.is_replaced,
+        is_own=catalog.is_own,
         meter=meter,
         # Spreads the gateways' reaping in time; nothing is guarded by it.
         jitter=random.random,

@@ -39,12 +39,14 @@ _SCRIPTS = Path(__file__).parent / "scripts"
 LOOK_S = 1.0
 # Until every model that is served is known the store must not go: nothing could take its place.
 LOOK_FOR_UNKNOWN_S = 0.1
+# Ten seconds of such looks: a mesh that helps out may have no workers for weeks.
+LOOKS_FOR_UNKNOWN_MAX = 100
 # Five looks that could not be taken are a loss.
 SHOWN_S = 5.0
 
 
 class RedisFleet:
-    """Looks at Redis each second, and more often until it knows each model's fleet.
+    """Looks at Redis each second, and more often at first until it knows each model's fleet.
 
     Args:
         store: Redis.
@@ -67,6 +69,8 @@ class RedisFleet:
         self._models = models
         self._standby = standby
         self._breakers = breakers
+        self._served: frozenset[str] = frozenset()
+        self._looks_for_unknown = 0
         self._look = read_script(_SCRIPTS / "look.lua")
         self._show = read_script(_SCRIPTS / "show_breakers.lua")
 
@@ -80,8 +84,7 @@ class RedisFleet:
                 pass
             except Exception:  # noqa: BLE001 - logged with its traceback; the next look may be well
                 logs.get_logger().error("fleet.crashed", exc_info=True)
-            is_known = all(self._standby.serves(model) for model in self._models())
-            await asyncio.sleep(LOOK_S if is_known and self._models() else LOOK_FOR_UNKNOWN_S)
+            await asyncio.sleep(self._pause_s())
 
     async def look(self) -> None:
         """Looks once.
@@ -97,6 +100,16 @@ class RedisFleet:
         shown = [text for report in self._breakers.reports() for text in (report.target, _text(report))]
         args: list[str | int | float] = [round(SHOWN_S * 1000), *shown]
         self._breakers.hold(read_holds(await self._store.run_script(self._show, self._keys, args)))
+
+    def _pause_s(self) -> float:
+        """How long until the next look: less while a model has just come of which nothing is known."""
+        models = frozenset(self._models())
+        if models != self._served:
+            self._served, self._looks_for_unknown = models, 0
+        if models and all(map(self._standby.serves, models)):
+            return LOOK_S
+        self._looks_for_unknown += 1
+        return LOOK_S if self._looks_for_unknown > LOOKS_FOR_UNKNOWN_MAX and models else LOOK_FOR_UNKNOWN_S
 
 
 def read_view(reply: Sequence[Any]) -> FleetView:

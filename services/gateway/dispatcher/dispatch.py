@@ -68,6 +68,7 @@ class Dispatcher:
         limits: Bounds of the dispatcher.
         generation_limits: Bounds of each request.
         is_replaced: Whether a rollout replaces a model's revision.
+        is_own: Whether a model is one of this mesh; of others nothing here depends.
     """
 
     def __init__(  # noqa: PLR0913 - one is made, and each is given by name
@@ -83,6 +84,7 @@ class Dispatcher:
         limits: DispatcherLimits,
         generation_limits: GenerationLimits,
         is_replaced: Callable[[str], bool] = lambda _: False,
+        is_own: Callable[[str], bool] = lambda _: True,
     ) -> None:
         self._queue = queue
         self._workers = workers
@@ -108,13 +110,14 @@ class Dispatcher:
             renew_s=limits.renew_s,
             worker_wait_s=limits.worker_wait_s,
             is_replaced=is_replaced,
+            is_own=is_own,
         )
         queue.on_grant(self._rounds.deliver)
         queue.on_notice(self._hear)
 
     @property
     def store_reachable(self) -> bool:
-        """Whether the queue answered when it was last asked."""
+        """Whether the queue answered when it was last asked about this mesh's own models."""
         return self._rounds.store_reachable
 
     @property
@@ -156,8 +159,11 @@ class Dispatcher:
             return self._join(known, job)
         claimed, model = await self._resumption.claim(job)
         if claimed is Claimed.BEFORE and job.resumable:
-            with contextlib.suppress(RequestUnknown):
-                return await self._resumption.follow(job.tenant, model, job.job_id, 0, job.digest)
+            if (follower := await self._resumption.follow_known(job, model)) is not None:
+                return follower
+            if model != job.model and job.job_id not in self._live:
+                # Nothing is left of what the other one answered.
+                claimed, model = await self._resumption.claim_instead(job, model)
         if (known := self._live.get(job.job_id)) is not None:
             return self._join(known, job)
         if model != job.model:
@@ -322,7 +328,7 @@ class Dispatcher:
         try:
             await generation.open()
         except StoreUnavailable:
-            self._rounds.store_reachable = False
+            self._rounds.note_lost(generation.job.model)
             raise
 
     def _join(self, known: Generation, job: GenerationJob) -> AnswerStream:

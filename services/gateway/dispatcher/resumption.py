@@ -5,6 +5,7 @@ Must not know: the life of a request.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 from collections import Counter
@@ -13,7 +14,13 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from services.common.clock import Clock
-from services.common.errors import ArgumentInvalid, InterlockError, QueueFull, StoreUnavailable
+from services.common.errors import (
+    ArgumentInvalid,
+    InterlockError,
+    QueueFull,
+    RequestUnknown,
+    StoreUnavailable,
+)
 from services.gateway.core.log import Claim
 from services.gateway.core.params import Decode, GenerationJob
 from services.gateway.core.ports import GenerationLog, RequestDirectory
@@ -23,6 +30,8 @@ from services.gateway.dispatcher.generation import Generation
 
 # Whoever follows most leaves half of the places to the others.
 SHARE_MAX = 0.5
+# A request is put to its queue as soon as its id is claimed, and such a call gives up after this.
+CLAIM_SETTLES_S = 2.0
 # A client may be served by somebody else within this.
 RETRY_WHEN_FULL_S = 1.0
 
@@ -108,6 +117,12 @@ class Resumption:
             raise exists_with_other_body()
         return (Claimed.NOW, job.model) if known is None else (Claimed.BEFORE, known.model)
 
+    async def claim_instead(self, job: GenerationJob, model: str) -> tuple[Claimed, str]:
+        """Lets the request's id stand for it, and no more for the same one of another model; see `claim`."""
+        with contextlib.suppress(StoreUnavailable):
+            await self._directory.release(job.job_id, Claim(model, job.digest))
+        return await self.claim(job)
+
     async def release(self, job: GenerationJob) -> None:
         """Lets an id be used again, of a request that was not accepted, or ended and cannot be resumed."""
         if job.digest:
@@ -172,6 +187,21 @@ class Resumption:
             await follower.aclose()
             raise
         return follower
+
+    async def follow_known(self, job: GenerationJob, model: str) -> Follower | None:
+        """A client of what a resumable request's id stands for, by a model; None: nothing of it is left.
+
+        Where that is another model than is asked now, no queue is going to recognise the request as its own.
+        Whoever has claimed the id a moment ago is given the time to tell that model's queue.
+
+        Raises:
+            RequestExists, QueueFull: See `follow`.
+        """
+        for pause_s in (0.0,) if model == job.model else (0.0, CLAIM_SETTLES_S):
+            await asyncio.sleep(pause_s)
+            with contextlib.suppress(RequestUnknown):
+                return await self.follow(job.tenant, model, job.job_id, 0, job.digest)
+        return None
 
     def notice(self, job_id: str) -> None:
         """A log has grown."""

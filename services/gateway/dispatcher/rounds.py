@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from services.common import logs
 from services.common.clock import Clock
@@ -20,12 +21,11 @@ from services.gateway.core.log import Entry, used_tokens
 from services.gateway.core.params import Decode, GenerationJob
 from services.gateway.core.payload import read_payload
 from services.gateway.core.ports import JobQueue
+from services.gateway.dispatcher.barred_waits import BarredWaits
 from services.gateway.dispatcher.generation import Generation
 
 # A worker that did not come back within its time is being mended by somebody.
 RETRY_WITHOUT_WORKER_S = 5.0
-# A worker that is tried may be well again: requests wait longer by this factor, however often one is tried.
-TRIED_FACTOR = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Rounds:
     """Looks after the requests of a register.
 
     Attributes:
-        store_reachable: Whether the queue answered when it was last asked.
+        store_reachable: Whether the queue answered when it was last asked about this mesh's own models.
 
     Args:
         queue: What they are compared with.
@@ -60,9 +60,10 @@ class Rounds:
         renew_s: How often notes are compared.
         worker_wait_s: How long requests wait while there is no worker that they may go to.
         is_replaced: Whether another revision takes the place of a model's; its only worker is away meanwhile.
+        is_own: Whether a model is one of this mesh, which this gateway is there for; others only help.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one is made, and each is given by name
         self,
         queue: JobQueue,
         register: Register,
@@ -73,6 +74,7 @@ class Rounds:
         renew_s: float,
         worker_wait_s: float,
         is_replaced: Callable[[str], bool],
+        is_own: Callable[[str], bool],
     ) -> None:
         self.store_reachable = False
         self._queue = queue
@@ -81,9 +83,9 @@ class Rounds:
         self._models = models
         self._jitter = jitter
         self._renew_s = renew_s
-        self._worker_wait_s = worker_wait_s
         self._is_replaced = is_replaced
-        self._workerless_since: dict[str, float] = {}
+        self._is_own = is_own
+        self._barred_waits = BarredWaits(worker_wait_s)
         self._taking: set[str] = set()
         self._hurried = asyncio.Event()
         self._told_leaving = asyncio.Event()
@@ -97,15 +99,15 @@ class Rounds:
     async def renew(self) -> None:
         """Compares notes with the queue once, for every model."""
         leaving = not self._register.is_open()
-        try:
-            for model in self.known_models():
-                await self._renew(model, leaving=leaving)
-                self._note_store(reachable=True)
-        except StoreUnavailable:
-            self._note_store(reachable=False)
-        else:
-            if leaving:
-                self._told_leaving.set()
+        renewed = {
+            model: await self._guarded(model, partial(self._renew, model, leaving=leaving))
+            for model in self.known_models()
+        }
+        own = [done for model, done in renewed.items() if self._is_own(model)]
+        if own and all(own):
+            self._note_store(reachable=True)
+        if leaving and all(renewed.values()):
+            self._told_leaving.set()
 
     async def leave(self, within_s: float) -> None:
         """Has a renewal made at once that says that this gateway leaves; waits for it, at most so long."""
@@ -118,6 +120,11 @@ class Rounds:
         """Models that are served, or asked for by a request that is under way."""
         asked = (generation.job.model for generation in self._register.live.values())
         return tuple(dict.fromkeys((*self._models(), *asked)))
+
+    def note_lost(self, model: str) -> None:
+        """A model's queue does not answer; whether another mesh's does decides nothing here."""
+        if self._is_own(model):
+            self._note_store(reachable=False)
 
     def deliver(self, grant: Grant) -> None:
         """Hands a grant on. One for nobody is found again, with its model, by the next renewal."""
@@ -136,11 +143,7 @@ class Rounds:
 
     async def take_up(self, model: str, job_id: str) -> None:
         """Goes on with a request that was another's, unless the store is away."""
-
-        async def work() -> None:
-            await self._take_up(model, job_id)
-
-        await self._guarded(work)
+        await self._guarded(model, partial(self._take_up, model, job_id))
 
     async def _take_up(self, model: str, job_id: str) -> bool:
         """Goes on with a resumable request that another process began and that is this gateway's now.
@@ -201,7 +204,7 @@ class Rounds:
 
     async def _renew_forever(self) -> None:
         while True:
-            await self._guarded(self.renew)
+            await self.renew()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._renew_s):
                     await self._hurried.wait()
@@ -210,21 +213,24 @@ class Rounds:
     async def _reap_forever(self) -> None:
         while True:
             await asyncio.sleep(self._renew_s * (0.5 + self._jitter()))
-            await self._guarded(self._reap)
+            for model in self.known_models():
+                await self._guarded(model, partial(self._reap, model))
 
-    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Keeps a defect in one round from ending all later ones."""
+    async def _guarded(self, model: str, work: Callable[[], Awaitable[object]]) -> bool:
+        """Keeps what fails with one model from others and later rounds; returns whether all went well."""
         try:
             await work()
         except StoreUnavailable:
-            self._note_store(reachable=False)
+            self.note_lost(model)
         except Exception:  # noqa: BLE001 - logged with its traceback; the loop must go on
             logs.get_logger().error("dispatcher.crashed", exc_info=True)
+        else:
+            return True
+        return False
 
-    async def _reap(self) -> None:
-        for model in self.known_models():
-            for job_id in await self._queue.reap(model):
-                await self._take_up(model, job_id)
+    async def _reap(self, model: str) -> None:
+        for job_id in await self._queue.reap(model):
+            await self._take_up(model, job_id)
 
     def _note_store(self, *, reachable: bool) -> None:
         if reachable != self.store_reachable:
@@ -275,23 +281,16 @@ class Rounds:
     def _judge_workers(self, model: str, renewal: Renewal, waiting: frozenset[str]) -> None:
         """Ends the wait of those for whom no worker has come back in time, and says so.
 
-        Workers whose breakers are open count as away. What a worker needs to end what it runs, and to load a
-        revision, is not known here: while one replaces another, requests wait until their deadline.
+        What a worker needs to end what it runs, and to load a revision, is not known here: while one replaces
+        another, requests wait until their deadline.
         """
-        is_tried = any(one.job.model == model and one.tries for one in self._register.live.values())
-        if renewal.workers is None and is_tried:
-            # The one that waited is under way, and perhaps waits on soon.
+        if self._is_replaced(model):
+            self._barred_waits.forget(model)
             return
-        if renewal.workers != 0 or self._is_replaced(model):
-            self._workerless_since.pop(model, None)
-            return
-        since = self._workerless_since.setdefault(model, self._clock.monotonic())
-        factor = TRIED_FACTOR if is_tried or renewal.due else 1.0
-        if self._clock.monotonic() - since < factor * self._worker_wait_s:
-            return
-        for job_id in waiting:
+        of_model = [one for one in self._register.live.values() if one.job.model == model]
+        for generation in self._barred_waits.judge(model, renewal, of_model, self._clock.monotonic()):
             # One that was lent a slot meanwhile waits no more.
-            if (generation := self._register.live.get(job_id)) is not None and generation.waits:
+            if generation.job.job_id in waiting and generation.waits:
                 generation.withdraw(
                     NoWorker(
                         "No worker can take the request at present.", retry_after_s=RETRY_WITHOUT_WORKER_S

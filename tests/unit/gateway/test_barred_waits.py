@@ -62,22 +62,70 @@ async def barred() -> AsyncIterator[Barred]:
         yield Barred(world, clock)
 
 
-@pytest.mark.parametrize("kind", ["due", "tried"])
-async def test_a_worker_that_is_tried_is_waited_for_longer_but_not_for_ever(
-    barred: Barred, kind: str
-) -> None:
+@pytest.mark.parametrize("due", [0, 1])
+async def test_a_worker_that_is_tried_is_waited_for_longer_but_not_for_ever(barred: Barred, due: int) -> None:
     """It may be well again; where one trial follows another, requests end after twice the time."""
     await barred.submit("j")
-    if kind == "tried":
-        await barred.submit("t")
-        await barred.begin_trial("t")
-    due = int(kind == "due")
+    await barred.submit("t")
+    await barred.begin_trial("t")
     waits = barred.world.dispatcher._live["j"]
     await barred.renew(due=due)
     await barred.renew(1.5 * WAIT_S, due=due)
     assert waits.error is None
     await barred.renew(0.6 * WAIT_S, due=due)
     assert isinstance(waits.error, NoWorker)
+
+
+async def test_a_trial_that_has_just_been_granted_counts_as_one(barred: Barred) -> None:
+    """Who waits already for longer than without one is not dropped as it begins."""
+    await barred.submit("j")
+    await barred.submit("t")
+    waits = barred.world.dispatcher._live["j"]
+    await barred.renew()
+    barred.clock.turn(1.5 * WAIT_S)
+    trial = replace(grant("n-t", "t"), trial=True)
+    barred.world.queue.renewal = Renewal(granted=(trial,), workers=0)
+    await barred.world.dispatcher.renew()
+    assert waits.error is None
+
+
+async def test_time_stands_still_while_a_worker_is_due_and_has_no_room(barred: Barred) -> None:
+    """Nothing could be tried, however long the others' answers are; what was waited before still counts."""
+    await barred.submit("j")
+    waits = barred.world.dispatcher._live["j"]
+    await barred.renew()
+    await barred.renew(0.9 * WAIT_S)
+    for _ in range(32):
+        await barred.renew(WAIT_S, due=1)
+    assert waits.error is None
+    await barred.renew(0.2 * WAIT_S)
+    assert isinstance(waits.error, NoWorker)
+
+
+@pytest.mark.parametrize("due", [0, 1])
+async def test_who_comes_late_is_not_dropped_for_how_long_others_waited(barred: Barred, due: int) -> None:
+    """Other gateways' requests have waited all the while, so that the queue looked after its workers."""
+    for _ in range(32):
+        await barred.renew(WAIT_S, due=due)
+    await barred.submit("late")
+    waits = barred.world.dispatcher._live["late"]
+    await barred.renew(WAIT_S, due=due)
+    assert waits.error is None
+
+
+async def test_each_request_waits_for_its_own_time(barred: Barred) -> None:
+    """The first one ends; the one that came meanwhile has as long as it had."""
+    await barred.submit("first")
+    first = barred.world.dispatcher._live["first"]
+    await barred.renew()
+    await barred.renew(0.8 * WAIT_S)
+    await barred.submit("late")
+    late = barred.world.dispatcher._live["late"]
+    await barred.renew(0.3 * WAIT_S)
+    assert isinstance(first.error, NoWorker)
+    assert late.error is None
+    await barred.renew(1.1 * WAIT_S)
+    assert isinstance(late.error, NoWorker)
 
 
 async def test_once_the_trial_has_failed_who_waited_long_enough_is_told(barred: Barred) -> None:
