@@ -26,6 +26,7 @@ class Either:
 
     world: QueueWorld
     queue: RedisJobQueue | MemoryJobQueue
+    clock: RedisClock
 
     async def add_worker(
         self, name: str, *, slots: int = 4, ready: tuple[str, ...] = (REVISION,), draining: bool = False
@@ -46,6 +47,7 @@ class Either:
         self.world.advance(seconds)
         # A call that moves the clock which the queue in memory reads.
         await self.world.gateway("clock").length(MODEL)
+        self.clock.read()
 
     async def refusal(self, job: QueuedJob) -> float:
         """When a job that is turned away may come again."""
@@ -62,12 +64,14 @@ async def either(request: pytest.FixtureRequest, empty_world: QueueWorld) -> Asy
     """A queue with a route, and no worker yet."""
     await empty_world.set_route()
     await empty_world.gateway("clock").length(MODEL)
+    clock = RedisClock(empty_world)
+    clock.read()
     if request.param == "redis":
-        yield Either(empty_world, empty_world.gateway("g1", LIMITS))
+        yield Either(empty_world, empty_world.gateway("g1", LIMITS), clock)
         return
-    memory = MemoryJobQueue(RedisClock(empty_world), LIMITS)
+    memory = MemoryJobQueue(clock, LIMITS)
     memory.set_route(MODEL, 1, {REVISION: 100})
-    yield Either(empty_world, memory)
+    yield Either(empty_world, memory, clock)
     memory.close()
 
 
