@@ -20,10 +20,11 @@ All keys of a model `M` bear the hash tag `{il:M}`, so that a script's keys lie 
 | `job:<id>` | hash | the record of a job; once it has ended, its outcome for a while | gateways |
 | `waiting:<band>:<tenant>` | zset | waiting jobs by arrival | gateways |
 | `tenants:<band>` | zset | seats (`<arrival of the oldest job>:<tenant>`) by counter | gateways |
+| `tenants:lifted` | zset | such seats of tenants with nothing in line in BATCH but a lifted job | gateways |
 | `served:<band>` | zset | tenants by counter: tokens charged, divided by weight | gateways |
 | `entered:<band>` | hash | tenant -> its entry, and what may be given back from before | gateways |
 | `floors` | hash | band -> counter at which an idle tenant enters | gateways |
-| `tenant:<t>` | hash | `waiting running cap seat:<band>` | gateways |
+| `tenant:<t>` | hash | `waiting running cap seat:<band> lifted` (`<arrival>:<id>`) | gateways |
 | `quota:<t>` | hash | `window used reserved`: tokens of the tenant's minute | gateways |
 | `live`, `backlog` | hash | band -> jobs that have not ended; estimated tokens that wait | gateways |
 | `aging:<band>` | zset | what gateways of an earlier version will lift; nothing is added now | gateways |

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from services.gateway.core.jobs import Band
-from tests.fixtures.queue_audit import audit
-from tests.fixtures.queue_world import KEYS, MODEL, QueueWorld
+from services.gateway.core.tenancy import TenantLimits
+from tests.fixtures.queue_audit import audit, left_over
+from tests.fixtures.queue_world import KEYS, MODEL, QueueWorld, make_job
 
 
 async def test_a_job_that_waited_long_counts_one_band_higher(world: QueueWorld) -> None:
@@ -45,6 +50,90 @@ async def test_aged_jobs_keep_the_turn_of_their_band_and_their_order(world: Queu
     # The running job was the first grant; the fourth is the first turn of INTERACTIVE.
     assert "".join(name[0] for name in order[:23]) == "ssb" + "sssb" + "sssi" + "sssb" + "sssi" + "sssb"
     assert [name for name in order if name.startswith("b")] == [f"b{number}" for number in range(6)]
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+async def test_an_aged_job_keeps_the_turn_of_its_band_whatever_is_behind_it(
+    world: QueueWorld, behind: int
+) -> None:
+    """In INTERACTIVE its tenant, which runs a large request, comes behind the backlogs of all others."""
+    await world.add_worker("w2")
+    large = await world.grant("large", tenant="a", cost=8_000)
+    running = await world.grant("running")
+    for number in range(1 + behind):
+        await world.wait(f"b{number}", tenant="a", band=Band.BATCH)
+    for number in range(24):
+        await world.wait(f"i{number}", tenant=f"t{number % 8}", cost=10)
+    world.advance(31)
+    await world.gateway().reap(MODEL)
+    audit(world.client)
+    await world.finish(running)
+    assert (await world.finish_all()).index("b0") < 8
+    await world.finish(large)
+    assert left_over(world.client) == set()
+
+
+async def test_aged_jobs_have_the_turn_of_their_band_as_their_tenants_were_served(world: QueueWorld) -> None:
+    """Neither a tenant that has more in line there nor one that has no more goes first for it."""
+    running = await world.grant("b0", tenant="b", band=Band.BATCH, cost=500)
+    for number in range(30):
+        await world.wait(f"i{number}", tenant="i")
+    for name in ("b1", "a1", "a2", "a3", "a4", "c1"):
+        await world.wait(name, tenant=name[0], band=Band.BATCH)
+    world.advance(31)
+    await world.finish(running, used=500)
+    order = []
+    while world.received["g1"]:
+        grant = world.received["g1"].pop(0)
+        order.append(grant.job_id)
+        await world.finish(grant, used=0 if grant.job_id.startswith("i") else 100)
+    assert order[6::8] == ["a1", "c1", "a2", "a3"]
+
+
+async def test_an_aged_job_waits_for_the_cap_of_its_tenant_in_the_turn_of_its_band_too(
+    world: QueueWorld,
+) -> None:
+    """It comes back into that turn when a job of its tenant has ended."""
+    await world.add_worker("w2")
+    limits = TenantLimits(concurrency=2)
+    large = await world.grant("large", tenant="a", cost=8_000, limits=limits)
+    running = await world.grant("running")
+    await world.wait("b", tenant="a", band=Band.BATCH, limits=limits)
+    for number in range(16):
+        await world.wait(f"i{number}", cost=10)
+    world.advance(31)
+    await world.gateway().reap(MODEL)
+    other = replace(large, job_id="other", nonce="other")
+    assert await world.gateway().register(make_job("other", tenant="a", limits=limits), other)
+    audit(world.client)
+    await world.finish(running)
+    for _ in range(8):
+        await world.finish(world.received["g1"].pop(0))
+    assert "b" not in world.running("w1") | world.running("w2")
+    await world.finish(other)
+    audit(world.client)
+    assert (await world.finish_all()).index("b") < 8
+    await world.finish(large)
+
+
+async def test_what_a_gateway_of_an_earlier_version_leaves_of_an_aged_job_is_dropped(
+    world: QueueWorld,
+) -> None:
+    """It knows nothing of the seat that such a job has in the turn of BATCH."""
+    running = await world.grant("running", tenant="a")
+    await world.wait("b", tenant="a", band=Band.BATCH)
+    world.advance(31)
+    await world.gateway().reap(MODEL)
+    (seat,) = world.client.zrange(KEYS.prefix + "tenants:lifted", 0, -1)
+    lifted = world.client.hget(KEYS.prefix + "tenant:a", "lifted")
+    await world.gateway().cancel(MODEL, "b", "submission-of-b")
+    world.client.zadd(KEYS.prefix + "tenants:lifted", {str(seat): 0.0})
+    world.client.hset(KEYS.prefix + "tenant:a", "lifted", str(lifted))
+    for number in range(10):
+        await world.wait(f"i{number}", tenant="a")
+    await world.finish(running)
+    assert await world.finish_all() == [f"i{number}" for number in range(10)]
+    assert left_over(world.client) == set()
 
 
 async def test_an_aged_job_that_comes_back_is_not_before_what_its_tenant_asks_for_now(

@@ -50,14 +50,18 @@ class FairShares:
 
     def enter(self, tenant: str) -> None:
         """A tenant that had nothing waiting has something now."""
-        known = self.standings.get(tenant)
-        own = self.floor if known is None else known.counter
+        counter = self.counter_at_entry(tenant)
         self.entries += 1
-        self.standings[tenant] = Standing(max(own, self.floor), self.entries, max(own - self.floor, 0.0))
+        self.standings[tenant] = Standing(counter, self.entries, counter - self.floor)
 
     def counter(self, tenant: str) -> float:
         """What ranks a tenant that has entered; the least goes first."""
         return self.standings[tenant].counter
+
+    def counter_at_entry(self, tenant: str) -> float:
+        """What would rank a tenant if it entered now: its own counter or the floor, whichever is higher."""
+        known = self.standings.get(tenant)
+        return self.floor if known is None else max(known.counter, self.floor)
 
     def raise_floor(self, least: float) -> None:
         """A grant is made while `least` is the lowest counter of those that wait."""

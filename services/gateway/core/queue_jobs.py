@@ -67,6 +67,7 @@ class LiveJobs:
     Attributes:
         by_id: All of them.
         lines: By band, each tenant's jobs that wait for its turn, oldest first; no line is empty.
+        lifted: By tenant, the lifted job that waits for its turn; there is one at most.
         pinned: By revision, the jobs that wait for it, oldest first.
         bands: Jobs by band.
         tenants: Jobs by tenant.
@@ -80,6 +81,7 @@ class LiveJobs:
 
     by_id: dict[str, LiveJob] = field(default_factory=dict)
     lines: dict[Band, dict[str, list[LiveJob]]] = field(default_factory=lambda: {band: {} for band in Band})
+    lifted: dict[str, LiveJob] = field(default_factory=dict)
     pinned: dict[str, list[LiveJob]] = field(default_factory=dict)
     bands: Counter[Band] = field(default_factory=Counter)
     tenants: Counter[str] = field(default_factory=Counter)
@@ -113,6 +115,8 @@ class LiveJobs:
             insort(self.pinned.setdefault(entry.pin, []), entry, key=_arrival)
         else:
             insort(self.lines[entry.band].setdefault(entry.job.tenant, []), entry, key=_arrival)
+            if entry.is_lifted:
+                self.lifted[entry.job.tenant] = entry
 
     def take(self, entry: LiveJob) -> None:
         """Takes a job out that is in."""
@@ -122,6 +126,8 @@ class LiveJobs:
             self.due = None
         if entry.grant is not None:
             return
+        if not entry.pin and entry.is_lifted:
+            del self.lifted[entry.job.tenant]
         lines, name = self._lines_of(entry)
         line = lines[name]
         del line[place_in(line, entry)]

@@ -219,15 +219,11 @@ class QueueLine:
         if due is not None and self._free_of_cap(due.job.tenant) != 0:
             yield due.band, due
         for band in EARLY.get((self.grants + 1) % TURNS, sorted(Band, reverse=True)):
-            for tenant in self._ranked(band):
-                if band is _AGING and (lifted := self._lifted(tenant)) is not None:
-                    yield band, lifted
-                yield from ((band, entry) for entry in self.jobs.lines[band][tenant])
-
-    def _lifted(self, tenant: str) -> LiveJob | None:
-        """The tenant's job that was lifted out of the lowest band."""
-        line = self.jobs.lines[_AGED].get(tenant)
-        return line[0] if line and line[0].is_lifted else None
+            lifted = self.jobs.lifted if band is _AGING else {}
+            for tenant in self._ranked(band, lifted.values()):
+                if tenant in lifted:
+                    yield band, lifted[tenant]
+                yield from ((band, entry) for entry in self.jobs.lines[band].get(tenant, ()))
 
     def _grant(self, entry: LiveJob, place: Place, nonce: str, now: float) -> Grant:
         self._charge(entry)
@@ -271,11 +267,16 @@ class QueueLine:
         if not self.jobs.in_line(entry.band, entry.job.tenant):
             self.shares[entry.band].enter(entry.job.tenant)
 
-    def _ranked(self, band: Band) -> list[str]:
-        """Tenants in their turn: served least first, then by their oldest job; without those at their cap."""
+    def _ranked(self, band: Band, lifted: Iterable[LiveJob] = ()) -> list[str]:
+        """Tenants in their turn: served least first, then by their oldest job; without those at their cap.
+
+        Those that have a lifted job alone rank as they would if it came back.
+        """
         lines, shares = self.jobs.lines[band], self.shares[band]
-        able = [tenant for tenant in lines if self._free_of_cap(tenant) != 0]
-        return sorted(able, key=lambda tenant: (shares.counter(tenant), lines[tenant][0].arrival))
+        at_entry = shares.counter_at_entry
+        ranks = {entry.job.tenant: (at_entry(entry.job.tenant), entry.arrival) for entry in lifted}
+        ranks |= {tenant: (shares.counter(tenant), line[0].arrival) for tenant, line in lines.items()}
+        return sorted((tenant for tenant in ranks if self._free_of_cap(tenant) != 0), key=ranks.__getitem__)
 
     def _free_of_cap(self, tenant: str) -> int | None:
         """How many more jobs of a tenant may run; None: as many as there are."""

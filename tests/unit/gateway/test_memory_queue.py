@@ -37,10 +37,11 @@ def make_job(
     timeout_s: float = 60.0,
     waited_s: float = 0.0,
     slots: int = 1,
+    cost: int = 10,
 ) -> QueuedJob:
     """A job with plain values."""
     name = submission or job_id
-    return QueuedJob(job_id, MODEL, tenant, band, 10, timeout_s, name, waited_s, slots=slots)
+    return QueuedJob(job_id, MODEL, tenant, band, cost, timeout_s, name, waited_s, slots=slots)
 
 
 @pytest.fixture
@@ -198,6 +199,28 @@ async def test_aged_jobs_keep_the_turn_of_their_band_and_their_order(
     order = [grant.job_id for grant in received[1:24]]
     assert "".join(name[0] for name in order) == "ssb" + "sssb" + "sssi" + "sssb" + "sssi" + "sssb"
     assert [name for name in order if name.startswith("b")] == [f"b{number}" for number in range(4)]
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+async def test_an_aged_job_keeps_the_turn_of_its_band_whatever_is_behind_it(
+    clock: SteppedClock, received: list[Grant], behind: int
+) -> None:
+    """As in Redis: in INTERACTIVE its tenant, which runs a large request, comes behind all others."""
+    queue = MemoryJobQueue(clock)
+    queue.on_grant(received.append)
+    queue.set_route(MODEL, 7, {"r1": 100})
+    queue.set_worker(MODEL, QueueWorker("w1", "w1:1", 2, frozenset({"r1"})))
+    await queue.enqueue(make_job("large", tenant="a", cost=8_000))
+    running = await enqueue_granted(queue, "running")
+    for number in range(1 + behind):
+        await queue.enqueue(make_job(f"b{number}", tenant="a", band=Band.BATCH))
+    for number in range(24):
+        await queue.enqueue(make_job(f"i{number}", tenant=f"t{number % 8}"))
+    clock.seconds += 31
+    received.append(running)
+    for number in range(8):
+        await queue.settle(MODEL, received[number].job_id, received[number].nonce, Outcome.FINISHED, 10)
+    assert "b0" in [grant.job_id for grant in received[1:]]
 
 
 @pytest.mark.parametrize("end", ["cancel", "deadline", "reap"])

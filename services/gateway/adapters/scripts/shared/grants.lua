@@ -112,6 +112,40 @@ local function next_due(view)
   if left ~= 0 then return try_in_line(view, id) end
 end
 
+-- Returns the seats of tenants of which no job of the lowest band is in line but a lifted one, a few at most, and
+-- their counters: what they would be if it came back.
+local function lifted_seats()
+  local seats, counters, floor = {}, {}, tonumber(redis.call('HGET', PREFIX .. 'floors', AGING_BAND) or 0)
+  for _, seat in ipairs(redis.call('ZRANGE', PREFIX .. 'tenants:lifted', 0, DEPTH_MAX - 1)) do
+    local tenant = tenant_of(seat)
+    if lifted_from(AGING_BAND, tenant) then
+      local own = tonumber(redis.call('ZSCORE', PREFIX .. 'served:' .. AGING_BAND, tenant) or floor)
+      seats[#seats + 1], counters[seat] = seat, math.max(own, floor)
+    else
+      redis.call('ZREM', PREFIX .. 'tenants:lifted', seat)
+    end
+  end
+  return seats, counters
+end
+
+-- Returns the seats of a band one by one, a few at most, as their turn is.
+local function seats_in_turn(band)
+  local seats, counters = {}, {}
+  if band == AGING_BAND then seats, counters = lifted_seats() end
+  if #seats == 0 then return in_order(PREFIX .. 'tenants:' .. band) end
+  local flat = redis.call('ZRANGE', PREFIX .. 'tenants:' .. band, 0, DEPTH_MAX - 1, 'WITHSCORES')
+  for i = 1, #flat, 2 do seats[#seats + 1], counters[flat[i]] = flat[i], tonumber(flat[i + 1]) end
+  table.sort(seats, function(a, b)
+    if counters[a] ~= counters[b] then return counters[a] < counters[b] end
+    return a < b
+  end)
+  local rank = 0
+  return function()
+    rank = rank + 1
+    return rank <= DEPTH_MAX and seats[rank] or nil
+  end
+end
+
 -- Returns the job whose turn it is and its place, or nil: the one that is due; by band, by tenant, the oldest.
 local function next_in_line(view)
   if not has_free_routed(view) then return nil end
@@ -120,7 +154,7 @@ local function next_in_line(view)
   if due then return due, due_place end
   for _, number in ipairs(bands_in_turn()) do
     local band = tostring(number)
-    for seat in in_order(PREFIX .. 'tenants:' .. band) do
+    for seat in seats_in_turn(band) do
       local tenant = tenant_of(seat)
       -- A lifted job stays the first of its tenant in the turn of its own band too.
       for id in in_order(PREFIX .. 'waiting:' .. band .. ':' .. tenant, lifted_from(band, tenant)) do

@@ -11,10 +11,6 @@ local LEASES_AT_ONCE = 500
 -- Jobs of vanished gateways that this call made the caller's.
 local ADOPTED = {}
 
--- The lowest band alone ages, into the one above it. Within a band nobody starves, and whoever floods it has the
--- oldest jobs there: they must not overtake those of the others.
-local AGING_BAND, AGED_BAND = tostring(BANDS[#BANDS]), tostring(BANDS[#BANDS - 1])
-
 -- Returns the job's record with its id, or nil.
 local function load_job(id)
   local flat = redis.call('HGETALL', PREFIX .. 'job:' .. id)
@@ -90,17 +86,12 @@ local function put_in_line(job)
   redis.call('ZADD', line, job.arrival, job.id)
   -- The tenant's turn is that of its oldest job.
   if redis.call('ZRANK', line, job.id) == 0 then rank_tenant(job.band, job.tenant) end
+  if job.aged == '1' then note_lifted(job) end
 end
 
 -- Returns the oldest job of a tenant that waits for its turn in a band, or nil.
 local function oldest_of(band, tenant)
   return redis.call('ZRANGE', PREFIX .. 'waiting:' .. band .. ':' .. tenant, 0, 0)[1]
-end
-
--- Returns the job of a tenant that was lifted out of a band, or nil.
-local function lifted_from(band, tenant)
-  local id = band == AGING_BAND and oldest_of(AGED_BAND, tenant)
-  return id and read_job(id, 'aged').aged == '1' and id or nil
 end
 
 local function slots_of(job)
@@ -151,6 +142,7 @@ local function take_waiting(job)
     redis.call('ZREM', PREFIX .. 'waiting:' .. job.band .. ':' .. job.tenant, job.id)
     -- A gateway of an earlier version lists here what it lifts, and takes it for waiting.
     redis.call('ZREM', PREFIX .. 'aging:' .. job.band, job.id)
+    if job.aged == '1' then forget_lifted(job) end
     rank_tenant(job.band, job.tenant)
   end
   redis.call('ZREM', PREFIX .. 'deadline:' .. job.band, job.id)

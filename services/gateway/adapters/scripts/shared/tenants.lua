@@ -4,7 +4,8 @@
 --   entered:<band>  tenant -> entry and slack, see correct_charge
 --   floors          band -> the counter at which an idle tenant enters
 --   tenants:<band>  seats of the tenants that may run now, by counter, then by the arrival of the oldest job
---   tenant:<t>      counts of a tenant's jobs, its cap, and its seat in each band
+--   tenants:lifted  seats of those that have nothing in line in the lowest band but what was lifted out of it
+--   tenant:<t>      counts of a tenant's jobs, its cap, its seat in each band, and its lifted job that waits
 --   live            band -> jobs that have not ended
 --   backlog         band -> estimated tokens of the jobs that wait
 --   quota:<t>       window used reserved: tokens of the tenant's minute
@@ -16,6 +17,10 @@ local ACCOUNT_TTL_MS = 2 * WINDOW_MS
 -- A seat is the arrival of the oldest job, in this many digits, a colon and the tenant.
 local SEAT_DIGITS = 20
 
+-- The lowest band alone ages, into the one above it. Within a band nobody starves, and whoever floods it has the
+-- oldest jobs there: they must not overtake those of the others.
+local AGING_BAND, AGED_BAND = tostring(BANDS[#BANDS]), tostring(BANDS[#BANDS - 1])
+
 local function tenant_key(tenant)
   return PREFIX .. 'tenant:' .. tenant
 end
@@ -24,23 +29,40 @@ local function tenant_of(seat)
   return string.sub(seat, SEAT_DIGITS + 2)
 end
 
+-- Returns a name behind an arrival, as seats are written.
+local function seat_at(arrival, name)
+  return string.format('%0' .. SEAT_DIGITS .. '.0f:', tonumber(arrival)) .. name
+end
+
 -- Returns a tenant's seat in a band or nil, how many more of its jobs may run, and its cap, which holds for this
--- model. The latter are nil where it has no cap.
+-- model; the latter are nil where it has no cap. And its lifted job that waits for its turn, or nil.
 local function seat_of(band, tenant)
-  local fields = redis.call('HMGET', tenant_key(tenant), 'seat:' .. band, 'cap', 'running')
+  local fields = redis.call('HMGET', tenant_key(tenant), 'seat:' .. band, 'cap', 'running', 'lifted')
   local seat, cap, running = fields[1] or nil, tonumber(fields[2] or nil), tonumber(fields[3] or 0)
-  return seat, cap and math.max(0, cap - running), cap
+  return seat, cap and math.max(0, cap - running), cap, fields[4] or nil
+end
+
+-- Gives a tenant a seat in the turn of the lowest band that has nothing in line there but what was lifted out of
+-- it, by the counter that it had there; none where it has, or has reached its cap. `lifted` is what note_lifted notes.
+local function rank_lifted(tenant, lifted, may_sit)
+  local seats, seat = PREFIX .. 'tenants:lifted', string.sub(lifted, 1, SEAT_DIGITS + 1) .. tenant
+  if may_sit then
+    redis.call('ZADD', seats, redis.call('ZSCORE', PREFIX .. 'served:' .. AGING_BAND, tenant) or 0, seat)
+  else
+    redis.call('ZREM', seats, seat)
+  end
 end
 
 -- Gives a tenant the seat in a band that its counter and its oldest job are worth; none while it has no job
 -- there or has reached its cap.
 local function rank_tenant(band, tenant)
   local seats, field = PREFIX .. 'tenants:' .. band, 'seat:' .. band
-  local old, free = seat_of(band, tenant)
+  local old, free, _, lifted = seat_of(band, tenant)
   local head = redis.call('ZRANGE', PREFIX .. 'waiting:' .. band .. ':' .. tenant, 0, 0, 'WITHSCORES')
+  if lifted and band == AGING_BAND then rank_lifted(tenant, lifted, not head[1] and free ~= 0) end
   local seat
   if head[1] and free ~= 0 then
-    seat = string.format('%0' .. SEAT_DIGITS .. '.0f', tonumber(head[2])) .. ':' .. tenant
+    seat = seat_at(head[2], tenant)
     redis.call('ZADD', seats, redis.call('ZSCORE', PREFIX .. 'served:' .. band, tenant), seat)
   end
   if seat == old then return end
@@ -52,8 +74,29 @@ local function rank_tenant(band, tenant)
   end
 end
 
+-- Notes that a job was lifted out of the lowest band and waits in the one above it; of each tenant one does.
+local function note_lifted(job)
+  redis.call('HSET', tenant_key(job.tenant), 'lifted', seat_at(job.arrival, job.id))
+  rank_tenant(AGING_BAND, job.tenant)
+end
+
+local function forget_lifted(job)
+  rank_lifted(job.tenant, seat_at(job.arrival, job.id), false)
+  redis.call('HDEL', tenant_key(job.tenant), 'lifted')
+end
+
+-- Returns the job of a tenant that was lifted out of a band and waits for its turn, or nil. A gateway of an
+-- earlier version leaves the name of one that waits no more, and the seat of a tenant that has reached its cap.
+local function lifted_from(band, tenant)
+  if band ~= AGING_BAND then return nil end
+  local _, free, _, lifted = seat_of(band, tenant)
+  if not lifted or free == 0 then return nil end
+  local id = tenant_of(lifted)
+  return redis.call('ZSCORE', PREFIX .. 'waiting:' .. AGED_BAND .. ':' .. tenant, id) and id or nil
+end
+
 local function rank_everywhere(tenant)
-  for _, band in ipairs(BANDS) do rank_tenant(band, tenant) end
+  for _, band in ipairs(BANDS) do rank_tenant(tostring(band), tenant) end
 end
 
 -- Counts a job of a tenant that has begun or ceased to run. At its cap a tenant loses its seats, and a job
@@ -147,6 +190,9 @@ local function count_live(band, delta)
   if add_count('live', band, delta) == 0 then
     redis.call('DEL', PREFIX .. 'served:' .. band, PREFIX .. 'entered:' .. band)
     redis.call('HDEL', PREFIX .. 'floors', band)
+    -- The counters by which lifted jobs have their turn there are among those that are forgotten.
+    local lifted = PREFIX .. 'tenants:lifted'
+    if band == AGING_BAND then redis.call('ZUNIONSTORE', lifted, 1, lifted, 'WEIGHTS', 0) end
   end
 end
 
