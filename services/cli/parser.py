@@ -6,8 +6,9 @@ A command names the module and the function that run it; `__main__` imports that
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import TypeAlias
+
+from services.cli.values import count_of, duration_s, port
 
 _DESCRIPTION = """\
 Interlock serves a language model on your own machines, as a mesh of small services.
@@ -30,7 +31,7 @@ DTYPES = ("auto", "fp32", "bf16")
 SCOPES = ("generate", "models:read", "admin", "priority:system")
 
 # Each process takes a core or a gigabyte; beyond this a typing error is likelier than a wish.
-_PROCESSES_MAX = 64
+_count = count_of(64)
 # No machine makes a billion tokens a minute; more digits are a typing error.
 _LIMIT_MAX = 1_000_000_000
 
@@ -104,14 +105,14 @@ def _up(commands: _Commands) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the computation")
     parser.add_argument(
         "--worker-memory-bytes",
-        type=_count_of(1 << 50),
+        type=count_of(1 << 50),
         default=0,
         metavar="B",
         help="what a worker's weights may take; decides how a rollout goes (the machine's memory)",
     )
     parser.add_argument(
         "--port",
-        type=_port,
+        type=port,
         default=8080,
         help="for clients; 0 takes free ports for everything (%(default)s)",
     )
@@ -156,7 +157,7 @@ def _token(commands: _Commands) -> None:
     )
     parser.add_argument("--sub", default="local", help="whom it is for: the tenant (%(default)s)")
     parser.add_argument("--scope", default=" ".join(SCOPES), help='what it allows ("%(default)s")')
-    parser.add_argument("--ttl", type=_duration_s, default="8h", help="how long, at most 24h (%(default)s)")
+    parser.add_argument("--ttl", type=duration_s, default="8h", help="how long, at most 24h (%(default)s)")
     _token_limits(parser)
     parser.add_argument("--jti", metavar="ID", help="name to revoke it by (a random one)")
     parser.add_argument(
@@ -182,11 +183,11 @@ def _token(commands: _Commands) -> None:
 def _token_limits(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits", "What the tenant may use, within the gateways' own bounds.")
     limits.add_argument(
-        "--tokens-per-minute", type=_count_of(_LIMIT_MAX), metavar="N", help="of prompt and output together"
+        "--tokens-per-minute", type=count_of(_LIMIT_MAX), metavar="N", help="of prompt and output together"
     )
-    limits.add_argument("--concurrency", type=_count_of(_LIMIT_MAX), metavar="N", help="requests at once")
+    limits.add_argument("--concurrency", type=count_of(_LIMIT_MAX), metavar="N", help="requests at once")
     limits.add_argument(
-        "--weight", type=_count_of(100), metavar="N", help="share of a busy mesh, relative to other tenants"
+        "--weight", type=count_of(100), metavar="N", help="share of a busy mesh, relative to other tenants"
     )
 
 
@@ -204,7 +205,7 @@ def _chat(commands: _Commands) -> None:
     parser.add_argument("--model", help="name of a model (the mesh's default)")
     parser.add_argument(
         "--max-tokens",
-        type=_count_of(1_000_000),
+        type=count_of(1_000_000),
         default=256,
         metavar="N",
         help="longest answer (%(default)s)",
@@ -240,7 +241,7 @@ def _models(commands: _Commands) -> None:
     push.add_argument("--revision", default="", metavar="R", help="its name (a digest of its content)")
     push.add_argument("--quantization", choices=QUANTIZATIONS, default="auto", help="of the weights")
     push.add_argument("--dtype", choices=DTYPES, default="auto", help="of the computation")
-    push.add_argument("--context-tokens", type=_count_of(1 << 24), metavar="N", help="(the model's)")
+    push.add_argument("--context-tokens", type=count_of(1 << 24), metavar="N", help="(the model's)")
     push.add_argument(
         "--golden", metavar="FILE", help="JSON list of prompts that it must answer before it may serve"
     )
@@ -283,27 +284,27 @@ def _rollouts(commands: _Commands) -> None:
     )
     start.add_argument(
         "--canary",
-        type=_count_of(100),
+        type=count_of(100),
         default=100,
         metavar="PERCENT",
         help="share while judged (%(default)s); by swap always 100",
     )
-    start.add_argument("--bake", type=_duration_s, default="60s", help="how long it is judged (%(default)s)")
+    start.add_argument("--bake", type=duration_s, default="60s", help="how long it is judged (%(default)s)")
     start.add_argument(
         "--quorum",
-        type=_count_of(10_000),
+        type=count_of(10_000),
         metavar="N",
         help="workers that must be ready; more than there are: all (all)",
     )
     start.add_argument(
         "--max-failed",
-        type=_count_of(100, least=0),
+        type=count_of(100, least=0),
         metavar="PERCENT",
         help="of its attempts that may fail beyond the old revision's; 100: any (5)",
     )
     start.add_argument(
         "--max-ttft",
-        type=_count_of(100, least=0),
+        type=count_of(100, least=0),
         metavar="TIMES",
         help="as long as the old revision's its first tokens may take; 0: any (3)",
     )
@@ -377,30 +378,3 @@ def _bench(commands: _Commands) -> None:
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="a JSON list instead of a table")
-
-
-def _count_of(most: int, least: int = 1) -> Callable[[str], int]:
-    def count(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} to {most}")
-        return int(text)
-
-    return count
-
-
-_count = _count_of(_PROCESSES_MAX)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65_535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
-    return int(text)
-
-
-def _duration_s(text: str) -> float:
-    """Reads `45`, `90s`, `15m` or `8h`."""
-    unit_s = {"s": 1, "m": 60, "h": 3_600}.get(text[-1:], 0)
-    number = text[:-1] if unit_s else text
-    if not number.isdecimal() or not 1 <= int(number) * (unit_s or 1) <= 86_400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time from 1s to 24h, such as 15m")
-    return float(int(number) * (unit_s or 1))
