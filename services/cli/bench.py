@@ -15,6 +15,7 @@ from services.cli.failure import CommandFailed
 BENCHES = {
     "edge": "the way through Envoy and HTTP beside the worker's own: first token, tokens/s",
     "engine": "the engine by batch size, beside its peers on the same work",
+    "lanes": "a step of the engine both ways, all threads together and in lanes, also beside another process",
     "load": "a mesh under load: goodput, latencies, refusals and shares, with and without the queue",
     "members": "a thousand workers at one controller: how fast they attach, and what a rollout costs",
     "mesh": "a running mesh's throughput by the number of requests at once",
