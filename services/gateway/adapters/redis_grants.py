@@ -50,8 +50,8 @@ class GrantListener:
         """Ends the subscription."""
         if self._task is None:
             return
-        # While it connects, the library sometimes takes a cancellation for a timeout of its own: told once, the
-        # task would go on for ever, and with it a process that could not start.
+        # While it connects, the library sometimes takes a cancellation for a timeout of its own. Told once,
+        # the task would go on for ever, and with it a process that could not start.
         while not self._task.done():
             self._task.cancel()
             await asyncio.wait((self._task,), timeout=_CANCEL_AGAIN_S)
