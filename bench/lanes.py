@@ -34,6 +34,7 @@ TOKEN_FIRST, TOKEN_SPAN = 100, 4_000
 PROMPT = 60
 # Steps of one way before it is the other one's turn.
 STEPS = 5
+_WAYS = ("together", "lanes")
 # A process that computes for so long, and sleeps for as long as its share leaves.
 _BURST_S = 0.001
 _BUSY = """
@@ -87,14 +88,14 @@ def _measure(lanes: FusedLanes, tokens: Tokens, samples: dict[str, list[float]])
         raise RuntimeError("The two ways do not give the same bits.")
 
 
-_WAYS = ("together", "lanes")
+def _ids(count: int) -> list[int]:
+    return [TOKEN_FIRST + random.randrange(TOKEN_SPAN) for _ in range(count)]  # noqa: S311 - no secrets
 
 
 def _tokens(rows: int) -> Tokens:
     from services.worker.adapters.fused_lanes import Tokens  # noqa: PLC0415 - it imports torch
 
-    ids = [TOKEN_FIRST + random.randrange(TOKEN_SPAN) for _ in range(rows)]  # noqa: S311 - no secrets
-    return Tokens(ids, range(rows), [PROMPT] * rows, range(rows))
+    return Tokens(_ids(rows), range(rows), [PROMPT] * rows, range(rows))
 
 
 def _load(model: Path, threads: int, rows: int) -> FusedLanes:
@@ -111,8 +112,7 @@ def _load(model: Path, threads: int, rows: int) -> FusedLanes:
         runner._cache.ensure(rows, 2 * PROMPT)  # noqa: SLF001 - there is no other way to its passes
         lanes = runner._passes  # noqa: SLF001 - as above
         for row in range(rows):
-            ids = [TOKEN_FIRST + random.randrange(TOKEN_SPAN) for _ in range(PROMPT)]  # noqa: S311 - no secrets
-            lanes.together(Tokens(ids, [row] * PROMPT, range(PROMPT), []))
+            lanes.together(Tokens(_ids(PROMPT), [row] * PROMPT, range(PROMPT), []))
     return lanes
 
 

@@ -131,6 +131,11 @@ class GenerationRequest:
     tokens_where_absent: int = MAX_TOKENS_DEFAULT
     stops_max: int = STOPS_MAX
 
+    @property
+    def named(self) -> bool:
+        """Whether it may be under way already: an id that a gateway drew is nobody's business but its own."""
+        return bool(self.request_id) or self.resumable
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationParams:

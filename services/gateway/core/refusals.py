@@ -73,7 +73,7 @@ class Outline:
         """Whether it could be more than a minute's tokens; a text has at most as many tokens as bytes."""
         quota = self.limits.tokens_per_minute
         most = self.prompt_size + TEMPLATE_TOKENS + self.slots * self.max_tokens
-        return bool(quota) and most > (quota or 0)
+        return bool(quota and most > quota)
 
     def takes_no_less_than(self, other: Outline) -> bool:
         """Whether it is as much work as `other`, as far as can be said."""

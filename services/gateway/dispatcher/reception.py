@@ -177,15 +177,13 @@ class Reception:
             prompt_size=prompt_size(prompt),
             in_tokens=isinstance(prompt, TokenPrompt),
         )
-        # What its caller named may be under way already, here or elsewhere.
-        named = bool(request.request_id) or request.resumable
-        if not named:
+        if not request.named:
             self._turn_away(outline)
         job = await self._prepare(request_id, request, prompt, outline, entry)
         try:
             return await self._dispatcher.submit(job)
         except QueueFull as error:
-            if not named:
+            if not request.named:
                 self._refusals.note(outline, error, self._clock.monotonic())
             raise
         except WorkersBarred as error:
@@ -301,8 +299,7 @@ class Reception:
             submission=secrets.token_hex(8),
             decode=entry.tokenizer.decode,
             limits=outline.limits,
-            # An id that was drawn here is nobody's business but its own.
-            digest=digest_of(entry.model, request) if request.request_id or request.resumable else "",
+            digest=digest_of(entry.model, request) if request.named else "",
             resumable=request.resumable,
         )
 
