@@ -25,7 +25,7 @@ class Summary:
         clients: How many.
         tokens_per_s: The median over the rounds.
         deviation: The standard deviation over the rounds, of the same unit; 0 of a single round.
-        share: The median, relative to the highest median of any number of clients.
+        share: The median of its ratio to the mean of its round, relative to the highest of these medians.
         interval: From where to where that share is in nine of ten resamples of the rounds (bootstrap).
     """
 
@@ -70,6 +70,11 @@ def summaries(rounds: Sequence[dict[int, float]], chance: random.Random) -> list
 
 
 def _shares(rounds: Sequence[dict[int, float]]) -> dict[int, float]:
-    medians = {clients: statistics.median(one[clients] for one in rounds) for clients in rounds[0]}
+    """Each number of clients is compared within its round, so that what slowed all of it does not count."""
+    means = [statistics.fmean(one.values()) or 1.0 for one in rounds]
+    medians = {
+        clients: statistics.median(one[clients] / mean for one, mean in zip(rounds, means, strict=True))
+        for clients in rounds[0]
+    }
     highest = max(medians.values())
     return {clients: median / highest if highest else 1.0 for clients, median in medians.items()}

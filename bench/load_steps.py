@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -37,8 +38,28 @@ class Step:
     cores: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(slots=True, eq=False)
+class _Client:
+    """One of a closed loop.
+
+    Attributes:
+        tenant: Who asks.
+        task: Its asking.
+        trace: What it asks for now.
+    """
+
+    tenant: Tenant
+    task: asyncio.Task[None] | None = None
+    trace: Trace | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether no worker is at its request."""
+        return self.trace is None or self.trace.started_s is None
+
+
 class Crowd:
-    """Clients of one step.
+    """Those who ask.
 
     Args:
         caller: How they ask.
@@ -52,13 +73,50 @@ class Crowd:
     ) -> None:
         self._caller, self._load, self._chance = caller, load, chance
         self._processes = processes
+        self._clients: list[_Client] = []
         self._traces: list[Trace] = []
 
     async def closed_loop(self, clients: int, tick: Tick) -> Step:
         """So many clients, each of which asks again as soon as it is answered."""
-        tasks = [asyncio.create_task(self._client(tenant)) for tenant in self._load.crowd(clients)]
-        async with _ended(tasks):
-            return await self._measure(tick)
+        try:
+            return await self.go_on(clients, tick)
+        finally:
+            await self.leave()
+
+    async def go_on(self, clients: int, tick: Tick) -> Step:
+        """The same, but those of the step before stay, and those of this one will.
+
+        Nothing begins anew: where there were fewer, more come, and where there were more, as many leave, of
+        those whose requests wait first.
+        """
+        self._traces = [client.trace for client in self._clients if client.trace is not None]
+        await self._resize(Counter(self._load.crowd(clients)))
+        step = await self._measure(tick)
+        for client in self._clients:
+            if client.task is not None and client.task.done():
+                # A defect of the bench: a client goes on for ever.
+                client.task.result()
+        return step
+
+    async def leave(self) -> None:
+        """All clients leave."""
+        await self._resize(Counter())
+
+    async def _resize(self, wanted: Counter[Tenant]) -> None:
+        leaving: list[_Client] = []
+        for tenant in self._load.tenants:
+            of_tenant = [client for client in self._clients if client.tenant == tenant]
+            of_tenant.sort(key=lambda client: client.waits)
+            leaving += of_tenant[wanted[tenant] :]
+            for _ in range(wanted[tenant] - len(of_tenant)):
+                client = _Client(tenant)
+                client.task = asyncio.create_task(self._keep_asking(client))
+                self._clients.append(client)
+        self._clients = [client for client in self._clients if client not in leaving]
+        tasks = [client.task for client in leaving if client.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def open_loop(self, rate: float, tick: Tick) -> Step:
         """Arrivals at `rate` a second, one independent of the other; nobody who is refused comes again."""
@@ -80,12 +138,13 @@ class Crowd:
             await asyncio.sleep(min(_TICK_S, left_s))
             tick(min(_TICK_S, left_s))
 
-    async def _client(self, tenant: Tenant) -> None:
-        wished_s, ask = time.monotonic(), ask_of(self._load, tenant, self._chance)
+    async def _keep_asking(self, client: _Client) -> None:
+        wished_s, ask = time.monotonic(), ask_of(self._load, client.tenant, self._chance)
         while True:
-            trace = await self._ask(ask, wished_s)
+            client.trace = trace = self._begin(ask, wished_s)
+            await self._caller.ask(ask, trace)
             if trace.fate is not Fate.REFUSED:
-                wished_s, ask = time.monotonic(), ask_of(self._load, tenant, self._chance)
+                wished_s, ask = time.monotonic(), ask_of(self._load, client.tenant, self._chance)
             pause_s = _FAILURE_PAUSE_S if trace.fate is Fate.FAILED else trace.retry_after_s
             if pause_s is not None:
                 await asyncio.sleep(pause_s)
@@ -102,12 +161,12 @@ class Crowd:
             tasks.append(asyncio.create_task(self._visitor(tenant)))
 
     async def _visitor(self, tenant: Tenant) -> None:
-        await self._ask(ask_of(self._load, tenant, self._chance), time.monotonic())
+        ask = ask_of(self._load, tenant, self._chance)
+        await self._caller.ask(ask, self._begin(ask, time.monotonic()))
 
-    async def _ask(self, ask: Ask, wished_s: float) -> Trace:
+    def _begin(self, ask: Ask, wished_s: float) -> Trace:
         trace = Trace(ask.tenant.name, wished_s, time.monotonic(), ask.deadline_s)
         self._traces.append(trace)
-        await self._caller.ask(ask, trace)
         return trace
 
 

@@ -19,6 +19,7 @@ BENCHES = {
     "load": "a mesh under load: goodput, latencies, refusals and shares, with and without the queue",
     "members": "a thousand workers at one controller: how fast they attach, and what a rollout costs",
     "mesh": "a running mesh's throughput by the number of requests at once",
+    "overload": "a mesh under several times what it can do: refusals, what it still does, and afterwards",
     "prefill": "what prompts cost: a chat's second turn, streams beside a prefill, mixed lengths",
     "quality": "what quantization costs: perplexity, and whether answers repeat",
     "queue_latency": "the queue's scripts against a Redis",

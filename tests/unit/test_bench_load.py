@@ -125,6 +125,9 @@ def test_rounds_tell_what_their_medians_are_worth() -> None:
     strayed = [*steady[:3], {8: 99.0, 16: 60.0}, {8: 98.0, 16: 60.0}]
     assert summaries(strayed, CHANCE)[1].interval[0] < 0.7
     assert [one.deviation for one in summaries(steady[:1], CHANCE)] == [0.0, 0.0]
+    # A round that was slow for all says nothing of any; medians of each number alone would differ.
+    halved = [{8: 100.0, 16: 98.0}, {8: 60.0, 16: 58.8}, {8: 50.0, 16: 49.0}]
+    assert [round(one.share, 6) for one in summaries(halved, CHANCE)] == [1.0, 0.98]
 
 
 def test_mixed_answers_are_as_long_in_the_mean() -> None:
@@ -184,6 +187,55 @@ async def test_arrivals_do_not_wait_for_answers() -> None:
     step = await Crowd(Silent(), load, CHANCE).open_loop(200.0, lambda _: None)
     assert 20 <= len(entered) <= 120
     assert {trace.fate for trace in step.traces} == {Fate.CUT}
+
+
+class Patient:
+    """Starts the first of its requests at once, and answers none."""
+
+    def __init__(self, started: int) -> None:
+        self.asked: list[str] = []
+        self.left = 0
+        self._started = started
+
+    async def ask(self, ask: Ask, trace: Trace) -> None:
+        """See `Caller`."""
+        if len(self.asked) < self._started:
+            trace.started_s = trace.began_s
+        self.asked.append(ask.tenant.name)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.left += 1
+
+
+async def test_a_crowd_that_goes_on_grows_and_shrinks_without_beginning_anew() -> None:
+    """Whoever is served stays; of those who wait, as many leave or come as it takes, of each tenant."""
+    caller = Patient(started=1)
+    load = Load(tenants=(Tenant("a"), Tenant("b", clients=3)), duration_s=0.01, warmup_s=0.0)
+    crowd = Crowd(caller, load, CHANCE)
+    first = await crowd.go_on(8, lambda _: None)
+    assert (caller.asked.count("a"), caller.asked.count("b"), caller.left) == (2, 6, 0)
+    less = await crowd.go_on(4, lambda _: None)
+    assert (len(caller.asked), caller.left, len(less.traces)) == (8, 4, 8)
+    served = [trace for trace in first.traces if trace.started_s is not None]
+    more = await crowd.go_on(12, lambda _: None)
+    assert (len(caller.asked), caller.left, len(more.traces)) == (16, 4, 12)
+    assert all(trace in more.traces for trace in served)
+    await crowd.leave()
+    assert caller.left == len(caller.asked) == 16
+
+
+async def test_a_defect_of_a_client_ends_the_measurement() -> None:
+    """It is raised, not counted as silence."""
+
+    class Broken:
+        async def ask(self, ask: Ask, trace: Trace) -> None:
+            del ask, trace
+            raise RuntimeError("a defect")
+
+    load = Load(duration_s=0.01, warmup_s=0.0)
+    with pytest.raises(RuntimeError, match="a defect"):
+        await Crowd(Broken(), load, CHANCE).closed_loop(1, lambda _: None)
 
 
 @contextlib.asynccontextmanager
@@ -289,6 +341,14 @@ def test_without_a_mesh_it_says_what_to_do(
     monkeypatch.setenv("INTERLOCK_JWT_SECRET", "x" * 32)
     assert bench.main(["--clients", "1"]) == 1
     assert "--up" in capsys.readouterr().err
+
+
+def test_continuous_is_for_clients_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """Arrivals, and clients without the queue, cannot go on from step to step."""
+    for more in (["--rate", "5"], ["--without-queue"]):
+        with pytest.raises(SystemExit):
+            bench.main(["--clients", "4", "8", "--continuous", *more])
+    assert "--continuous" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rounds", ["0", "2"])
