@@ -34,6 +34,9 @@ from services.common.grpc_types import Context
 # Plain words of nearly every vocabulary; what they say does not matter.
 TOKEN_FIRST, TOKEN_SPAN = 1_000, 64
 
+# As a worker's, so that the gateway speaks to the source as to one.
+COMMANDS_MAX = 64
+
 LENGTH = generation_pb2.FINISH_REASON_LENGTH
 
 
@@ -59,7 +62,9 @@ class Source(worker_service_pb2_grpc.WorkerServiceServicer, gateway_service_pb2_
         jobs: dict[str, Job] = {}
         wake = asyncio.Event()
         listening = asyncio.ensure_future(_listen(request_iterator, jobs, wake))
+        alive = worker_service_pb2.Alive(free_slots=1, commands_max=COMMANDS_MAX)
         try:
+            yield worker_service_pb2.SessionResponse(alive=alive)
             while True:
                 outputs = [_advance(job) for job in jobs.values() if job.credit]
                 for output in outputs:
@@ -71,7 +76,7 @@ class Source(worker_service_pb2_grpc.WorkerServiceServicer, gateway_service_pb2_
                 wake.clear()
                 # A sign of life keeps a session whose jobs all wait for credit.
                 if not await _woken(wake):
-                    yield worker_service_pb2.SessionResponse(alive=worker_service_pb2.Alive(free_slots=1))
+                    yield worker_service_pb2.SessionResponse(alive=alive)
         finally:
             listening.cancel()
 
@@ -108,16 +113,21 @@ async def _listen(
     requests: AsyncIterator[worker_service_pb2.SessionRequest], jobs: dict[str, Job], wake: asyncio.Event
 ) -> None:
     async for request in requests:
-        match request.WhichOneof("command"):
-            case "start":
-                start = request.start
-                jobs[start.job] = Job(start.job, start.attempt, start.max_tokens, start.credit_tokens)
-            case "credit":
-                if request.credit.job in jobs:
-                    jobs[request.credit.job].credit += request.credit.tokens
-            case "cancel":
-                jobs.pop(request.cancel.job, None)
+        for one in request.commands.requests if request.HasField("commands") else (request,):
+            _obey(one, jobs)
         wake.set()
+
+
+def _obey(request: worker_service_pb2.SessionRequest, jobs: dict[str, Job]) -> None:
+    match request.WhichOneof("command"):
+        case "start":
+            start = request.start
+            jobs[start.job] = Job(start.job, start.attempt, start.max_tokens, start.credit_tokens)
+        case "credit":
+            if request.credit.job in jobs:
+                jobs[request.credit.job].credit += request.credit.tokens
+        case "cancel":
+            jobs.pop(request.cancel.job, None)
 
 
 def _advance(job: Job) -> worker_service_pb2.StepOutput:

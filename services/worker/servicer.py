@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from interlock.v1 import worker_service_pb2, worker_service_pb2_grpc
 
 from services.common import logs
 from services.common.clock import Clock
 from services.common.credential import GATEWAY_ID_KEY
+from services.common.errors import ArgumentInvalid
 from services.common.grpc_types import Context
 from services.common.ids import is_valid_id
 from services.worker.adapters.job_messages import key_of, read_job, refused, step_output, unserved
@@ -23,6 +24,9 @@ SERVICE = "interlock.v1.WorkerService"
 
 # A gateway misses two of these before it gives a worker up.
 ALIVE_INTERVAL_S = 1.0
+
+# Requests in one message; while they are taken in, nobody else has the event loop: some milliseconds.
+COMMANDS_MAX = 64
 
 
 class WorkerServicer(worker_service_pb2_grpc.WorkerServiceServicer):
@@ -97,7 +101,10 @@ class WorkerServicer(worker_service_pb2_grpc.WorkerServiceServicer):
     def _alive(self, session: EngineSession) -> worker_service_pb2.SessionResponse:
         pulse = self._engine.pulse
         alive = worker_service_pb2.Alive(
-            step=pulse.steps, free_slots=pulse.free_slots, paused_jobs=session.paused_jobs
+            step=pulse.steps,
+            free_slots=pulse.free_slots,
+            paused_jobs=session.paused_jobs,
+            commands_max=COMMANDS_MAX,
         )
         return worker_service_pb2.SessionResponse(alive=alive)
 
@@ -105,9 +112,20 @@ class WorkerServicer(worker_service_pb2_grpc.WorkerServiceServicer):
 async def _read(requests: AsyncIterator[worker_service_pb2.SessionRequest], session: EngineSession) -> None:
     try:
         async for request in requests:
-            _dispatch(request, session)
+            if request.HasField("commands"):
+                _dispatch_all(request.commands.requests, session)
+            else:
+                _dispatch(request, session)
     finally:
         session.close()
+
+
+def _dispatch_all(requests: Sequence[worker_service_pb2.SessionRequest], session: EngineSession) -> None:
+    if len(requests) > COMMANDS_MAX:
+        # Orders that are merely dropped would be waited for; and no gateway sends so many that is not broken.
+        raise ArgumentInvalid(f"commands: {len(requests)} requests are too many, {COMMANDS_MAX} are taken.")
+    for request in requests:
+        _dispatch(request, session)
 
 
 def _dispatch(request: worker_service_pb2.SessionRequest, session: EngineSession) -> None:

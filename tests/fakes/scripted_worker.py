@@ -46,6 +46,7 @@ class Script:
         failures: So many of the next jobs are.
         opening: What the first token of an answer waits for; None: nothing.
         flaw_at: Index before which the first sequence of a job with a format cannot go on; None: never.
+        commands_max: How many requests it takes in one message; 0: it ignores such, as workers before them.
         flaw: Why; where it is empty, as by workers that do not tell, the sequence just failed.
     """
 
@@ -67,6 +68,7 @@ class Script:
     flaw_at: int | None = None
     flaw: str = ""
     others: tuple[str, ...] = ()
+    commands_max: int = 64
 
     def text_of(self, sequence: int) -> str:
         """What a sequence says."""
@@ -100,6 +102,7 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         worker_id: Its name.
         script: What it does.
         address: Where it listens.
+        messages: How many requests there were in each message to it.
         starts: The orders that it got.
         starts_s: When each of them came, by the monotonic clock.
         cancelled: Jobs that it was told to end.
@@ -114,6 +117,7 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
         self.worker_id = worker_id
         self.script = script or Script()
         self.address = ""
+        self.messages: list[int] = []
         self.starts: list[pb.StartJob] = []
         self.starts_s: list[float] = []
         self.cancelled: list[str] = []
@@ -176,22 +180,29 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
 
     async def _listen(self, requests: AsyncIterator[pb.SessionRequest], outgoing: asyncio.Queue[Any]) -> None:
         async for request in requests:
-            match request.WhichOneof("command"):
-                case "start":
-                    self._begin(request.start, outgoing)
-                case "credit":
-                    if request.credit.job in self.running:
-                        running = self.running[request.credit.job]
-                        if request.credit.sequence in running.credit:
-                            running.credit[request.credit.sequence] += request.credit.tokens
-                        running.more.set()
-                case "cancel" if request.cancel.HasField("sequence"):
-                    self._shorten(request.cancel.job, request.cancel.sequence, outgoing)
-                case "cancel":
-                    self._cancel(request.cancel.job, outgoing)
-                case "coalesce":
-                    self.holds.append(request.coalesce.hold_ms)
+            several = request.HasField("commands") and self.script.commands_max
+            together = request.commands.requests if several else (request,)
+            self.messages.append(len(together))
+            for one in together:
+                self._obey(one, outgoing)
             await self._notify()
+
+    def _obey(self, request: pb.SessionRequest, outgoing: asyncio.Queue[Any]) -> None:
+        match request.WhichOneof("command"):
+            case "start":
+                self._begin(request.start, outgoing)
+            case "credit":
+                if request.credit.job in self.running:
+                    running = self.running[request.credit.job]
+                    if request.credit.sequence in running.credit:
+                        running.credit[request.credit.sequence] += request.credit.tokens
+                    running.more.set()
+            case "cancel" if request.cancel.HasField("sequence"):
+                self._shorten(request.cancel.job, request.cancel.sequence, outgoing)
+            case "cancel":
+                self._cancel(request.cancel.job, outgoing)
+            case "coalesce":
+                self.holds.append(request.coalesce.hold_ms)
 
     async def _live(self, outgoing: asyncio.Queue[Any]) -> None:
         step = 0
@@ -199,7 +210,8 @@ class ScriptedWorker(worker_service_pb2_grpc.WorkerServiceServicer):
             step += 0 if self._stalled else 1
             if not self._silent:
                 paused = sum(credit < 1 for job in self.running.values() for credit in job.credit.values())
-                alive = pb.Alive(step=step, free_slots=1, paused_jobs=paused)
+                commands_max = self.script.commands_max
+                alive = pb.Alive(step=step, free_slots=1, paused_jobs=paused, commands_max=commands_max)
                 outgoing.put_nowait(pb.SessionResponse(alive=alive))
             await asyncio.sleep(ALIVE_S)
 

@@ -84,6 +84,11 @@ def start(job: str, **fields: Any) -> worker_service_pb2.SessionRequest:
     return worker_service_pb2.SessionRequest(start=worker_service_pb2.StartJob(**(values | fields)))
 
 
+def together(*requests: worker_service_pb2.SessionRequest) -> worker_service_pb2.SessionRequest:
+    """Several requests in one message."""
+    return worker_service_pb2.SessionRequest(commands=worker_service_pb2.Commands(requests=requests))
+
+
 async def read_outputs(call: Call, job: str) -> list[worker_service_pb2.StepOutput]:
     """Reads until the job's finish; returns its outputs."""
     found: list[worker_service_pb2.StepOutput] = []
@@ -92,6 +97,18 @@ async def read_outputs(call: Call, job: str) -> list[worker_service_pb2.StepOutp
             response = await call.read()
             assert response is not grpc.aio.EOF
             found += [one for one in response.step.outputs if one.job == job]
+    return found
+
+
+async def read_finishes(call: Call, jobs: set[str]) -> dict[str, int]:
+    """Reads until each of these jobs has ended; nothing is said of others, refusals apart."""
+    found: dict[str, int] = {}
+    async with asyncio.timeout(10):
+        while found.keys() < jobs:
+            response = await call.read()
+            assert response is not grpc.aio.EOF
+            assert {one.job for one in response.step.outputs} <= jobs
+            found |= {one.job: one.finish for one in response.step.outputs if one.finish}
     return found
 
 
@@ -141,6 +158,59 @@ async def test_tokens_are_told_together_where_the_gateway_asks_for_it(service: S
     assert [token for output in outputs for token in output.token_ids] == continuation(PROMPT, 40)
     assert len(outputs) <= 4
     call.cancel()
+
+
+async def test_requests_in_one_message_are_taken_as_if_each_had_come_alone(service: Service) -> None:
+    """In their order: credit and cancellations find the order in front of them, and not one behind them."""
+    cancel = worker_service_pb2.SessionRequest(cancel=worker_service_pb2.CancelJob(job="a"))
+    credit = worker_service_pb2.SessionRequest(credit=worker_service_pb2.AddCredit(job="b", tokens=7))
+    call = service.open()
+    await call.write(
+        together(
+            cancel,
+            start("a", max_tokens=200, credit_tokens=3),
+            start("b", max_tokens=9, credit_tokens=2),
+            credit,
+        )
+    )
+    outputs = await read_outputs(call, "b")
+    assert [token for one in outputs for token in one.token_ids] == continuation(PROMPT, 9)
+    await call.write(together(cancel, start("c")))
+    found = await read_finishes(call, {"a", "c"})
+    assert found == {
+        "a": generation_pb2.FINISH_REASON_CANCELLED,
+        "c": generation_pb2.FINISH_REASON_LENGTH,
+    }
+    call.cancel()
+
+
+async def test_what_is_wrong_in_a_message_of_several_hurts_nothing_else_in_it(service: Service) -> None:
+    """Of a bad order it is told; what is unknown, empty or in a message within it is nothing."""
+    empty = worker_service_pb2.SessionRequest()
+    unknown = worker_service_pb2.SessionRequest(cancel=worker_service_pb2.CancelJob(job="nobody"))
+    nested = together(start("nested"), together(start("deeper")))
+    call = service.open()
+    await call.write(together())
+    await call.write(together(start("bad", n=5), empty, unknown, nested, start("good")))
+    refused = await read_refusal(call)
+    assert (refused.job, refused.reason) == ("bad", worker_service_pb2.REFUSAL_REASON_INVALID)
+    assert await read_finishes(call, {"good"}) == {"good": generation_pb2.FINISH_REASON_LENGTH}
+    call.cancel()
+
+
+async def test_more_requests_than_are_taken_together_end_the_session(service: Service) -> None:
+    """None of them begins, for any that was left out would be waited for; as many as are told are taken."""
+    call = service.open()
+    commands_max = (await call.read()).alive.commands_max
+    assert commands_max == 64
+    starts = [start(f"j{number}", n=5) for number in range(commands_max - 1)]
+    await call.write(together(*starts, start("a")))
+    assert await read_finishes(call, {"a"}) == {"a": generation_pb2.FINISH_REASON_LENGTH}
+    await call.write(together(*starts, start("b"), start("c")))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await read_finishes(call, {"b"})
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "commands" in str(caught.value.details())
 
 
 async def test_a_continuation_starts_behind_what_was_emitted(service: Service) -> None:

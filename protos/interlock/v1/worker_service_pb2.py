@@ -26,15 +26,15 @@ from interlock.v1 import generation_pb2 as interlock_dot_v1_dot_generation__pb2
 from interlock.v1 import worker_pb2 as interlock_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!interlock/v1/worker_service.proto\x12\x0cinterlock.v1\x1a\x1dinterlock/v1/generation.proto\x1a\x19interlock/v1/worker.proto\"\xe4\x02\n\x08StartJob\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x12\n\nprompt_ids\x18\x06 \x03(\r\x12,\n\x07\x65mitted\x18\x07 \x03(\x0b\x32\x1b.interlock.v1.EmittedTokens\x12\x12\n\nmax_tokens\x18\x08 \x01(\r\x12.\n\x08sampling\x18\t \x01(\x0b\x32\x1c.interlock.v1.SamplingParams\x12\t\n\x01n\x18\n \x01(\r\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x00\x88\x01\x01\x12*\n\x06\x66ormat\x18\x0c \x01(\x0b\x32\x1a.interlock.v1.OutputFormat\x12\x15\n\rcredit_tokens\x18\r \x01(\r\x12\x12\n\nrequest_id\x18\x0e \x01(\tB\x0b\n\t_logprobs\"C\n\rEmittedTokens\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05\x65nded\x18\x03 \x01(\x08\":\n\tAddCredit\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x10\n\x08sequence\x18\x03 \x01(\r\"<\n\tCancelJob\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x15\n\x08sequence\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x0b\n\t_sequence\"\x1b\n\x08\x43oalesce\x12\x0f\n\x07hold_ms\x18\x01 \x01(\r\"\xc6\x01\n\x0eSessionRequest\x12\'\n\x05start\x18\x01 \x01(\x0b\x32\x16.interlock.v1.StartJobH\x00\x12)\n\x06\x63redit\x18\x02 \x01(\x0b\x32\x17.interlock.v1.AddCreditH\x00\x12)\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x17.interlock.v1.CancelJobH\x00\x12*\n\x08\x63oalesce\x18\x04 \x01(\x0b\x32\x16.interlock.v1.CoalesceH\x00\x42\t\n\x07\x63ommand\"\xe4\x01\n\nStepOutput\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08sequence\x18\x03 \x01(\r\x12\r\n\x05index\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12,\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1a.interlock.v1.TokenLogprob\x12*\n\x06\x66inish\x18\x07 \x01(\x0e\x32\x1a.interlock.v1.FinishReason\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x08 \x01(\r\x12\x0c\n\x04\x66law\x18\t \x01(\t\"1\n\x04Step\x12)\n\x07outputs\x18\x01 \x03(\x0b\x32\x18.interlock.v1.StepOutput\">\n\x05\x41live\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x12\n\nfree_slots\x18\x02 \x01(\r\x12\x13\n\x0bpaused_jobs\x18\x03 \x01(\r\"\x88\x01\n\x07Refused\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12+\n\x06reason\x18\x03 \x01(\x0e\x32\x1b.interlock.v1.RefusalReason\x12\x12\n\nfree_slots\x18\x04 \x01(\r\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x0f\n\x07message\x18\x06 \x01(\t\"\x8e\x01\n\x0fSessionResponse\x12\"\n\x04step\x18\x01 \x01(\x0b\x32\x12.interlock.v1.StepH\x00\x12$\n\x05\x61live\x18\x02 \x01(\x0b\x32\x13.interlock.v1.AliveH\x00\x12(\n\x07refused\x18\x03 \x01(\x0b\x32\x15.interlock.v1.RefusedH\x00\x42\x07\n\x05\x65vent\"\x11\n\x0fGetStateRequest\"\xa4\x01\n\x10GetStateResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x31\n\trevisions\x18\x03 \x03(\x0b\x32\x1e.interlock.v1.ResidentRevision\x12&\n\x04load\x18\x04 \x01(\x0b\x32\x18.interlock.v1.WorkerLoad\x12\r\n\x05\x65poch\x18\x05 \x01(\x04*\xc8\x01\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x17\n\x13REFUSAL_REASON_BUSY\x10\x01\x12%\n!REFUSAL_REASON_REVISION_NOT_READY\x10\x02\x12\x1e\n\x1aREFUSAL_REASON_EPOCH_STALE\x10\x03\x12\x1b\n\x17REFUSAL_REASON_DRAINING\x10\x04\x12\x1a\n\x16REFUSAL_REASON_INVALID\x10\x05\x32\xa6\x01\n\rWorkerService\x12J\n\x07Session\x12\x1c.interlock.v1.SessionRequest\x1a\x1d.interlock.v1.SessionResponse(\x01\x30\x01\x12I\n\x08GetState\x12\x1d.interlock.v1.GetStateRequest\x1a\x1e.interlock.v1.GetStateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!interlock/v1/worker_service.proto\x12\x0cinterlock.v1\x1a\x1dinterlock/v1/generation.proto\x1a\x19interlock/v1/worker.proto\"\xe4\x02\n\x08StartJob\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05model\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x12\n\nprompt_ids\x18\x06 \x03(\r\x12,\n\x07\x65mitted\x18\x07 \x03(\x0b\x32\x1b.interlock.v1.EmittedTokens\x12\x12\n\nmax_tokens\x18\x08 \x01(\r\x12.\n\x08sampling\x18\t \x01(\x0b\x32\x1c.interlock.v1.SamplingParams\x12\t\n\x01n\x18\n \x01(\r\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x00\x88\x01\x01\x12*\n\x06\x66ormat\x18\x0c \x01(\x0b\x32\x1a.interlock.v1.OutputFormat\x12\x15\n\rcredit_tokens\x18\r \x01(\r\x12\x12\n\nrequest_id\x18\x0e \x01(\tB\x0b\n\t_logprobs\"C\n\rEmittedTokens\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05\x65nded\x18\x03 \x01(\x08\":\n\tAddCredit\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x10\n\x08sequence\x18\x03 \x01(\r\"<\n\tCancelJob\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x15\n\x08sequence\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x0b\n\t_sequence\"\x1b\n\x08\x43oalesce\x12\x0f\n\x07hold_ms\x18\x01 \x01(\r\":\n\x08\x43ommands\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.interlock.v1.SessionRequest\"\xf2\x01\n\x0eSessionRequest\x12\'\n\x05start\x18\x01 \x01(\x0b\x32\x16.interlock.v1.StartJobH\x00\x12)\n\x06\x63redit\x18\x02 \x01(\x0b\x32\x17.interlock.v1.AddCreditH\x00\x12)\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x17.interlock.v1.CancelJobH\x00\x12*\n\x08\x63oalesce\x18\x04 \x01(\x0b\x32\x16.interlock.v1.CoalesceH\x00\x12*\n\x08\x63ommands\x18\x05 \x01(\x0b\x32\x16.interlock.v1.CommandsH\x00\x42\t\n\x07\x63ommand\"\xe4\x01\n\nStepOutput\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x10\n\x08sequence\x18\x03 \x01(\r\x12\r\n\x05index\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12,\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1a.interlock.v1.TokenLogprob\x12*\n\x06\x66inish\x18\x07 \x01(\x0e\x32\x1a.interlock.v1.FinishReason\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x08 \x01(\r\x12\x0c\n\x04\x66law\x18\t \x01(\t\"1\n\x04Step\x12)\n\x07outputs\x18\x01 \x03(\x0b\x32\x18.interlock.v1.StepOutput\"T\n\x05\x41live\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x12\n\nfree_slots\x18\x02 \x01(\r\x12\x13\n\x0bpaused_jobs\x18\x03 \x01(\r\x12\x14\n\x0c\x63ommands_max\x18\x04 \x01(\r\"\x88\x01\n\x07Refused\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12+\n\x06reason\x18\x03 \x01(\x0e\x32\x1b.interlock.v1.RefusalReason\x12\x12\n\nfree_slots\x18\x04 \x01(\r\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x0f\n\x07message\x18\x06 \x01(\t\"\x8e\x01\n\x0fSessionResponse\x12\"\n\x04step\x18\x01 \x01(\x0b\x32\x12.interlock.v1.StepH\x00\x12$\n\x05\x61live\x18\x02 \x01(\x0b\x32\x13.interlock.v1.AliveH\x00\x12(\n\x07refused\x18\x03 \x01(\x0b\x32\x15.interlock.v1.RefusedH\x00\x42\x07\n\x05\x65vent\"\x11\n\x0fGetStateRequest\"\xa4\x01\n\x10GetStateResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x31\n\trevisions\x18\x03 \x03(\x0b\x32\x1e.interlock.v1.ResidentRevision\x12&\n\x04load\x18\x04 \x01(\x0b\x32\x18.interlock.v1.WorkerLoad\x12\r\n\x05\x65poch\x18\x05 \x01(\x04*\xc8\x01\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x17\n\x13REFUSAL_REASON_BUSY\x10\x01\x12%\n!REFUSAL_REASON_REVISION_NOT_READY\x10\x02\x12\x1e\n\x1aREFUSAL_REASON_EPOCH_STALE\x10\x03\x12\x1b\n\x17REFUSAL_REASON_DRAINING\x10\x04\x12\x1a\n\x16REFUSAL_REASON_INVALID\x10\x05\x32\xa6\x01\n\rWorkerService\x12J\n\x07Session\x12\x1c.interlock.v1.SessionRequest\x1a\x1d.interlock.v1.SessionResponse(\x01\x30\x01\x12I\n\x08GetState\x12\x1d.interlock.v1.GetStateRequest\x1a\x1e.interlock.v1.GetStateResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'interlock.v1.worker_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REFUSALREASON']._serialized_start=1706
-  _globals['_REFUSALREASON']._serialized_end=1906
+  _globals['_REFUSALREASON']._serialized_start=1832
+  _globals['_REFUSALREASON']._serialized_end=2032
   _globals['_STARTJOB']._serialized_start=110
   _globals['_STARTJOB']._serialized_end=466
   _globals['_EMITTEDTOKENS']._serialized_start=468
@@ -45,22 +45,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CANCELJOB']._serialized_end=657
   _globals['_COALESCE']._serialized_start=659
   _globals['_COALESCE']._serialized_end=686
-  _globals['_SESSIONREQUEST']._serialized_start=689
-  _globals['_SESSIONREQUEST']._serialized_end=887
-  _globals['_STEPOUTPUT']._serialized_start=890
-  _globals['_STEPOUTPUT']._serialized_end=1118
-  _globals['_STEP']._serialized_start=1120
-  _globals['_STEP']._serialized_end=1169
-  _globals['_ALIVE']._serialized_start=1171
-  _globals['_ALIVE']._serialized_end=1233
-  _globals['_REFUSED']._serialized_start=1236
-  _globals['_REFUSED']._serialized_end=1372
-  _globals['_SESSIONRESPONSE']._serialized_start=1375
-  _globals['_SESSIONRESPONSE']._serialized_end=1517
-  _globals['_GETSTATEREQUEST']._serialized_start=1519
-  _globals['_GETSTATEREQUEST']._serialized_end=1536
-  _globals['_GETSTATERESPONSE']._serialized_start=1539
-  _globals['_GETSTATERESPONSE']._serialized_end=1703
-  _globals['_WORKERSERVICE']._serialized_start=1909
-  _globals['_WORKERSERVICE']._serialized_end=2075
+  _globals['_COMMANDS']._serialized_start=688
+  _globals['_COMMANDS']._serialized_end=746
+  _globals['_SESSIONREQUEST']._serialized_start=749
+  _globals['_SESSIONREQUEST']._serialized_end=991
+  _globals['_STEPOUTPUT']._serialized_start=994
+  _globals['_STEPOUTPUT']._serialized_end=1222
+  _globals['_STEP']._serialized_start=1224
+  _globals['_STEP']._serialized_end=1273
+  _globals['_ALIVE']._serialized_start=1275
+  _globals['_ALIVE']._serialized_end=1359
+  _globals['_REFUSED']._serialized_start=1362
+  _globals['_REFUSED']._serialized_end=1498
+  _globals['_SESSIONRESPONSE']._serialized_start=1501
+  _globals['_SESSIONRESPONSE']._serialized_end=1643
+  _globals['_GETSTATEREQUEST']._serialized_start=1645
+  _globals['_GETSTATEREQUEST']._serialized_end=1662
+  _globals['_GETSTATERESPONSE']._serialized_start=1665
+  _globals['_GETSTATERESPONSE']._serialized_end=1829
+  _globals['_WORKERSERVICE']._serialized_start=2035
+  _globals['_WORKERSERVICE']._serialized_end=2201
 # @@protoc_insertion_point(module_scope)

@@ -258,6 +258,35 @@ class Coalesce(_message.Message):
 Global___Coalesce: _TypeAlias = Coalesce  # noqa: Y015
 
 @_typing.final
+class Commands(_message.Message):
+    """Several requests that waited for the wire together. Each is taken as if it had come alone, in their order; one
+    that is refused or ignored keeps none of the others from it. Sent only to a worker that tells a `commands_max`.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionRequest]:
+        """As many as the worker's `commands_max` at most: one more ends the session with INVALID_ARGUMENT, and none is
+        taken. `commands` among them are ignored. Gateways put up to 16 KiB into one message, and what is larger into
+        one of its own, so that it stays far below the 4 MiB that a worker reads.
+        """
+
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[Global___SessionRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Commands: _TypeAlias = Commands  # noqa: Y015
+
+@_typing.final
 class SessionRequest(_message.Message):
     """From gateway to worker."""
 
@@ -267,6 +296,7 @@ class SessionRequest(_message.Message):
     CREDIT_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     COALESCE_FIELD_NUMBER: _builtins.int
+    COMMANDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def start(self) -> Global___StartJob:
         """Begin a job."""
@@ -283,6 +313,10 @@ class SessionRequest(_message.Message):
     def coalesce(self) -> Global___Coalesce:
         """Tell several tokens at once."""
 
+    @_builtins.property
+    def commands(self) -> Global___Commands:
+        """Several of these."""
+
     def __init__(
         self,
         *,
@@ -290,12 +324,13 @@ class SessionRequest(_message.Message):
         credit: Global___AddCredit | None = ...,
         cancel: Global___CancelJob | None = ...,
         coalesce: Global___Coalesce | None = ...,
+        commands: Global___Commands | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "coalesce", b"coalesce", "command", b"command", "credit", b"credit", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "coalesce", b"coalesce", "command", b"command", "commands", b"commands", "credit", b"credit", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "coalesce", b"coalesce", "command", b"command", "credit", b"credit", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "coalesce", b"coalesce", "command", b"command", "commands", b"commands", "credit", b"credit", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "credit", "cancel", "coalesce"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "credit", "cancel", "coalesce", "commands"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -387,29 +422,35 @@ Global___Step: _TypeAlias = Step  # noqa: Y015
 
 @_typing.final
 class Alive(_message.Message):
-    """A sign of life, every second."""
+    """A sign of life, as the session opens and every second."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
     FREE_SLOTS_FIELD_NUMBER: _builtins.int
     PAUSED_JOBS_FIELD_NUMBER: _builtins.int
+    COMMANDS_MAX_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Forward passes since the process started. Work and an unchanged step mean a hang."""
     free_slots: _builtins.int
     """Sequences that could start now."""
     paused_jobs: _builtins.int
     """Continuations of this session's jobs that wait for credit."""
+    commands_max: _builtins.int
+    """Most requests that it takes in one `Commands`, the same throughout the session. 0: it knows no `Commands`,
+    as versions before them, and is sent each request alone, as every worker is until it has said otherwise.
+    """
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         free_slots: _builtins.int = ...,
         paused_jobs: _builtins.int = ...,
+        commands_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_slots", b"free_slots", "paused_jobs", b"paused_jobs", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commands_max", b"commands_max", "free_slots", b"free_slots", "paused_jobs", b"paused_jobs", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

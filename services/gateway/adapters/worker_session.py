@@ -8,7 +8,6 @@ over is dropped here.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from interlock.v1 import generation_pb2, worker_service_pb2, worker_service_pb2_
 
 from services.common import channel, logs
 from services.common.clock import Clock
+from services.gateway.adapters.worker_line import WorkerLine
 from services.gateway.adapters.worker_messages import read_output, start_job
 from services.gateway.core.attempts import Loss, RefusalReason, WorkOrder
 from services.gateway.core.breaker import Verdict
@@ -92,8 +92,8 @@ class WorkerSession:
     _carried: dict[Key, _Carried] = field(default_factory=dict)
     # Attempts that were cancelled and not yet confirmed; bounded by the time that each may stay.
     _ending: dict[Key, _Ending] = field(default_factory=dict)
-    _outgoing: deque[worker_service_pb2.SessionRequest] = field(default_factory=deque)
-    _has_outgoing: asyncio.Event = field(default_factory=asyncio.Event)
+    # Bounded by the requests under way: each has one order, its cancellations and its credit.
+    _line: WorkerLine = field(default_factory=WorkerLine)
     _task: asyncio.Task[None] | None = None
     # Set when nothing can be sent any more; `_ended_itself` when no one has to cancel the task for it.
     _over: bool = False
@@ -115,31 +115,25 @@ class WorkerSession:
         self._carried[key] = _Carried(sink, set(order.open))
         self._count()
         self.keep_pace()
-        self.send(worker_service_pb2.SessionRequest(start=start_job(order)))
+        self._line.put(worker_service_pb2.SessionRequest(start=start_job(order)))
         if self._task is None:
             # The session outlives the request that opens it, so it must not bear that request's log fields.
             context = logs.process_context()
             self._task = asyncio.get_running_loop().create_task(self._run(), context=context)
         return _SessionAttempt(self, key)
 
-    def send(self, request: worker_service_pb2.SessionRequest) -> None:
-        """Puts a message behind those that wait for the wire."""
-        # Bounded by the requests under way: each has one order, its cancellations and its credit.
-        self._outgoing.append(request)
-        self._has_outgoing.set()
-
     def keep_pace(self) -> None:
         """Sends how long the worker is to hold tokens back, where it has something to generate."""
         if self._carried and self._hold_ms != self.pace.hold_ms:
             self._hold_ms = self.pace.hold_ms
             coalesce = worker_service_pb2.Coalesce(hold_ms=self._hold_ms)
-            self.send(worker_service_pb2.SessionRequest(coalesce=coalesce))
+            self._line.put(worker_service_pb2.SessionRequest(coalesce=coalesce))
 
     def add_credit(self, key: Key, sequence: int, tokens: int) -> None:
         """Sends credit for a sequence of an attempt that is under way."""
         if key in self._carried:
             credit = worker_service_pb2.AddCredit(job=key[0], sequence=sequence, tokens=tokens)
-            self.send(worker_service_pb2.SessionRequest(credit=credit))
+            self._line.put(worker_service_pb2.SessionRequest(credit=credit))
 
     def end(self, key: Key, sequence: int) -> None:
         """Sends that a sequence is long enough; what the worker still says of it goes no further."""
@@ -147,7 +141,7 @@ class WorkerSession:
         if carried is not None and sequence in carried.open:
             carried.open.discard(sequence)
             cancel = worker_service_pb2.CancelJob(job=key[0], sequence=sequence)
-            self.send(worker_service_pb2.SessionRequest(cancel=cancel))
+            self._line.put(worker_service_pb2.SessionRequest(cancel=cancel))
 
     def cancel(self, key: Key) -> asyncio.Future[None]:
         """Sends a cancellation; the future is done when the worker has ended the attempt."""
@@ -159,7 +153,7 @@ class WorkerSession:
             return ended
         self._ending[key] = _Ending(ended, carried.open)
         loop.call_later(CANCEL_WAIT_S, self._ended, key)
-        self.send(worker_service_pb2.SessionRequest(cancel=worker_service_pb2.CancelJob(job=key[0])))
+        self._line.put(worker_service_pb2.SessionRequest(cancel=worker_service_pb2.CancelJob(job=key[0])))
         return ended
 
     def lose(self, cause: str) -> None:
@@ -171,7 +165,7 @@ class WorkerSession:
         for key in tuple(self._ending):
             self._ended(key)
         # None of these can be to blame for the loss.
-        unsent = {_order_key(request) for request in self._outgoing if request.HasField("start")}
+        unsent = {(start.job, start.attempt) for start in self._line.starts()}
         for key, one in carried:
             if key in unsent:
                 one.sink.refused(RefusalReason.UNREACHABLE, cause)
@@ -212,7 +206,7 @@ class WorkerSession:
         stub = worker_service_pb2_grpc.WorkerServiceStub(connection)
         call = stub.Session(metadata=self.metadata)
         reader = asyncio.ensure_future(self._read(call))
-        writer = asyncio.ensure_future(self._write(call))
+        writer = asyncio.ensure_future(self._line.write_to(call))
         watch = asyncio.ensure_future(self._watch())
         try:
             first = await _first_done(reader, writer, watch)
@@ -222,15 +216,6 @@ class WorkerSession:
             return watch.result()
         self._crashed = True
         return "its session ended"
-
-    async def _write(self, call: Any) -> None:
-        while True:
-            while self._outgoing:
-                # It stays in the line until it is on the wire: a stream that has ended takes nothing.
-                await call.write(self._outgoing[0])
-                self._outgoing.popleft()
-            self._has_outgoing.clear()
-            await self._has_outgoing.wait()
 
     async def _read(self, call: Any) -> None:
         async for response in call:
@@ -245,6 +230,7 @@ class WorkerSession:
                 case "alive":
                     alive = response.alive
                     self._paused = alive.paused_jobs
+                    self._line.commands_max = alive.commands_max
                     can_step = self._open_sequences() > self._paused
                     self.signs.hear_alive(alive.step, can_step=can_step, now_s=self.clock.monotonic())
 
@@ -295,7 +281,7 @@ class WorkerSession:
             return
         del self._carried[key]
         if len(carried.open) > 1:
-            self.send(worker_service_pb2.SessionRequest(cancel=worker_service_pb2.CancelJob(job=key[0])))
+            self._line.put(worker_service_pb2.SessionRequest(cancel=worker_service_pb2.CancelJob(job=key[0])))
         carried.sink.lost("it ended the sequence without finishing it", Loss.JOB)
 
     def _give_back(self, key: Key, carried: _Carried, output: worker_service_pb2.StepOutput) -> None:
@@ -357,11 +343,6 @@ class _SessionAttempt:
     def cancel(self, verdict: Verdict = Verdict.NEUTRAL) -> asyncio.Future[None]:  # noqa: ARG002 - nobody is judged here
         """See `Attempt.cancel`."""
         return self.session.cancel(self.key)
-
-
-def _order_key(request: worker_service_pb2.SessionRequest) -> Key:
-    """Which attempt an order begins."""
-    return request.start.job, request.start.attempt
 
 
 async def _connects(connection: grpc.aio.Channel) -> bool:

@@ -25,8 +25,11 @@ class Stream:
     """A stream whose other end the test plays; it takes so many messages, and the next one waits."""
 
     room: int
+    commands_max: int
     written: list[pb.SessionRequest] = field(default_factory=list)
     took: asyncio.Event = field(default_factory=asyncio.Event)
+    waits: asyncio.Event = field(default_factory=asyncio.Event)
+    waiting: pb.SessionRequest = field(default_factory=pb.SessionRequest)
     broken: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def write(self, request: pb.SessionRequest) -> None:
@@ -34,15 +37,16 @@ class Stream:
         if self.broken.is_set():
             raise asyncio.InvalidStateError("RPC already finished.")
         if len(self.written) >= self.room:
+            self.waiting = request
+            self.waits.set()
             await asyncio.Event().wait()
         self.written.append(request)
         self.took.set()
 
     async def __aiter__(self) -> AsyncIterator[pb.SessionResponse]:
-        """Nothing, until it breaks."""
+        """A sign of life, and nothing more until it breaks."""
+        yield pb.SessionResponse(alive=pb.Alive(commands_max=self.commands_max))
         await self.broken.wait()
-        return
-        yield
 
     def cancel(self) -> None:
         """There is nobody to tell."""
@@ -90,8 +94,10 @@ class Sink:
 class World:
     """A session over a stream that the test plays, with an attempt for each name."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, room: int, *, ready: bool = True) -> None:
-        self.stream, self.ended = Stream(room), asyncio.Event()
+    def __init__(
+        self, patch: pytest.MonkeyPatch, room: int, *, ready: bool = True, commands_max: int = 0
+    ) -> None:
+        self.stream, self.ended = Stream(room, commands_max), asyncio.Event()
         self.sinks: dict[str, Sink] = {}
         patch.setattr("services.common.channel.connect", lambda _: Connection(ready))
         patch.setattr("interlock.v1.worker_service_pb2_grpc.WorkerServiceStub", lambda _: self)
@@ -143,6 +149,23 @@ async def test_an_order_that_waits_for_the_wire_is_not_lost_with_the_worker(
     }
 
 
+async def test_orders_that_travel_together_are_not_lost_before_they_have_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While their message is being written, each of them still waits for the wire."""
+    world = World(monkeypatch, room=1, commands_max=8)
+    world.start("a")
+    await world.stream.took.wait()
+    for name in "bc":
+        world.start(name)
+    await asyncio.wait_for(world.stream.waits.wait(), 5)
+    assert [one.start.job for one in world.stream.waiting.commands.requests] == ["b", "c"]
+    world.start("d")
+    world.stream.broken.set()
+    unsent = [RefusalReason.UNREACHABLE]
+    assert await world.wait_ended() == {"a": [Loss.PROCESS], "b": unsent, "c": unsent, "d": unsent}
+
+
 async def test_an_order_for_a_stream_that_has_ended_is_not_lost_with_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -175,7 +198,7 @@ async def test_a_job_that_is_to_blame_ends_once_the_worker_has_ended_all_of_it(
     world.end("a", 2, generation_pb2.FINISH_REASON_CANCELLED)
     await asyncio.sleep(0)
     assert world.sinks["a"].ends == [RefusalReason.INVALID]
-    sent = [*world.stream.written, *world.session._outgoing]
+    sent = [*world.stream.written, *world.session._line._waiting]
     assert [one.cancel.job for one in sent if one.HasField("cancel")] == ["a"]
     await world.session.close()
 
