@@ -5,8 +5,6 @@ Must not know: when, or how long there is time for it.
 
 from __future__ import annotations
 
-import contextlib
-
 from services.common import logs
 from services.common.errors import Draining, StoreUnavailable
 from services.gateway.core.ports import JobQueue
@@ -32,8 +30,12 @@ async def part_with(generation: Generation, queue: JobQueue, resumption: Resumpt
         generation.withdraw(draining())
     elif not generation.ended:
         job, released = generation.job, False
-        with contextlib.suppress(StoreUnavailable):
+        try:
             released = await queue.release(job.model, job.job_id, job.submission)
+        except StoreUnavailable:
+            pass
+        except Exception:  # noqa: BLE001 - logged; the others are still to be parted with
+            logs.get_logger().error("farewell.crashed", exc_info=True)
         if not released:
             logs.get_logger().info("request.kept", request_id=job.request_id)
         _leave(generation, resumption)
