@@ -25,8 +25,8 @@ class ResettingRedis:
         scripts: The first key of each script that it ran.
         refuses: Whether it resets each connection as soon as it is made.
         is_replica: Whether it takes no writes.
-        leads_elsewhere: Whether new connections reach a primary although it is a replica, as behind an address
-            that moved.
+        leads_elsewhere: Whether new connections reach a primary although it is a replica, as behind an
+            address that moved.
     """
 
     port: int = 0

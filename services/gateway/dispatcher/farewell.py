@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from services.common import logs
 from services.common.errors import Draining, StoreUnavailable
+from services.gateway.core.log_errors import lost_log
 from services.gateway.core.ports import JobQueue
 from services.gateway.dispatcher.generation import Generation
 from services.gateway.dispatcher.resumption import Resumption
@@ -50,5 +51,6 @@ async def close(generation: Generation, resumption: Resumption) -> None:
 
 def _leave(generation: Generation, resumption: Resumption) -> None:
     # Its clients come first: they would turn to a log that may be out of reach.
-    resumption.end(generation.job.job_id, draining())
+    is_torn = generation.chronicle is not None and generation.chronicle.is_torn
+    resumption.end(generation.job.job_id, lost_log() if is_torn else draining())
     generation.leave()

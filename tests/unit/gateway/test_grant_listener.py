@@ -49,7 +49,9 @@ async def test_a_cancellation_that_is_taken_for_a_timeout_is_repeated(
     assert store.swallowed == -1
 
 
-async def test_a_defect_of_a_connection_does_not_end_the_subscription(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_defect_of_a_connection_does_not_end_the_subscription(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """What uvloop says of one that was reset is no error of Redis; it is made anew."""
     monkeypatch.setattr(redis_grants, "_RESUBSCRIBE_MIN_S", 0.0)
     store: Any = DeafStore(0)

@@ -206,5 +206,5 @@ async def test_a_board_that_fails_unforeseen_is_told_again(monkeypatch: pytest.M
     monkeypatch.setattr(world.board, "list_closed", list_closed)
     world.speak()
     async with asyncio.timeout(5):
-        while world.board.told[-1:] != ["closed"]:
+        while world.board.told[-1:] != ["closed"]:  # noqa: ASYNC110 - the board tells nobody
             await asyncio.sleep(0)
