@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import http.client
 import ipaddress
-import os
 import ssl
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from services.common.token_keys import KeySetInvalid, PublishedKeys, read_key_se
 
 # A key fills half a kilobyte; a megabyte would be somebody's mistake or attack.
 KEY_SET_BYTES_MAX = 256 * 1024
-# A look at a file costs a system call.
+# A key set in a file is a few kilobytes, and this machine's.
 FILE_LOOK_S = 2.0
 # Issuers publish a key long before they sign with it; one that does not is found by its unknown `kid`.
 URL_LOOK_S = 300.0
@@ -48,33 +47,26 @@ class KeySource(Protocol):
     look_s: float
     look_min_s: float
 
-    def read(self) -> bytes | None:
-        """The document, or None while it is as it was; blocks. Raises KeySetUnreadable."""
+    def read(self) -> bytes:
+        """The document; blocks. Raises KeySetUnreadable."""
         ...
 
 
 class KeySetFile:
-    """A JWK set in a file, which is read again when it changes or is replaced."""
+    """A JWK set in a file, which may change or be replaced."""
 
     look_s = look_min_s = FILE_LOOK_S
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen: tuple[int, ...] = ()
 
-    def read(self) -> bytes | None:
+    def read(self) -> bytes:
         """See `KeySource.read`."""
         try:
             with self._path.open("rb") as file:
-                found = os.fstat(file.fileno())
-                identity = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
-                if identity == self._seen:
-                    return None
-                document = file.read(KEY_SET_BYTES_MAX + 1)
+                return _bounded(file.read(KEY_SET_BYTES_MAX + 1))
         except OSError as error:
             raise KeySetUnreadable(f"the file cannot be read ({error.strerror})") from None
-        self._seen = identity
-        return _bounded(document)
 
 
 class KeySetUrl:
@@ -92,22 +84,17 @@ class KeySetUrl:
         self._parts = _checked_url(url, http_allowed=http_allowed)
         self._timeout_s = timeout_s
         self._tls = ssl.create_default_context() if self._parts.scheme == "https" else None
-        self._last = b""
 
-    def read(self) -> bytes | None:
+    def read(self) -> bytes:
         """See `KeySource.read`."""
         connection = self._connection()
         try:
-            document = self._fetch(connection)
+            return self._fetch(connection)
         # A name that no resolver can be asked for is a ValueError.
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise KeySetUnreadable(f"the issuer cannot be reached ({type(error).__name__})") from None
         finally:
             connection.close()
-        if document == self._last:
-            return None
-        self._last = document
-        return document
 
     def _connection(self) -> http.client.HTTPConnection:
         host, port = self._parts.hostname or "", self._parts.port
@@ -135,6 +122,9 @@ class KeySetUrl:
 class KeyFollower:
     """Keeps the keys that are believed in step with their source.
 
+    A look is nobody's: calls wait for it, and one that is cancelled neither ends it nor keeps what it read
+    from being believed.
+
     Args:
         source: Where they are published.
         keys: What tokens are judged by.
@@ -145,19 +135,28 @@ class KeyFollower:
         self._source = source
         self._keys = keys
         self._monotonic = monotonic
+        self._taken = b""
         self._looked_s = float("-inf")
         self._failed = False
-        self._looking = asyncio.Lock()
+        self._looking: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Looks again and again; a source that failed is asked sooner."""
-        while True:
-            await asyncio.sleep(self._source.look_min_s if self._failed else self._source.look_s)
-            await self._look()
+        """Looks again and again, whoever else did; a source that failed is asked sooner."""
+        try:
+            while True:
+                await asyncio.sleep(self._source.look_min_s if self._failed else self._source.look_s)
+                await self._look()
+        finally:
+            if self._looking is not None:
+                self._looking.cancel()
+                await asyncio.wait({self._looking})
 
     async def learn(self, key_id: str | None) -> None:
         """Looks once for a key that is not known, unless somebody has looked just now."""
-        if not self._keys.knows(key_id):
+        if self._keys.knows(key_id):
+            return
+        looked_ago_s = self._monotonic() - self._looked_s
+        if self._looking is not None or looked_ago_s >= self._source.look_min_s:
             await self._look()
 
     async def load(self) -> None:
@@ -173,27 +172,38 @@ class KeyFollower:
         except KeySetUnreadable:
             self._failed = True
             raise
-        if not self._take(document or b""):
+        if not self._take(document):
             raise KeySetInvalid(f"no usable key for {self._keys.algorithm} in it")
 
     async def _look(self) -> None:
-        async with self._looking:
-            if self._monotonic() - self._looked_s < self._source.look_min_s:
-                return
+        """Waits for the look that is under way, or for a new one."""
+        if self._looking is None:
             self._looked_s = self._monotonic()
-            try:
-                document = await asyncio.to_thread(self._source.read)
-                if document is not None:
-                    self._take(document)
-                self._failed = False
-            except (KeySetUnreadable, KeySetInvalid) as error:
-                self._failed = True
-                logs.get_logger().warning("keys.unread", reason=str(error))
+            self._looking = asyncio.get_running_loop().create_task(
+                self._read(), name="key-look", context=logs.process_context()
+            )
+            self._looking.add_done_callback(self._looked)
+        await asyncio.shield(self._looking)
+
+    def _looked(self, _: asyncio.Task[None]) -> None:
+        self._looking = None
+
+    async def _read(self) -> None:
+        try:
+            document = await asyncio.to_thread(self._source.read)
+            # What was refused is refused again, so that the source still counts as failed.
+            if document != self._taken:
+                self._take(document)
+            self._failed = False
+        except (KeySetUnreadable, KeySetInvalid) as error:
+            self._failed = True
+            logs.get_logger().warning("keys.unread", reason=str(error))
 
     def _take(self, document: bytes) -> int:
         """Believes the keys of a document, and only them; returns how many they are."""
         found = read_key_set(document, self._keys.algorithm)
         self._keys.replace(found)
+        self._taken = document
         logs.get_logger().info("keys.read", keys=len(found), key_ids=sorted(found.by_id))
         for reason in found.skipped:
             logs.get_logger().warning("key.skipped", reason=reason)

@@ -9,20 +9,34 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import hiredis
 from redis.asyncio import Connection, Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 # Redis runs a batch in one go; this many scripts take a few milliseconds, which nobody else notices.
 BATCH_CALLS_MAX = 64
 
 Command: TypeAlias = Sequence[str | int | float]
+
+
+@contextmanager
+def resets_told() -> Iterator[None]:
+    """Lets the library's callers hear of a connection that the other side has reset.
+
+    Writing to one is an OSError with asyncio's loop, which the library translates, and a bare RuntimeError
+    with uvloop's.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise RedisConnectionError("The connection was reset.") from error
 
 
 @dataclass(slots=True)
@@ -103,20 +117,42 @@ class RedisBatcher:
     async def _send(self, commands: Sequence[Command]) -> Sequence[Any]:
         """One reply for each command, or the exception that stands in its place."""
         try:
+            is_kept = self._connection is not None
             try:
-                return await self._exchange(commands)
+                replies = await self._exchange(commands)
             except RedisConnectionError:
                 # One that broke while idle is made anew, once. After a timeout nothing is tried again.
                 return await self._exchange(commands)
+            return await self._sent_elsewhere(commands, replies) if is_kept else replies
         except Exception as error:  # noqa: BLE001 - it is raised again where each call is awaited
             return [error] * len(commands)
+
+    async def _sent_elsewhere(self, commands: Sequence[Command], replies: Sequence[Any]) -> Sequence[Any]:
+        """Sends once more, over a new connection, what was refused by a server that takes no writes.
+
+        It is no primary any more, and the address may lead to another one by now.
+        """
+        refused = [at for at, reply in enumerate(replies) if isinstance(reply, ReadOnlyError)]
+        if not refused:
+            return replies
+        await self._let_go()
+        told = list(replies)
+        try:
+            again = await self._exchange([commands[at] for at in refused])
+        except (RedisError, OSError) as error:
+            # The others have their answers.
+            again = [error] * len(refused)
+        for at, reply in zip(refused, again, strict=True):
+            told[at] = reply
+        return told
 
     async def _exchange(self, commands: Sequence[Command]) -> Sequence[Any]:
         connection = self._connection or await self._connect()
         try:
             async with asyncio.timeout(self._timeout_s):
-                # The library packs in Python, seven times as slowly.
-                await connection.send_packed_command(b"".join(map(_packed, commands)))
+                with resets_told():
+                    # The library packs in Python, seven times as slowly.
+                    await connection.send_packed_command(b"".join(map(_packed, commands)))
                 return [await _reply(connection) for _ in commands]
         except TimeoutError as error:
             await self._let_go()
@@ -129,7 +165,8 @@ class RedisBatcher:
     async def _connect(self) -> Connection:
         """The connection that the batches use: one of the client's, kept until it breaks."""
         pool = self._client.connection_pool
-        connection: Connection = await pool.get_connection()  # type: ignore[no-untyped-call, unused-ignore]
+        with resets_told():
+            connection: Connection = await pool.get_connection()  # type: ignore[no-untyped-call, unused-ignore]
         # One time-out holds for a whole batch; the library's own costs a task for each message.
         self._connection, self._socket_timeout_s = connection, connection.socket_timeout
         connection.socket_timeout = None

@@ -24,7 +24,7 @@ from redis.exceptions import NoScriptError, RedisError
 
 from services.common.config import ConfigInvalid
 from services.common.errors import StoreUnavailable
-from services.common.redis_batch import RedisBatcher
+from services.common.redis_batch import RedisBatcher, resets_told
 from services.common.redis_url import REDIS_URL_FORMS
 
 Client: TypeAlias = Redis | RedisCluster
@@ -120,7 +120,13 @@ class RedisStore:
 
     async def _execute_alone(self, *command: str | float) -> Any:
         async with asyncio.timeout(CALL_TIMEOUT_S), self._calls:
-            return await self._client.execute_command(*command)
+            try:
+                return await self._client.execute_command(*command)
+            except RuntimeError:
+                # As `resets_told` has it. The library has closed the connection and makes it anew, but does
+                # not try again itself, as it does after an error that it knows.
+                with resets_told():
+                    return await self._client.execute_command(*command)
 
     async def _told(self, call: Coroutine[Any, Any, Any]) -> Any:
         """Awaits a call, each of whose commands is bounded; what goes wrong with Redis becomes our error."""

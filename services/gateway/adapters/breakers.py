@@ -167,7 +167,9 @@ class Breakers:
                 del self._untold[worker_id]
                 try:
                     await self._tell(worker_id)
-                except StoreUnavailable:
+                except Exception as error:  # noqa: BLE001 - a worker that stays listed as open gets no calls
+                    if not isinstance(error, StoreUnavailable):
+                        logs.get_logger().error("breakers.crashed", exc_info=True)
                     self._untold[worker_id] = None
                     await asyncio.sleep(TELL_AGAIN_S)
         finally:

@@ -61,8 +61,8 @@ class GrantListener:
         """Receives for ever; a lost connection is made again, with growing pauses."""
         pause_s = _RESUBSCRIBE_MIN_S
         while True:
-            # LookupError: a cluster whose topology is not settled.
-            with contextlib.suppress(RedisError, OSError, TimeoutError, LookupError):
+            # LookupError: a cluster whose topology is not settled. RuntimeError: uvloop's word for a reset.
+            with contextlib.suppress(RedisError, OSError, TimeoutError, LookupError, RuntimeError):
                 async with await self._store.open_pubsub() as pubsub:
                     await pubsub.subscribe(self._channel)
                     pause_s = _RESUBSCRIBE_MIN_S

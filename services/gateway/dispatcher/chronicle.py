@@ -19,6 +19,7 @@ from services.common.errors import InterlockError, StoreUnavailable
 from services.gateway.core.events import Chunk, Event, Queued
 from services.gateway.core.jobs import Grant
 from services.gateway.core.log import AppendOutcome, Entry, Failed, LogTail, log_bounds
+from services.gateway.core.log_errors import lost_log
 from services.gateway.core.params import GenerationJob
 from services.gateway.core.ports import GenerationLog
 from services.gateway.dispatcher.journal import Journal
@@ -138,9 +139,26 @@ class Chronicle:
         self._note_written(len(self._said))
         self._seal()
 
+    @property
+    def written(self) -> int:
+        """How many events the log has."""
+        return self._written
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether more was told than the log has.
+
+        What another gateway writes behind it may be other words, or the same ones in other pieces: a position
+        that clients know from here says nothing there.
+        """
+        return len(self.journal.entries) > self._written
+
     def abandon(self) -> None:
         """Another gateway writes the log now."""
-        self.journal.move()
+        if self.is_torn:
+            self.journal.fail(lost_log())
+        else:
+            self.journal.move()
         self._seal()
 
     def finish(self, error: InterlockError) -> None:

@@ -244,6 +244,7 @@ class Dispatcher:
             return self._resumption.follow_here(generation, cursor)
         claim = None if generation is not None else await self._resumption.find(job_id)
         if generation is not None and generation.moved:
+            self._resumption.note_moved(generation)
             return await self._resumption.follow(tenant, generation.job.model, job_id, cursor)
         if claim is None:
             raise RequestUnknown("No resumable request of that id is known for this subject.")
@@ -352,7 +353,9 @@ class Dispatcher:
         if self._live.get(generation.job.job_id) is not generation:
             return
         del self._live[generation.job.job_id]
-        if not generation.moved:
+        if generation.moved:
+            self._resumption.note_moved(generation)
+        else:
             self._ended[generation.job.job_id] = generation.starts
             self._ended.move_to_end(generation.job.job_id)
         if len(self._ended) > ENDED_MAX:

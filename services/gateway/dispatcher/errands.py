@@ -64,7 +64,7 @@ class Errands:
             self._on_idle()
 
     async def _do(self, errand: Errand) -> None:
-        began_s, pause_s = self._clock.monotonic(), RETRY_FIRST_S
+        began_s, pause_s, crashed = self._clock.monotonic(), RETRY_FIRST_S, False
         while True:
             try:
                 await errand()
@@ -74,7 +74,10 @@ class Errands:
                     return
             except Exception:  # noqa: BLE001 - a defect in one errand must not keep the others from the slot
                 logs.get_logger().error("errand.crashed", exc_info=True)
-                return
+                if crashed:
+                    return
+                # What is owed is a slot: it is tried once more.
+                crashed = True
             else:
                 return
             await asyncio.sleep(pause_s)

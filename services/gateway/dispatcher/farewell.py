@@ -5,10 +5,9 @@ Must not know: when, or how long there is time for it.
 
 from __future__ import annotations
 
-import contextlib
-
 from services.common import logs
 from services.common.errors import Draining, StoreUnavailable
+from services.gateway.core.log_errors import lost_log
 from services.gateway.core.ports import JobQueue
 from services.gateway.dispatcher.generation import Generation
 from services.gateway.dispatcher.resumption import Resumption
@@ -32,8 +31,12 @@ async def part_with(generation: Generation, queue: JobQueue, resumption: Resumpt
         generation.withdraw(draining())
     elif not generation.ended:
         job, released = generation.job, False
-        with contextlib.suppress(StoreUnavailable):
+        try:
             released = await queue.release(job.model, job.job_id, job.submission)
+        except StoreUnavailable:
+            pass
+        except Exception:  # noqa: BLE001 - logged; the others are still to be parted with
+            logs.get_logger().error("farewell.crashed", exc_info=True)
         if not released:
             logs.get_logger().info("request.kept", request_id=job.request_id)
         _leave(generation, resumption)
@@ -48,5 +51,6 @@ async def close(generation: Generation, resumption: Resumption) -> None:
 
 def _leave(generation: Generation, resumption: Resumption) -> None:
     # Its clients come first: they would turn to a log that may be out of reach.
-    resumption.end(generation.job.job_id, draining())
+    is_torn = generation.chronicle is not None and generation.chronicle.is_torn
+    resumption.end(generation.job.job_id, lost_log() if is_torn else draining())
     generation.leave()

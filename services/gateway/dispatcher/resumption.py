@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -22,6 +22,7 @@ from services.common.errors import (
     StoreUnavailable,
 )
 from services.gateway.core.log import Claim
+from services.gateway.core.log_errors import lost_log
 from services.gateway.core.params import Decode, GenerationJob
 from services.gateway.core.ports import GenerationLog, RequestDirectory
 from services.gateway.core.queue_errors import exists_with_other_body
@@ -32,6 +33,8 @@ from services.gateway.dispatcher.generation import Generation
 SHARE_MAX = 0.5
 # A request is put to its queue as soon as its id is claimed, and such a call gives up after this.
 CLAIM_SETTLES_S = 2.0
+# So many requests are remembered whose clients here know positions that their logs have not.
+TORN_MAX = 1_024
 # A client may be served by somebody else within this.
 RETRY_WHEN_FULL_S = 1.0
 
@@ -93,6 +96,8 @@ class Resumption:
         self._followers: dict[str, set[Follower]] = {}
         # By tenant; those that have none are not in it.
         self._following: Counter[str] = Counter()
+        # How much of a log holds, by job.
+        self._torn: OrderedDict[str, int] = OrderedDict()
 
     @property
     def following(self) -> int:
@@ -115,6 +120,8 @@ class Resumption:
             return Claimed.NOT, job.model
         if known is not None and known.digest != job.digest:
             raise exists_with_other_body()
+        if known is None:
+            self._torn.pop(job.job_id, None)
         return (Claimed.NOW, job.model) if known is None else (Claimed.BEFORE, known.model)
 
     async def claim_instead(self, job: GenerationJob, model: str) -> tuple[Claimed, str]:
@@ -158,8 +165,10 @@ class Resumption:
         Raises:
             ArgumentInvalid: The log is shorter than `cursor`.
             QueueFull: See `check_room`.
+            WorkerLost: See `note_moved`.
         """
         assert generation.chronicle is not None
+        self._check_torn(generation.job.job_id, cursor)
         journal = generation.chronicle.journal
         if cursor > len(journal.entries):
             raise ArgumentInvalid(f"cursor: the log has {len(journal.entries)} events.")
@@ -179,7 +188,9 @@ class Resumption:
             RequestUnknown: There is no such resumable request.
             RequestExists: It was asked something else than `digest` says.
             QueueFull: See `check_room`.
+            WorkerLost: See `note_moved`.
         """
+        self._check_torn(job_id, cursor)
         follower = self._add(tenant, model, job_id, cursor, lambda: None)
         try:
             await follower.read_store(digest)
@@ -203,6 +214,18 @@ class Resumption:
                 return await self.follow(job.tenant, model, job.job_id, 0, job.digest)
         return None
 
+    def note_moved(self, generation: Generation) -> None:
+        """Remembers how much of its log holds for a request that has gone to another gateway.
+
+        What was told beyond it, while the store was away, that gateway may say otherwise: whoever has seen it
+        cannot go on behind it.
+        """
+        chronicle = generation.chronicle
+        if chronicle is not None and chronicle.is_torn:
+            self._torn[generation.job.job_id] = chronicle.written
+            if len(self._torn) > TORN_MAX:
+                self._torn.popitem(last=False)
+
     def notice(self, job_id: str) -> None:
         """A log has grown."""
         for follower in self._followers.get(job_id, ()):
@@ -217,6 +240,10 @@ class Resumption:
         """Ends every follower; the requests go on."""
         for job_id in tuple(self._followers):
             self.end(job_id, error)
+
+    def _check_torn(self, job_id: str, cursor: int) -> None:
+        if cursor > self._torn.get(job_id, cursor):
+            raise lost_log()
 
     def _add(
         self, tenant: str, model: str, job_id: str, cursor: int, on_leave: Callable[[], None]

@@ -163,6 +163,11 @@ class Rounds:
         self._taking.add(job_id)
         try:
             return await self._go_on(model, job_id, decode)
+        except StoreUnavailable:
+            raise
+        except Exception:  # noqa: BLE001 - logged; what cannot be read keeps nobody behind it from its turn
+            logs.get_logger().error("job.not_taken_up", job_id=job_id, model=model, exc_info=True)
+            return True
         finally:
             self._taking.discard(job_id)
 

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import datetime as dt
 import ipaddress
-import os
 import ssl
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from structlog.testing import capture_logs
 
 from services.common.jwks import (
     KEY_SET_BYTES_MAX,
@@ -42,12 +43,12 @@ class FakeSource:
         looks: How often it was asked.
     """
 
-    def __init__(self, *answers: bytes | Exception | None) -> None:
+    def __init__(self, *answers: bytes | Exception) -> None:
         self.look_s, self.look_min_s = 300.0, 10.0
         self.answers = list(answers)
         self.looks = 0
 
-    def read(self) -> bytes | None:
+    def read(self) -> bytes:
         """See `KeySource.read`."""
         self.looks += 1
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
@@ -105,16 +106,18 @@ async def test_a_replaced_file_is_followed(tmp_path: Path) -> None:
     assert not following.known(FIRST_ID)
 
 
-async def test_a_file_is_read_only_when_it_changed(tmp_path: Path) -> None:
-    """Until then a look is a look at its size, time and identity; a change in place counts too."""
+async def test_a_set_is_believed_again_only_when_it_changed(tmp_path: Path) -> None:
+    """Until then nothing is replaced, and no line logged; a change in place counts too."""
     path = written(tmp_path / "jwks.json", key_set(FIRST))
-    source = KeySetFile(path)
-    assert source.read() == key_set(FIRST)
-    assert source.read() is None
-    path.write_bytes(key_set(FIRST, SECOND))
-    assert source.read() == key_set(FIRST, SECOND)
-    os.utime(path, ns=(1, 1))
-    assert source.read() == key_set(FIRST, SECOND)
+    following = Following(KeySetFile(path))
+    with capture_logs() as lines:
+        await following.follower.load()
+        for time_s, document in ((2.0, key_set(FIRST)), (4.0, key_set(FIRST, SECOND))):
+            path.write_bytes(document)
+            following.time_s = time_s
+            await following.follower.learn(SECOND_ID)
+    assert following.known(FIRST_ID, SECOND_ID)
+    assert [line["keys"] for line in lines if line["event"] == "keys.read"] == [1, 2]
 
 
 def test_an_unreadable_file_is_told_without_its_path(tmp_path: Path) -> None:
@@ -128,12 +131,11 @@ def test_an_unreadable_file_is_told_without_its_path(tmp_path: Path) -> None:
 
 
 def test_a_url_is_fetched_with_its_query() -> None:
-    """The document comes once; while it is the same, there is nothing new."""
+    """What is named is asked for."""
     with key_server(key_set(FIRST)) as issuer:
         source = KeySetUrl(issuer.url)
         assert source.read() == key_set(FIRST)
-        assert source.read() is None
-        assert issuer.requests == ["/keys?v=1"] * 2
+        assert issuer.requests == ["/keys?v=1"]
 
 
 def certificate(directory: Path) -> tuple[Path, ssl.SSLContext]:
@@ -244,7 +246,7 @@ def test_http_to_others_can_be_allowed() -> None:
 
 async def test_unknown_keys_cause_one_look_within_the_interval() -> None:
     """However many calls name however many unknown keys; a known one causes none."""
-    source = FakeSource(key_set(FIRST), None, key_set(FIRST, SECOND))
+    source = FakeSource(key_set(FIRST), key_set(FIRST), key_set(FIRST, SECOND))
     following = Following(source)
     await following.follower.load()
     following.time_s = 9.0
@@ -258,6 +260,89 @@ async def test_unknown_keys_cause_one_look_within_the_interval() -> None:
     assert source.looks == 2
     await following.follower.learn(SECOND_ID)
     assert (source.looks, following.known(FIRST_ID, SECOND_ID)) == (3, True)
+
+
+class SlowSource(FakeSource):
+    """A source whose second answer comes when a test says so.
+
+    Attributes:
+        asked: Whether it was asked for that.
+        answers_on: What it waits for.
+    """
+
+    def __init__(self, *answers: bytes | Exception) -> None:
+        super().__init__(*answers)
+        self.asked, self.answers_on = threading.Event(), threading.Event()
+
+    def read(self) -> bytes:
+        """See `KeySource.read`."""
+        answer = super().read()
+        if self.looks == 2:
+            self.asked.set()
+            assert self.answers_on.wait(5)
+        return answer
+
+
+async def test_who_hangs_up_keeps_nobody_from_what_was_read() -> None:
+    """An anonymous call with an invented key that ends at once is no way to keep a withdrawn one in force."""
+    source = SlowSource(key_set(FIRST), key_set(SECOND))
+    following = Following(source)
+    await following.follower.load()
+    following.time_s = 10.0
+    call = asyncio.create_task(following.follower.learn("invented"))
+    await asyncio.to_thread(source.asked.wait, 5)
+    call.cancel()
+    await asyncio.wait({call})
+    waiting = asyncio.create_task(following.follower.learn(SECOND_ID))
+    await asyncio.sleep(0)
+    source.answers_on.set()
+    await waiting
+    assert (following.known(SECOND_ID), following.known(FIRST_ID), source.looks) == (True, False, 2)
+
+
+async def test_calls_do_not_put_off_the_periodic_look() -> None:
+    """However lately somebody had one made."""
+    source = FakeSource(key_set(FIRST), key_set(FIRST), key_set(SECOND))
+    source.look_s = 0.01
+    following = Following(source)
+    await following.follower.load()
+    following.time_s = 10.0
+    await following.follower.learn("invented")
+    running = asyncio.create_task(following.follower.run())
+    async with asyncio.timeout(5):
+        while not following.known(SECOND_ID):  # noqa: ASYNC110 - the keys tell nobody
+            await asyncio.sleep(0.01)
+    running.cancel()
+    await asyncio.wait({running})
+
+
+async def test_a_look_ends_with_the_process() -> None:
+    """What a call began and left is nobody's any more."""
+    source = SlowSource(key_set(FIRST), key_set(SECOND))
+    following = Following(source)
+    await following.follower.load()
+    running = asyncio.create_task(following.follower.run())
+    following.time_s = 10.0
+    call = asyncio.create_task(following.follower.learn("invented"))
+    await asyncio.to_thread(source.asked.wait, 5)
+    running.cancel()
+    await asyncio.wait({running, call}, timeout=5)
+    source.answers_on.set()
+    assert (running.cancelled(), call.cancelled()) == (True, True)
+    assert not [task for task in asyncio.all_tasks() if task.get_name() == "key-look"]
+
+
+async def test_a_set_that_was_refused_counts_as_failed_until_it_is_another() -> None:
+    """It is looked for as soon as after any failure, and told each time."""
+    with key_server(key_set(FIRST)) as issuer, capture_logs() as lines:
+        following = Following(KeySetUrl(issuer.url))
+        await following.follower.load()
+        issuer.document = b"<html>"
+        for time_s in (10.0, 20.0):
+            following.time_s = time_s
+            await following.follower.learn("new")
+    assert [line["event"] for line in lines] == ["keys.read", "keys.unread", "keys.unread"]
+    assert following.known(FIRST_ID)
 
 
 @pytest.mark.parametrize("failure", [KeySetUnreadable("gone"), b"<html>", b'{"keys": 7}'], ids=str)

@@ -8,11 +8,13 @@ from dataclasses import replace
 
 import pytest
 
+from services.common.errors import WorkerLost
 from services.gateway.core.attempts import Loss, Output
 from services.gateway.core.events import Chunk, Finished, FinishReason, Started
 from services.gateway.core.jobs import Renewal
 from services.gateway.core.log import Appended, AppendOutcome, Entry, LogTail
 from services.gateway.dispatcher import chronicle
+from services.gateway.dispatcher.streams import AnswerStream
 from tests.fakes.gateway_ports import grant
 from tests.fixtures.dispatcher_world import World, dispatcher_world, ids, job, rest
 
@@ -146,3 +148,52 @@ async def test_a_slot_that_the_store_knows_again_is_written_for(
         assert written is not None
         assert written._pause_s == 0.001
     await stream.aclose()
+
+
+async def cut_off(world: World) -> AnswerStream:
+    """A client was told "ab" without the store, and another gateway wrote "abcd" in pieces of its own."""
+    world.queue.answer = replace(grant("n1"), degraded=True)
+    stream = await world.dispatcher.submit(job(resumable=True, digest="d"))
+    world.workers.attempts[0].sink.output(Output(0, ids("ab")))
+    assert isinstance(await anext(stream), Started)
+    assert await anext(stream) == Chunk(0, "ab", ids("ab"))
+    pieces = [Chunk(at, text, ids(text)) for at, text in enumerate("abcd")]
+    begun, ended = Started("r", "m", "r1", "w2", 1, 0.0), Finished(FinishReason.STOP)
+    world.logs.entries["j"] = [Entry(begun), *map(Entry, pieces), Entry(ended)]
+    return stream
+
+
+async def test_text_that_the_log_has_not_is_not_gone_on_with_from_another_gateways_log(world: World) -> None:
+    """Neither by clients that have heard it nor by those that come back with its position, now or later."""
+    stream = await cut_off(world)
+    world.queue.registers = False
+    world.queue.renewal = Renewal(lost=frozenset("j"))
+    await world.dispatcher.renew()
+    for _ in range(2):
+        with pytest.raises(WorkerLost):
+            await rest(await world.dispatcher.resume("alice", "j", 2))
+        await world.dispatcher.wait_empty()
+    with pytest.raises(WorkerLost):
+        await rest(stream)
+    again = await rest(await world.dispatcher.resume("alice", "j", 0))
+    assert "".join(event.text for event in again if isinstance(event, Chunk)) == "abcd"
+
+
+async def test_a_gateway_that_leaves_sends_nobody_to_a_log_without_the_text(world: World) -> None:
+    """It parts with a request of which it told more than the log has: its clients ask anew."""
+    stream = await cut_off(world)
+    await world.dispatcher.drain(0)
+    with pytest.raises(WorkerLost):
+        await rest(stream)
+
+
+async def test_text_that_the_log_has_is_gone_on_with_from_there(world: World) -> None:
+    """Another gateway took over behind it."""
+    stream = await world.dispatcher.submit(job(resumable=True, digest="d"))
+    world.workers.attempts[0].sink.output(Output(0, ids("ab")))
+    assert isinstance(await anext(stream), Started)
+    assert isinstance(await anext(stream), Chunk)
+    world.dispatcher._live["j"].leave()
+    more, end = Chunk(2, "cd", ids("cd")), Finished(FinishReason.STOP)
+    world.logs.entries["j"] += [Entry(more), Entry(end)]
+    assert await rest(stream) == [more, end]

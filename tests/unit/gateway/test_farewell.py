@@ -113,3 +113,19 @@ async def test_any_other_request_ends_in_band(world: World) -> None:
     await world.dispatcher.drain(0)
     await hears_of_it(stream)
     assert ("settle:cancelled", "n1") in world.queue.calls
+
+
+async def test_a_defect_in_one_farewell_keeps_nobody_from_another(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue's client fails in a way that nobody foresaw: both clients are told, and both are kept."""
+
+    async def fail(*_: object) -> bool:
+        raise RuntimeError
+
+    streams = [await world.dispatcher.submit(job(name, resumable=True, digest="d")) for name in "ab"]
+    monkeypatch.setattr(world.queue, "release", fail)
+    await world.dispatcher.drain(0)
+    for stream in streams:
+        await hears_of_it(stream)
+    assert is_kept(world)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -46,3 +47,24 @@ async def test_a_cancellation_that_is_taken_for_a_timeout_is_repeated(
         # Twice does no harm.
         await listener.close()
     assert store.swallowed == -1
+
+
+async def test_a_defect_of_a_connection_does_not_end_the_subscription(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What uvloop says of one that was reset is no error of Redis; it is made anew."""
+    monkeypatch.setattr(redis_grants, "_RESUBSCRIBE_MIN_S", 0.0)
+    store: Any = DeafStore(0)
+    reset = AsyncMock(side_effect=[RuntimeError("the handler is closed"), OSError()])
+    listener = GrantListener(store, "g1", lambda _: None, lambda _: None)
+
+    async def open_pubsub() -> Any:
+        if reset.call_count < 2:
+            await reset()
+        return await DeafStore.open_pubsub(store)
+
+    store.open_pubsub = open_pubsub
+    listener.start()
+    async with asyncio.timeout(5.0):
+        await store.connecting.wait()
+        await listener.close()

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from services.gateway.adapters import breakers
 from services.gateway.adapters.breakers import Breakers
 from services.gateway.adapters.guarded_workers import GuardedWorkerPool
 from services.gateway.core.attempts import Loss, Output, RefusalReason
@@ -188,3 +189,22 @@ async def test_who_gets_no_calls_is_told_with_what_is_left_of_the_sleep() -> Non
     world.breakers.hold({"w1": State.FORCED_OPEN})
     assert world.breakers.opened("m") == {"w1": None}
     await world.breakers.close()
+
+
+async def test_a_board_that_fails_unforeseen_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that stayed listed as open would get no calls any more."""
+    monkeypatch.setattr(breakers, "TELL_AGAIN_S", 0.0)
+    world = World()
+    world.begin_trial()
+    listed, fails = world.board.list_closed, [RuntimeError()]
+
+    async def list_closed(model: str, worker_id: str) -> None:
+        if fails:
+            raise fails.pop()
+        await listed(model, worker_id)
+
+    monkeypatch.setattr(world.board, "list_closed", list_closed)
+    world.speak()
+    async with asyncio.timeout(5):
+        while world.board.told[-1:] != ["closed"]:  # noqa: ASYNC110 - the board tells nobody
+            await asyncio.sleep(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -175,3 +176,13 @@ async def test_what_has_moved_away_can_be_cancelled(world: World) -> None:
     await world.dispatcher.wait_empty()
     with pytest.raises(RequestUnknown):
         await world.dispatcher.cancel("a")
+
+
+async def test_what_cannot_be_read_keeps_nobody_behind_it_waiting(world: World) -> None:
+    """A later version wrote it; whoever comes after it in the same renewal goes on."""
+    world.queue.taken["b"] = replace(left(None), payload="{}")
+    world.queue.taken["a"] = left(grant("n1", "a"))
+    world.queue.renewal = Renewal(granted=(grant("n0", "b"), grant("n1", "a")), unknown=frozenset("b"))
+    await world.dispatcher.renew()
+    (attempt,) = world.workers.attempts
+    assert (attempt.order.job_id, ends(world), world.dispatcher.store_reachable) == ("a", [], True)
