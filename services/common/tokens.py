@@ -14,7 +14,7 @@ from typing import Any
 import jwt
 from jwt.types import Options
 
-from services.common.errors import TokenInvalid, TokenMissing, TokenRevoked
+from services.common.errors import InterlockError, TokenInvalid, TokenMissing, TokenRevoked
 from services.common.token_cache import Judged, TokenCache
 from services.common.token_claims import (
     REQUIRED,
@@ -91,6 +91,14 @@ class TokenVerifier:
         if claims.token_id is not None and self._is_revoked(claims.token_id):
             raise TokenRevoked("The token was revoked; ask for a new one.")
         return claims
+
+    def believes(self, metadata: Sequence[tuple[str, str | bytes]]) -> bool:
+        """Whether a call's metadata has a good token; what is wrong with another one, `verify` says."""
+        try:
+            self.verify(bearer_token(metadata))
+        except InterlockError:
+            return False
+        return True
 
     def _remembered(self, token: str) -> Claims | None:
         """What a token says that was found good before and still is."""

@@ -13,6 +13,7 @@ from interlock.v1 import gateway_service_pb2_grpc
 
 from services.common import announce, config, heap, ids, logs, metrics, redis_client, server, trust
 from services.common.clock import Clock
+from services.common.interceptors import TokenFirst
 from services.common.system_clock import SystemClock
 from services.common.threads import let_helpers_give_way
 from services.common.tokens import SecretWeak
@@ -142,7 +143,8 @@ async def _serve(
         meter=meter,
         tenants=_tenants(settings),
     )
-    serving = server.create(SERVICES, clock, interceptors=tokens.interceptors)
+    token_first = TokenFirst(tokens.verifier.believes, tuple(f"/{service}/" for service in SERVICES))
+    serving = server.create(SERVICES, clock, interceptors=(*tokens.interceptors, token_first))
     address = serving.bind(settings.bind)
     link, *further = _links(settings, address, catalog, tallies)
     readiness = Readiness(

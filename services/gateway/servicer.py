@@ -12,10 +12,12 @@ from interlock.v1 import gateway_service_pb2_grpc, generation_pb2, model_pb2
 from services.common import allowance, logs
 from services.common.conversation import Message
 from services.common.grpc_types import Context
+from services.gateway.core import validation
 from services.gateway.core.catalog import CatalogEntry
 from services.gateway.core.events import Chunk, Event, Finished, FinishReason, Queued, Started, TokenLogprob
 from services.gateway.core.jobs import Principal
 from services.gateway.core.params import (
+    STOPS_MAX,
     ChatPrompt,
     FormatKind,
     GenerationRequest,
@@ -53,10 +55,14 @@ class GatewayServicer(gateway_service_pb2_grpc.GatewayServiceServicer):
         """See the contract."""
         metadata = tuple(context.invocation_metadata() or ())
         principal = self._reception.authenticate(metadata, GENERATE_SCOPE)
-        asked = read_request(request)
-        request_id = self._reception.request_id(asked.request_id)
+        request_id = self._reception.request_id(
+            request.request_id if request.HasField("request_id") else None
+        )
         logs.annotate(request_id=request_id, subject=principal.subject)
         timeout_s = self._reception.timeout_s(metadata, context.time_remaining())
+        if request.HasField("tokens"):
+            self._reception.check_tokens(_model_of(request), len(request.tokens.ids))
+        asked = read_request(request)
         stream = await self._reception.generate(principal, request_id, asked, timeout_s)
         async with aclosing(stream):
             stream.watched(hanging_up(context))
@@ -72,11 +78,12 @@ class GatewayServicer(gateway_service_pb2_grpc.GatewayServiceServicer):
         """See the contract."""
         metadata = tuple(context.invocation_metadata() or ())
         principal = self._reception.authenticate(metadata, GENERATE_SCOPE)
-        logs.annotate(request_id=request.request_id, subject=principal.subject, cursor=request.cursor)
-        stream = await self._reception.resume(principal, request.request_id, request.cursor)
+        request_id = self._reception.request_id(request.request_id)
+        logs.annotate(request_id=request_id, subject=principal.subject, cursor=request.cursor)
+        stream = await self._reception.resume(principal, request_id, request.cursor)
         async with aclosing(stream):
             stream.watched(hanging_up(context))
-            await context.send_initial_metadata(response_metadata(request.request_id, stream))
+            await context.send_initial_metadata(response_metadata(request_id, stream))
             async for event in stream:
                 note_worker(event)
                 # The two messages have the same fields, by the contract.
@@ -90,15 +97,15 @@ class GatewayServicer(gateway_service_pb2_grpc.GatewayServiceServicer):
         """See the contract."""
         metadata = tuple(context.invocation_metadata() or ())
         principal = self._reception.authenticate(metadata, GENERATE_SCOPE)
-        logs.annotate(request_id=request.request_id, subject=principal.subject)
-        cancelled = await self._reception.cancel(principal, request.request_id)
+        request_id = self._reception.request_id(request.request_id)
+        logs.annotate(request_id=request_id, subject=principal.subject)
+        cancelled = await self._reception.cancel(principal, request_id)
         return pb.CancelGenerationResponse(cancelled=cancelled)
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Context) -> pb.CountTokensResponse:
         """See the contract."""
         self._authenticate(context, GENERATE_SCOPE)
-        model = request.model if request.HasField("model") else None
-        count = await self._reception.count(model, _read_prompt(request))
+        count = await self._reception.count(_model_of(request), _read_prompt(request))
         return pb.CountTokensResponse(
             prompt_tokens=count.prompt_tokens,
             context_tokens=count.entry.context_tokens,
@@ -142,10 +149,18 @@ def note_worker(event: Event) -> None:
 
 
 def read_request(request: pb.GenerateRequest) -> GenerationRequest:
-    """The request as the core speaks of it; what is absent is None."""
+    """The request as the core speaks of it; what is absent is None.
+
+    A message of 4 MiB holds two million turns or strings, which take seconds to read, so they are counted
+    first. What bounds token ids is the model's context: see `Reception.check_tokens`.
+
+    Raises:
+        ArgumentInvalid: There are more of something than may be.
+    """
+    validation.check_stops(len(request.stop), STOPS_MAX)
     return GenerationRequest(
         request_id=request.request_id if request.HasField("request_id") else None,
-        model=request.model if request.HasField("model") else None,
+        model=_model_of(request),
         prompt=_read_prompt(request),
         max_tokens=request.max_tokens if request.HasField("max_tokens") else None,
         sampling=_read_sampling(request.sampling),
@@ -158,12 +173,17 @@ def read_request(request: pb.GenerateRequest) -> GenerationRequest:
     )
 
 
+def _model_of(request: pb.GenerateRequest | pb.CountTokensRequest) -> str | None:
+    return request.model if request.HasField("model") else None
+
+
 def _read_prompt(request: pb.GenerateRequest | pb.CountTokensRequest) -> Prompt | None:
     match request.WhichOneof("input"):
         case "text":
             return TextPrompt(request.text)
         case "chat":
             turns = request.chat.messages
+            validation.check_turns(len(turns))
             return ChatPrompt(tuple(Message(turn.role, turn.content) for turn in turns))
         case "tokens":
             assert isinstance(request, pb.GenerateRequest)
@@ -172,6 +192,7 @@ def _read_prompt(request: pb.GenerateRequest | pb.CountTokensRequest) -> Prompt 
 
 
 def _read_sampling(message: generation_pb2.SamplingParams) -> SamplingParams:
+    validation.check_biases(len(message.logit_bias))
     return SamplingParams(
         temperature=message.temperature if message.HasField("temperature") else None,
         top_p=message.top_p if message.HasField("top_p") else None,
@@ -192,6 +213,7 @@ def _read_format(message: generation_pb2.OutputFormat) -> OutputFormat:
         case "regex":
             return OutputFormat(FormatKind.REGEX, (message.regex,))
         case "choice":
+            validation.check_choices(len(message.choice.choices))
             return OutputFormat(FormatKind.CHOICE, tuple(message.choice.choices))
         case "grammar":
             return OutputFormat(FormatKind.GRAMMAR, (message.grammar,))

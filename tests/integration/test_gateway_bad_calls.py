@@ -6,6 +6,8 @@ Where each case of "bad input: gRPC" is tested. "Here" is `test_a_bad_request_is
 |---|---|
 | bytes that are no message | `test_bytes_that_are_no_message_are_refused` |
 | over-limit messages | `test_a_message_over_the_limit_is_refused` |
+| within the limit, with millions of parts | `test_a_message_of_many_parts_stops_nobody` |
+| any of them without a token | `test_without_a_token_no_message_is_read` |
 | unknown model | here: `model: ...` |
 | text and chat both absent | here: `no input` |
 | NaN, infinite, negative or huge numbers | `test_a_number_out_of_its_range_is_refused_by_name` |
@@ -18,20 +20,33 @@ Where each case of "bad input: gRPC" is tested. "Here" is `test_a_bad_request_is
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1.generation_pb2 import ChatInput, ChatMessage, SamplingParams, TokenInput
+from structlog.testing import capture_logs
 
 from services.common.channel import MESSAGE_BYTES_MAX
+from services.gateway import servicer
 from services.gateway.core.queue_limits import QueueLimits
 from tests.fakes.scripted_worker import Script
-from tests.fixtures.any_call import check_prompt, methods_of, refusal
-from tests.fixtures.gateway_world import GatewayWorld, bearer, joined, open_gateway, reason_of
+from tests.fixtures.any_call import check_at_once, check_prompt, methods_of, refusal
+from tests.fixtures.gateway_world import (
+    CONTEXT_TOKENS,
+    GatewayWorld,
+    bearer,
+    joined,
+    open_gateway,
+    reason_of,
+)
+from tests.fixtures.large_calls import LARGE_CALLS
 
 METHODS = methods_of(pb, "GatewayService")
 GENERATE = next(method for method in METHODS if method.name == "Generate")
@@ -207,10 +222,87 @@ async def test_bad_input_is_refused_at_once(gateway: GatewayWorld) -> None:
     await check_prompt(gateway.channel, noise + bad)
 
 
+# Decoding alone takes a quarter of a second, and more on a busy machine; reading the parts took several.
+LARGE_S = 1.5
+
+
+@pytest.mark.parametrize("name", LARGE_CALLS)
+async def test_a_message_of_many_parts_stops_nobody(gateway: GatewayWorld, name: str) -> None:
+    """It is refused by its counts, and whoever asks for health meanwhile is answered."""
+    large = LARGE_CALLS[name]
+    health: Any = health_pb2_grpc.HealthStub(gateway.channel)
+    method = next(method for method in METHODS if method.name == large.method)
+    data = large.make()
+
+    async def refuse() -> None:
+        call = asyncio.create_task(refusal(gateway.channel, method, bearer(), data, timeout_s=20.0))
+        while not call.done():
+            await health.Check(health_pb2.HealthCheckRequest())
+            await asyncio.sleep(0.01)
+        error = await call
+        assert (error.code().name, reason_of(error)) == (INVALID, large.reason)
+        assert (error.details() or "").startswith(large.words)
+
+    await check_at_once(refuse, name, LARGE_S)
+    assert joined(await gateway.generate()) == "fine"
+
+
+async def test_more_ids_than_the_context_holds_are_only_counted(
+    gateway: GatewayWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their number says all; as many as leave room for one token are read."""
+    read: list[int] = []
+    read_request = servicer.read_request
+
+    def counting(request: pb.GenerateRequest) -> Any:
+        read.append(len(request.tokens.ids))
+        return read_request(request)
+
+    monkeypatch.setattr(servicer, "read_request", counting)
+    for count in (CONTEXT_TOKENS, CONTEXT_TOKENS + 1):
+        error = await refusal(gateway.channel, GENERATE, bearer(), tokens(count).SerializeToString())
+        assert reason_of(error) == "CONTEXT_EXCEEDED"
+        assert error.details() == (
+            f"The prompt has {count} tokens; the model's context holds {CONTEXT_TOKENS}, the answer included."
+        )
+    assert not read
+    assert joined(await gateway.generate(tokens(CONTEXT_TOKENS - 1))) == "f"
+    assert read == [CONTEXT_TOKENS - 1]
+
+
+def tokens(count: int) -> pb.GenerateRequest:
+    """A prompt of so many ids."""
+    return pb.GenerateRequest(tokens=TokenInput(ids=[1] * count))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+async def test_without_a_token_no_message_is_read(gateway: GatewayWorld, method: Any) -> None:
+    """Bytes that are no message are told so to those alone who may send one."""
+    for metadata, reason in (((), "TOKEN_MISSING"), (bearer("nonsense"), "TOKEN_INVALID")):
+        error = await refusal(gateway.channel, method, metadata, NOISE[0])
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAUTHENTICATED, reason)
+
+
+@pytest.mark.parametrize("name", ["ResumeGeneration", "CancelGeneration"])
+async def test_no_log_line_repeats_an_id_that_is_none(gateway: GatewayWorld, name: str) -> None:
+    """However long it is, and whatever stands in it."""
+    method = next(method for method in METHODS if method.name == name)
+    data = pb.CancelGenerationRequest(request_id="a secret " * 40_000).SerializeToString()
+    structlog.reset_defaults()
+    with capture_logs(processors=[structlog.contextvars.merge_contextvars]) as lines:
+        error = await refusal(gateway.channel, method, bearer(), data)
+    assert reason_of(error) == "ARGUMENT_INVALID"
+    (line,) = (line for line in lines if line["event"] == "rpc.finished")
+    assert line["method"].endswith(f"/{name}")
+    assert "a secret" not in str(line)
+
+
+@pytest.mark.parametrize("name", ["ResumeGeneration", "CancelGeneration"])
 @pytest.mark.parametrize("request_id", ["", "a b", "a\nb", "a\0", "x" * 65, "../x", "é"])
-async def test_ids_of_other_calls_are_checked_too(gateway: GatewayWorld, request_id: str) -> None:
-    """CancelGeneration looks for no request whose id cannot be one."""
-    method = next(method for method in METHODS if method.name == "CancelGeneration")
+async def test_ids_of_other_calls_are_checked_too(gateway: GatewayWorld, name: str, request_id: str) -> None:
+    """Neither looks for a request whose id cannot be one."""
+    method = next(method for method in METHODS if method.name == name)
+    # The field has one number in both messages.
     data = pb.CancelGenerationRequest(request_id=request_id).SerializeToString()
     error = await refusal(gateway.channel, method, bearer(), data)
     assert (error.code(), reason_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "ARGUMENT_INVALID")

@@ -30,7 +30,7 @@ from services.gateway.core.queue_line import QueueWorker
 from tests.fakes.gateway_logs import FakeLogs
 from tests.fakes.scripted_controller import ScriptedController, manifest_of, scripted_controller
 from tests.fakes.scripted_worker import MESH_TOKEN, Script, ScriptedWorker, scripted_worker
-from tests.fixtures.gateway_world import SECRET, bearer, joined
+from tests.fixtures.gateway_world import SECRET, bearer, joined, reason_of
 from tests.fixtures.tiny_tokenizer import BEGIN, END, write_tokenizer
 
 MODEL, REVISION = "tiny", "r1"
@@ -131,6 +131,15 @@ async def test_it_attaches_downloads_the_tokenizer_and_answers(process: Process)
     assert joined(events) == "hello"
     (order,) = process.worker.starts
     assert (list(order.prompt_ids).count(BEGIN), list(order.prompt_ids).count(END)) == (2, 1)
+
+
+async def test_whoever_has_no_token_is_not_read(process: Process) -> None:
+    """Bytes that are no message are told so to those alone who may send one."""
+    for metadata, reason in (((), "TOKEN_MISSING"), (bearer(), "ARGUMENT_INVALID")):
+        call: Any = process.channel.unary_stream("/interlock.v1.GatewayService/Generate")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            _ = [event async for event in call(b"\xff", metadata=metadata)]
+        assert reason_of(refused.value) == reason
 
 
 async def test_its_numbers_can_be_scraped(process: Process) -> None:

@@ -16,7 +16,7 @@ Where each case of "bad input: JWT" is tested. "Here" is the first test, whose i
 | empty, huge, control-character `sub` | here |
 | foreign `typ` | here, with `crit` |
 | `kid` with a path, `jku`, `x5u` | here; `test_a_kid_opens_nothing`; `test_a_token_makes_nobody_fetch` |
-| 1 MB tokens | `test_a_token_of_a_megabyte_is_refused`; here: `a token of 9 KB` |
+| 1 MB tokens | `test_a_token_of_a_megabyte_is_refused`; here: `a token of 9 KB`; HTTP: `test_bad_bodies.py` |
 | weak secrets | `test_a_weak_secret_stops_the_start`; `tests/unit/common/test_trust.py` |
 | revoked `jti` | here: `revoked jti`; `tests/integration/test_revocations.py` |
 | key rotation without restart | `test_keys_rotate_without_a_restart` |
@@ -43,7 +43,7 @@ from services.common.tokens import TokenVerifier
 from services.gateway.core.tenancy import TenantBounds, TenantLimits
 from tests.fakes.key_server import key_server
 from tests.fakes.scripted_worker import Script
-from tests.fixtures.any_call import check_prompt, methods_of, refusal
+from tests.fixtures.any_call import check_prompt, methods_of, path_of, refusal
 from tests.fixtures.gateway_world import GatewayWorld, bearer, joined, open_gateway, read_reply, reason_of
 from tests.fixtures.token_forge import (
     BAD_TOKENS,
@@ -172,6 +172,17 @@ async def test_every_path_wants_its_scope(gateway: GatewayWorld, method: Any) ->
         reply = await read_reply(call(HttpBody(data=b"{}"), metadata=metadata))
         assert reply.headers["x-request-id"]
         assert reply.status == (200 if method.name in OPEN_PATHS else expected)
+
+
+@pytest.mark.parametrize(
+    "method", methods_of(http_service_pb2, "GatewayHttpService"), ids=lambda method: method.name
+)
+async def test_without_a_token_no_body_is_read(gateway: GatewayWorld, method: Any) -> None:
+    """Not even one that is no message: the path says 401, in its own words."""
+    call: Any = gateway.channel.unary_stream(path_of(method), response_deserializer=HttpBody.FromString)
+    for metadata in ((), bearer("nonsense")):
+        reply = await read_reply(call(b"\xff", metadata=metadata))
+        assert reply.status == (200 if method.name in OPEN_PATHS else 401)
 
 
 async def test_the_systems_band_wants_its_scope(gateway: GatewayWorld) -> None:

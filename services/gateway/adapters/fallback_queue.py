@@ -18,6 +18,7 @@ from pybreaker import CircuitBreakerError
 from services.common import logs
 from services.common.clock import Clock
 from services.common.errors import InterlockError, StoreUnavailable
+from services.common.redis_client import RETRY_AFTER_S
 from services.gateway.adapters.homecoming import Homecoming
 from services.gateway.adapters.job_book import JobBook, LiveEntry, OwedEnd
 from services.gateway.adapters.memory_queue import MemoryJobQueue
@@ -247,7 +248,9 @@ class FallbackJobQueue:
                 if own is None or not self._standby.serves(model):
                     raise
         elif not self._standby.serves(model):
-            raise StoreUnavailable("The queue's store does not answer. Try again in a moment.")
+            raise StoreUnavailable(
+                "The queue's store does not answer. Try again in a moment.", retry_after_s=RETRY_AFTER_S
+            )
         self._standby.follow(own, model)
         return await ask(own)
 
@@ -257,7 +260,9 @@ class FallbackJobQueue:
             return await self._circuit.acall(call, _verdict_of)
         except CircuitBreakerError as error:
             await self._retreat()
-            raise StoreUnavailable("The queue's store is not asked now.") from error
+            raise StoreUnavailable(
+                "The queue's store is not asked now.", retry_after_s=RETRY_AFTER_S
+            ) from error
         finally:
             if self._circuit.breaker.state in {State.OPEN, State.FORCED_OPEN}:
                 await self._retreat()

@@ -19,6 +19,8 @@ from services.gateway.core.ports import Tokenizer
 RETRY_UNTIL_ATTACHED_S = 2.0
 # A model's name has at most 63 characters; a caller's mistake is repeated up to that length.
 NAME_CHARS_SHOWN = 65
+# Names of other vendors' models are shorter than this; patterns are not tried on more, for it takes long.
+ALIAS_CHARS_MAX = 256
 # Revisions of a model that are kept beside the active one: rollouts prepare one, a rollback needs the last.
 PREPARED_MAX = 8
 
@@ -122,10 +124,11 @@ class Catalog:
         """
         if not self.default:
             raise NoWorker("No model is ready yet; try again shortly.", retry_after_s=RETRY_UNTIL_ATTACHED_S)
-        entry = self._entries.get(self.default if name is None else self._meant(name))
+        named = self.default if name is None else name
+        entry = self._entries.get(self._meant(named))
         if entry is None:
-            named, served = ascii(name)[:NAME_CHARS_SHOWN], ", ".join(self.models)
-            raise ModelUnknown(f"model: {named} is not served; {served} can be asked.")
+            shown, served = ascii(named[:NAME_CHARS_SHOWN])[:NAME_CHARS_SHOWN], ", ".join(self.models)
+            raise ModelUnknown(f"model: {shown} is not served; {served} can be asked.")
         return entry
 
     def fallback_of(self, entry: CatalogEntry) -> CatalogEntry | None:
@@ -135,7 +138,7 @@ class Catalog:
 
     def _meant(self, name: str) -> str:
         """The model that a name means: its own, or what the first alias that fits says."""
-        if name in self._entries:
+        if name in self._entries or len(name) > ALIAS_CHARS_MAX:
             return name
         fitting = (model or self.default for pattern, model in self.aliases if fnmatchcase(name, pattern))
         return next(fitting, name)

@@ -105,6 +105,33 @@ def check_prompt(prompt: Prompt | None) -> Prompt:
     return prompt
 
 
+def check_turns(turns: int) -> None:
+    """Raises ArgumentInvalid for no turn, or too many.
+
+    Numbers alone, as in the three that follow, so that a face can ask before it reads so many one by one.
+    """
+    if not 1 <= turns <= MESSAGES_MAX:
+        raise ArgumentInvalid(f"messages: 1 to {MESSAGES_MAX} are allowed.")
+
+
+def check_biases(biases: int) -> None:
+    """Raises ArgumentInvalid for too many entries."""
+    if biases > BIASES_MAX:
+        raise ArgumentInvalid(f"logit_bias: at most {BIASES_MAX} entries.")
+
+
+def check_choices(choices: int) -> None:
+    """Raises ArgumentInvalid for no choice, or too many."""
+    if not 1 <= choices <= CHOICES_MAX:
+        raise ArgumentInvalid(f"format.{FormatKind.CHOICE}: 1 to {CHOICES_MAX} choices are allowed.")
+
+
+def check_stops(stops: int, most: int) -> None:
+    """Raises ArgumentInvalid for too many stop strings."""
+    if stops > most:
+        raise ArgumentInvalid(f"stop: at most {most} strings.")
+
+
 def check_sampling(sampling: SamplingParams) -> None:
     """Raises ArgumentInvalid for a number out of its range, NaN and infinity included."""
     for name, lowest, inclusive, highest in RANGES:
@@ -119,8 +146,7 @@ def check_sampling(sampling: SamplingParams) -> None:
         raise ArgumentInvalid("top_k: must be at least 1.")
     if sampling.seed is not None and not 0 <= sampling.seed < 2**64:
         raise ArgumentInvalid("seed: must be an unsigned number of 64 bits.")
-    if len(sampling.logit_bias) > BIASES_MAX:
-        raise ArgumentInvalid(f"logit_bias: at most {BIASES_MAX} entries.")
+    check_biases(len(sampling.logit_bias))
     if not all(abs(bias) <= BIAS_MAX for _, bias in sampling.logit_bias):
         raise ArgumentInvalid(f"logit_bias: each must be -{BIAS_MAX:g} to {BIAS_MAX:g}.")
 
@@ -135,8 +161,8 @@ def check_format(form: OutputFormat | None) -> None:
     if form.kind is None:
         raise ArgumentInvalid("format: exactly one of json_schema, regex, choice, grammar is needed.")
     name, limit = f"format.{form.kind}", FORMAT_BYTES_MAX[form.kind]
-    if form.kind is FormatKind.CHOICE and not 1 <= len(form.texts) <= CHOICES_MAX:
-        raise ArgumentInvalid(f"{name}: 1 to {CHOICES_MAX} choices are allowed.")
+    if form.kind is FormatKind.CHOICE:
+        check_choices(len(form.texts))
     if any(not 1 <= _size(name, text) <= limit for text in form.texts):
         raise ArgumentInvalid(f"{name}: 1 to {limit} bytes are allowed.")
     if form.kind is FormatKind.JSON_SCHEMA:
@@ -145,8 +171,7 @@ def check_format(form: OutputFormat | None) -> None:
 
 def check_stop(stop: tuple[str, ...], most: int) -> None:
     """Raises ArgumentInvalid for too many stop strings, or one that is empty or too long."""
-    if len(stop) > most:
-        raise ArgumentInvalid(f"stop: at most {most} strings.")
+    check_stops(len(stop), most)
     if any(not 1 <= _size("stop", text) <= STOP_BYTES_MAX for text in stop):
         raise ArgumentInvalid(f"stop: each string has 1 to {STOP_BYTES_MAX} bytes.")
 
@@ -212,8 +237,7 @@ def fit_max_tokens(
 
 
 def _check_messages(messages: tuple[Message, ...]) -> None:
-    if not 1 <= len(messages) <= MESSAGES_MAX:
-        raise ArgumentInvalid(f"messages: 1 to {MESSAGES_MAX} are allowed.")
+    check_turns(len(messages))
     for at, message in enumerate(messages):
         if not 1 <= _size(f"messages[{at}].role", message.role) <= ROLE_BYTES_MAX:
             raise ArgumentInvalid(f"messages[{at}].role: 1 to {ROLE_BYTES_MAX} bytes.")

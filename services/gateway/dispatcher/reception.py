@@ -152,6 +152,17 @@ class Reception:
         bound_s = self._deadlines.longest_s if text is None else asked_s
         return max(min(call_timeout_s, bound_s), 0.001)
 
+    def check_tokens(self, model: str | None, tokens: int) -> None:
+        """Refuses a prompt of more tokens than its model takes, before anybody reads their ids.
+
+        Raises:
+            ContextExceeded: It leaves no room for an answer.
+            ModelUnknown, NoWorker: The model is not served.
+        """
+        entry = self._catalog.find(model)
+        logs.annotate(model=entry.model)
+        validation.fit_max_tokens(None, tokens, entry.context_tokens)
+
     async def generate(
         self, principal: Principal, request_id: str, request: GenerationRequest, timeout_s: float
     ) -> AnswerStream:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from services.common.errors import NoWorker
-from services.gateway.core.catalog import PREPARED_MAX, Catalog, CatalogEntry
+from services.common.errors import ModelUnknown, NoWorker
+from services.gateway.core.catalog import ALIAS_CHARS_MAX, PREPARED_MAX, Catalog, CatalogEntry
 from tests.fakes.gateway_ports import FakeTokenizer
 
 
@@ -50,6 +50,16 @@ def test_a_larger_context_is_there_when_the_old_revision_is_gone() -> None:
     assert catalog.find("m").context_tokens == 2_048
     catalog.drop("r1", "m")
     assert (catalog.find("m").revision, catalog.find("m").context_tokens) == ("r2", 4_096)
+
+
+def test_a_name_that_no_vendor_has_is_compared_with_no_pattern() -> None:
+    """That takes a second for a name of a message's length, which nobody else could be answered in."""
+    catalog = Catalog((("*a*", "m"),))
+    serve(catalog, entry("r1"))
+    assert catalog.find("a" * ALIAS_CHARS_MAX).model == "m"
+    with pytest.raises(ModelUnknown) as refused:
+        catalog.find("a" * (ALIAS_CHARS_MAX + 1))
+    assert len(refused.value.message) < 200
 
 
 def test_another_model_s_revisions_bind_nobody() -> None:

@@ -188,6 +188,15 @@ async def test_without_knowledge_there_is_no_fallback(world: World) -> None:
     assert not tuple(world.queue._book)
 
 
+async def test_who_is_refused_without_the_store_learns_when_to_ask_again(world: World) -> None:
+    """By the call that finds out that the store is not asked, and by each one after it."""
+    world.circuit.force(State.FORCED_OPEN)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable) as refused:
+            await world.queue.length("other")
+        assert refused.value.retry_after_s == 1.0
+
+
 async def steps_of(work: Awaitable[object]) -> int:
     """How many functions are called until something is done: its cost, whatever else the machine does."""
     steps = 0
