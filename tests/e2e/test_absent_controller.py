@@ -23,7 +23,7 @@ from tests.fixtures.redis_server import advance_clock
 SOAKS = "INTERLOCK_SOAK_FACTOR" in os.environ
 # Longer than members' leases. The records of workers in Redis lapse by its own clock, which a short absence
 # turns on; in the long run they lapse ten times over by themselves.
-ABSENCE_S = 300 if SOAKS else 7
+ABSENCE_S = 300 if SOAKS else 6
 CLIENTS = 4
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(ABSENCE_S + 300)]

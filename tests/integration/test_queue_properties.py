@@ -183,7 +183,7 @@ async def befall(twins: Twins, verb: str, worker: str, number: int, *, flag: boo
         twins.world.advance(number * 4.0)
         if twins.second:
             # It lives: one that is silent for a minute is forgotten.
-            await twins.world.gateway(twins.second, LIMITS).length(MODEL)
+            await twins.queue_of(twins.second, LIMITS).length(MODEL)
     elif verb == "die":
         twins.flush()
         if flag:
