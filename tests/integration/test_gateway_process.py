@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -31,9 +32,16 @@ from tests.fakes.gateway_logs import FakeLogs
 from tests.fakes.scripted_controller import ScriptedController, manifest_of, scripted_controller
 from tests.fakes.scripted_worker import MESH_TOKEN, Script, ScriptedWorker, scripted_worker
 from tests.fixtures.gateway_world import SECRET, bearer, joined, reason_of
+from tests.fixtures.plain_http2 import DATA, GOAWAY, connected
 from tests.fixtures.tiny_tokenizer import BEGIN, END, write_tokenizer
 
 MODEL, REVISION = "tiny", "r1"
+NOTICE_S = 0.1
+# What a watch of a server's health says.
+SERVING, NOT_SERVING = (
+    health_pb2.HealthCheckResponse(status=status).SerializeToString()
+    for status in (health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING)
+)
 
 
 @dataclass
@@ -43,6 +51,7 @@ class Process:
     controller: ScriptedController
     worker: ScriptedWorker
     channel: grpc.aio.Channel
+    address: str
     task: asyncio.Task[None]
     terminate: asyncio.Event
     directory: Path
@@ -102,7 +111,7 @@ async def process(tmp_path: Path) -> AsyncIterator[Process]:
             mesh_token=SecretStr(MESH_TOKEN),
             jwt_secret=SecretStr(SECRET),
             drain_grace_s=5.0,
-            drain_notice_s=0.1,
+            drain_notice_s=NOTICE_S,
             metrics_bind="127.0.0.1:0",
         )
         task = asyncio.create_task(
@@ -112,7 +121,9 @@ async def process(tmp_path: Path) -> AsyncIterator[Process]:
         told = json.loads(announce.read_text())
         assert told["id"] == settings.id
         channel = await exits.enter_async_context(grpc.aio.insecure_channel(told["address"]))
-        yield Process(controller, worker, channel, task, terminate, directory, told["metrics"])
+        yield Process(
+            controller, worker, channel, told["address"], task, terminate, directory, told["metrics"]
+        )
         terminate.set()
         await task
 
@@ -229,6 +240,20 @@ async def test_sigterm_ends_what_runs_and_then_the_process(process: Process) -> 
     assert joined(events) == "é" * 20
     async with asyncio.timeout(10):
         await process.task
+
+
+async def test_sigterm_is_told_to_probes_before_connections_are_to_end(process: Process) -> None:
+    """NOT_SERVING at once; GOAWAY when probes have had the time to see it: no proxy learns it from that."""
+    await process.watch_health(health_pb2.HealthCheckResponse.SERVING)
+    async with asyncio.timeout(10), connected(process.address) as connection:
+        connection.call("/grpc.health.v1.Health/Watch", b"", authority=process.address)
+        assert (await connection.next(DATA, GOAWAY)).body[5:] == SERVING
+        began_s = time.monotonic()
+        process.terminate.set()
+        told = await connection.next(DATA, GOAWAY)
+        assert (told.kind, told.body[5:]) == (DATA, NOT_SERVING)
+        assert (await connection.next(DATA, GOAWAY)).kind == GOAWAY
+        assert time.monotonic() - began_s >= NOTICE_S
 
 
 async def test_a_tokenizer_with_the_wrong_digest_fails_the_preparation(process: Process) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -88,9 +87,9 @@ async def test_a_disconnect_is_at_the_worker_at_once_and_charged_by_what_was_pro
             assert produced >= 3 * BATCH
             assert usage.reserved_tokens == 0
             assert 0 <= PROMPT_TOKENS + produced - usage.used_tokens <= BATCH
-    # A machine that is busy with others delays some of them; the code delays all or none.
-    assert statistics.median(delays_s) < 0.1
-    assert max(delays_s) < 2
+    # A machine that is busy with others delays one of them; the code delays all or none.
+    assert sorted(delays_s)[-2] < 0.1, delays_s
+    assert max(delays_s) < 1, delays_s
 
 
 async def test_usage_is_the_callers_own_and_needs_a_scope() -> None:

@@ -3,139 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.common.errors import InterlockError
 from services.gateway.adapters.memory_queue import MemoryJobQueue
 from services.gateway.adapters.redis_queue import RedisJobQueue
-from services.gateway.core.jobs import Band, Grant, Outcome, QueuedJob, Renewal, Waiting
+from services.gateway.core.jobs import Band, Grant, Outcome, QueuedJob
 from services.gateway.core.ports import BreakerBoard, JobQueue
-from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.queue_line import QueueWorker
 from services.gateway.core.tenancy import TenantLimits
-from tests.fixtures.queue_audit import Books, audit
-from tests.fixtures.queue_world import KEYS, MODEL, QueueWorld, make_job
+from tests.fixtures.queue_audit import audit
+from tests.fixtures.queue_twins import JOB_IDS, LAPSING, LIMITS, RedisClock, Twins
+from tests.fixtures.queue_world import MODEL, QueueWorld, make_job
 
 # 10,000 steps; `make soak` takes several times as many.
 HISTORY_STEPS = 40
 # Every answer is compared; what an index has wrong stays wrong for a few steps.
 AUDITED_EVERY = 4
 HISTORIES = 250 * int(os.environ.get("INTERLOCK_SOAK_FACTOR", "1"))
-# Leases and records outlive a history: the twin has no leases, and Redis keeps records by its own time.
-LIMITS = QueueLimits(
-    waiting_jobs_max=6, tenant_waiting_jobs_max=4, aging_s=10.0, lease_ttl_s=1e5, record_ttl_s=1e5
-)
+# The usual leases of what a gateway leaves behind that dies lapse within this.
+LAPSED_S = 6.0
 TENANTS = (
     TenantLimits(),
     TenantLimits(concurrency=1),
     TenantLimits(tokens_per_minute=400, weight=3),
     TenantLimits(tokens_per_minute=600, concurrency=2, weight=2),
 )
-JOB_IDS = tuple(f"j{number}" for number in range(10))
 WORKERS = {"w1": ("r1",), "w2": ("r1", "r2"), "w3": ("r2",)}
-
-
-class RedisClock:
-    """The clock inside Redis, for the twin, as it was read last: each script moves it."""
-
-    def __init__(self, world: QueueWorld) -> None:
-        self._world = world
-        self._now_s = 0.0
-
-    def read(self) -> None:
-        """Looks at it."""
-        self._now_s = float(self._world.client.hget(KEYS.clock, "logical") or 0) / 1000
-
-    def monotonic(self) -> float:
-        """Seconds of the scripts' clock."""
-        return self._now_s
-
-    def now(self) -> float:
-        """The same."""
-        return self._now_s
-
-
-@dataclass
-class Twins:
-    """Both queues, taken through the same steps, and the nonces by which each names a grant."""
-
-    world: QueueWorld
-    clock: RedisClock
-    memory: MemoryJobQueue
-    nonces: dict[str, tuple[str, str]] = field(default_factory=dict)
-
-    async def same(self, step: Callable[[JobQueue, int], Awaitable[object]]) -> None:
-        """Takes a step in both and compares answers, errors and grants."""
-        redis_queue = self.world.gateway("g1")
-        heard: list[list[Grant]] = [[], []]
-        redis_queue.on_grant(heard[0].append)
-        self.memory.on_grant(heard[1].append)
-        answers = [await attempt(step, redis_queue, 0)]
-        self.clock.read()
-        answers.append(await attempt(step, self.memory, 1))
-        # What is scheduled would happen in one of them alone.
-        await redis_queue.close()
-        self.memory.close()
-        for side, answer in enumerate(answers):
-            heard[side] += sorted(grants_of(answer), key=lambda grant: grant.job_id)
-        assert [plain(grant) for grant in heard[0]] == [plain(grant) for grant in heard[1]]
-        assert comparable(answers[0]) == comparable(answers[1])
-        for ours, theirs in zip(*heard, strict=True):
-            self.nonces[ours.job_id] = (ours.nonce, theirs.nonce)
-
-    async def same_books(self, books: Books, tenant: str) -> None:
-        """Compares what waits and what tenants take; of one tenant also what its minute has used."""
-        assert books.waiting.total() == await self.memory.length(MODEL)
-        for number in range(len(TENANTS)):
-            usage = await self.memory.usage(MODEL, f"t{number}")
-            assert usage.reserved_tokens == books.reserved[f"t{number}"]
-            assert usage.running == books.running[f"t{number}"]
-        usage = await self.world.gateway("g1").usage(MODEL, tenant)
-        self.clock.read()
-        assert usage == await self.memory.usage(MODEL, tenant)
-
-    def flush(self) -> None:
-        """Redis dies and comes back empty: no job is known any more, no worker and no route."""
-        self.world.client.flushall()
-        self.memory = MemoryJobQueue(self.clock, LIMITS)
-
-
-async def attempt(step: Callable[[JobQueue, int], Awaitable[object]], queue: JobQueue, side: int) -> object:
-    """The step's answer, or the class of its error and what it says is left."""
-    try:
-        return await step(queue, side)
-    except InterlockError as error:
-        return type(error), error.allowance
-
-
-def grants_of(answer: object) -> tuple[Grant, ...]:
-    """The grants that an answer holds."""
-    if isinstance(answer, Renewal):
-        return answer.granted
-    return (answer,) if isinstance(answer, Grant) else ()
-
-
-def plain(grant: Grant) -> tuple[object, ...]:
-    """A grant without its nonce."""
-    return grant.job_id, grant.attempt, grant.worker_id, grant.revision, grant.epoch, grant.trial
-
-
-def comparable(answer: object) -> object:
-    """An answer without nonces and estimates."""
-    match answer:
-        case Grant():
-            return plain(answer), answer.allowance
-        case Waiting():
-            return answer.position, answer.allowance
-        case Renewal():
-            waiting = {job_id: place.position for job_id, place in answer.waiting.items()}
-            return waiting, answer.lost, answer.unknown, answer.workers, answer.due
-    return answer
 
 
 STEPS = st.lists(
@@ -146,7 +43,7 @@ STEPS = st.lists(
             + ["enqueue"] * 6
             + ["settle"] * 4
             + ["requeue", "refused", "cancel", "register", "renew", "reap", "open", "close"]
-            + ["worker", "remove", "route", "advance", "advance", "return", "die"]
+            + ["worker", "remove", "lose", "route", "advance", "advance", "return", "die"]
         ),
         st.sampled_from(JOB_IDS),
         st.sampled_from(sorted(WORKERS)),
@@ -183,35 +80,38 @@ def job_of(step: tuple[str, str, str, Band, bool, int]) -> QueuedJob:
 async def take(twins: Twins, step: tuple[str, str, str, Band, bool, int]) -> None:
     """Performs one step of a history."""
     verb, job_id, worker, _, flag, number = step
-    nonces = twins.nonces.get(job_id, ("none", "none"))
+    nonces, home = twins.nonces.get(job_id, ("none", "none")), twins.home(job_id)
     match verb:
         case "enqueue" | "return":
             job = job_of(step)
-            await twins.same(lambda queue, _: queue.enqueue(job))
+            await twins.same(lambda queue, _: queue.enqueue(job), home)
         case "settle":
-            await twins.same(lambda q, i: q.settle(MODEL, job_id, nonces[i], Outcome.FINISHED, 15 * number))
+            await twins.same(
+                lambda q, i: q.settle(MODEL, job_id, nonces[i], Outcome.FINISHED, 15 * number), home
+            )
         case "requeue":
-            used, pin = 15 * number, WORKERS[worker][0] if flag else ""
-            await twins.same(lambda q, i: q.requeue(MODEL, job_id, nonces[i], pin=pin, used_tokens=used))
+            await requeue(twins, job_id, WORKERS[worker][0] if flag else "", 15 * number)
         case "refused":
-            await twins.same(lambda q, i: q.refused(MODEL, job_id, nonces[i], hold_s=float(number)))
+            await twins.same(lambda q, i: q.refused(MODEL, job_id, nonces[i], hold_s=float(number)), home)
         case "cancel":
             name = f"submission-of-{job_id}" if flag else "another"
             outcome = list(Outcome)[number]
             await twins.same(
-                lambda queue, _: queue.cancel(MODEL, job_id, name, used_tokens=20 * number, outcome=outcome)
+                lambda queue, _: queue.cancel(MODEL, job_id, name, used_tokens=20 * number, outcome=outcome),
+                home,
             )
         case "register":
             await register(twins, job_id, worker, number, flag=flag)
         case "renew":
-            named = {name: pair for name, pair in twins.nonces.items() if flag or name != job_id}
-            rest = frozenset(JOB_IDS) - named.keys() - ({job_id} if flag else set())
+            own = twins.jobs_of(home)
+            named = {n: pair for n, pair in twins.nonces.items() if n in own and (flag or n != job_id)}
+            rest = own - named.keys() - ({job_id} if flag else set())
             places = frozenset(sorted(rest)[::number]) if number else None
             await twins.same(
-                lambda q, i: q.renew(MODEL, {n: p[i] for n, p in named.items()}, rest, places=places)
+                lambda q, i: q.renew(MODEL, {n: p[i] for n, p in named.items()}, rest, places=places), home
             )
         case "reap":
-            await twins.same(lambda queue, _: queue.reap(MODEL))
+            await twins.same(lambda queue, _: queue.reap(MODEL), home)
         case _:
             await befall(twins, verb, worker, number, flag=flag)
 
@@ -224,20 +124,75 @@ async def register(twins: Twins, job_id: str, worker: str, number: int, *, flag:
     job = make_job(job_id, tenant=f"t{number}", limits=TENANTS[number]) if known is None else known.job
     job = replace(job, used_tokens=5 * number, pin=WORKERS[worker][0] if number > 1 else "")
     grant = Grant(job_id, 1, f"registered-{number}", worker, f"{worker}:1", WORKERS[worker][0], 1)
-    await twins.same(lambda queue, _: queue.register(job, grant, instead=flag))
+    await twins.same(lambda queue, _: queue.register(job, grant, instead=flag), twins.home(job_id))
     if line.current(job_id, grant.nonce) is not None:
         twins.nonces[job_id] = (grant.nonce, grant.nonce)
 
 
+async def requeue(twins: Twins, job_id: str, pin: str, used: int) -> None:
+    """The worker of a job has failed it."""
+    nonces = twins.nonces.get(job_id, ("none", "none"))
+    await twins.same(
+        lambda q, i: q.requeue(MODEL, job_id, nonces[i], pin=pin, used_tokens=used), twins.home(job_id)
+    )
+
+
+async def lose_worker(twins: Twins, worker: str, number: int, *, flag: bool) -> None:
+    """A worker dies: all that ran there waits again, and the controller hears of it before that or after."""
+    if flag:
+        await write(twins, "remove", worker, number, flag=flag)
+    jobs = twins.memory._line(MODEL).jobs.by_id.values()
+    ran = [one.job.job_id for one in jobs if one.grant is not None and one.grant.worker_id == worker]
+    for job_id in ran:
+        await requeue(twins, job_id, WORKERS[worker][0] if number else "", 15 * number)
+    if not flag:
+        await write(twins, "remove", worker, number, flag=flag)
+
+
+async def crash(twins: Twins, *, restarts: bool) -> None:
+    """The second gateway dies. Its leases lapse; its next process or the other gateway ends what it had."""
+    dead = twins.second
+    # The last sign of life: from now on its leases are the usual ones.
+    await twins.same(lambda queue, _: queue.renew(MODEL, {}, twins.jobs_of(dead)), dead, LAPSING)
+    twins.world.advance(LAPSED_S)
+
+    async def come_back(queue: JobQueue, side: int) -> object:
+        if side:
+            # What waits for too long ends by that, before leases are looked at.
+            twins.memory._expire(twins.memory._line(MODEL))
+            twins.lose(dead)
+        return replace(await queue.renew(MODEL, {}, frozenset()), unknown=frozenset())
+
+    async def clear_away(queue: JobQueue, side: int) -> object:
+        if side:
+            twins.lose(dead)
+        return await queue.reap(MODEL)
+
+    if restarts:
+        await twins.same(come_back, dead)
+    else:
+        await twins.same(clear_away, "g1", LAPSING)
+        twins.second = f"{dead}'"
+    assert not twins.jobs_of(twins.second) & twins.memory._line(MODEL).jobs.by_id.keys()
+    await twins.same_books(audit(twins.world.client), "t0")
+
+
 async def befall(twins: Twins, verb: str, worker: str, number: int, *, flag: bool) -> None:
-    """Time passes; Redis is emptied, and the controller writes at once or later; or somebody else writes."""
+    """Time passes; Redis is emptied, and the controller writes at once or later; others die, or write."""
     if verb == "advance":
         twins.world.advance(number * 4.0)
+        if twins.second:
+            # It lives: one that is silent for a minute is forgotten.
+            await twins.queue_of(twins.second, LIMITS).length(MODEL)
     elif verb == "die":
         twins.flush()
         if flag:
             await write(twins, "worker", worker, number, flag=False)
             await write(twins, "route", "", number, flag=True)
+    elif verb == "lose":
+        await lose_worker(twins, worker, number, flag=flag)
+    elif verb in {"open", "close"} and twins.second:
+        await crash(twins, restarts=verb == "close")
     elif verb != "rest":
         await write(twins, verb, worker, number, flag=flag)
 
@@ -273,19 +228,24 @@ async def write(twins: Twins, verb: str, worker: str, number: int, *, flag: bool
 
 @pytest.mark.timeout(900)
 @settings(max_examples=HISTORIES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(history=STEPS)
+@given(history=STEPS, second=st.sampled_from(["", "g2"]))
 async def test_redis_and_memory_agree_step_by_step(
-    empty_world: QueueWorld, history: list[tuple[str, str, str, Band, bool, int]]
+    empty_world: QueueWorld, history: list[tuple[str, str, str, Band, bool, int]], second: str
 ) -> None:
-    """Every answer, error, grant, position, count and account is the same, and every index is true."""
+    """Every answer, error, grant, position, count and account is the same, and every index is true.
+
+    Breakers turn where there is one gateway, for each has its own. Where there are two, the second one dies.
+    """
     empty_world.client.flushall()
     await empty_world.gateway("g1", LIMITS).length(MODEL)
     clock = RedisClock(empty_world)
-    twins = Twins(empty_world, clock, MemoryJobQueue(clock, LIMITS))
-    await write(twins, "route", "", 1, flag=False)
-    await write(twins, "worker", "w1", 1, flag=False)
-    for number, step in enumerate(history, start=1):
-        await take(twins, step)
-        if number % AUDITED_EVERY == 0:
-            await twins.same_books(audit(empty_world.client), f"t{step[-1]}")
+    with empty_world.client.pubsub() as messages:  # type: ignore[no-untyped-call]
+        messages.psubscribe("il:gateway:*")
+        twins = Twins(empty_world, clock, MemoryJobQueue(clock, LIMITS), messages, second)
+        await write(twins, "route", "", 1, flag=False)
+        await write(twins, "worker", "w1", 1, flag=False)
+        for number, step in enumerate(history, start=1):
+            await take(twins, step)
+            if number % AUDITED_EVERY == 0:
+                await twins.same_books(audit(empty_world.client), f"t{step[-1]}")
     empty_world.client.flushall()
