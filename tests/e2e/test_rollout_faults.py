@@ -7,6 +7,7 @@ included, and each of them answers with it.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 
 from tests.fixtures.mesh import MODEL, ROOT, Mesh, started
@@ -47,8 +49,10 @@ class Guns:
     worker: Path
     controller: Path
 
-    def aim(self, mesh: Mesh, point: str, victims: str) -> None:
-        """Arms the file to which a point belongs.
+    def aim(self, mesh: Mesh, point: str, victims: str) -> list[int]:
+        """Arms the file to which a point belongs, and returns the processes that will be killed, where known.
+
+        Where all workers are killed the gateway is stopped just before, until `let_gateway_go_on`.
 
         Args:
             mesh: Where the victims are.
@@ -64,7 +68,9 @@ class Guns:
         }[victims]
         file = self.controller if point.startswith(("before", "after")) else self.worker
         named = pids if victims != "one" or file is self.controller else []
-        file.write_text(f"{point}\n{' '.join(map(str, named))}")
+        stopped = [state["gateways"][0]["pid"]] if victims == "workers" else []
+        file.write_text("\n".join((point, *(" ".join(map(str, line)) for line in (named, stopped)))))
+        return named
 
     @property
     def fired(self) -> bool:
@@ -141,11 +147,13 @@ def test_a_rollout_survives_who_is_killed(
     before = serving(pair)
     new = next(name for name in revisions(pair) if name != before)
     with streamed_all_the_time(pair) as streams:
-        guns.aim(pair, point.replace("NEW", new).replace("OLD", before), victims)
+        doomed = guns.aim(pair, point.replace("NEW", new).replace("OLD", before), victims)
         begun = pair.run("rollouts", "start", MODEL, new, "--strategy", strategy, "--bake", BAKE)
         assert begun.returncode == 0, begun.stderr
         until(lambda: guns.fired, PATIENCE_S)
         killed_s = time.monotonic()
+        if victims == "workers":
+            let_gateway_go_on(pair, doomed)
         if victims == "redis":
             # Without a gap by the gateway alone, and soon by the store again.
             until(lambda: any(not one.degraded for one in asked_since(streams, killed_s)), ANSWERED_S)
@@ -156,6 +164,19 @@ def test_a_rollout_survives_who_is_killed(
     assert states(pair)[-1] == end, rollout(pair)["history"]
     assert serving(pair) == (new if end == "COMPLETED" else before)
     assert answers_of_all(pair) == {(worker, serving(pair), False) for worker in ("worker-1", "worker-2")}
+
+
+def let_gateway_go_on(mesh: Mesh, doomed: list[int]) -> None:
+    """Once all workers are gone, so that it sees them die at one instant, as they do.
+
+    The kernel takes a while to clear a worker's memory before it closes its connections. Requests of one that
+    was seen to die first would begin anew at the other, dead as well, and a request on which two workers were
+    lost before its first token is refused by design.
+    """
+    try:
+        until(lambda: not any(psutil.pid_exists(pid) for pid in doomed), PATIENCE_S)
+    finally:
+        os.kill(mesh.state["gateways"][0]["pid"], signal.SIGCONT)
 
 
 def asked_since(streams: list[Stream], time_s: float) -> list[Stream]:
