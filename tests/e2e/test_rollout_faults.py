@@ -7,7 +7,6 @@ included, and each of them answers with it.
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 
 from tests.fixtures.mesh import MODEL, ROOT, Mesh, started
@@ -32,6 +30,9 @@ PATIENCE_S = 90.0
 CONVERGED_S = 30.0
 # From the death of Redis until a request that was asked since, and granted by the store, has its answer.
 ANSWERED_S = 10.0
+# From the moment that a gun has fired until all whom it was aimed at are seen to be dead; the next ones need
+# seconds more.
+DYING_S = 2.0
 ENDS = {"COMPLETED", "ROLLED_BACK", "ABORTED"}
 # Long enough for whoever is killed in the middle of it.
 BAKE = "2s"
@@ -49,10 +50,8 @@ class Guns:
     worker: Path
     controller: Path
 
-    def aim(self, mesh: Mesh, point: str, victims: str) -> list[int]:
-        """Arms the file to which a point belongs, and returns the processes that will be killed, where known.
-
-        Where all workers are killed the gateway is stopped just before, until `let_gateway_go_on`.
+    def aim(self, mesh: Mesh, point: str, victims: str) -> None:
+        """Arms the file to which a point belongs.
 
         Args:
             mesh: Where the victims are.
@@ -68,9 +67,7 @@ class Guns:
         }[victims]
         file = self.controller if point.startswith(("before", "after")) else self.worker
         named = pids if victims != "one" or file is self.controller else []
-        stopped = [state["gateways"][0]["pid"]] if victims == "workers" else []
-        file.write_text("\n".join((point, *(" ".join(map(str, line)) for line in (named, stopped)))))
-        return named
+        file.write_text(f"{point}\n{' '.join(map(str, named))}")
 
     @property
     def fired(self) -> bool:
@@ -142,41 +139,43 @@ if "INTERLOCK_SOAK_FACTOR" in os.environ:
 def test_a_rollout_survives_who_is_killed(
     pair: Mesh, guns: Guns, strategy: str, point: str, victims: str, end: str
 ) -> None:
-    """SIGKILL at one point of it: its end is the table's, and no stream hears of it."""
+    """SIGKILL at one point of it: its end is the table's, and no stream that had begun hears of it."""
     until(lambda: whole(pair), PATIENCE_S)
     before = serving(pair)
     new = next(name for name in revisions(pair) if name != before)
     with streamed_all_the_time(pair) as streams:
-        doomed = guns.aim(pair, point.replace("NEW", new).replace("OLD", before), victims)
+        guns.aim(pair, point.replace("NEW", new).replace("OLD", before), victims)
         begun = pair.run("rollouts", "start", MODEL, new, "--strategy", strategy, "--bake", BAKE)
         assert begun.returncode == 0, begun.stderr
         until(lambda: guns.fired, PATIENCE_S)
         killed_s = time.monotonic()
-        if victims == "workers":
-            let_gateway_go_on(pair, doomed)
         if victims == "redis":
             # Without a gap by the gateway alone, and soon by the store again.
             until(lambda: any(not one.degraded for one in asked_since(streams, killed_s)), ANSWERED_S)
         until(lambda: states(pair)[-1:] in [[name] for name in ENDS], PATIENCE_S)
     until(lambda: whole(pair), CONVERGED_S)
-    assert [stream for stream in streams if stream.failure] == []
-    assert {frozenset(stream.revisions) for stream in streams} <= {frozenset({before}), frozenset({new})}
+    failed = [stream for stream in streams if stream.failure]
+    if victims == "workers":
+        failed = [stream for stream in failed if not died_with_both(stream, killed_s)]
+    assert failed == []
+    assert {frozenset(stream.revisions) for stream in streams if not stream.failure} <= {
+        frozenset({before}),
+        frozenset({new}),
+    }
     assert states(pair)[-1] == end, rollout(pair)["history"]
     assert serving(pair) == (new if end == "COMPLETED" else before)
     assert answers_of_all(pair) == {(worker, serving(pair), False) for worker in ("worker-1", "worker-2")}
 
 
-def let_gateway_go_on(mesh: Mesh, doomed: list[int]) -> None:
-    """Once all workers are gone, so that it sees them die at one instant, as they do.
+def died_with_both(stream: Stream, killed_s: float) -> bool:
+    """Whether it was refused as one that kills workers, for both died as they began it.
 
-    The kernel takes a while to clear a worker's memory before it closes its connections. Requests of one that
-    was seen to die first would begin anew at the other, dead as well, and a request on which two workers were
-    lost before its first token is refused by design.
+    The kernel closes the connections of a killed process once its memory is cleared: of two that are killed
+    at one instant one is seen to die some 0.1 s before the other, and a request that had just begun at it
+    begins anew at the other. Nobody can tell that from a request that killed both.
     """
-    try:
-        until(lambda: not any(psutil.pid_exists(pid) for pid in doomed), PATIENCE_S)
-    finally:
-        os.kill(mesh.state["gateways"][0]["pid"], signal.SIGCONT)
+    quarantined = "crashed as they began this request" in stream.failure
+    return quarantined and not stream.revisions and stream.asked_s < killed_s + DYING_S
 
 
 def asked_since(streams: list[Stream], time_s: float) -> list[Stream]:

@@ -6,8 +6,8 @@ One whose `SHORT_FILE` holds the name of a revision gets no memory when it loads
 
 A controller whose `KILL_FILE` names a point of a rollout, as `before saved BAKING`, is killed there, once:
 the file is gone then. So is the first worker that comes to the point in its `WORKER_KILL_FILE`: a phase and
-a revision, as `LOAD r2`. Where a second line has process ids, these are killed instead of who comes there;
-those in a third line are stopped just before, and go on when the test says so. Others are left alone.
+a revision, as `LOAD r2`. Where a second line has process ids, these are killed instead of who comes there.
+Others are left alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,47 +83,27 @@ def _install_shortage(file: Path) -> None:
     Preparation._load = load_short  # type: ignore[method-assign]
 
 
-@dataclass(frozen=True, slots=True)
-class Shot:
-    """What happens at a point.
-
-    Attributes:
-        victims: The processes that are killed.
-        stopped: Those that are stopped before.
-    """
-
-    victims: tuple[int, ...]
-    stopped: tuple[int, ...]
-
-    def fire(self) -> None:
-        """Stops the ones and kills the others."""
-        for pid in self.stopped:
-            os.kill(pid, signal.SIGSTOP)
-        # Whoever fires ends last, for nobody after it would end.
-        for pid in sorted(self.victims, key=lambda pid: pid == os.getpid()):
-            os.kill(pid, signal.SIGKILL)
-
-
-def _claim(file: Path, point: str) -> Shot | None:
-    """What is to happen here, if the file names the point: who asks first gets it, and nobody after."""
+def _claim(file: Path, point: str) -> list[int]:
+    """The processes to end here, if the file names the point: who asks first gets them, and nobody after."""
     try:
-        named, victims, stopped, *_ = (*file.read_text().splitlines(), "", "", "")
+        named, _, pids = file.read_text().partition("\n")
         if named != point:
-            return None
+            return []
         file.unlink()
     except FileNotFoundError:
-        return None
-    return Shot(_pids(victims) or (os.getpid(),), _pids(stopped))
+        return []
+    return [int(pid) for pid in pids.split()] or [os.getpid()]
 
 
-def _pids(line: str) -> tuple[int, ...]:
-    return tuple(int(pid) for pid in line.split())
+def _kill(pids: list[int]) -> None:
+    # Whoever kills ends last, for it would spare those after it.
+    for pid in sorted(pids, key=lambda pid: pid == os.getpid()):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _kill_at(file: Path, point: str) -> None:
     """Ends processes as SIGKILL does, if the file names the point."""
-    if shot := _claim(file, point):
-        shot.fire()
+    _kill(_claim(file, point))
 
 
 def _around(file: Path, verb: Callable[..., Awaitable[Any]], name: Callable[..., str]) -> Callable[..., Any]:
@@ -163,16 +143,16 @@ def _install_worker_kills(file: Path) -> None:
     fetch, enter, prove = MeshArtifacts.fetch, Residency.enter, Preparation._prove
 
     async def fetch_or_die(self: Any, spec: Any, progress: Any) -> Any:
-        if shot := _claim(file, f"FETCH {spec.revision}"):
+        if pids := _claim(file, f"FETCH {spec.revision}"):
             await asyncio.sleep(HOLD_S)
-            shot.fire()
+            _kill(pids)
         return await fetch(self, spec, progress)
 
     def in_thread(phase: str, verb: Callable[..., Any], revision: Callable[..., str]) -> Callable[..., Any]:
         def watched(*arguments: Any) -> Any:
-            if shot := _claim(file, f"{phase} {revision(*arguments)}"):
+            if pids := _claim(file, f"{phase} {revision(*arguments)}"):
                 time.sleep(HOLD_S)
-                shot.fire()
+                _kill(pids)
             return verb(*arguments)
 
         return watched
