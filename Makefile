@@ -82,7 +82,8 @@ soak: $(DEV) ## Random histories of the queue and the engine, an absent or kille
 	INTERLOCK_SOAK_FACTOR=6 $(BIN)/pytest tests/integration/test_queue_properties.py \
 		tests/integration/test_queue_simulation.py tests/integration/test_engine_properties.py \
 		tests/integration/test_engine_load.py tests/integration/test_engine_exactness.py \
-		tests/e2e/test_absent_controller.py tests/e2e/test_controller_killed.py tests/e2e/test_rollout_faults.py $(ARGS)
+		tests/e2e/test_absent_controller.py tests/e2e/test_controller_killed.py \
+		tests/e2e/test_rollout_faults.py tests/e2e/test_rollouts.py $(ARGS)
 	INTERLOCK_OPENAPI_CASES=2000 $(BIN)/pytest tests/integration/test_openapi.py $(ARGS)
 	INTERLOCK_ROLLOUT_EXAMPLES=100000 $(BIN)/pytest tests/unit/controller/test_rollout_properties.py --timeout 7200 $(ARGS)
 

@@ -6,13 +6,22 @@ transformers; both are gone with the process.
 
 from __future__ import annotations
 
+import functools
 import sys
+from typing import Any
 
 
 def main(directory: str, file: str, out: str) -> None:
     """Reads `directory/file` and writes safetensors, configuration and tokenizer to `out`."""
-    import torch  # noqa: PLC0415 - heavy, and wanted here alone
+    import gguf  # noqa: PLC0415 - heavy, and wanted here alone
+    import torch  # noqa: PLC0415
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415
+
+    # The library asks anew for the configuration, the weights and the tokenizer, and for each module: half of
+    # a conversion would go by with reading the same strings again.
+    once: Any = gguf
+    once.GGUFReader = functools.cache(gguf.GGUFReader)
+    once.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
 
     model = AutoModelForCausalLM.from_pretrained(
         directory,

@@ -54,9 +54,7 @@ def pair(model_path: Path, kill_file: Path) -> Iterator[Mesh]:
 
 KILLS = [
     # point, what is asked of the rollout once it is there, how it ends
-    ("after saved PENDING", "", "COMPLETED"),
     ("after saved PREPARING", "", "COMPLETED"),
-    ("before saved SWITCHING", "", "COMPLETED"),
     ("after saved SWITCHING", "", "COMPLETED"),
     ("after routed", "", "COMPLETED"),
     ("after saved BAKING", "", "COMPLETED"),
@@ -66,7 +64,9 @@ KILLS = [
 # `make soak` adds those between them.
 if "INTERLOCK_SOAK_FACTOR" in os.environ:
     KILLS += [
+        ("after saved PENDING", "", "COMPLETED"),
         ("before saved PREPARING", "", "COMPLETED"),
+        ("before saved SWITCHING", "", "COMPLETED"),
         ("before routed", "", "COMPLETED"),
         ("before saved COMPLETED", "", "COMPLETED"),
         ("after retired", "", "COMPLETED"),

@@ -30,6 +30,9 @@ PATIENCE_S = 90.0
 CONVERGED_S = 30.0
 # From the death of Redis until a request that was asked since, and granted by the store, has its answer.
 ANSWERED_S = 10.0
+# From the moment that a gun has fired until all whom it was aimed at are seen to be dead; the next ones need
+# seconds more.
+DYING_S = 2.0
 ENDS = {"COMPLETED", "ROLLED_BACK", "ABORTED"}
 # Long enough for whoever is killed in the middle of it.
 BAKE = "2s"
@@ -136,7 +139,7 @@ if "INTERLOCK_SOAK_FACTOR" in os.environ:
 def test_a_rollout_survives_who_is_killed(
     pair: Mesh, guns: Guns, strategy: str, point: str, victims: str, end: str
 ) -> None:
-    """SIGKILL at one point of it: its end is the table's, and no stream hears of it."""
+    """SIGKILL at one point of it: its end is the table's, and no stream that had begun hears of it."""
     until(lambda: whole(pair), PATIENCE_S)
     before = serving(pair)
     new = next(name for name in revisions(pair) if name != before)
@@ -151,11 +154,28 @@ def test_a_rollout_survives_who_is_killed(
             until(lambda: any(not one.degraded for one in asked_since(streams, killed_s)), ANSWERED_S)
         until(lambda: states(pair)[-1:] in [[name] for name in ENDS], PATIENCE_S)
     until(lambda: whole(pair), CONVERGED_S)
-    assert [stream for stream in streams if stream.failure] == []
-    assert {frozenset(stream.revisions) for stream in streams} <= {frozenset({before}), frozenset({new})}
+    failed = [stream for stream in streams if stream.failure]
+    if victims == "workers":
+        failed = [stream for stream in failed if not died_with_both(stream, killed_s)]
+    assert failed == []
+    assert {frozenset(stream.revisions) for stream in streams if not stream.failure} <= {
+        frozenset({before}),
+        frozenset({new}),
+    }
     assert states(pair)[-1] == end, rollout(pair)["history"]
     assert serving(pair) == (new if end == "COMPLETED" else before)
     assert answers_of_all(pair) == {(worker, serving(pair), False) for worker in ("worker-1", "worker-2")}
+
+
+def died_with_both(stream: Stream, killed_s: float) -> bool:
+    """Whether it was refused as one that kills workers, for both died as they began it.
+
+    The kernel closes the connections of a killed process once its memory is cleared: of two that are killed
+    at one instant one is seen to die some 0.1 s before the other, and a request that had just begun at it
+    begins anew at the other. Nobody can tell that from a request that killed both.
+    """
+    quarantined = "crashed as they began this request" in stream.failure
+    return quarantined and not stream.revisions and stream.asked_s < killed_s + DYING_S
 
 
 def asked_since(streams: list[Stream], time_s: float) -> list[Stream]:

@@ -96,7 +96,8 @@ def _claim(file: Path, point: str) -> list[int]:
 
 
 def _kill(pids: list[int]) -> None:
-    for pid in pids:
+    # Whoever kills ends last, for it would spare those after it.
+    for pid in sorted(pids, key=lambda pid: pid == os.getpid()):
         os.kill(pid, signal.SIGKILL)
 
 
