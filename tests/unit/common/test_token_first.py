@@ -13,7 +13,7 @@ from services.common.tokens import TokenVerifier, mint
 
 SECRET = "s" * 32
 METHOD = "/a.Service/Method"
-GOOD = mint(SECRET, subject="alice", scopes=("generate",), ttl_s=60.0)
+GOOD = mint(SECRET, subject="alice", scopes=("generate",), ttl_s=3_600.0)
 
 
 class Calls:
