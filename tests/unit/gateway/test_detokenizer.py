@@ -61,10 +61,10 @@ def test_many_stop_strings_cost_little() -> None:
     stops = ["a" * 255 + "b", *("a" * size + "ba" for size in range(190, 253))]
     matcher = StopMatcher(stops)
     pieces = ["a" * 4] * 60 + (["a" * 4] * 40 + ["c" + "a" * 3]) * 20
-    began_s = time.monotonic()
+    began_s = time.thread_time()
     said = [matcher.push(piece) for piece in pieces]
     # Of the order of 0.1 ms for a piece.
-    assert time.monotonic() - began_s < len(pieces) * 0.001
+    assert time.thread_time() - began_s < len(pieces) * 0.001
     assert "".join(cut.text for cut in said) + matcher.flush() == "".join(pieces)
 
 
