@@ -16,7 +16,7 @@ from services.gateway.core.ports import BreakerBoard, JobQueue
 from services.gateway.core.queue_line import QueueWorker
 from services.gateway.core.tenancy import TenantLimits
 from tests.fixtures.queue_audit import audit
-from tests.fixtures.queue_twins import JOB_IDS, LAPSING, LIMITS, RedisClock, Twins
+from tests.fixtures.queue_twins import DYING, JOB_IDS, LIMITS, REAPING, RedisClock, Twins
 from tests.fixtures.queue_world import MODEL, QueueWorld, make_job
 
 # 10,000 steps; `make soak` takes several times as many.
@@ -153,7 +153,9 @@ async def crash(twins: Twins, *, restarts: bool) -> None:
     """The second gateway dies. Its leases lapse; its next process or the other gateway ends what it had."""
     dead = twins.second
     # The last sign of life: from now on its leases are the usual ones.
-    await twins.same(lambda queue, _: queue.renew(MODEL, {}, twins.jobs_of(dead)), dead, LAPSING)
+    await twins.same(lambda queue, _: queue.renew(MODEL, {}, twins.jobs_of(dead)), dead, DYING)
+    # What that lent to others is theirs for longer.
+    await twins.same(lambda queue, _: queue.renew(MODEL, {}, twins.jobs_of("g1")))
     twins.world.advance(LAPSED_S)
 
     async def come_back(queue: JobQueue, side: int) -> object:
@@ -171,7 +173,7 @@ async def crash(twins: Twins, *, restarts: bool) -> None:
     if restarts:
         await twins.same(come_back, dead)
     else:
-        await twins.same(clear_away, "g1", LAPSING)
+        await twins.same(clear_away, "g1", REAPING)
         twins.second = f"{dead}'"
     assert not twins.jobs_of(twins.second) & twins.memory._line(MODEL).jobs.by_id.keys()
     await twins.same_books(audit(twins.world.client), "t0")
