@@ -26,7 +26,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,38 +51,58 @@ async def run(bench: Bench, arguments: argparse.Namespace, load: Load) -> list[d
     return await run_steps([*plan, *((bench.open, rate) for rate in arguments.rate)], load, SETTLING_S)
 
 
-def summary_of(arguments: argparse.Namespace, steps: list[dict[str, Any]]) -> list[Summary]:
-    """What several rounds say together of the mesh."""
+def summary_of(
+    arguments: argparse.Namespace, steps: list[dict[str, Any]], measured: Callable[[dict[str, Any]], float]
+) -> list[Summary]:
+    """What several rounds say together of something that was measured in the mesh."""
     sizes = len(arguments.clients)
     if arguments.rounds == 1 or not sizes:
         return []
-    goodput = [
-        (step["clients"], step["goodput_tokens_per_s"])
-        for step in steps
-        if step["queue"] and step["clients"] is not None
+    found = [
+        (step["clients"], measured(step)) for step in steps if step["queue"] and step["clients"] is not None
     ]
-    rounds = [dict(goodput[at : at + sizes]) for at in range(0, len(goodput), sizes)]
+    rounds = [dict(found[at : at + sizes]) for at in range(0, len(found), sizes)]
     return summaries(rounds, random.Random(0))  # noqa: S311 - the same figures give the same interval
 
 
-def line_of_rounds(summary: Summary) -> str:
+def goodput_of(step: dict[str, Any]) -> float:
+    """Tokens/s."""
+    return float(step["goodput_tokens_per_s"])
+
+
+def worker_cores_of(step: dict[str, Any]) -> float:
+    """Cores that the workers had; 0 where that is not known."""
+    return float(step["cores"].get("worker", 0.0))
+
+
+def line_of_rounds(goodput: Summary, cores: Summary) -> str:
     """All rounds of a number of clients in one line."""
-    low, high = summary.interval
     return (
-        f"{summary.clients} clients, all rounds: {summary.tokens_per_s:.0f} tokens/s at the median, "
-        f"deviation {summary.deviation:.0f}, {summary.share:.1%} of the highest ({low:.1%} to {high:.1%})"
+        f"{goodput.clients} clients, all rounds: {goodput.median:.0f} tokens/s at the median, "
+        f"deviation {goodput.deviation:.0f}, {_share(goodput)} of the highest; "
+        f"workers had {cores.median:.2f} cores, {_share(cores)}"
     )
 
 
+def _share(summary: Summary) -> str:
+    low, high = summary.interval
+    return f"{summary.share:.1%} ({low:.1%} to {high:.1%})"
+
+
 def report(
-    arguments: argparse.Namespace, load: Load, steps: list[dict[str, Any]], rounds: list[Summary]
+    arguments: argparse.Namespace,
+    load: Load,
+    steps: list[dict[str, Any]],
+    goodput: list[Summary],
+    cores: list[Summary],
 ) -> dict[str, Any]:
     """Everything that was measured, and of what."""
     return {
         **circumstances(arguments),
         "load": asdict(load),
         "steps": steps,
-        "rounds": [asdict(one) for one in rounds],
+        "rounds": [asdict(one) for one in goodput],
+        "worker_cores": [asdict(one) for one in cores],
     }
 
 
@@ -97,11 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (NoMesh, subprocess.CalledProcessError) as error:
         print(f"bench load: {error}", file=sys.stderr)
         return 1
-    rounds = summary_of(arguments, steps)
-    for summary in rounds:
-        print(line_of_rounds(summary))
+    goodput, cores = (summary_of(arguments, steps, measured) for measured in (goodput_of, worker_cores_of))
+    for pair in zip(goodput, cores, strict=True):
+        print(line_of_rounds(*pair))
     if arguments.json:
-        arguments.json.write_text(json.dumps(report(arguments, load, steps, rounds), indent=2) + "\n")
+        arguments.json.write_text(json.dumps(report(arguments, load, steps, goodput, cores), indent=2) + "\n")
     if arguments.chart:
         draw([step for step in steps if step["clients"] is not None], arguments.chart)
     return 0

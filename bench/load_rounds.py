@@ -23,14 +23,14 @@ class Summary:
 
     Attributes:
         clients: How many.
-        tokens_per_s: The median over the rounds.
+        median: The median over the rounds, of tokens/s or of whatever else was measured.
         deviation: The standard deviation over the rounds, of the same unit; 0 of a single round.
         share: The median of its ratio to the mean of its round, relative to the highest of these medians.
         interval: From where to where that share is in nine of ten resamples of the rounds (bootstrap).
     """
 
     clients: int
-    tokens_per_s: float
+    median: float
     deviation: float
     share: float
     interval: tuple[float, float]
@@ -47,7 +47,7 @@ def summaries(rounds: Sequence[dict[int, float]], chance: random.Random) -> list
     """What the rounds say, by clients.
 
     Args:
-        rounds: Tokens/s by clients, of each round; all of the same clients.
+        rounds: What was measured by clients, of each round; all of the same clients.
         chance: Draws the resamples.
     """
     shares = _shares(rounds)

@@ -9,6 +9,7 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -118,7 +119,7 @@ def test_rounds_tell_what_their_medians_are_worth() -> None:
     """Drift that all numbers of clients share does not widen the interval; a round that strays does."""
     steady = [{8: 100.0 + drift, 16: 97.0 + drift} for drift in (0.0, 1.0, 2.0, -1.0, -2.0)]
     eight, sixteen = summaries(steady, CHANCE)
-    assert (eight.clients, eight.tokens_per_s, eight.share, eight.interval) == (8, 100.0, 1.0, (1.0, 1.0))
+    assert (eight.clients, eight.median, eight.share, eight.interval) == (8, 100.0, 1.0, (1.0, 1.0))
     assert eight.deviation == pytest.approx(1.58, abs=0.01)
     assert sixteen.share == 0.97
     assert sixteen.interval[1] - sixteen.interval[0] < 0.002
@@ -128,6 +129,22 @@ def test_rounds_tell_what_their_medians_are_worth() -> None:
     # A round that was slow for all says nothing of any; medians of each number alone would differ.
     halved = [{8: 100.0, 16: 98.0}, {8: 60.0, 16: 58.8}, {8: 50.0, 16: 49.0}]
     assert [round(one.share, 6) for one in summaries(halved, CHANCE)] == [1.0, 0.98]
+
+
+def test_all_rounds_of_a_number_of_clients_are_one_line() -> None:
+    """Tokens/s, and what does not drift; steps without the queue and arrivals are no part of it."""
+    steps: list[dict[str, Any]] = [
+        {"clients": clients, "queue": True, "goodput_tokens_per_s": 10.0 * clients, "cores": {"worker": 1.5}}
+        for clients in (8, 16, 16, 8)
+    ]
+    steps += [{"clients": 8, "queue": False}, {"clients": None, "queue": True}]
+    arguments = argparse.Namespace(clients=[8, 16], rounds=2)
+    goodput = bench.summary_of(arguments, steps, bench.goodput_of)
+    cores = bench.summary_of(arguments, steps, bench.worker_cores_of)
+    assert bench.line_of_rounds(goodput[0], cores[0]) == (
+        "8 clients, all rounds: 80 tokens/s at the median, deviation 0, 50.0% (50.0% to 50.0%) of the highest"
+        "; workers had 1.50 cores, 100.0% (100.0% to 100.0%)"
+    )
 
 
 def test_mixed_answers_are_as_long_in_the_mean() -> None:
