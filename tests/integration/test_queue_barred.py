@@ -14,8 +14,8 @@ from services.gateway.core.queue_errors import RETRY_WHEN_HELD_S, WorkersBarred
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.queue_line import QueueWorker
 from tests.fixtures.queue_audit import audit
+from tests.fixtures.queue_twins import RedisClock
 from tests.fixtures.queue_world import MODEL, REVISION, QueueWorld, make_job
-from tests.integration.test_queue_properties import RedisClock
 
 LIMITS = QueueLimits(waiting_jobs_max=2, lease_ttl_s=1e5)
 
