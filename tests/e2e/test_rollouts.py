@@ -19,7 +19,7 @@ from bench import rollouts as load
 from tests.fixtures.mesh import MODEL, ROOT, Mesh, started
 from tests.fixtures.rollout_load import STREAMS as CLIENTS
 from tests.fixtures.rollout_load import asked_all_the_time
-from tests.fixtures.rollout_sight import rollout, serving, states
+from tests.fixtures.rollout_sight import held, rollout, serving, states, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -179,6 +179,8 @@ def push(mesh: Mesh, directory: Path, revision: str, *options: str) -> None:
 def aborted(mesh: Mesh, revision: str, strategy: str) -> str:
     """The cause of a rollout that ends ABORTED under load: nothing fails, and the old one answers it all."""
     before = serving(mesh)
+    # Whatever another test has rolled out and back is inside no worker any more: it would be ready at once.
+    until(lambda: set().union(*held(mesh).values()) == {before}, 60.0)
     with asked_all_the_time(mesh) as replies:
         watched = mesh.run("rollouts", "start", MODEL, revision, "--strategy", strategy, "--watch")
     ended = rollout(mesh)
