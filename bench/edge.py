@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, nullcontext
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     plan = Plan(load, arguments.rounds, arguments.streams, arguments.idle_requests, arguments.fresh)
     try:
-        with started(()) if arguments.up else nullcontext():
+        with started(up=arguments.up):
             found = asyncio.run(run(plan))
     except (NoMesh, Unanswered, subprocess.CalledProcessError) as error:
         print(f"bench edge: {error}", file=sys.stderr)

@@ -35,7 +35,7 @@ from bench.load_chart import draw
 from bench.load_options import add_mesh, add_requests, add_times, circumstances, load_of, mesh_of
 from bench.load_plan import Load
 from bench.load_rounds import Summary, order, summaries
-from bench.load_runs import SETTLING_S, Bench, RunStep, run_steps
+from bench.load_runs import Bench, RunStep, run_steps
 from bench.load_world import NoMesh, find
 
 
@@ -44,11 +44,12 @@ async def run(bench: Bench, arguments: argparse.Namespace, load: Load) -> list[d
     sizes = order(arguments.clients, arguments.rounds, random.Random())  # noqa: S311 - no secrets
     if arguments.continuous:
         async with bench.going_on(max(sizes)) as closed:
-            return await run_steps([(closed, clients) for clients in sizes], load, pause_s=0.0)
+            return await run_steps([(closed, clients) for clients in sizes], load, continuous=True)
     plan: list[tuple[RunStep, float]] = [(bench.closed, clients) for clients in sizes]
     if arguments.without_queue:
         plan = [(way, clients) for _, clients in plan for way in (bench.closed, bench.direct)]
-    return await run_steps([*plan, *((bench.open, rate) for rate in arguments.rate)], load, SETTLING_S)
+    plan += [(bench.open, rate) for rate in arguments.rate]
+    return await run_steps(plan, load, continuous=False)
 
 
 def summary_of(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 from bench.load_plan import Load, Tenant, tenant
 from bench.load_world import started
+from bench.race.machine_facts import processor_line
 
 
 def add_requests(parser: argparse.ArgumentParser, load: Load) -> None:
@@ -66,21 +64,12 @@ def load_of(arguments: argparse.Namespace) -> Load:
     )
 
 
-@contextmanager
-def mesh_of(arguments: argparse.Namespace) -> Iterator[None]:
-    """The mesh that is loaded runs inside: one of its own with `--up`.
-
-    Raises:
-        subprocess.CalledProcessError: It cannot be started.
-    """
+def mesh_of(arguments: argparse.Namespace) -> AbstractContextManager[None]:
+    """The mesh that is loaded runs inside: one of its own with `--up`. See `started`."""
     options = ("--workers", str(arguments.workers), "--gateways", str(arguments.gateways))
-    with started(options) if arguments.up else nullcontext():
-        yield
+    return started(options, up=arguments.up)
 
 
 def circumstances(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a report says of where and how it was measured."""
-    return {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "transport": arguments.transport,
-    }
+    return {"machine": processor_line(), "transport": arguments.transport}

@@ -90,9 +90,9 @@ class Bench:
 
 
 async def run_steps(
-    steps: Sequence[tuple[RunStep, float]], load: Load, pause_s: float
+    steps: Sequence[tuple[RunStep, float]], load: Load, *, continuous: bool
 ) -> list[dict[str, Any]]:
-    """Runs steps one after the other, with a pause after each, under a progress bar."""
+    """Runs steps one after the other under a progress bar; unless they go on in each other, with a pause."""
     found: list[dict[str, Any]] = []
     with Progress(transient=True) as progress:
         task = progress.add_task("", total=len(steps) * (load.warmup_s + load.duration_s))
@@ -101,9 +101,11 @@ async def run_steps(
             told = await run_step(size, lambda seconds: progress.advance(task, seconds))
             found.append(told)
             progress.console.print(line_of(told))
-            if pause_s and (hint := hint_of(told, load)) is not None:
+            if continuous:
+                continue
+            if (hint := hint_of(told, load)) is not None:
                 progress.console.print(f"  {hint}", style="dim")
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(SETTLING_S)
     return found
 
 

@@ -44,12 +44,10 @@ class _Client:
 
     Attributes:
         tenant: Who asks.
-        task: Its asking.
         trace: What it asks for now.
     """
 
     tenant: Tenant
-    task: asyncio.Task[None] | None = None
     trace: Trace | None = None
 
     @property
@@ -73,7 +71,8 @@ class Crowd:
     ) -> None:
         self._caller, self._load, self._chance = caller, load, chance
         self._processes = processes
-        self._clients: list[_Client] = []
+        # Each with its asking.
+        self._clients: dict[_Client, asyncio.Task[None]] = {}
         self._traces: list[Trace] = []
 
     async def closed_loop(self, clients: int, tick: Tick) -> Step:
@@ -92,10 +91,10 @@ class Crowd:
         self._traces = [client.trace for client in self._clients if client.trace is not None]
         await self._resize(Counter(self._load.crowd(clients)))
         step = await self._measure(tick)
-        for client in self._clients:
-            if client.task is not None and client.task.done():
+        for asking in self._clients.values():
+            if asking.done():
                 # A defect of the bench: a client goes on for ever.
-                client.task.result()
+                asking.result()
         return step
 
     async def leave(self) -> None:
@@ -110,10 +109,8 @@ class Crowd:
             leaving += of_tenant[wanted[tenant] :]
             for _ in range(wanted[tenant] - len(of_tenant)):
                 client = _Client(tenant)
-                client.task = asyncio.create_task(self._keep_asking(client))
-                self._clients.append(client)
-        self._clients = [client for client in self._clients if client not in leaving]
-        tasks = [client.task for client in leaving if client.task is not None]
+                self._clients[client] = asyncio.create_task(self._keep_asking(client))
+        tasks = [self._clients.pop(client) for client in leaving]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -72,8 +72,17 @@ def processes() -> Processes:
 
 
 @contextmanager
-def started(options: Sequence[str]) -> Iterator[None]:
-    """Starts a mesh in this home as `interlock up` does, on free ports, and stops it afterwards."""
+def started(options: Sequence[str] = (), *, up: bool = True) -> Iterator[None]:
+    """Starts a mesh in this home as `interlock up` does, on free ports, and stops it afterwards.
+
+    Without `up` the one that runs here is left as it is.
+
+    Raises:
+        subprocess.CalledProcessError: It cannot be started, or stopped.
+    """
+    if not up:
+        yield
+        return
     command = (sys.executable, "-P", "-m", "services.cli")
     subprocess.run((*command, "up", "--detach", "--port", "0", *options), check=True)
     try:

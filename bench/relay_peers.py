@@ -30,12 +30,10 @@ from interlock.v1 import (
 from services.common import announce, server
 from services.common.channel import connect
 from services.common.grpc_types import Context
+from services.worker.servicer import COMMANDS_MAX
 
 # Plain words of nearly every vocabulary; what they say does not matter.
 TOKEN_FIRST, TOKEN_SPAN = 1_000, 64
-
-# As a worker's, so that the gateway speaks to the source as to one.
-COMMANDS_MAX = 64
 
 LENGTH = generation_pb2.FINISH_REASON_LENGTH
 
@@ -62,6 +60,7 @@ class Source(worker_service_pb2_grpc.WorkerServiceServicer, gateway_service_pb2_
         jobs: dict[str, Job] = {}
         wake = asyncio.Event()
         listening = asyncio.ensure_future(_listen(request_iterator, jobs, wake))
+        # As a worker, so that the gateway speaks to it as to one.
         alive = worker_service_pb2.Alive(free_slots=1, commands_max=COMMANDS_MAX)
         try:
             yield worker_service_pb2.SessionResponse(alive=alive)
