@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from services.common.directory_size import bytes_below
 from services.local.model_store import ModelUnavailable
 
 _LEASH = Path(__file__).with_name("leash.py")
@@ -38,7 +39,7 @@ class ProcessToolbox:
                 what=f"download {requirement}",
                 # pip keeps what has arrived in its temporary directory; one of ours can be measured.
                 environment={"TMPDIR": partial},
-                tick=lambda: arrived(_size_bytes(into)),
+                tick=lambda: arrived(bytes_below(into)),
             )
 
     def convert(self, file: Path, into: Path) -> None:
@@ -93,14 +94,3 @@ def _watch(process: subprocess.Popen[bytes], end_s: float, tick: Callable[[], No
                 raise
         else:
             return
-
-
-def _size_bytes(directory: Path) -> int:
-    total = 0
-    for path in directory.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            # pip moved it between the look and the question.
-            continue
-    return total

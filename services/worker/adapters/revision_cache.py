@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from services.common import logs
 from services.common.artifacts import FileDigest, exclusive, files_digest
+from services.common.directory_size import bytes_below
 from services.common.threads import in_thread
 
 # Hidden, so that it is no file of the revision. Its time says when the directory was last used.
@@ -84,9 +85,9 @@ class RevisionCache:
 
     def _make_room(self, wanted: Path, size_bytes: int) -> None:
         """Removes what nobody uses, until `wanted` fits under the bound and onto the disk."""
-        missing_bytes = max(0, size_bytes - _bytes_of(wanted))
+        missing_bytes = max(0, size_bytes - bytes_below(wanted))
         others = [entry for entry in self._directory.iterdir() if entry.is_dir() and entry != wanted]
-        sizes = {other: _bytes_of(other) for other in others}
+        sizes = {other: bytes_below(other) for other in others}
         total_bytes = size_bytes + sum(sizes.values())
         for other in sorted(others, key=_used_at_s):
             fits = shutil.disk_usage(self._directory).free >= missing_bytes
@@ -119,12 +120,3 @@ def _used_at_s(directory: Path) -> float:
         return (directory / _USED).stat().st_mtime
     except OSError:
         return 0.0
-
-
-def _bytes_of(directory: Path) -> int:
-    """What lies in it at any depth: directories of before were named by model and revision."""
-    size_bytes = 0
-    for file in directory.rglob("*"):
-        with contextlib.suppress(OSError):
-            size_bytes += file.lstat().st_size
-    return size_bytes
