@@ -12,7 +12,8 @@ Requests that run when a step ends are cut; their tokens count. A machine's spee
 --clients steps so often, mixed, and tells the medians with what they are worth; the chart draws them. With
 --continuous nothing begins anew between them: clients come and go, and steps that are compared can be short
 and lie close together (their TTFT is then of the steps before, too). What does not drift is told with each
-step: how many cores the workers had, and how many all others took.
+step: how many streams were in a step of the workers' engines, in the mean over the time; how many cores the
+workers had; and how many all others took. Tokens/s follow from the first two and the speed of the machine.
 
 --without-queue runs every --clients step a second time as it would be with no gateway: the same clients
 straight at the first worker's session, all requests at once, and whoever is refused tries again at once.
@@ -26,7 +27,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,23 @@ def worker_cores_of(step: dict[str, Any]) -> float:
     return float(step["cores"].get("worker", 0.0))
 
 
-def line_of_rounds(goodput: Summary, cores: Summary) -> str:
+def engine_streams_of(step: dict[str, Any]) -> float:
+    """Streams in a step of the workers' engines; 0 where that is not known."""
+    return float(step["engine_streams"] or 0.0)
+
+
+def line_of_rounds(goodput: Summary, streams: Summary, cores: Summary) -> str:
     """All rounds of a number of clients in one line."""
     return (
         f"{goodput.clients} clients, all rounds: {goodput.median:.0f} tokens/s at the median, "
         f"deviation {goodput.deviation:.0f}, {_share(goodput)} of the highest; "
+        f"streams in a step {streams.median:.1f}, {_share(streams)}; "
         f"workers had {cores.median:.2f} cores, {_share(cores)}"
     )
+
+
+# What rounds are summed up of, by its name in the report.
+MEASURED = {"rounds": goodput_of, "engine_streams": engine_streams_of, "worker_cores": worker_cores_of}
 
 
 def _share(summary: Summary) -> str:
@@ -94,16 +105,14 @@ def report(
     arguments: argparse.Namespace,
     load: Load,
     steps: list[dict[str, Any]],
-    goodput: list[Summary],
-    cores: list[Summary],
+    summed: Mapping[str, list[Summary]],
 ) -> dict[str, Any]:
     """Everything that was measured, and of what."""
     return {
         **circumstances(arguments),
         "load": asdict(load),
         "steps": steps,
-        "rounds": [asdict(one) for one in goodput],
-        "worker_cores": [asdict(one) for one in cores],
+        **{name: [asdict(one) for one in found] for name, found in summed.items()},
     }
 
 
@@ -118,11 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (NoMesh, subprocess.CalledProcessError) as error:
         print(f"bench load: {error}", file=sys.stderr)
         return 1
-    goodput, cores = (summary_of(arguments, steps, measured) for measured in (goodput_of, worker_cores_of))
-    for pair in zip(goodput, cores, strict=True):
-        print(line_of_rounds(*pair))
+    summed = {name: summary_of(arguments, steps, measured) for name, measured in MEASURED.items()}
+    for of_clients in zip(*summed.values(), strict=True):
+        print(line_of_rounds(*of_clients))
     if arguments.json:
-        arguments.json.write_text(json.dumps(report(arguments, load, steps, goodput, cores), indent=2) + "\n")
+        arguments.json.write_text(json.dumps(report(arguments, load, steps, summed), indent=2) + "\n")
     if arguments.chart:
         draw([step for step in steps if step["clients"] is not None], arguments.chart)
     return 0

@@ -17,7 +17,7 @@ from bench.load_direct import open_direct
 from bench.load_figures import figures
 from bench.load_plan import Load
 from bench.load_steps import Crowd, Step, Tick
-from bench.load_world import Target, open_caller, processes, tokens_of
+from bench.load_world import Target, engines, open_caller, processes, tokens_of
 
 # What a cancelled request still costs its worker is over by then.
 SETTLING_S = 1.0
@@ -82,11 +82,11 @@ class Bench:
         return self._told(step, clients=None, rate=rate, queue=True)
 
     def _crowd(self, caller: Caller) -> Crowd:
-        return Crowd(caller, self._load, self._chance, processes)
+        return Crowd(caller, self._load, self._chance, processes, engines)
 
     def _told(self, step: Step, **what: Any) -> dict[str, Any]:
         found = asdict(figures(step.traces, self._load.weights, step.window_s))
-        return what | found | {"cores": dict(step.cores)}
+        return what | found | {"cores": dict(step.cores), "engine_streams": step.streams}
 
 
 async def run_steps(
@@ -121,6 +121,7 @@ def line_of(step: dict[str, Any]) -> str:
         f"refused {step['shed_rate']:.1%} in {_ms(refusal['p50'])}/{_ms(refusal['p95'])} ms",
         f"{step['missed_deadlines']} missed, {step['requests']['failed']} failed",
         f"Jain {step['jain']:.3f}",
+        f"streams in a step {_or_dash(step['engine_streams'], '.1f')}",
         f"cores: {', '.join(f'{kind} {cores:.2f}' for kind, cores in step['cores'].items())}",
     ]
     return ", ".join(parts)
@@ -141,4 +142,8 @@ def hint_of(step: dict[str, Any], load: Load) -> str | None:
 
 
 def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
+    return _or_dash(value, ".0f")
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from bench.engine_work import Engines, nobody, read, streams_between
 from bench.load_callers import Caller
 from bench.load_plan import Ask, Load, Tenant, ask_of
 from bench.load_trace import Fate, Trace
@@ -31,11 +32,13 @@ class Step:
         traces: All its requests.
         window_s: From when to when it is measured, of the traces' clock.
         cores: Cores that each kind of process kept busy then.
+        streams: How many the workers' engines carried then; None: they were not asked.
     """
 
     traces: list[Trace] = field(default_factory=list)
     window_s: tuple[float, float] = (0.0, 0.0)
     cores: Mapping[str, float] = field(default_factory=dict)
+    streams: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -64,13 +67,19 @@ class Crowd:
         load: What they ask.
         chance: Draws prompts and arrivals.
         processes: Tells which processes there are now, the mesh's and this one.
+        engines: Tells where the workers' metrics are now.
     """
 
     def __init__(
-        self, caller: Caller, load: Load, chance: random.Random, processes: Listing = client_alone
+        self,
+        caller: Caller,
+        load: Load,
+        chance: random.Random,
+        processes: Listing = client_alone,
+        engines: Engines = nobody,
     ) -> None:
         self._caller, self._load, self._chance = caller, load, chance
-        self._processes = processes
+        self._processes, self._engines = processes, engines
         # Each with its asking.
         self._clients: dict[_Client, asyncio.Task[None]] = {}
         self._traces: list[Trace] = []
@@ -126,9 +135,10 @@ class Crowd:
         began_s = time.monotonic() + self._load.warmup_s
         until_s = began_s + self._load.duration_s
         await self._pass_until(began_s, tick)
-        usage = Usage(self._processes())
+        usage, before = Usage(self._processes()), await read(self._engines())
         await self._pass_until(until_s, tick)
-        return Step(self._traces, (began_s, until_s), usage.cores())
+        cores, after = usage.cores(), await read(self._engines())
+        return Step(self._traces, (began_s, until_s), cores, streams_between(before, after))
 
     async def _pass_until(self, until_s: float, tick: Tick) -> None:
         while (left_s := until_s - time.monotonic()) > 0:

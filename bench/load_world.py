@@ -71,6 +71,12 @@ def processes() -> Processes:
     return (*((kind, part.pid) for kind, part in parts if part.pid), *client_alone())
 
 
+def engines() -> tuple[str, ...]:
+    """Where the workers of the mesh of `$INTERLOCK_HOME` tell their metrics now."""
+    found = state.read(Home.of_environment(os.environ).state_file)
+    return () if found is None else tuple(worker.metrics for worker in found.workers)
+
+
 @contextmanager
 def started(options: Sequence[str] = (), *, up: bool = True) -> Iterator[None]:
     """Starts a mesh in this home as `interlock up` does, on free ports, and stops it afterwards.

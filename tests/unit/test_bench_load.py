@@ -134,15 +134,21 @@ def test_rounds_tell_what_their_medians_are_worth() -> None:
 def test_all_rounds_of_a_number_of_clients_are_one_line() -> None:
     """Tokens/s, and what does not drift; steps without the queue and arrivals are no part of it."""
     steps: list[dict[str, Any]] = [
-        {"clients": clients, "queue": True, "goodput_tokens_per_s": 10.0 * clients, "cores": {"worker": 1.5}}
+        {
+            "clients": clients,
+            "queue": True,
+            "goodput_tokens_per_s": 10.0 * clients,
+            "engine_streams": 2.0 * clients,
+            "cores": {"worker": 1.5},
+        }
         for clients in (8, 16, 16, 8)
     ]
     steps += [{"clients": 8, "queue": False}, {"clients": None, "queue": True}]
     arguments = argparse.Namespace(clients=[8, 16], rounds=2)
-    goodput = bench.summary_of(arguments, steps, bench.goodput_of)
-    cores = bench.summary_of(arguments, steps, bench.worker_cores_of)
-    assert bench.line_of_rounds(goodput[0], cores[0]) == (
+    summed = [bench.summary_of(arguments, steps, measured)[0] for measured in bench.MEASURED.values()]
+    assert bench.line_of_rounds(*summed) == (
         "8 clients, all rounds: 80 tokens/s at the median, deviation 0, 50.0% (50.0% to 50.0%) of the highest"
+        "; streams in a step 16.0, 50.0% (50.0% to 50.0%)"
         "; workers had 1.50 cores, 100.0% (100.0% to 100.0%)"
     )
 

@@ -30,6 +30,9 @@ class EngineCollector(Collector):
         """See `Collector.collect`."""
         pulse = self._pulse()
         yield CounterMetricFamily("interlock_worker_steps", "Forward passes.", pulse.steps)
+        yield CounterMetricFamily(
+            "interlock_worker_step_seconds", "Seconds that forward passes took.", pulse.step_s
+        )
         yield CounterMetricFamily("interlock_worker_tokens", "Tokens generated.", pulse.generated_tokens)
         yield GaugeMetricFamily("interlock_worker_running", "Sequences that hold a slot.", pulse.running)
         yield GaugeMetricFamily(

@@ -93,6 +93,7 @@ class Pulse:
         running: Sequences that hold a slot.
         free_slots: Sequences that could start.
         paused: Sequences that wait for credit, by session.
+        step_s: Seconds that the steps have taken since the start.
     """
 
     steps: int = 0
@@ -100,6 +101,7 @@ class Pulse:
     running: int = 0
     free_slots: int = 0
     paused: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    step_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -144,6 +146,7 @@ class Stepper:
         self._loaded: dict[str, _Loaded] = {}
         self._steps = 0
         self._generated_tokens = 0
+        self._step_s = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -159,7 +162,8 @@ class Stepper:
         for one in self._loaded.values():
             paused.update(one.scheduler.paused_by_session())
         free = self._slots - running
-        return Pulse(self._steps, self._generated_tokens, running, free, MappingProxyType(paused))
+        idle = MappingProxyType(paused)
+        return Pulse(self._steps, self._generated_tokens, running, free, idle, self._step_s)
 
     def handle(self, command: Command) -> tuple[Event, ...]:
         """Performs a command, between steps."""
@@ -242,7 +246,10 @@ class Stepper:
             choices = one.runner.step(batch)
         except Exception as error:  # noqa: BLE001 - one step's failure must not end the loop
             return (*one.scheduler.fail(), StepFailed(revision, error))
-        one.scheduler.pace(batch, self._clock.monotonic() - began_s)
+        finally:
+            took_s = self._clock.monotonic() - began_s
+            self._step_s += took_s
+        one.scheduler.pace(batch, took_s)
         outputs = one.scheduler.apply(choices)
         self._generated_tokens += sum(len(output.token_ids) for output in outputs)
         return outputs

@@ -17,9 +17,10 @@ def test_a_scrape_shows_the_moment_at_which_it_was_made() -> None:
     registry = CollectorRegistry()
     registry.register(EngineCollector(lambda: pulses[-1], residency))
     residency.begin("demo", "abc")
-    pulses.append(Pulse(7, 40, 3, 29, MappingProxyType({1: 2, 5: 1})))
+    pulses.append(Pulse(7, 40, 3, 29, MappingProxyType({1: 2, 5: 1}), 2.5))
     shown = generate_latest(registry).decode().splitlines()
     assert "interlock_worker_steps_total 7.0" in shown
+    assert "interlock_worker_step_seconds_total 2.5" in shown
     assert "interlock_worker_tokens_total 40.0" in shown
     assert "interlock_worker_running 3.0" in shown
     assert "interlock_worker_slots_free 29.0" in shown

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from services.common.system_clock import SystemClock
 from services.worker.core.admission import JobStart
+from services.worker.core.batch import Batch, Choice
 from services.worker.core.sequence import Finish, Output, SequenceKey, SequenceStart
 from services.worker.core.stepper import (
     AddCredit,
@@ -19,10 +22,24 @@ from services.worker.core.stepper import (
     Unload,
     Unloaded,
 )
+from tests.fakes.turned_clock import TurnedClock
 from tests.fakes.worker_ports import FakeRunner
 
 KEY = SequenceKey(1, "a")
 ENDS = [Cancel(KEY), CloseSession(1)]
+
+
+class SlowRunner(FakeRunner):
+    """Takes its time for each step."""
+
+    def __init__(self, clock: TurnedClock, step_s: float) -> None:
+        super().__init__()
+        self._clock, self._takes_s = clock, step_s
+
+    def step(self, batch: Batch) -> Sequence[Choice]:
+        """See `ModelRunner.step`."""
+        self._clock.turn(self._takes_s)
+        return super().step(batch)
 
 
 def paused() -> Stepper:
@@ -65,3 +82,16 @@ def test_a_revision_that_runs_nothing_leaves_at_once() -> None:
     stepper.handle(Unload("r"))
     assert stepper.has_work
     assert stepper.step() == (Unloaded("r"),)
+
+
+def test_what_steps_take_is_counted_with_those_that_fail() -> None:
+    """Two steps of a quarter of a second each, the second of which raises."""
+    clock = TurnedClock()
+    runner = SlowRunner(clock, 0.25)
+    stepper = Stepper(2, clock, chunk_tokens=64, shared_chunk_tokens=16, prefix_cache_share=0.0)
+    stepper.handle(Host("r", runner))
+    stepper.handle(Admit(JobStart("m", "r", 5, (SequenceStart(KEY, (3, 1, 4), 8, credit_tokens=8),))))
+    stepper.step()
+    runner.error = RuntimeError("broken")
+    stepper.step()
+    assert (stepper.pulse.steps, stepper.pulse.step_s) == (2, 0.5)
