@@ -252,7 +252,7 @@ class Follower:
             await self._fill_from_store()
         elif len(journal.entries) > self._read:
             self._take_entries(journal.entries[self._read :])
-        elif journal.queued is not self._queued and not journal.started:
+        elif journal.queued is not self._queued and not self._read:
             self._queued = self._unsaid = journal.queued
         elif journal.error is not None:
             self._fail(journal.error)
