@@ -138,18 +138,19 @@ class Follower:
         """See `AnswerStream.has_news`."""
         return bool(self._entries) or self._unsaid is not None or self._ended
 
-    async def first_output(self, timeout_s: float) -> None:
+    async def first_output(self, timeout_s: float) -> bool:
         """See `AnswerStream.first_output`."""
         try:
             async with asyncio.timeout(timeout_s):
                 while (output := self._first_output()) is None and not self._ended:
                     await self._fill()
         except TimeoutError:
-            return
+            return True
         if isinstance(output, Failed):
             raise output.error
         if output is None and self._error is not None:
             raise self._error
+        return bool(self._entries) or not self._ended
 
     async def ready(self, timeout_s: float) -> bool:
         """See `AnswerStream.ready`."""
