@@ -6,7 +6,8 @@ from typing import Any
 
 from deploy.envoy.address import address
 from deploy.envoy.parameters import Parameters
-from deploy.envoy.replies import HEADERS_MESSAGE, mappers
+from deploy.envoy.path_fields import path_fields
+from deploy.envoy.replies import BAD_MESSAGE, HEADERS_MESSAGE, mappers
 from deploy.envoy.routes import BODY_BYTES_MAX, route_configuration
 from deploy.envoy.transport import transport
 
@@ -25,6 +26,11 @@ _HEADERS_ADDED = 8
 # begin by then: reflection answers each, and an upload's answer begins when its manifest has come.
 REQUEST_TIMEOUT_S = 60
 
+_PATH_FIELDS = "\n".join(
+    f'  ["{prefix}"] = {{{", ".join(f"{name} = true" for name in names)}}},'
+    for prefix, names in path_fields().items()
+)
+
 # The gateway names a reply's status in a header, because a transcoded reply is always 200. Header
 # mutation may not touch `:status`; Lua may.
 #
@@ -36,7 +42,31 @@ REQUEST_TIMEOUT_S = 60
 #
 # Before that, headers are counted here and not by the codec, which refuses before it has read the path: then
 # nobody could tell whose API was asked, and the error would have no shape and no request id.
+#
+# A query that names a field of its path is refused: see `path_fields`. Its names may be escaped; the path has
+# one spelling by then.
 _LUA = f"""\
+local path_fields = {{
+{_PATH_FIELDS}
+}}
+
+local function plain(text)
+  return (text:gsub("%%(%x%x)", function(hex) return string.char(tonumber(hex, 16)) end))
+end
+
+local function names_path_field(target)
+  local path, query = target:match("^([^?]*)%?(.*)$")
+  if not query then return false end
+  for prefix, fields in pairs(path_fields) do
+    if path:sub(1, #prefix) == prefix then
+      for parameter in query:gmatch("[^&]+") do
+        if fields[plain(parameter:match("^[^=]*"))] then return true end
+      end
+    end
+  end
+  return false
+end
+
 function envoy_on_request(handle)
   local headers = handle:headers()
   headers:remove("x-envoy-original-path")
@@ -46,6 +76,10 @@ function envoy_on_request(handle)
   end
   if count > {HEADERS_MAX + _HEADERS_ADDED} or size > {HEADERS_BYTES_MAX} then
     handle:respond({{[":status"] = "431"}}, "{HEADERS_MESSAGE}")
+    return
+  end
+  if names_path_field(headers:get(":path") or "") then
+    handle:respond({{[":status"] = "400"}}, "{BAD_MESSAGE}")
     return
   end
   local kind = headers:get("content-type") or ""

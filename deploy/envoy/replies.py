@@ -20,6 +20,7 @@ _ANTHROPIC = "/v1/(messages|complete)([/?].*)?"
 _SHARED = "/v1/(models|files)([/?].*)?"
 _ANTHROPIC_VERSION = {"header_filter": {"header": {"name": "anthropic-version", "present_match": True}}}
 
+BAD_MESSAGE = "The request is not valid HTTP for this path, or its query names a field of the path."
 HEADERS_MESSAGE = "The headers are too large or too many."
 
 
@@ -45,7 +46,7 @@ class _Reply:
 
 _BAD, _OAI_BAD, _ANT_BAD = "INVALID_ARGUMENT", "invalid_request_error", "invalid_request_error"
 _REPLIES = (
-    _Reply(400, _BAD, "ARGUMENT_INVALID", _OAI_BAD, _ANT_BAD, "The request is not valid HTTP for this path."),
+    _Reply(400, _BAD, "ARGUMENT_INVALID", _OAI_BAD, _ANT_BAD, BAD_MESSAGE),
     _Reply(
         403, "PERMISSION_DENIED", "UNSPECIFIED", _OAI_BAD, "permission_error", "The request is not allowed."
     ),

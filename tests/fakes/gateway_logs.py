@@ -32,6 +32,7 @@ class FakeLogs:
         appends: Positions and sizes of the appends.
         used: What the appends told of used tokens.
         down: Whether every call raises StoreUnavailable.
+        mute: Whether an append does so, and has written all the same.
         unattended: What `unattended_s` answers.
         outcomes: How jobs ended whose logs do not say so.
     """
@@ -42,6 +43,7 @@ class FakeLogs:
     appends: list[tuple[str, int, int]] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
     down: bool = False
+    mute: bool = False
     unattended: float | None = None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
@@ -66,7 +68,10 @@ class FakeLogs:
         self.appends.append((nonce, position, len(entries)))
         if self.answers:
             return self.answers.pop(0)
-        return Appended(AppendOutcome.WRITTEN, self._write(job_id, position, entries))
+        end = self._write(job_id, position, entries)
+        if self.mute:
+            raise StoreUnavailable("no reply")
+        return Appended(AppendOutcome.WRITTEN, end)
 
     async def read(self, model: str, job_id: str, after: int) -> LogPage | None:
         """See `GenerationLog.read`."""

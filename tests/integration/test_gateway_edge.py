@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ from interlock.v1 import gateway_service_pb2_grpc
 from deploy.envoy.parameters import Endpoint, Parameters
 from services.local import leash, probes
 from services.local.envoy_proxy import EnvoyProxy
+from tests.fixtures.gateway_edge import envoy_before
 from tests.fixtures.gateway_world import GatewayWorld, bearer, make_token, open_gateway
 
 
@@ -134,3 +136,36 @@ async def test_what_began_is_never_given_to_another(pair: Pair) -> None:
     await pair.gateways[0].dispatcher.drain(0)
     assert await calls == {"OK", "UNAVAILABLE ERROR_REASON_DRAINING"}
     assert sum(len(worker.starts) for worker in workers) == 8
+
+
+def _heard(address: str) -> tuple[bytes, list[tuple[int, str | None, bytes]]]:
+    """A resumable stream, and what one more connection hears behind its end: twice there, and of health."""
+    connection = http.client.HTTPConnection(address, timeout=20)
+    known = {"authorization": f"Bearer {make_token()}"}
+
+    def ask(method: str, path: str, body: bytes | None = None, **headers: str) -> http.client.HTTPResponse:
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, body, known | sent)
+        return connection.getresponse()
+
+    try:
+        body = b'{"text": "hi", "request_id": "mine", "resumable": true, "stream": true}'
+        events = ask("POST", "/v1/generate", body).read()
+        last = events.rpartition(b"id: ")[2].partition(b"\n")[0].decode()
+        heard = []
+        for path in ("/v1/generate/mine", "/v1/generate/mine", "/healthz"):
+            reply = ask("GET", path, last_event_id=last)
+            heard.append((reply.status, reply.getheader("content-type"), reply.read()))
+        return events, heard
+    finally:
+        connection.close()
+
+
+async def test_behind_the_last_event_a_browser_is_told_to_ask_no_more(tmp_path: Path) -> None:
+    """204, in the type of events, without a byte that its connection's next reply would begin with."""
+    async with open_gateway() as gateway, envoy_before(tmp_path, gateway.address) as url:
+        await gateway.add_worker("w1")
+        events, heard = await asyncio.to_thread(_heard, url.removeprefix("http://"))
+        assert b"event: finished" in events
+        nothing = (204, "text/event-stream; charset=utf-8", b"")
+        assert heard == [nothing, nothing, (200, "application/json", b'{"status":"alive"}')]

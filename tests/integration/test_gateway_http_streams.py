@@ -62,6 +62,8 @@ async def test_a_cut_stream_goes_on_behind_the_last_event_id(gateway: GatewayWor
     # After the end all of it is there, from the first event on, or behind the cursor in the query.
     assert (await read_reply(resume(gateway, "mine"))).events == events
     assert (await read_reply(resume(gateway, "mine", cursor=2))).events == events[2:]
+    over = await read_reply(resume(gateway, "mine", str(len(events))))
+    assert (over.status, over.bodies, over.content_type) == (204, [b""], "text/event-stream; charset=utf-8")
     late = await read_reply(resume(gateway, "mine", str(len(events) + 1)))
     assert (late.status, late.json["error"]["message"]) == (400, f"cursor: the log has {len(events)} events.")
 

@@ -145,6 +145,11 @@ class Chronicle:
         return self._written
 
     @property
+    def said(self) -> int:
+        """How many events the log may have: the store takes some without a word, and is told them again."""
+        return len(self._said)
+
+    @property
     def is_torn(self) -> bool:
         """Whether more was told than the log has.
 

@@ -60,16 +60,17 @@ class DirectStream:
         """See `AnswerStream.has_news`."""
         return self._may_read()
 
-    async def first_output(self, timeout_s: float) -> None:
+    async def first_output(self, timeout_s: float) -> bool:
         """See `AnswerStream.first_output`."""
         try:
             async with asyncio.timeout(timeout_s):
                 while not self._outbox.has_output and not self._generation.ended:
                     await self._outbox.wait()
         except TimeoutError:
-            return
+            return True
         if self.error is not None and not self._outbox.has_output:
             raise self.error
+        return True
 
     async def ready(self, timeout_s: float) -> bool:
         """See `AnswerStream.ready`."""

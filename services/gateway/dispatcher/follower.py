@@ -138,18 +138,19 @@ class Follower:
         """See `AnswerStream.has_news`."""
         return bool(self._entries) or self._unsaid is not None or self._ended
 
-    async def first_output(self, timeout_s: float) -> None:
+    async def first_output(self, timeout_s: float) -> bool:
         """See `AnswerStream.first_output`."""
         try:
             async with asyncio.timeout(timeout_s):
                 while (output := self._first_output()) is None and not self._ended:
                     await self._fill()
         except TimeoutError:
-            return
+            return True
         if isinstance(output, Failed):
             raise output.error
         if output is None and self._error is not None:
             raise self._error
+        return bool(self._entries) or not self._ended
 
     async def ready(self, timeout_s: float) -> bool:
         """See `AnswerStream.ready`."""
@@ -252,7 +253,7 @@ class Follower:
             await self._fill_from_store()
         elif len(journal.entries) > self._read:
             self._take_entries(journal.entries[self._read :])
-        elif journal.queued is not self._queued and not journal.started:
+        elif journal.queued is not self._queued and not self._read:
             self._queued = self._unsaid = journal.queued
         elif journal.error is not None:
             self._fail(journal.error)

@@ -162,15 +162,17 @@ class Resumption:
     def follow_here(self, generation: Generation, cursor: int) -> Follower:
         """A client of a request that runs at this gateway.
 
+        It may have seen, at another one, what the store took here without a word: it waits for the next try.
+
         Raises:
-            ArgumentInvalid: The log is shorter than `cursor`.
+            ArgumentInvalid: The log is shorter than `cursor`, also with what is on its way there.
             QueueFull: See `check_room`.
             WorkerLost: See `note_moved`.
         """
         assert generation.chronicle is not None
         self._check_torn(generation.job.job_id, cursor)
         journal = generation.chronicle.journal
-        if cursor > len(journal.entries):
+        if cursor > generation.chronicle.said:
             raise ArgumentInvalid(f"cursor: the log has {len(journal.entries)} events.")
         attendance = generation.attendance
 

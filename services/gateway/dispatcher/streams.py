@@ -45,8 +45,10 @@ class AnswerStream(Protocol):
         """Tokens of the prompt; None: the request runs elsewhere, and only its end tells."""
         ...
 
-    async def first_output(self, timeout_s: float) -> None:
+    async def first_output(self, timeout_s: float) -> bool:
         """Returns once there is text to be read, or an end, and when that takes longer.
+
+        False: the client has seen the end before, and nothing follows.
 
         Raises:
             InterlockError: What the request ended with before there was any.

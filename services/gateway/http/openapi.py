@@ -90,6 +90,7 @@ def _paths() -> dict[str, Any]:
     posted = ref("Request")
     generate = _operation("generate", "Generates.", ref("Result"), posted=posted, streams=True)
     resume = _operation("resume", "Goes on with a resumable request.", None, streams=True)
+    resume["responses"]["204"] = {"description": "The last event was the last one."}
     cancel = _operation("cancel", "Ends a request.", ref("Cancelled"))
     return {
         "/v1/generate": {"post": generate},

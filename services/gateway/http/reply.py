@@ -32,6 +32,8 @@ HEARTBEAT_S = 10.0
 BODY_BYTES = 1 << 14
 # A comment, in every API.
 HEARTBEAT = b": waiting\n\n"
+# The status of a stream whose end its client has seen: after one without events a browser would ask again.
+_NO_CONTENT = ((http_errors.STATUS_KEY, "204"),)
 
 
 class Shape(Protocol):
@@ -141,6 +143,8 @@ async def streamed(
     A client that reads nothing for too long is not hung up on, as by gRPC: what its stream held is free, and
     if it reads on it hears so, in an event. Trailers would end its body as if that were whole.
 
+    A client that has seen the end before is told so by the status, 204.
+
     Args:
         generation: The request.
         reply: Where its events go.
@@ -149,11 +153,11 @@ async def streamed(
     Raises:
         InterlockError: What the request ended with; before the first byte it still has its status.
     """
-    await generation.first_output(BEGIN_WAIT_S)
-    await reply.begin(generation)
+    follows = await generation.first_output(BEGIN_WAIT_S)
+    await reply.begin(generation, more=() if follows else _NO_CONTENT)
     now_s = asyncio.get_running_loop().time
     due_s, unsent = now_s(), b""
-    while True:
+    while follows:
         # What is there goes out together: the first text with what comes before it, the last with its end.
         if unsent and not generation.has_news:
             yield event(unsent)
@@ -179,7 +183,8 @@ async def streamed(
             if whole:
                 yield event(unsent[:whole])
             raise
-    if unsent:
+    if unsent or not follows:
+        # The type of events is said also where none follows: there are clients who look at it first.
         yield event(unsent)
 
 

@@ -169,8 +169,9 @@ def read_calls(
     # Where one is wanted, what comes after it is not read: broken, it would make text of the good one.
     found = [text] if bare else _marked(text, 1 if single else CALLS_MAX)
     calls: list[ToolCall] = []
+    read = _read_bare if bare else _read
     for source in found:
-        call = _read(source, names, f"{id_of}{len(calls)}")
+        call = read(source, names, f"{id_of}{len(calls)}")
         if call is None:
             return text, []
         calls.append(call)
@@ -285,13 +286,37 @@ def _unspaced(text: str) -> str:
 
 
 def _read(source: str, names: frozenset[str], call_id: str) -> ToolCall | None:
+    fields = _fields(source)
+    return _call(fields, fields.get("arguments", fields.get("parameters", {})), names, call_id)
+
+
+def _read_bare(source: str, names: frozenset[str], call_id: str) -> ToolCall | None:
+    """A call without marks: it begins as `HeldText` expects, and has what its schema demands, and no more.
+
+    Whatever else has a function's name in it is an answer that fits the schema of answers.
+    """
+    fields = _fields(source)
+    call = _call(fields, fields.get("arguments"), names, call_id)
+    if call is None or fields.keys() != {"name", "arguments"}:
+        return None
+    (opening,) = _openings(frozenset({call.name}))
+    return call if _unspaced(source).startswith(opening) else None
+
+
+def _fields(source: str) -> dict[str, Any]:
+    """Those of a JSON object; none where there is no such thing."""
     try:
         fields = json.loads(source)
-        if not isinstance(fields, dict):
-            return None
-        name, arguments = fields.get("name"), fields.get("arguments", fields.get("parameters", {}))
-        if not isinstance(name, str) or name not in names or not isinstance(arguments, dict):
-            return None
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _call(fields: dict[str, Any], arguments: Any, names: frozenset[str], call_id: str) -> ToolCall | None:
+    name = fields.get("name")
+    if not isinstance(name, str) or name not in names or not isinstance(arguments, dict):
+        return None
+    try:
         # What Python reads and JSON does not have, as NaN, is no argument.
         written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError):

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 
-from services.common.errors import ClientStalled, InterlockError, QueueFull, WorkerLost
+from services.common.errors import ArgumentInvalid, ClientStalled, InterlockError, QueueFull, WorkerLost
 from services.gateway.core.attempts import Output
 from services.gateway.core.events import Chunk, Finished, FinishReason, Queued, Started
 from services.gateway.core.jobs import Outcome, Waiting
 from services.gateway.core.log import Claim, Entry
 from tests.fakes.gateway_ports import grant
-from tests.fixtures.dispatcher_world import World, dispatcher_world, ids, job
+from tests.fixtures.dispatcher_world import World, dispatcher_world, ids, job, rest
 
 
 async def test_a_place_that_was_left_is_not_told() -> None:
@@ -64,6 +64,45 @@ async def test_an_answer_that_the_log_has_in_part_does_not_end_well(*, whole: bo
         with pytest.raises(StopAsyncIteration if whole else WorkerLost):
             await anext(stream)
         await stream.aclose()
+
+
+async def test_who_has_seen_what_the_store_took_without_a_word_goes_on_behind_it() -> None:
+    """Its gateway knows after the next try; a position that no log of the request can have is refused."""
+    async with dispatcher_world() as world:
+        stream = await world.dispatcher.submit(job(resumable=True, digest="d"))
+        assert isinstance(await anext(stream), Started)
+        first = asyncio.create_task(rest(stream))
+        world.logs.mute = True
+        sink = world.workers.attempts[0].sink
+        sink.output(Output(0, ids("ab")))
+        await until(lambda: len(world.logs.entries["j"]) == 2)
+        again = await world.dispatcher.resume("alice", "j", 2)
+        second = asyncio.create_task(rest(again))
+        with pytest.raises(ArgumentInvalid, match="cursor"):
+            await world.dispatcher.resume("alice", "j", 3)
+        assert not first.done()
+        world.logs.mute = False
+        sink.output(Output(2, ids("c"), FinishReason.STOP))
+        events = await second
+        assert [event.text for event in events if isinstance(event, Chunk)] == ["c"]
+        assert isinstance(events[-1], Finished)
+        assert again.cursor == 2 + len(events)
+        assert (await first)[-len(events) :] == events
+
+
+async def test_who_has_seen_the_start_that_the_store_took_without_a_word_hears_of_no_place() -> None:
+    """The request has left its queue, whatever its own gateway knows of its log."""
+    async with dispatcher_world() as world:
+        world.queue.answer = Waiting(3)
+        await world.dispatcher.submit(job(resumable=True, digest="d"))
+        world.logs.mute = True
+        world.queue.receive(grant("n1"))
+        await until(lambda: bool(world.logs.entries))
+        again = await world.dispatcher.resume("alice", "j", 1)
+        assert not await again.ready(0)
+        world.logs.mute = False
+        world.workers.attempts[0].sink.output(Output(0, ids("a"), FinishReason.STOP))
+        assert not [event async for event in again if isinstance(event, Queued | Started)]
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -197,6 +197,35 @@ def test_an_answer_without_marks_is_held_while_it_may_be_a_call() -> None:
     assert held("{", '"name"', names=frozenset()) == (["{", '"name"'], "", [])
 
 
+@pytest.mark.parametrize(
+    ("answer", "arguments"),
+    [
+        ('{"name": "weather", "arguments": {"city": "Paris"}}', '{"city": "Paris"}'),
+        ('\n{ "name":"weather",\n"arguments" : { } }\n', "{}"),
+        ('{"name": "weather", "reason": "because"}', None),
+        ('{"name": "weather"}', None),
+        ('{"name": "weather", "parameters": {"city": "Paris"}}', None),
+        ('{"arguments": {"city": "Paris"}, "name": "weather"}', None),
+        ('{"name": "weather", "arguments": {"city": "Paris"}, "reason": "because"}', None),
+        ('{"name": "weather", "arguments": {}, "name": "time"}', None),
+        ('{"name": "weather", "arguments": "Paris"}', None),
+        ('{"name": "weather", "arguments": {"city": NaN}}', None),
+        ('{"name": "w\\u0065ather", "arguments": {}}', None),
+        ('{"na me": "weather", "arguments": {}}', None),
+        ('{"name": "other", "arguments": {}}', None),
+        ('["weather"]', None),
+        (f'{{"name":{" " * 500}"weather", "arguments": {{}}}}', "{}"),
+    ],
+)
+def test_an_answer_that_only_resembles_a_call_is_none(answer: str, arguments: str | None) -> None:
+    """A call without marks has its two fields and no other; told whole as it is told piece by piece."""
+    before, calls = read(answer, bare=True)
+    assert (before, calls) == ((answer, []) if arguments is None else ("", [("weather", arguments)]))
+    said, rest, names = held(*answer)
+    assert "".join(piece or "" for piece in said) + rest == before
+    assert names == [name for name, _ in calls]
+
+
 def test_what_a_held_answer_is_compared_with_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not anew with each chunk; and a call that has begun is held to its end without another look."""
     names = frozenset(f"function_{at}" for at in range(TOOLS_MAX))
