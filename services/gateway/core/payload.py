@@ -14,13 +14,13 @@ from services.common.errors import ArgumentInvalid
 from services.gateway.core.jobs import Band
 from services.gateway.core.log import TakenUp
 from services.gateway.core.params import (
-    Decode,
     FormatKind,
     GenerationJob,
     GenerationParams,
     GenerationRequest,
     OutputFormat,
     SamplingParams,
+    Words,
 )
 from services.gateway.core.tenancy import TenantLimits
 
@@ -67,7 +67,7 @@ def write_payload(job: GenerationJob) -> str:
     return text
 
 
-def read_payload(taken: TakenUp, decode: Decode) -> GenerationJob:
+def read_payload(taken: TakenUp, words: Words) -> GenerationJob:
     """The job that was taken up, under its new submission and with the time that it has left."""
     fields: dict[str, Any] = json.loads(taken.payload)
     sampling = fields["sampling"]
@@ -90,7 +90,7 @@ def read_payload(taken: TakenUp, decode: Decode) -> GenerationJob:
         band=Band(fields["band"]),
         timeout_s=taken.waited_s + taken.left_s,
         submission=taken.submission,
-        decode=decode,
+        words=words,
         limits=TenantLimits(**fields["limits"]),
         digest=fields["digest"],
         resumable=True,

@@ -308,7 +308,7 @@ class Reception:
             band=outline.band,
             timeout_s=outline.timeout_s,
             submission=secrets.token_hex(8),
-            decode=entry.tokenizer.decode,
+            words=entry.tokenizer,
             limits=outline.limits,
             digest=digest_of(entry.model, request) if request.named else "",
             resumable=request.resumable,
