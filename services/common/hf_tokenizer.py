@@ -8,7 +8,6 @@ encoded, the private characters taken out, by a tokenizer that treats special to
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
 import os
@@ -20,13 +19,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from services.common.chat_template import RENDER_LIMIT_S, ChatTemplate
-from services.common.conversation import Message
+from services.common.conversation import Aside, Message
 from services.common.errors import ArgumentInvalid, ArtifactInvalid
 from services.common.special_names import SpecialNames, used_characters
 from services.common.token_pieces import TokenPiece, TokenPieces
-
-# Tokenizing a prompt of 1 MiB takes about a second of one core: more at once would starve the event loop.
-ENCODINGS_AT_ONCE = 4
 
 # A short prompt is encoded within half a millisecond: waking a thread for it, which then fights the event
 # loop for the interpreter, delays everybody for longer.
@@ -72,7 +68,6 @@ class HfTokenizer:
             _special_names(tokenizer), _decoder_kinds(tokenizer), tokenizer.id_to_token, tokenizer.decode
         )
         self._read_piece = functools.lru_cache(ALONE_MAX)(pieces.read)
-        self._turn = asyncio.Semaphore(ENCODINGS_AT_ONCE)
         self._brief_from_s = 0.0
 
     @classmethod
@@ -98,7 +93,7 @@ class HfTokenizer:
         """See `Tokenizer.vocabulary`."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
-    async def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    async def encode(self, messages: Sequence[Message], aside: Aside) -> tuple[int, ...]:
         """See `Tokenizer.encode`."""
         is_brief = sum(len(turn.role) + len(turn.content) for turn in messages) <= BRIEF_CHARS_MAX
         if is_brief and time.monotonic() >= self._brief_from_s:
@@ -106,13 +101,13 @@ class HfTokenizer:
             if ids is not None:
                 return ids
             self._brief_from_s = time.monotonic() + SLOW_PAUSE_S
-        async with self._turn:
-            return await asyncio.to_thread(self.encode_now, messages)
+        return await aside(functools.partial(self.encode_now, messages))
 
-    async def encode_raw(self, text: str) -> tuple[int, ...]:
+    async def encode_raw(self, text: str, aside: Aside) -> tuple[int, ...]:
         """See `Tokenizer.encode_raw`."""
-        async with self._turn:
-            return await asyncio.to_thread(self._encode_raw_now, text)
+        if len(text) <= BRIEF_CHARS_MAX:
+            return self._encode_raw_now(text)
+        return await aside(functools.partial(self._encode_raw_now, text))
 
     def _encode_raw_now(self, text: str) -> tuple[int, ...]:
         return tuple(_encoded(self._literal, text, begin=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
-from services.common.conversation import Message
+from services.common.conversation import Aside, Message
 from services.gateway.core.attempts import AttemptEnd, Loss, Output, RefusalReason, WorkOrder
 from services.gateway.core.breaker import Verdict
 from services.gateway.core.events import Finished
@@ -258,15 +258,17 @@ class Tokenizer(Words, Protocol):
         """How many ids there are."""
         ...
 
-    async def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    async def encode(self, messages: Sequence[Message], aside: Aside) -> tuple[int, ...]:
         """Renders a conversation and returns its ids; special tokens typed as text stay text.
+
+        What takes long is done `aside`, and what that raises is raised here.
 
         Raises:
             ArgumentInvalid: The template refuses the conversation.
         """
         ...
 
-    async def encode_raw(self, text: str) -> tuple[int, ...]:
+    async def encode_raw(self, text: str, aside: Aside) -> tuple[int, ...]:
         """The ids of a text without a template, with what the model begins its texts with."""
         ...
 

@@ -235,13 +235,13 @@ async def test_a_short_prompt_is_encoded_at_once_and_a_slow_template_goes_to_a_t
     """The loop is not left for a short prompt; a template that takes long is not run on it again soon."""
     quick = HfTokenizer.load(write_tokenizer(tmp_path / "quick"))
     with pytest.raises(StopIteration) as ended:
-        quick.encode(user("hello")).send(None)
+        quick.encode(user("hello"), asyncio.to_thread).send(None)
     assert ended.value.value == quick.encode_now(user("hello"))
     loops = "{% for a in range(1000) %}{% for b in range(200) %}{% endfor %}{% endfor %}"
     slow = HfTokenizer.load(write_tokenizer(tmp_path / "slow", template=loops + TEMPLATE))
     for _ in range(2):
-        assert await slow.encode(user("hello")) == quick.encode_now(user("hello"))
-    asked_of_the_loop = slow.encode(user("hello"))
+        assert await slow.encode(user("hello"), asyncio.to_thread) == quick.encode_now(user("hello"))
+    asked_of_the_loop = slow.encode(user("hello"), asyncio.to_thread)
     assert asked_of_the_loop.send(None) is not None
     asked_of_the_loop.close()
 
@@ -255,7 +255,7 @@ async def test_a_template_that_was_slow_once_is_tried_again(
     with monkeypatch.context() as stalled:
         stalled.setattr(tokenizer._template, "render_within", lambda *_: None)
         with pytest.raises(ArgumentInvalid, match="took too long"):
-            await tokenizer.encode(user("hello"))
+            await tokenizer.encode(user("hello"), asyncio.to_thread)
     with pytest.raises(StopIteration) as ended:
-        tokenizer.encode(user("hello")).send(None)
+        tokenizer.encode(user("hello"), asyncio.to_thread).send(None)
     assert ended.value.value == tokenizer.encode_now(user("hello"))
