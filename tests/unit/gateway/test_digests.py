@@ -54,4 +54,4 @@ def test_the_ids_of_a_long_prompt_are_not_copied_one_by_one() -> None:
     taken_s = time.thread_time() - began_s
     began_s = time.thread_time()
     asdict(request)
-    assert taken_s < (time.thread_time() - began_s) / 2
+    assert taken_s < time.thread_time() - began_s
