@@ -1,8 +1,14 @@
-"""A conversation's turns, as chat templates take them. Data alone."""
+"""A conversation's turns, as chat templates take them, and what becomes of them. Data alone."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+
+TokenIds = tuple[int, ...]
+
+Aside = Callable[[Callable[[], TokenIds]], Awaitable[TokenIds]]
+"""Calls what takes long where it holds nobody up, and returns what it returned."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,24 +8,21 @@ encoded, the private characters taken out, by a tokenizer that treats special to
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
-import re
+import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from services.common.chat_template import RENDER_LIMIT_S, ChatTemplate
-from services.common.conversation import Message
+from services.common.conversation import Aside, Message
 from services.common.errors import ArgumentInvalid, ArtifactInvalid
+from services.common.special_names import SpecialNames, used_characters
 from services.common.token_pieces import TokenPiece, TokenPieces
-
-# Tokenizing a prompt of 1 MiB takes about a second of one core: more at once would starve the event loop.
-ENCODINGS_AT_ONCE = 4
 
 # A short prompt is encoded within half a millisecond: waking a thread for it, which then fights the event
 # loop for the interpreter, delays everybody for longer.
@@ -34,6 +31,12 @@ BRIEF_CHARS_MAX = 1_000
 # because a machine that stood still for a moment makes every template look slow.
 BRIEF_RENDER_LIMIT_S = 0.005
 SLOW_PAUSE_S = 5.0
+
+# A longer text is encoded as a batch of one: for a batch alone the library lets go of the interpreter, and
+# otherwise stops everybody else, the event loop too, for a second a megabyte. Of a short one that costs more.
+ALONE_CHARS_MAX = 4 * BRIEF_CHARS_MAX
+# A batch of one is no work for several threads, which the library would begin for it.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Texts of single tokens that are kept, and what they stand for: those of the commonest of a large vocabulary,
 # in a few megabytes each.
@@ -59,15 +62,12 @@ class HfTokenizer:
         self._literal = _twin(tokenizer)
         self._literal.encode_special_tokens = True
         self._specials = _special_ids(tokenizer)
-        # Longest first, so that `<|end|>` wins over a `<|` that is a token too.
-        names = sorted(self._specials, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, names))) if names else None
+        self._special = SpecialNames(self._specials) if self._specials else None
         self._decode_alone = functools.lru_cache(ALONE_MAX)(self._decode_one)
         pieces = TokenPieces(
             _special_names(tokenizer), _decoder_kinds(tokenizer), tokenizer.id_to_token, tokenizer.decode
         )
         self._read_piece = functools.lru_cache(ALONE_MAX)(pieces.read)
-        self._turn = asyncio.Semaphore(ENCODINGS_AT_ONCE)
         self._brief_from_s = 0.0
 
     @classmethod
@@ -93,7 +93,7 @@ class HfTokenizer:
         """See `Tokenizer.vocabulary`."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
-    async def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    async def encode(self, messages: Sequence[Message], aside: Aside) -> tuple[int, ...]:
         """See `Tokenizer.encode`."""
         is_brief = sum(len(turn.role) + len(turn.content) for turn in messages) <= BRIEF_CHARS_MAX
         if is_brief and time.monotonic() >= self._brief_from_s:
@@ -101,16 +101,16 @@ class HfTokenizer:
             if ids is not None:
                 return ids
             self._brief_from_s = time.monotonic() + SLOW_PAUSE_S
-        async with self._turn:
-            return await asyncio.to_thread(self.encode_now, messages)
+        return await aside(functools.partial(self.encode_now, messages))
 
-    async def encode_raw(self, text: str) -> tuple[int, ...]:
+    async def encode_raw(self, text: str, aside: Aside) -> tuple[int, ...]:
         """See `Tokenizer.encode_raw`."""
-        async with self._turn:
-            return await asyncio.to_thread(self._encode_raw_now, text)
+        if len(text) <= BRIEF_CHARS_MAX:
+            return self._encode_raw_now(text)
+        return await aside(functools.partial(self._encode_raw_now, text))
 
     def _encode_raw_now(self, text: str) -> tuple[int, ...]:
-        return tuple(self._literal.encode(text, add_special_tokens=True).ids)
+        return tuple(_encoded(self._literal, text, begin=True))
 
     def encode_now(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Renders and encodes a conversation. Blocks.
@@ -155,39 +155,30 @@ class HfTokenizer:
             return None
         if guard is None:
             # Nobody typed a special token: one call, which is right for every kind of tokenizer.
-            return tuple(self._tokenizer.encode(rendered, add_special_tokens=False).ids)
+            return tuple(_encoded(self._tokenizer, rendered))
         return tuple(self._encode_pieces(rendered, guard))
 
     def _encode_plain(self, messages: Sequence[Message]) -> tuple[int, ...]:
         if len(messages) != 1:
             raise ArgumentInvalid("messages: this model has no chat template; send one text.")
-        return tuple(self._literal.encode(messages[0].content, add_special_tokens=True).ids)
+        return tuple(_encoded(self._literal, messages[0].content, begin=True))
 
     def _break_specials(self, messages: Sequence[Message]) -> tuple[str | None, Sequence[Message]]:
         """Returns the character that breaks special tokens in `messages`, and the broken messages."""
         texts = [text for message in messages for text in (message.role, message.content)]
-        if self._special is None or not any(self._special.search(text) for text in texts):
+        special = self._special
+        if special is None or not any(next(special.found(text), None) for text in texts):
             return None, messages
         guard = _unused_character(texts)
-        broken = self._breaker(guard)
-        return guard, [Message(broken(message.role), broken(message.content)) for message in messages]
-
-    def _breaker(self, guard: str) -> Callable[[str], str]:
-        special = self._special
-        assert special is not None
-
-        def broken(text: str) -> str:
-            # Breaking one token can leave another that began inside it; each round breaks at least one.
-            while special.search(text):
-                text = special.sub(lambda match: guard.join(match.group()), text)
-            return text
-
-        return broken
+        return guard, [
+            Message(special.broken(message.role, guard), special.broken(message.content, guard))
+            for message in messages
+        ]
 
     def _encode_pieces(self, rendered: str, guard: str) -> Iterable[int]:
         assert self._special is not None
         at = 0
-        for match in self._special.finditer(rendered):
+        for match in self._special.found(rendered):
             yield from self._encode_literal(rendered[at : match.start()], guard)
             yield self._specials[match.group()]
             at = match.end()
@@ -195,7 +186,16 @@ class HfTokenizer:
 
     def _encode_literal(self, text: str, guard: str) -> Sequence[int]:
         plain = text.replace(guard, "")
-        return self._literal.encode(plain, add_special_tokens=False).ids if plain else ()
+        return _encoded(self._literal, plain) if plain else ()
+
+
+def _encoded(tokenizer: Tokenizer, text: str, *, begin: bool = False) -> Sequence[int]:
+    """The ids of a text; `begin`: with what the model begins and ends its texts with."""
+    if len(text) <= ALONE_CHARS_MAX:
+        ids: Sequence[int] = tokenizer.encode(text, add_special_tokens=begin).ids
+    else:
+        ids = tokenizer.encode_batch_fast([text], add_special_tokens=begin)[0].ids
+    return ids
 
 
 def _twin(tokenizer: Tokenizer) -> Tokenizer:
@@ -245,7 +245,7 @@ def _decoder_kinds(tokenizer: Tokenizer) -> frozenset[str]:
 
 
 def _unused_character(texts: Sequence[str]) -> str:
-    used = set().union(*texts)
+    used = used_characters(texts)
     for number in _PRIVATE:
         if chr(number) not in used:
             return chr(number)

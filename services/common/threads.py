@@ -45,6 +45,30 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
     return await to_its_end(asyncio.get_running_loop().run_in_executor(None, call))
 
 
+def begin_in_thread(work: Callable[[], T], on_end: Callable[[], None]) -> Awaitable[T]:
+    """Begins `work` in a thread; whoever awaits what is returned hears of a cancellation at once.
+
+    Args:
+        work: What is called there; it must touch nothing that its caller changes later.
+        on_end: Is called on the loop when the thread is done with it, whether or not anybody still waits.
+    """
+
+    def ended(begun: asyncio.Future[T]) -> None:
+        if not begun.cancelled():
+            # Looked at, so that nobody is told of an error that was never fetched.
+            begun.exception()
+        on_end()
+
+    context = contextvars.copy_context()
+    try:
+        begun = asyncio.get_running_loop().run_in_executor(None, context.run, work)
+    except BaseException:
+        on_end()
+        raise
+    begun.add_done_callback(ended)
+    return asyncio.shield(begun)
+
+
 async def to_its_end(work: Awaitable[T]) -> T:
     """Waits for `work` to its end, however often the caller is cancelled meanwhile; obeys only then."""
     task = asyncio.ensure_future(work)

@@ -229,7 +229,7 @@ def _dispatcher(
         store.queue,
         workers,
         clock,
-        Resumption(store.log, store.directory, clock, catalog.decoder, limits),
+        Resumption(store.log, store.directory, clock, catalog.tokenizer, limits),
         models=lambda: catalog.models,
         is_replaced=catalog.is_replaced,
         is_own=catalog.is_own,

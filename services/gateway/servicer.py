@@ -104,8 +104,11 @@ class GatewayServicer(gateway_service_pb2_grpc.GatewayServiceServicer):
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Context) -> pb.CountTokensResponse:
         """See the contract."""
-        self._authenticate(context, GENERATE_SCOPE)
-        count = await self._reception.count(_model_of(request), _read_prompt(request))
+        metadata = tuple(context.invocation_metadata() or ())
+        principal = self._reception.authenticate(metadata, GENERATE_SCOPE)
+        timeout_s = self._reception.timeout_s(metadata, context.time_remaining())
+        prompt = _read_prompt(request)
+        count = await self._reception.count(principal, _model_of(request), prompt, timeout_s)
         return pb.CountTokensResponse(
             prompt_tokens=count.prompt_tokens,
             context_tokens=count.entry.context_tokens,

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from services.common.conversation import Message
+from services.common.conversation import Aside, Message
 from services.common.errors import InterlockError, RequestUnknown, StoreUnavailable
 from services.common.token_pieces import TokenPiece
 from services.gateway.core.attempts import AttemptEnd, WorkOrder
@@ -38,12 +38,12 @@ class FakeTokenizer:
         """See `Tokenizer.vocabulary`."""
         return VOCABULARY
 
-    async def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    async def encode(self, messages: Sequence[Message], aside: Aside) -> tuple[int, ...]:
         """See `Tokenizer.encode`."""
         rendered = "".join(f"{message.role}:{message.content}\n" for message in messages)
         return tuple(map(ord, rendered))
 
-    async def encode_raw(self, text: str) -> tuple[int, ...]:
+    async def encode_raw(self, text: str, aside: Aside) -> tuple[int, ...]:
         """See `Tokenizer.encode_raw`."""
         return tuple(map(ord, text))
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 
 import grpc
 import pytest
 from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import generation_pb2
 
+from services.common.conversation import Aside, Message
 from services.gateway.core.params import GenerationRequest, TextPrompt
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.dispatcher.limits import GenerationLimits
+from tests.fakes.gateway_ports import FakeTokenizer
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_world import (
     MODEL,
@@ -267,6 +271,33 @@ async def test_a_missing_scope_is_forbidden(gateway: GatewayWorld) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await gateway.call(metadata=bearer(token)).read()
     assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+@dataclass(frozen=True)
+class Busy(FakeTokenizer):
+    """Tokenizes in a thread that ends when its test does."""
+
+    may_end: threading.Event = field(default_factory=threading.Event)
+
+    async def encode(self, messages: Sequence[Message], aside: Aside) -> tuple[int, ...]:
+        """See `Tokenizer.encode`."""
+        del messages
+        return await aside(lambda: (1,) if self.may_end.wait() else ())
+
+
+async def test_a_deadline_holds_while_a_prompt_is_tokenized() -> None:
+    """The header's, for an answer and for a count; nothing was queued."""
+    tokenizer = Busy()
+    metadata = (*bearer(), ("x-interlock-deadline", "0.2"))
+    async with open_gateway(tokenizer=tokenizer) as gateway:
+        try:
+            error, events = await fail(gateway.call(metadata=metadata))
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await gateway.stub.CountTokens(pb.CountTokensRequest(text="hi"), metadata=metadata)
+        finally:
+            tokenizer.may_end.set()
+    assert [reason_of(one) for one in (error, caught.value)] == ["DEADLINE_EXCEEDED"] * 2
+    assert events == []
 
 
 async def test_counting_tokens_uses_the_template(gateway: GatewayWorld) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from services.gateway.core.attempts import Output
 from services.gateway.core.detokenizer import Piece, Transcript
 from services.gateway.core.events import Finished, FinishReason, Timings, Usage
-from services.gateway.core.params import Decode
+from services.gateway.core.params import Words
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class Answer:
     Args:
         prompt_tokens: Length of the prompt, where it is counted in this sequence; else 0.
         max_tokens: Most tokens that it may get.
-        decode: The tokenizer's way back to text.
+        words: The tokenizer's way back to text.
         stops: Strings before which the text ends.
         accepted_s: When the request was accepted.
         scored: Whether each token must come with its logprob.
@@ -40,7 +40,7 @@ class Answer:
         self,
         prompt_tokens: int,
         max_tokens: int,
-        decode: Decode,
+        words: Words,
         stops: Sequence[str],
         *,
         accepted_s: float,
@@ -51,7 +51,7 @@ class Answer:
         self._prompt_tokens = prompt_tokens
         self._max_tokens = max_tokens
         self._scored = scored
-        self._transcript = Transcript(decode, stops)
+        self._transcript = Transcript(words, stops)
         self._cached_prompt_tokens = 0
         self._moments = _Moments(accepted_s)
         self._stop_text = ""

@@ -32,7 +32,7 @@ class Answers:
                 # The prompt is read once, and counted in the first.
                 0 if sequence else len(job.prompt_ids),
                 params.max_tokens,
-                job.decode,
+                job.words,
                 params.stop,
                 accepted_s=accepted_s,
                 scored=params.logprobs is not None,

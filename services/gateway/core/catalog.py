@@ -12,7 +12,6 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 from services.common.errors import ModelUnknown, NoWorker
-from services.gateway.core.params import Decode
 from services.gateway.core.ports import Tokenizer
 
 # A mesh that has just started learns its models within seconds.
@@ -142,11 +141,6 @@ class Catalog:
             return name
         fitting = (model or self.default for pattern, model in self.aliases if fnmatchcase(name, pattern))
         return next(fitting, name)
-
-    def decoder(self, model: str) -> Decode | None:
-        """A model's way back to text; None where it is not served."""
-        tokenizer = self.tokenizer(model)
-        return None if tokenizer is None else tokenizer.decode
 
     def tokenizer(self, model: str) -> Tokenizer | None:
         """A model's tokenizer; None where it is not served."""

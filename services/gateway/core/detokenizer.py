@@ -7,12 +7,13 @@ does not depend on how they were grouped on their way.
 
 from __future__ import annotations
 
+import codecs
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from services.gateway.core.events import TokenLogprob
-from services.gateway.core.params import Decode
+from services.gateway.core.params import Decode, PieceOf, Words
 
 # What a decoder makes of bytes that are no character (yet).
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -40,9 +41,25 @@ class Detokenizer:
             return ""
         return self._release(text)
 
-    def flush(self) -> str:
-        """Returns what was held back, less the beginning of a character that nothing completes any more."""
-        return self._release(self._decode(self._window).rstrip(REPLACEMENT)) if self._window else ""
+    def flush(self, piece_of: PieceOf) -> str:
+        """Returns what was held back, less the beginning of a character that nothing completes any more.
+
+        The tokens' bytes tell that from what decodes so by itself: an answer may end with the very character.
+        """
+        text = self._decode(self._window)
+        return self._release(self._completed(piece_of) if text.endswith(REPLACEMENT) else text)
+
+    def _completed(self, piece_of: PieceOf) -> str:
+        """The text of the window up to the last character that is complete."""
+        raw = [piece_of(token_id).raw if self._decode((token_id,)) else b"" for token_id in self._window]
+        loose = _loose_bytes(b"".join(raw))
+        end = len(raw)
+        # A decoder may spell a whole run of bytes otherwise because of the loose ones: they are left out.
+        while loose and end > self._known_tokens and len(raw[end - 1]) <= loose:
+            end -= 1
+            loose -= len(raw[end])
+        text = self._decode(self._window[:end])
+        return text.removesuffix(REPLACEMENT) if loose else text
 
     def _release(self, text: str) -> str:
         certain = text[len(self._known_text) :]
@@ -51,6 +68,13 @@ class Detokenizer:
         self._known_tokens = len(self._window)
         self._known_text = self._decode(self._window)
         return certain
+
+
+def _loose_bytes(raw: bytes) -> int:
+    """How many bytes at the end begin a character that more of them could complete."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(raw)
+    return len(decoder.getstate()[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +156,13 @@ class Transcript:
     """One sequence: its tokens, and the text that they make.
 
     Args:
-        decode: The tokenizer's way back to text.
+        words: The tokenizer's way back to text.
         stops: Strings before which the text ends.
     """
 
-    def __init__(self, decode: Decode, stops: Sequence[str] = ()) -> None:
-        self._detokenizer = Detokenizer(decode)
+    def __init__(self, words: Words, stops: Sequence[str] = ()) -> None:
+        self._piece_of = words.piece
+        self._detokenizer = Detokenizer(words.decode)
         self._matcher = StopMatcher(stops)
         self.token_ids: list[int] = []
 
@@ -158,6 +183,6 @@ class Transcript:
 
     def flush(self) -> Piece:
         """Ends the text: what was held back is certain now, and may complete a stop string."""
-        cut = self._matcher.push(self._detokenizer.flush())
+        cut = self._matcher.push(self._detokenizer.flush(self._piece_of))
         held = "" if cut.stop is not None else self._matcher.flush()
         return Piece(cut.text + held, (), cut.stop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 from services.common.conversation import Message
 from services.common.token_pieces import TokenPiece
@@ -165,6 +166,18 @@ PieceOf = Callable[[int], TokenPiece]
 """Says what one token stands for."""
 
 
+class Words(Protocol):
+    """A tokenizer's way back to text; `core.ports.Tokenizer` has it."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of some ids; special tokens become nothing."""
+        ...
+
+    def piece(self, token_id: int) -> TokenPiece:
+        """What one token stands for beside others; a special one for its name."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationJob:
     """A request that is ready to queue.
@@ -179,7 +192,7 @@ class GenerationJob:
         band: How urgent it is.
         timeout_s: Time until its deadline.
         submission: Nonce of this submission.
-        decode: The tokenizer's way back to text.
+        words: The tokenizer's way back to text.
         limits: What the tenant may take.
         digest: Digest of what was asked.
         resumable: Whether its events are logged, so that another gateway can go on with it.
@@ -195,7 +208,7 @@ class GenerationJob:
     band: Band
     timeout_s: float
     submission: str
-    decode: Decode
+    words: Words
     limits: TenantLimits = field(default_factory=TenantLimits)
     digest: str = ""
     resumable: bool = False

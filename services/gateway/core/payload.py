@@ -14,13 +14,14 @@ from services.common.errors import ArgumentInvalid
 from services.gateway.core.jobs import Band
 from services.gateway.core.log import TakenUp
 from services.gateway.core.params import (
-    Decode,
     FormatKind,
     GenerationJob,
     GenerationParams,
     GenerationRequest,
     OutputFormat,
     SamplingParams,
+    TokenPrompt,
+    Words,
 )
 from services.gateway.core.tenancy import TenantLimits
 
@@ -29,10 +30,16 @@ PAYLOAD_BYTES_MAX = 1 << 20
 
 
 def digest_of(model: str, request: GenerationRequest) -> str:
-    """Names what a request asks: equal for a repetition, different for another body under the same id."""
-    asked = asdict(replace(request, request_id=None, model=model))
-    kind = type(request.prompt).__name__
-    text = json.dumps([kind, asked], ensure_ascii=True, sort_keys=True)
+    """Names what a request asks: equal for a repetition, different for another body under the same id.
+
+    Gateways of different versions must agree on it.
+    """
+    prompt = request.prompt
+    asked = asdict(replace(request, request_id=None, model=model, prompt=None))
+    if prompt is not None:
+        # `asdict` would copy a hundred thousand ids one by one and hold the loop up for a tenth of a second.
+        asked["prompt"] = {"ids": prompt.ids} if isinstance(prompt, TokenPrompt) else asdict(prompt)
+    text = json.dumps([type(prompt).__name__, asked], ensure_ascii=True, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -67,7 +74,7 @@ def write_payload(job: GenerationJob) -> str:
     return text
 
 
-def read_payload(taken: TakenUp, decode: Decode) -> GenerationJob:
+def read_payload(taken: TakenUp, words: Words) -> GenerationJob:
     """The job that was taken up, under its new submission and with the time that it has left."""
     fields: dict[str, Any] = json.loads(taken.payload)
     sampling = fields["sampling"]
@@ -90,7 +97,7 @@ def read_payload(taken: TakenUp, decode: Decode) -> GenerationJob:
         band=Band(fields["band"]),
         timeout_s=taken.waited_s + taken.left_s,
         submission=taken.submission,
-        decode=decode,
+        words=words,
         limits=TenantLimits(**fields["limits"]),
         digest=fields["digest"],
         resumable=True,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
-from services.common.conversation import Message
-from services.common.token_pieces import TokenPiece
+from services.common.conversation import Aside, Message
 from services.gateway.core.attempts import AttemptEnd, Loss, Output, RefusalReason, WorkOrder
 from services.gateway.core.breaker import Verdict
 from services.gateway.core.events import Finished
@@ -21,6 +20,7 @@ from services.gateway.core.log import (
     Notice,
     TakenUp,
 )
+from services.gateway.core.params import Words
 from services.gateway.core.tenancy import TenantUsage
 
 
@@ -250,7 +250,7 @@ class SharedQueue(JobQueue, UsageBook, BreakerBoard, Protocol):
     """All faces of the one queue: what a gateway is composed of. Everything else asks for one face."""
 
 
-class Tokenizer(Protocol):
+class Tokenizer(Words, Protocol):
     """Text to token ids and back, with one model's chat template."""
 
     @property
@@ -258,24 +258,18 @@ class Tokenizer(Protocol):
         """How many ids there are."""
         ...
 
-    async def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    async def encode(self, messages: Sequence[Message], aside: Aside) -> tuple[int, ...]:
         """Renders a conversation and returns its ids; special tokens typed as text stay text.
+
+        What takes long is done `aside`, and what that raises is raised here.
 
         Raises:
             ArgumentInvalid: The template refuses the conversation.
         """
         ...
 
-    async def encode_raw(self, text: str) -> tuple[int, ...]:
+    async def encode_raw(self, text: str, aside: Aside) -> tuple[int, ...]:
         """The ids of a text without a template, with what the model begins its texts with."""
-        ...
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of some ids; special tokens become nothing."""
-        ...
-
-    def piece(self, token_id: int) -> TokenPiece:
-        """What one token stands for beside others; a special one for its name."""
         ...
 
 

@@ -46,6 +46,14 @@ def gateway_full(requests: int) -> QueueFull:
     return error
 
 
+def tenant_unread(waiting: int) -> QueueFull:
+    """The tenant's part of the prompts that wait to be tokenized is taken, while others may still come."""
+    return QueueFull(
+        f"{waiting} prompts of this subject wait to be tokenized at this gateway already.",
+        retry_after_s=RETRY_MIN_S,
+    )
+
+
 def hopeless(position: int, wait_s: float, left_s: float) -> QueueFull:
     """The job could not be done before its deadline; it may once the queue has become shorter by the rest."""
     error = QueueFull(

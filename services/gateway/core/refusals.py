@@ -47,7 +47,8 @@ class Outline:
         band: How urgent it is.
         slots: Sequences.
         limits: What the tenant may take.
-        timeout_s: Time until its deadline.
+        timeout_s: Time until its deadline, when it came.
+        deadline_s: Its deadline, on the clock of the caller.
         max_tokens: Most tokens of each sequence.
         prompt_size: Bytes of the prompt's text, or token ids where it was given by them.
         in_tokens: Whether it was given by token ids.
@@ -59,6 +60,7 @@ class Outline:
     slots: int
     limits: TenantLimits
     timeout_s: float
+    deadline_s: float
     max_tokens: int
     prompt_size: int
     in_tokens: bool = False

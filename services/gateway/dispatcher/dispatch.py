@@ -91,7 +91,7 @@ class Dispatcher:
         self._clock = clock
         self._resumption = resumption
         self._meter = meter
-        self._limits = limits
+        self.limits = limits
         self._generation_limits = generation_limits
         self._live: dict[str, Generation] = {}
         # With the number of the last attempt.
@@ -103,7 +103,7 @@ class Dispatcher:
         self._chores: set[asyncio.Task[None]] = set()
         self._rounds = Rounds(
             queue,
-            Register(self._live, self._create, resumption.decoder, lambda: not self._draining),
+            Register(self._live, self._create, resumption.words, lambda: not self._draining),
             clock,
             models=models,
             jitter=jitter,
@@ -346,8 +346,8 @@ class Dispatcher:
 
     def _check_room(self, job: GenerationJob) -> None:
         self._check_open()
-        if job.job_id not in self._live and len(self._live) >= self._limits.requests_max:
-            raise gateway_full(self._limits.requests_max)
+        if job.job_id not in self._live and len(self._live) >= self.limits.requests_max:
+            raise gateway_full(self.limits.requests_max)
 
     def _forget(self, generation: Generation) -> None:
         if self._live.get(generation.job.job_id) is not generation:

@@ -10,12 +10,13 @@ import hashlib
 import math
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from services.common import ids, logs
 from services.common.clock import Clock
-from services.common.errors import ArgumentInvalid, Draining, InterlockError, QueueFull
+from services.common.conversation import TokenIds
+from services.common.errors import ArgumentInvalid, DeadlineExceeded, Draining, InterlockError, QueueFull
 from services.common.tokens import TokenVerifier, bearer_token
 from services.gateway.core import validation
 from services.gateway.core.catalog import Catalog, CatalogEntry
@@ -38,6 +39,7 @@ from services.gateway.core.tenancy import TenantBounds
 from services.gateway.dispatcher.dispatch import Dispatcher
 from services.gateway.dispatcher.farewell import RETRY_WHEN_DRAINING_S
 from services.gateway.dispatcher.streams import AnswerStream
+from services.gateway.dispatcher.tokenizing import Tokenizing, too_late
 
 GENERATE_SCOPE = "generate"
 MODELS_SCOPE = "models:read"
@@ -104,6 +106,7 @@ class Reception:
         self._tenants = tenants
         self._draw_seed = draw_seed
         self._refusals = Refusals()
+        self._tokenizing = Tokenizing(dispatcher.limits.requests_max, lambda: dispatcher.live)
         self._draining = False
 
     def drain(self) -> None:
@@ -184,13 +187,18 @@ class Reception:
             slots=request.n or 1,
             limits=principal.limits,
             timeout_s=timeout_s,
+            deadline_s=self._clock.monotonic() + timeout_s,
             max_tokens=request.max_tokens or request.tokens_where_absent,
             prompt_size=prompt_size(prompt),
             in_tokens=isinstance(prompt, TokenPrompt),
         )
         if not request.named:
             self._turn_away(outline)
-        job = await self._prepare(request_id, request, prompt, outline, entry)
+        try:
+            job = await self._prepare(request_id, request, prompt, outline, entry)
+        except DeadlineExceeded:
+            self._meter.request_ended(outline.model, Outcome.EXPIRED, None)
+            raise
         try:
             return await self._dispatcher.submit(job)
         except QueueFull as error:
@@ -224,10 +232,18 @@ class Reception:
         validation.check_request_id(request_id)
         return await self._dispatcher.cancel(job_id(principal.subject, request_id))
 
-    async def count(self, model: str | None, prompt: Prompt | None) -> Count:
-        """Counts the tokens of a prompt after the chat template."""
+    async def count(
+        self, principal: Principal, model: str | None, prompt: Prompt | None, timeout_s: float
+    ) -> Count:
+        """Counts the tokens of a prompt after the chat template.
+
+        Raises:
+            InterlockError: One of the errors of the contract.
+        """
+        deadline_s = self._clock.monotonic() + timeout_s
         entry = self._catalog.find(model)
-        prompt_ids = await self._tokenize(entry, validation.check_prompt(prompt))
+        asked = validation.check_prompt(prompt)
+        prompt_ids = await self._tokenize(entry, asked, principal.subject, deadline_s)
         return Count(len(prompt_ids), entry)
 
     def tokenizer(self, model: str) -> Tokenizer | None:
@@ -285,12 +301,15 @@ class Reception:
         entry: CatalogEntry,
     ) -> GenerationJob:
         """Tokenizes a request and checks what could not be checked before."""
-        prompt_ids = await self._tokenize(entry, prompt)
+        prompt_ids = await self._tokenize(entry, prompt, outline.tenant, outline.deadline_s)
         max_tokens = _fit(request, prompt_ids, entry)
         # Only what fits is looked at one by one.
         validation.check_token_ids(prompt_ids, entry.tokenizer.vocabulary)
         validation.check_biased_ids(request.sampling, entry.tokenizer.vocabulary)
         logs.annotate(prompt_tokens=len(prompt_ids), max_tokens=max_tokens)
+        left_s = outline.deadline_s - self._clock.monotonic()
+        if left_s <= 0:
+            raise too_late()
         return GenerationJob(
             job_id=job_id(outline.tenant, request_id),
             request_id=request_id,
@@ -306,9 +325,9 @@ class Reception:
                 outline.slots,
             ),
             band=outline.band,
-            timeout_s=outline.timeout_s,
+            timeout_s=left_s,
             submission=secrets.token_hex(8),
-            decode=entry.tokenizer.decode,
+            words=entry.tokenizer,
             limits=outline.limits,
             digest=digest_of(entry.model, request) if request.named else "",
             resumable=request.resumable,
@@ -324,12 +343,18 @@ class Reception:
             self._meter.request_ended(outline.model, Outcome.FAILED, None)
             raise refusal
 
-    async def _tokenize(self, entry: CatalogEntry, prompt: Prompt) -> tuple[int, ...]:
+    async def _tokenize(
+        self, entry: CatalogEntry, prompt: Prompt, tenant: str, deadline_s: float
+    ) -> tuple[int, ...]:
         if isinstance(prompt, TokenPrompt):
             return prompt.ids
+
+        def aside(work: Callable[[], TokenIds]) -> Awaitable[TokenIds]:
+            return self._tokenizing.read(tenant, deadline_s - self._clock.monotonic(), work)
+
         if isinstance(prompt, RawPrompt):
-            return await entry.tokenizer.encode_raw(prompt.text)
-        return await entry.tokenizer.encode(validation.messages_of(prompt))
+            return await entry.tokenizer.encode_raw(prompt.text, aside)
+        return await entry.tokenizer.encode(validation.messages_of(prompt), aside)
 
     def _with_seed(self, sampling: SamplingParams) -> SamplingParams:
         # A failover goes on with the same noise, so the seed is fixed before the first worker sees it.

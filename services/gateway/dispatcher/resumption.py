@@ -23,7 +23,7 @@ from services.common.errors import (
 )
 from services.gateway.core.log import Claim
 from services.gateway.core.log_errors import lost_log
-from services.gateway.core.params import Decode, GenerationJob
+from services.gateway.core.params import GenerationJob, Words
 from services.gateway.core.ports import GenerationLog, RequestDirectory
 from services.gateway.core.queue_errors import exists_with_other_body
 from services.gateway.dispatcher.follower import Follower
@@ -76,7 +76,7 @@ class Resumption:
         log: The logs in the store.
         directory: What ids stand for.
         clock: Measures.
-        decoder: A model's way back to text; None where it is not served here.
+        words: A model's way back to text; None where it is not served here.
         limits: Bounds.
     """
 
@@ -85,11 +85,11 @@ class Resumption:
         log: GenerationLog,
         directory: RequestDirectory,
         clock: Clock,
-        decoder: Callable[[str], Decode | None],
+        words: Callable[[str], Words | None],
         limits: ResumptionLimits,
     ) -> None:
         self.log = log
-        self.decoder = decoder
+        self.words = words
         self._directory = directory
         self._clock = clock
         self._limits = limits

@@ -18,7 +18,7 @@ from services.common.errors import NoWorker, RequestCancelled, StoreUnavailable
 from services.gateway.core.events import Finished
 from services.gateway.core.jobs import Grant, Outcome, Renewal
 from services.gateway.core.log import Entry, used_tokens
-from services.gateway.core.params import Decode, GenerationJob
+from services.gateway.core.params import GenerationJob, Words
 from services.gateway.core.payload import read_payload
 from services.gateway.core.ports import JobQueue
 from services.gateway.dispatcher.barred_waits import BarredWaits
@@ -35,13 +35,13 @@ class Register:
     Attributes:
         live: All of them, by job.
         create: Adds one.
-        decoder: A model's way back to text; None where it is not served here.
+        words: A model's way back to text; None where it is not served here.
         is_open: Whether more are taken.
     """
 
     live: Mapping[str, Generation]
     create: Callable[[GenerationJob], Generation]
-    decoder: Callable[[str], Decode | None]
+    words: Callable[[str], Words | None]
     is_open: Callable[[], bool]
 
 
@@ -157,12 +157,12 @@ class Rounds:
         if not self._register.is_open():
             await self._hand_on(model, job_id)
             return True
-        decode = self._register.decoder(model)
-        if decode is None:
+        words = self._register.words(model)
+        if words is None:
             return True
         self._taking.add(job_id)
         try:
-            return await self._go_on(model, job_id, decode)
+            return await self._go_on(model, job_id, words)
         except StoreUnavailable:
             raise
         except Exception:  # noqa: BLE001 - logged; what cannot be read keeps nobody behind it from its turn
@@ -180,13 +180,13 @@ class Rounds:
         if await self._queue.release(model, job_id, submission=""):
             logs.get_logger().info("job.handed_on", job_id=job_id, model=model)
 
-    async def _go_on(self, model: str, job_id: str, decode: Decode) -> bool:
+    async def _go_on(self, model: str, job_id: str, words: Words) -> bool:
         taken = await self._queue.take_up(model, job_id)
         if taken is None:
             # Of an earlier process of this name, and not resumable. The queue ends it with its lease.
             logs.get_logger().debug("job.unknown", job_id=job_id, model=model)
             return False
-        job = read_payload(taken, decode)
+        job = read_payload(taken, words)
         if taken.entries and taken.entries[-1].is_last:
             await self._note_end(job, taken.entries)
             return True

@@ -56,9 +56,11 @@ async def count_tokens(reception: Reception, request: HttpBody, context: Context
     """`POST /v1/messages/count_tokens`."""
     reply = Reply(context, anthropic)
     try:
-        reception.authenticate(tuple(context.invocation_metadata() or ()), GENERATE_SCOPE)
+        metadata = tuple(context.invocation_metadata() or ())
+        principal = reception.authenticate(metadata, GENERATE_SCOPE)
         model, prompt = await read_body(request, anthropic_fields.read_counted)
-        count = await reception.count(model, prompt)
+        timeout_s = reception.timeout_s(metadata, context.time_remaining())
+        count = await reception.count(principal, model, prompt, timeout_s)
         yield await reply.whole(anthropic.count_body(count.prompt_tokens))
     except Exception as error:  # noqa: BLE001 - an HTTP client cannot read a gRPC status
         yield await reply.failed(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import time
@@ -80,8 +81,31 @@ def test_the_vocabulary_counts_special_tokens(tokenizer: HfTokenizer) -> None:
 
 
 async def test_encoding_leaves_the_event_loop_free(tokenizer: HfTokenizer) -> None:
-    """The port's method answers with the same ids."""
-    assert await tokenizer.encode(user("hello")) == tokenizer.encode_now(user("hello"))
+    """The library keeps the interpreter to itself for a text alone; a long one takes it a second."""
+    text = "hello a " * 40_000
+    work = asyncio.create_task(asyncio.to_thread(tokenizer.encode_now, user(text)))
+    looks = 0
+    while not work.done():
+        await asyncio.sleep(0.001)
+        looks += 1
+    assert looks > 20
+    assert tokenizer.decode(await work) == f"user\n{text}\nassistant\n"
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_a_long_text_is_encoded_like_a_short_one(
+    tokenizer: HfTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    is_long: bool,  # noqa: FBT001
+) -> None:
+    """With a template and without, special tokens typed and not."""
+    if is_long:
+        monkeypatch.setattr(hf_tokenizer, "ALONE_CHARS_MAX", 0)
+    rendered = "<|begin|>user\nhé a<|end|>\n<|begin|>assistant\n"
+    assert list(tokenizer.encode_now(user("hé a"))) == tokenizer._tokenizer.encode(rendered).ids
+    assert tokenizer.encode_now(user("<|end|>")).count(END) == 1
+    literal = tokenizer._literal.encode("a<|end|>").ids
+    assert list(tokenizer._encode_raw_now("a<|end|>")) == literal
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -211,13 +235,13 @@ async def test_a_short_prompt_is_encoded_at_once_and_a_slow_template_goes_to_a_t
     """The loop is not left for a short prompt; a template that takes long is not run on it again soon."""
     quick = HfTokenizer.load(write_tokenizer(tmp_path / "quick"))
     with pytest.raises(StopIteration) as ended:
-        quick.encode(user("hello")).send(None)
+        quick.encode(user("hello"), asyncio.to_thread).send(None)
     assert ended.value.value == quick.encode_now(user("hello"))
     loops = "{% for a in range(1000) %}{% for b in range(200) %}{% endfor %}{% endfor %}"
     slow = HfTokenizer.load(write_tokenizer(tmp_path / "slow", template=loops + TEMPLATE))
     for _ in range(2):
-        assert await slow.encode(user("hello")) == quick.encode_now(user("hello"))
-    asked_of_the_loop = slow.encode(user("hello"))
+        assert await slow.encode(user("hello"), asyncio.to_thread) == quick.encode_now(user("hello"))
+    asked_of_the_loop = slow.encode(user("hello"), asyncio.to_thread)
     assert asked_of_the_loop.send(None) is not None
     asked_of_the_loop.close()
 
@@ -231,7 +255,7 @@ async def test_a_template_that_was_slow_once_is_tried_again(
     with monkeypatch.context() as stalled:
         stalled.setattr(tokenizer._template, "render_within", lambda *_: None)
         with pytest.raises(ArgumentInvalid, match="took too long"):
-            await tokenizer.encode(user("hello"))
+            await tokenizer.encode(user("hello"), asyncio.to_thread)
     with pytest.raises(StopIteration) as ended:
-        tokenizer.encode(user("hello")).send(None)
+        tokenizer.encode(user("hello"), asyncio.to_thread).send(None)
     assert ended.value.value == tokenizer.encode_now(user("hello"))

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from services.common.threads import MayHang, in_thread, to_its_end
+from services.common.threads import MayHang, begin_in_thread, in_thread, to_its_end
 
 
 async def test_a_result_and_an_error_come_back() -> None:
@@ -41,6 +41,16 @@ async def test_cancelling_waits_for_the_thread(fails: bool) -> None:  # noqa: FB
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert ended.is_set()
+
+
+async def test_a_thread_that_cannot_begin_has_ended() -> None:
+    """Whoever counts threads is told of each once."""
+    ended: list[str] = []
+    assert await begin_in_thread(lambda: 1, lambda: ended.append("first")) == 1
+    await asyncio.get_running_loop().shutdown_default_executor()
+    with pytest.raises(RuntimeError):
+        await begin_in_thread(lambda: 1, lambda: ended.append("second"))
+    assert ended == ["first", "second"]
 
 
 async def test_a_timeout_is_told_as_one() -> None:

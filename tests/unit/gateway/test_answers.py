@@ -31,7 +31,7 @@ def answers(n: int = 3, stop: tuple[str, ...] = ()) -> Answers:
         band=Band.INTERACTIVE,
         timeout_s=9.0,
         submission="s",
-        decode=FakeTokenizer().decode,
+        words=FakeTokenizer(),
     )
     return Answers(job, 0.0)
 

@@ -55,6 +55,13 @@ def piece_of(token_id: int) -> TokenPiece:
     return TokenPiece.of_bytes(bytes([token_id]))
 
 
+class BytesAsWords:
+    """The same tokenizer, as a transcript needs it."""
+
+    decode = staticmethod(decode)
+    piece = staticmethod(piece_of)
+
+
 def test_what_json_cannot_spell_is_not_written() -> None:
     """A body with it would be none that a client can read."""
     for number in (math.inf, -math.inf, math.nan):
@@ -80,7 +87,7 @@ def test_the_offsets_of_many_tokens_take_linear_time() -> None:
 )
 def test_a_token_begins_where_its_character_does(text: str, stops: list[str], sizes: list[int]) -> None:
     """However tokens are grouped, and whatever of the text is held back for a stop string."""
-    transcript, offsets = Transcript(decode, stops), TextOffsets(decode)
+    transcript, offsets = Transcript(BytesAsWords(), stops), TextOffsets(decode)
     ids, told, taken, stop = text.encode(), [], 0, None
     for size in [*sizes, len(ids)]:
         if stop is not None:

@@ -42,6 +42,7 @@ def outline(**fields: Any) -> Outline:
         "slots": 1,
         "limits": TenantLimits(),
         "timeout_s": 30.0,
+        "deadline_s": 30.0,
         "max_tokens": 100,
         "prompt_size": 40,
         **fields,
@@ -192,10 +193,10 @@ class CountingTokenizer(FakeTokenizer):
     def __init__(self) -> None:
         self.texts = 0
 
-    async def encode(self, messages: Any) -> tuple[int, ...]:
+    async def encode(self, messages: Any, aside: Any) -> tuple[int, ...]:
         """See `Tokenizer.encode`."""
         self.texts += 1
-        return await super().encode(messages)
+        return await super().encode(messages, aside)
 
 
 def reception_of(world: World, tokenizer: FakeTokenizer) -> Reception:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.common.conversation import Message
+from services.common.conversation import Aside, Message
 from services.common.errors import QueueFull, RequestExists
 from services.common.system_clock import SystemClock
 from services.common.tokens import TokenVerifier
@@ -142,9 +142,9 @@ async def test_a_log_is_followed_whichever_model_wrote_it(
 class ShortTokenizer(FakeTokenizer):
     """Another vocabulary: every prompt is one token."""
 
-    async def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    async def encode(self, messages: Sequence[Message], aside: Aside) -> tuple[int, ...]:
         """See `Tokenizer.encode`."""
-        del messages
+        del messages, aside
         return (9,)
 
 
