@@ -22,6 +22,7 @@ from services.common.redis_client import RedisStore
 from services.common.system_clock import SystemClock
 from services.controller.adapters.redis_route import RedisRouteStore
 from services.controller.core.records import WorkerRecord
+from services.gateway.core.vital_signs import ABSENCE_S
 from services.worker.__main__ import _Process as WorkerProcess
 from services.worker.config import WorkerConfig
 from services.worker.core.batch import Batch
@@ -36,9 +37,7 @@ from tests.fixtures.resumption_world import ResumptionWorld, open_resumption_wor
 SLOTS = 2
 TOKENS = 60
 ANSWER = continuation(tuple(map(ord, "user:hi\n")), TOKENS)
-# A stop that is shorter breaks nothing.
-SHORT_S = 3.0
-# From then on: what the worker's server promises, and what a busy machine adds.
+# From a short stall on: what the worker's server promises, and what a busy machine adds.
 GONE_S = 3.0 + 7.0
 
 
@@ -162,7 +161,8 @@ async def test_a_gateway_that_is_stopped_keeps_no_slot_and_another_one_uses_it(s
     scene.stop()
     stopped_s = time.monotonic()
     other = await scene.world.add_gateway("g2")
-    await asyncio.sleep(stopped_s + SHORT_S - time.monotonic())
+    # A stop that is shorter breaks nothing.
+    await asyncio.sleep(stopped_s + ABSENCE_S - time.monotonic())
     assert scene.free_slots == 0
     kept.cancel()
     stub: Any = gateway_service_pb2_grpc.GatewayServiceStub(other.channel)

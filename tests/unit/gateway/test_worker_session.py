@@ -187,8 +187,13 @@ async def test_an_order_for_a_stream_that_has_ended_is_not_lost_with_it(
 
 @pytest.mark.parametrize(
     ("away_s", "looks", "loss"),
-    [(10.0, False, Loss.ABSENCE), (10.0, True, Loss.ABSENCE), (0.9, False, Loss.PROCESS)],
-    ids=["broken at once", "looks first", "a hiccup"],
+    [
+        (10.0, False, Loss.ABSENCE),
+        (10.0, True, Loss.ABSENCE),
+        (2.9, False, Loss.PROCESS),
+        (2.9, True, Loss.PROCESS),
+    ],
+    ids=["broken at once", "looks first", "a short stall", "looks after a short stall"],
 )
 async def test_a_stream_that_breaks_as_this_process_wakes_was_lost_by_it(
     monkeypatch: pytest.MonkeyPatch,
