@@ -36,6 +36,16 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_frame_size", 65_536),
 )
 
+# For servers at which a call holds something as long as it is open. A client that says nothing for so long is
+# pinged, and its calls end unless it answers in time: a process that was stopped, or a host that is gone,
+# sends no FIN. The answer comes from gRPC's own threads, however busy Python is, and four seconds are more
+# than any short stall. Only the third option makes the library keep to the second.
+KEEPALIVE: tuple[tuple[str, int], ...] = (
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 4_000),
+    ("grpc.http2.ping_timeout_ms", 4_000),
+)
+
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -96,11 +106,19 @@ def create(
     clock: Clock,
     *,
     interceptors: Sequence[Interceptor] = (),
+    pings: bool = False,
 ) -> Server:
-    """Builds a server for the named services; `interceptors` run inside the call log."""
-    grpc_server = grpc.aio.server(
-        interceptors=[CallLog(clock), HttpParts(), *interceptors], options=list(OPTIONS)
-    )
+    """Builds a server for the named services.
+
+    Args:
+        services: Their full names.
+        clock: Measures calls.
+        interceptors: They run inside the call log.
+        pings: Whether clients that do not answer in time lose their calls. Not for a server that sends large
+            files: on a slow line they hold up the answers.
+    """
+    options = [*OPTIONS, *(KEEPALIVE if pings else ())]
+    grpc_server = grpc.aio.server(interceptors=[CallLog(clock), HttpParts(), *interceptors], options=options)
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, grpc_server)
     if os.environ.get("INTERLOCK_REFLECTION", "on") != "off":

@@ -86,7 +86,9 @@ class _Process:
         self.formats: FormatLibrary | None = None
         self.exposition = metrics.Exposition()
         token = config.mesh_token.get_secret_value()
-        self.server = server.create([SERVICE], clock, interceptors=[MeshOnly(token, (f"/{SERVICE}/",))])
+        # A session holds slots: with a gateway that is gone without a word, it ends within seconds.
+        mesh_only = MeshOnly(token, (f"/{SERVICE}/",))
+        self.server = server.create([SERVICE], clock, interceptors=[mesh_only], pings=True)
         self.residency = Residency()
         settings = EngineSettings(
             slots=config.slots,

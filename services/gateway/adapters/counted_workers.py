@@ -2,7 +2,8 @@
 
 A pool around the pool that speaks with workers. An attempt failed when the worker ended it in error, or broke
 the protocol. A worker that is lost counts once, however many attempts it carried: its process may have been
-killed, and nobody knows which of them did it, if any. Refusals and cancellations count nothing.
+killed, and nobody knows which of them did it, if any. Refusals and cancellations count nothing, nor does what
+a gateway lost because it stood still itself.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class _Counted:
 
     def lost(self, cause: str, loss: Loss) -> None:
         """See `AttemptSink.lost`."""
-        self.pool.end(self, Verdict.FAILURE, worker_lost=loss is not Loss.JOB)
+        self.pool.end(self, loss.verdict, worker_lost=loss in {Loss.PROCESS, Loss.SILENCE})
         self.sink.lost(cause, loss)
 
     def add_credit(self, sequence: int, tokens: int) -> None:

@@ -112,8 +112,10 @@ class _Guarded:
 
     def lost(self, cause: str, loss: Loss) -> None:
         """See `AttemptSink.lost`."""
-        self._settle(Verdict.FAILURE)
-        if self.budget.spend(self.circuit.target, self.clock.monotonic()):
+        self._settle(loss.verdict)
+        # What the gateway itself has lost tells of no worker that fails, and is free.
+        own = loss is Loss.ABSENCE
+        if own or self.budget.spend(self.circuit.target, self.clock.monotonic()):
             self.sink.lost(cause, loss)
         else:
             self.sink.refused(RefusalReason.BUDGET_SPENT, cause)

@@ -28,8 +28,6 @@ from services.gateway.core.vital_signs import VitalSigns
 
 # Looking this often finds a silence at most a tenth late.
 WATCH_S = 0.2
-# If this process itself stood still for so long, the worker may have spoken all the while.
-OWN_PAUSE_S = 1.0
 # Both processes run on one network; a connection takes milliseconds, or is refused.
 CONNECT_LIMIT_S = 2.0
 # Two steps of a busy worker on a small machine; a slot is never held longer for a polite goodbye.
@@ -97,8 +95,8 @@ class WorkerSession:
     _task: asyncio.Task[None] | None = None
     # Set when nothing can be sent any more; `_ended_itself` when no one has to cancel the task for it.
     _over: bool = False
-    # Whether the stream broke, as it does with the worker's process.
-    _crashed: bool = False
+    # What its end is for every attempt on it.
+    _loss: Loss = Loss.SILENCE
     _ended_itself: bool = False
     # Sequences that wait for credit, as the worker last said.
     _paused: int = 0
@@ -170,7 +168,7 @@ class WorkerSession:
             if key in unsent:
                 one.sink.refused(RefusalReason.UNREACHABLE, cause)
             else:
-                one.sink.lost(cause, Loss.PROCESS if self._crashed else Loss.SILENCE)
+                one.sink.lost(cause, self._loss)
 
     async def close(self) -> None:
         """Ends the stream."""
@@ -180,12 +178,13 @@ class WorkerSession:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        connection, cause = channel.connect(self.address), "its session was cancelled"
+        connection, cause = channel.connect(self.address, light=True), "its session was cancelled"
         try:
             cause = await self._converse(connection)
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             code = error.code() if isinstance(error, grpc.aio.AioRpcError) else "closed"
-            cause, self._crashed = f"its session failed: {code}", True
+            cause = f"its session failed: {code}"
+            self._note_broken()
         except Exception:  # noqa: BLE001 - a defect here must reach the attempts as a loss, not as silence
             logs.get_logger().error("session.crashed", worker_id=self.worker_id, exc_info=True)
             cause = "the gateway could not read its session"
@@ -214,8 +213,13 @@ class WorkerSession:
             call.cancel()
         if first is watch:
             return watch.result()
-        self._crashed = True
+        self._note_broken()
         return "its session ended"
+
+    def _note_broken(self) -> None:
+        """The stream broke: with the worker's process, or because this one was away for too long."""
+        absent = self.signs.was_absent(self.clock.monotonic())
+        self._loss = Loss.ABSENCE if absent else Loss.PROCESS
 
     async def _read(self, call: Any) -> None:
         async for response in call:
@@ -236,16 +240,13 @@ class WorkerSession:
 
     async def _watch(self) -> str:
         """Returns when the worker is silent or stands still although it has work, and says which."""
-        looked_s = self.clock.monotonic()
         while True:
-            await asyncio.sleep(WATCH_S)
             now_s = self.clock.monotonic()
-            if now_s - looked_s > OWN_PAUSE_S:
-                self.signs.reset(now_s)
-            looked_s = now_s
+            self.signs.look(now_s)
             self._count()
             if self._carried and (ailment := self.signs.ailment(now_s)) is not None:
                 return ailment
+            await asyncio.sleep(WATCH_S)
 
     def _deliver(self, output: worker_service_pb2.StepOutput) -> None:
         key = (output.job, output.attempt)

@@ -100,12 +100,16 @@ class Answer:
         fits = self.index + tokens <= self._max_tokens
         return output.index == self.index and fits and len(output.logprobs) == tokens * self._scored
 
+    def note_cached(self, tokens: int) -> None:
+        """Notes how much of the prompt a cache had, as the first word of an answer tells, be it its end."""
+        if self.index == 0:
+            self._cached_prompt_tokens = min(tokens, self._prompt_tokens)
+
     def push(self, output: Output, now_s: float) -> Piece:
         """Takes the tokens of `output`; returns what they added to the text."""
         self._moments.last_token_s = now_s
         if self._moments.first_token_s is None:
             self._moments.first_token_s = now_s
-            self._cached_prompt_tokens = min(output.cached_prompt_tokens, self._prompt_tokens)
         piece = self._transcript.push(output.token_ids)
         self._stop_text = piece.stop or ""
         self._stopped = piece.stop is not None

@@ -130,11 +130,12 @@ class Answers:
                 answer = self._all[event.sequence]
                 if event.index != answer.index:
                     return False
-                cached = entry.cached_prompt_tokens
-                output = Output(event.index, event.token_ids, None, cached, event.logprobs)
+                answer.note_cached(entry.cached_prompt_tokens)
+                output = Output(event.index, event.token_ids, logprobs=event.logprobs)
                 said[event.sequence] += answer.push(output, at_s).text
                 logged[event.sequence] += event.text
             elif isinstance(event, Finished) and not event.is_last:
+                self._all[event.sequence].note_cached(event.usage.cached_prompt_tokens)
                 said[event.sequence] += self._all[event.sequence].flush(event.reason).text
                 self._open.discard(event.sequence)
         return said == logged

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from services.gateway.core.breaker import Verdict
 from services.gateway.core.events import FinishReason, TokenLogprob
 from services.gateway.core.params import OutputFormat, SamplingParams
 
@@ -93,17 +94,24 @@ class Loss(StrEnum):
     """What was lost.
 
     JOB: the worker lives, and ended the attempt without finishing it. PROCESS: its session broke, as it does
-    with the process. SILENCE: it was silent, or stood still, or was left.
+    with the process. SILENCE: it was silent, or stood still, or was left. ABSENCE: this gateway stood still
+    itself, for so long that the worker has let go of it.
     """
 
     JOB = "job"
     PROCESS = "process"
     SILENCE = "silence"
+    ABSENCE = "absence"
 
     @property
     def crashed(self) -> bool:
         """Whether its process, or the job in it, came to an end; silence may be a busy machine's."""
-        return self is not Loss.SILENCE
+        return self in {Loss.JOB, Loss.PROCESS}
+
+    @property
+    def verdict(self) -> Verdict:
+        """What it says of the worker."""
+        return Verdict.NEUTRAL if self is Loss.ABSENCE else Verdict.FAILURE
 
 
 class RefusalReason(StrEnum):

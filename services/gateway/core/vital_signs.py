@@ -2,12 +2,20 @@
 
 Pure: times are arguments, in seconds of a clock that never goes back. Two things are a hang: silence, and
 signs of life that never tell of a further step although jobs could make one. A job that waits for its client
-makes none.
+makes none. Nor is anything a hang that this process could not hear because it stood still itself.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+# If nobody looked for so long, this process itself stood still: the worker may have spoken all the while.
+OWN_PAUSE_S = 1.0
+# If for so long, the worker may have ended the session meanwhile; sooner no worker does.
+ABSENCE_S = 3.0
+# For so long after that the end of a session may be news of then.
+NEWS_S = 3.0
 
 
 @dataclass(slots=True)
@@ -20,6 +28,8 @@ class VitalSigns:
         heard_s: When it last said anything.
         moved_s: When it last made progress, or had none to make.
         step: The last step that it told of.
+        looked_s: When somebody last looked.
+        woke_s: When this process last went on after it had been absent.
     """
 
     silence_s: float
@@ -27,6 +37,20 @@ class VitalSigns:
     heard_s: float = 0.0
     moved_s: float = 0.0
     step: int = -1
+    looked_s: float = math.inf
+    woke_s: float = -math.inf
+
+    def look(self, now_s: float) -> None:
+        """Somebody looks, as he does several times a second; what was missed meanwhile is not judged."""
+        if now_s - self.looked_s > OWN_PAUSE_S:
+            self.reset(now_s)
+        if now_s - self.looked_s > ABSENCE_S:
+            self.woke_s = now_s
+        self.looked_s = now_s
+
+    def was_absent(self, now_s: float) -> bool:
+        """Whether this process stood still until a moment ago, for so long that its session may be over."""
+        return now_s - self.looked_s > ABSENCE_S or now_s - self.woke_s < NEWS_S
 
     def reset(self, now_s: float) -> None:
         """Begins anew: nothing was expected of it before."""

@@ -271,11 +271,11 @@ class Generation:
         if not narration.answers.continues(output):
             self._break("its tokens do not continue the text")
             return
+        narration.answers[sequence].note_cached(output.cached_prompt_tokens)
         if output.token_ids:
-            index = narration.answers[sequence].index
             piece = narration.take(output)
             self._apply(request_events.PROGRESSED)
-            narration.tell(piece, sequence, index)
+            narration.tell(piece, sequence, output.index)
             if piece.stop is not None:
                 self._stop(sequence)
                 return

@@ -13,9 +13,13 @@ from __future__ import annotations
 # three times that streams may come to feel at their slowest twentieth.
 STALL_RATIO = 2.4
 
-# A step of prefill alone takes about this long at most: commands wait for it, and gateways take two silent
-# seconds for a hang.
+# A step of prefill alone takes about this long at most: commands wait for it, and gateways take a worker that
+# makes none for some seconds for one that hangs.
 PREFILL_STEP_S_MAX = 0.5
+
+# The first chunk in which nothing decodes: as long as nothing is known of a model, a step that took in all
+# that it may take could last for as long as a hang.
+TOKENS_FIRST = 64
 
 # Chunks never get shorter than this; below it, reading the weights costs more than the tokens.
 CHUNK_TOKENS_MIN = 16
@@ -26,6 +30,11 @@ SHARED_TOKENS_FIRST = 16
 
 # How fast chunks get longer again, for each step that was quicker than it had to be.
 GROWTH_MAX = 1.25
+
+# The same while nobody waits for them and a step takes less than the share of its time: twice the tokens may
+# take more than twice as long, and still are far from too many. A quick machine is at its longest at once.
+LEAP = 2.0
+LEAP_SHARE = 0.25
 
 # The weight of the newest decode: one step that the machine interrupted changes little.
 _NEWEST = 0.25
@@ -43,8 +52,8 @@ class PrefillPace:
     """
 
     def __init__(self, chunk_tokens: int, shared_chunk_tokens: int) -> None:
-        self._alone = _Length(chunk_tokens, first=chunk_tokens)
-        self._shared = _Length(shared_chunk_tokens, first=min(SHARED_TOKENS_FIRST, shared_chunk_tokens))
+        self._alone = _Length(chunk_tokens, first=TOKENS_FIRST)
+        self._shared = _Length(shared_chunk_tokens, first=SHARED_TOKENS_FIRST)
         # By the class of their number: what a step takes in which so many streams decode, and nothing else.
         self._decode_s: dict[int, float] = {}
         self._looked: set[int] = set()
@@ -69,7 +78,9 @@ class PrefillPace:
     def note(self, step_s: float, *, chunk_tokens: int, decodes: int) -> None:
         """Takes in how long a step took that did so much."""
         if not decodes:
-            self._alone.adapt(chunk_tokens, step_s, PREFILL_STEP_S_MAX)
+            is_quick = step_s < LEAP_SHARE * PREFILL_STEP_S_MAX
+            growth = LEAP if is_quick else GROWTH_MAX
+            self._alone.adapt(chunk_tokens, step_s, PREFILL_STEP_S_MAX, growth)
             return
         kind = _class_of(decodes)
         self._looked.add(kind)
@@ -95,11 +106,11 @@ class _Length:
     def __init__(self, most: int, *, first: int) -> None:
         self._most = most
         self._least = min(CHUNK_TOKENS_MIN, most)
-        self.tokens = float(first)
+        self.tokens = float(min(first, most))
 
-    def adapt(self, chunk_tokens: int, took_s: float, allowed_s: float) -> None:
+    def adapt(self, chunk_tokens: int, took_s: float, allowed_s: float, growth: float = GROWTH_MAX) -> None:
         """Moves towards the length that takes as long as it may."""
-        better = chunk_tokens * min(allowed_s / max(took_s, 1e-6), GROWTH_MAX)
+        better = chunk_tokens * min(allowed_s / max(took_s, 1e-6), growth)
         # A prompt's end is shorter than it might be, and says nothing about longer chunks.
         if better < self.tokens and (took_s > allowed_s or chunk_tokens >= int(self.tokens)):
             self.tokens = max(self._least, better)

@@ -40,6 +40,9 @@ FAILURES_MAX = 3
 # How much finer than its limit the watchdog looks.
 WATCHDOG_PARTS = 10
 
+# If a look comes so much too late, the process itself stood still, and the step with it.
+OWN_PAUSE_S = 1.0
+
 
 class EngineOverloaded(InternalError):
     """The step thread does not take commands; the session that sent one ends."""
@@ -237,7 +240,10 @@ class Engine:
                         session.put(event)
                         touched.add(session)
                 case Unloaded(revision):
-                    self._unloads.pop(revision).set_result(None)
+                    ended = self._unloads.pop(revision)
+                    # Whoever waited for it may have been cancelled.
+                    if not ended.done():
+                        ended.set_result(None)
                 case StepFailed(revision, error):
                     self._note_failure(revision, error)
         if not any(isinstance(event, StepFailed) for event in events):
@@ -253,10 +259,16 @@ class Engine:
 
     async def _watch(self) -> None:
         limit_s = self._settings.watchdog_s
+        interval_s = limit_s / WATCHDOG_PARTS
+        woke_s = looked_s = self._clock.monotonic()
         while not self._dead:
-            await asyncio.sleep(limit_s / WATCHDOG_PARTS)
+            await asyncio.sleep(interval_s)
+            now_s = self._clock.monotonic()
+            if now_s - looked_s > interval_s + OWN_PAUSE_S:
+                woke_s = now_s
+            looked_s = now_s
             began_s = self._step_began_s
-            if began_s is not None and self._clock.monotonic() - began_s > limit_s:
+            if began_s is not None and now_s - max(began_s, woke_s) > limit_s:
                 self._die("A step does not end.")
 
     def _die(self, cause: str) -> None:

@@ -67,6 +67,16 @@ def test_a_log_brings_each_sequence_back() -> None:
     assert not found.continues(Output(0, ids("d"), sequence=3))
 
 
+def test_a_log_tells_what_a_cache_had_of_the_prompt() -> None:
+    """With its first text, or with an end that has no tokens before it."""
+    ended = Finished(FinishReason.STOP, usage=Usage(3, 2, 0), sequence=0, is_last=False)
+    first = Entry(chunk(0, 0, "ab"), 0.0, 2)
+    for log in (log_of(STARTED, ended), [first, *log_of(chunk(0, 2, "c"))]):
+        found = answers(2)
+        assert found.restore(log)
+        assert found.usage.cached_prompt_tokens == 2
+
+
 def test_text_that_an_end_let_go_is_part_of_the_log() -> None:
     """What could have been the beginning of a stop string came out with the end: the log is exact."""
     ended = Finished(FinishReason.STOP, sequence=1, is_last=False)
@@ -105,8 +115,9 @@ def test_a_sequence_at_its_limit_is_complete() -> None:
 def test_the_last_end_is_the_requests() -> None:
     """The usage of all is the prompt once, and each sequence's tokens."""
     found = answers(2)
-    found[0].push(Output(0, ids("abc"), cached_prompt_tokens=2), 1.0)
-    found[1].push(Output(0, ids("d"), cached_prompt_tokens=2, sequence=1), 1.0)
+    for sequence, text in enumerate(("abc", "d")):
+        found[sequence].note_cached(2)
+        found[sequence].push(Output(0, ids(text), sequence=sequence), 1.0)
     assert not found.end(1, 2.0).is_last
     last = found.finish(3.0)
     assert (last.sequence, last.is_last, last.usage) == (0, True, Usage(3, 2, 3))

@@ -102,11 +102,13 @@ def test_an_attempt_of_several_sequences_is_one(world: World) -> None:
 
 
 async def test_what_is_nobodys_fault(world: World) -> None:
-    """Refusals and cancellations count nothing; a text that met its stop string is whole."""
+    """Refusals, cancellations and the gateway's own absence; a text that met its stop string is whole."""
     for reason in RefusalReason:
         world.start()
         world.below().refused(reason, "no")
     world.start().cancel()
+    world.start()
+    world.below().lost("stood still", Loss.ABSENCE)
     assert world.counts() == (0, 0, 0)
     world.start().cancel(Verdict.SUCCESS)
     assert world.counts() == (1, 0, 0)

@@ -17,7 +17,7 @@ from services.common.errors import (
     WorkerLost,
 )
 from services.gateway.core.attempts import AttemptEnd, Loss, Output, RefusalReason
-from services.gateway.core.events import Chunk, Finished, FinishReason, Started, TokenLogprob
+from services.gateway.core.events import Chunk, Finished, FinishReason, Started, TokenLogprob, Usage
 from services.gateway.core.jobs import Outcome, Renewal, Waiting
 from services.gateway.core.log import Claim
 from services.gateway.core.params import GenerationParams, SamplingParams
@@ -45,6 +45,19 @@ async def test_tokens_that_nobody_took_come_as_one_chunk(world: World) -> None:
     assert chunk == Chunk(0, "abc", ids("abc"))
     assert isinstance(finished, Finished)
     await world.queue.wait_for("settle:finished", "n1")
+
+
+@pytest.mark.parametrize("said", ["", "abc"], ids=["nothing", "tokens"])
+async def test_what_a_cache_had_of_the_prompt_is_told_with_the_first_word(world: World, said: str) -> None:
+    """Also where that is the end of an answer that has no tokens; later words say nothing of it."""
+    generation = await world.dispatcher.submit(job())
+    sink = world.workers.attempts[0].sink
+    for at, letter in enumerate(said):
+        sink.output(Output(at, ids(letter), cached_prompt_tokens=0 if at else 2))
+    sink.output(Output(len(said), (), FinishReason.STOP, 0 if said else 2))
+    finished = (await rest(generation))[-1]
+    assert isinstance(finished, Finished)
+    assert finished.usage == Usage(3, 2, len(said))
 
 
 async def test_credit_comes_back_when_the_next_event_is_asked_for(world: World) -> None:

@@ -161,6 +161,20 @@ async def test_a_trial_that_ends_before_it_speaks_opens_the_breaker_again(verdic
     assert world.state is State.OPEN
 
 
+async def test_what_the_gateway_lost_itself_is_held_against_no_worker() -> None:
+    """It stood still, and every worker let go of it: its requests go on, at no cost, and no breaker opens."""
+    world = World()
+    left = world.budget.tokens
+    for _ in range(LIMITS.calls_min):
+        world.start()
+        world.fake.attempts[-1].sink.lost("test", Loss.ABSENCE)
+    assert (world.state, world.counted, world.budget.tokens) == (State.CLOSED, (0, 0), left)
+    world.budget.tokens = 0.0
+    world.start()
+    world.fake.attempts[-1].sink.lost("test", Loss.ABSENCE)
+    assert world.sink.losses == [Loss.ABSENCE] * (LIMITS.calls_min + 1)
+
+
 async def test_a_trial_that_is_overtaken_decides_nothing() -> None:
     """An operator holds the breaker meanwhile: neither its tokens nor its end count."""
     world = World()

@@ -12,12 +12,14 @@ import pytest
 from interlock.v1 import generation_pb2
 from interlock.v1 import worker_service_pb2 as pb
 
+from services.common.clock import Clock
 from services.common.system_clock import SystemClock
-from services.gateway.adapters.worker_session import WorkerSession
+from services.gateway.adapters.worker_session import WATCH_S, WorkerSession
 from services.gateway.core.attempts import Loss, Output, RefusalReason
 from services.gateway.core.pace import Pace
 from services.gateway.core.vital_signs import VitalSigns
 from tests.fakes.gateway_ports import work_order
+from tests.fakes.turned_clock import TurnedClock
 
 
 @dataclass
@@ -95,15 +97,20 @@ class World:
     """A session over a stream that the test plays, with an attempt for each name."""
 
     def __init__(
-        self, patch: pytest.MonkeyPatch, room: int, *, ready: bool = True, commands_max: int = 0
+        self,
+        patch: pytest.MonkeyPatch,
+        room: int,
+        *,
+        ready: bool = True,
+        commands_max: int = 0,
+        clock: Clock | None = None,
     ) -> None:
         self.stream, self.ended = Stream(room, commands_max), asyncio.Event()
         self.sinks: dict[str, Sink] = {}
-        patch.setattr("services.common.channel.connect", lambda _: Connection(ready))
+        patch.setattr("services.common.channel.connect", lambda *_, **__: Connection(ready))
         patch.setattr("interlock.v1.worker_service_pb2_grpc.WorkerServiceStub", lambda _: self)
-        self.session = WorkerSession(
-            "w1", "127.0.0.1:1", (), SystemClock(), VitalSigns(3.0, 10.0), Pace(0), self._end, lambda: None
-        )
+        signs, clock = VitalSigns(3.0, 10.0), clock or SystemClock()
+        self.session = WorkerSession("w1", "127.0.0.1:1", (), clock, signs, Pace(0), self._end, lambda: None)
 
     def Session(self, metadata: Any) -> Stream:
         """The stub's method."""
@@ -176,6 +183,35 @@ async def test_an_order_for_a_stream_that_has_ended_is_not_lost_with_it(
     world.stream.broken.set()
     world.start("b")
     assert await world.wait_ended() == {"a": [Loss.PROCESS], "b": [RefusalReason.UNREACHABLE]}
+
+
+@pytest.mark.parametrize(
+    ("away_s", "looks", "loss"),
+    [
+        (10.0, False, Loss.ABSENCE),
+        (10.0, True, Loss.ABSENCE),
+        (2.9, False, Loss.PROCESS),
+        (2.9, True, Loss.PROCESS),
+    ],
+    ids=["broken at once", "looks first", "a short stall", "looks after a short stall"],
+)
+async def test_a_stream_that_breaks_as_this_process_wakes_was_lost_by_it(
+    monkeypatch: pytest.MonkeyPatch,
+    away_s: float,
+    looks: bool,  # noqa: FBT001 - parametrized
+    loss: Loss,
+) -> None:
+    """The worker has let go of a gateway that stood still, which says nothing of the worker."""
+    clock = TurnedClock()
+    world = World(monkeypatch, room=1, clock=clock)
+    world.start("a")
+    await world.stream.took.wait()
+    clock.turn(away_s)
+    if looks:
+        await asyncio.sleep(1.5 * WATCH_S)
+        assert not world.ended.is_set()
+    world.stream.broken.set()
+    assert await world.wait_ended() == {"a": [loss]}
 
 
 async def test_a_worker_that_cannot_be_reached_has_lost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

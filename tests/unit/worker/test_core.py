@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.common.errors import InternalError
+from services.gateway.adapters.grpc_worker import STALL_S
 from services.worker.adapters.job_messages import step_output
 from services.worker.core.admission import Reason, Refusal
 from services.worker.core.noise import uniform
@@ -23,10 +24,12 @@ from services.worker.core.outbox import (
 )
 from services.worker.core.pace import (
     CHUNK_TOKENS_MIN,
+    GROWTH_MAX,
     LOOK_STEPS,
     PREFILL_STEP_S_MAX,
     SHARED_TOKENS_FIRST,
     STALL_RATIO,
+    TOKENS_FIRST,
     PrefillPace,
 )
 from services.worker.core.revision import NEXT, Phase, Residency
@@ -144,15 +147,48 @@ def test_unread_refusals_are_bounded() -> None:
 
 def test_slow_prefill_steps_shorten_chunks_and_fast_ones_lengthen_them() -> None:
     """A chunk takes about the time that it may; what the machine does decides its length."""
-    pace = PrefillPace(chunk_tokens=512, shared_chunk_tokens=128)
-    assert pace.budget(decodes=0) == 512
+    pace = at_its_longest()
     pace.note(PREFILL_STEP_S_MAX * 2, chunk_tokens=512, decodes=0)
     assert pace.budget(decodes=0) == 256
     pace.note(PREFILL_STEP_S_MAX / 10, chunk_tokens=40, decodes=0)
     assert pace.budget(decodes=0) == 256
     for _ in range(4):
-        pace.note(PREFILL_STEP_S_MAX / 10, chunk_tokens=pace.budget(decodes=0), decodes=0)
+        pace.note(PREFILL_STEP_S_MAX / 2, chunk_tokens=pace.budget(decodes=0), decodes=0)
     assert pace.budget(decodes=0) == 512
+
+
+def at_its_longest() -> PrefillPace:
+    """The pace of a machine that was quick so far."""
+    pace = PrefillPace(chunk_tokens=512, shared_chunk_tokens=128)
+    lengths = []
+    for _ in range(4):
+        lengths.append(pace.budget(decodes=0))
+        pace.note(PREFILL_STEP_S_MAX / 5, chunk_tokens=lengths[-1], decodes=0)
+    assert lengths == [TOKENS_FIRST, 128, 256, 512]
+    return pace
+
+
+@pytest.mark.parametrize("token_s", [0.03, 0.1])
+def test_a_slow_model_takes_no_step_for_a_hang(token_s: float) -> None:
+    """Nor its first one, of which nothing is known: gateways give up a worker whose steps stand still."""
+    pace = PrefillPace(chunk_tokens=512, shared_chunk_tokens=128)
+    steps_s = []
+    for _ in range(30):
+        tokens = pace.budget(decodes=0)
+        steps_s.append(token_s * tokens)
+        pace.note(steps_s[-1], chunk_tokens=tokens, decodes=0)
+    assert max(steps_s) < STALL_S
+    assert max(steps_s[1:]) <= max(PREFILL_STEP_S_MAX * GROWTH_MAX, token_s * CHUNK_TOKENS_MIN)
+
+
+def test_a_leap_does_not_lead_beyond_the_time_of_a_step() -> None:
+    """Attention makes long chunks dearer than their share: twice the tokens take up to four times as long."""
+    pace = PrefillPace(chunk_tokens=4_096, shared_chunk_tokens=128)
+    for _ in range(30):
+        tokens = pace.budget(decodes=0)
+        step_s = 4e-6 * tokens**2
+        assert step_s <= PREFILL_STEP_S_MAX * GROWTH_MAX**2
+        pace.note(step_s, chunk_tokens=tokens, decodes=0)
 
 
 def test_a_shared_chunk_is_paced_by_the_decode_beside_it() -> None:
@@ -201,7 +237,7 @@ def test_now_and_then_a_step_goes_without_a_chunk() -> None:
 
 def test_a_prompt_alone_in_its_revision_is_short_beside_another_ones_streams() -> None:
     """They wait for its step as well; where nobody does, it may be long."""
-    pace = PrefillPace(chunk_tokens=512, shared_chunk_tokens=128)
+    pace = at_its_longest()
     assert pace.budget(decodes=0, beside=True) == SHARED_TOKENS_FIRST
     assert pace.budget(decodes=0) == 512
     pace.note(PREFILL_STEP_S_MAX * 32, chunk_tokens=512, decodes=0)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from services.common.clock import Clock
 from services.common.errors import ArgumentInvalid
 from services.common.system_clock import SystemClock
 from services.worker.core.admission import JobStart, Reason
@@ -16,6 +17,7 @@ from services.worker.core.outbox import Letter
 from services.worker.core.revision import Phase, Residency
 from services.worker.core.sequence import Finish, Output, SequenceKey, SequenceStart
 from services.worker.engine import Engine, EngineSession, EngineSettings
+from tests.fakes.turned_clock import TurnedClock
 from tests.fakes.worker_ports import FakeCompiler, FakeRunner, continuation
 
 PROMPT = (3, 1, 4, 1, 5)
@@ -25,11 +27,11 @@ SHAPE = Format(FormatKind.REGEX, ("a+",))
 class Bench:
     """An engine with one active revision, and what it told."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, clock: Clock | None = None) -> None:
         self.residency = Residency()
         self.deaths: list[str] = []
         self.died = asyncio.Event()
-        self.engine = Engine(self.residency, settings, SystemClock(), self._die)
+        self.engine = Engine(self.residency, settings, clock or SystemClock(), self._die)
         self.runner = FakeRunner()
 
     def host(self, revision: str) -> FakeRunner:
@@ -53,9 +55,15 @@ def activate(residency: Residency, revision: str, epoch: int = 5) -> None:
 
 
 @pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
+def clock() -> Clock:
+    """The time of the bench."""
+    return SystemClock()
+
+
+@pytest.fixture
+async def bench(clock: Clock) -> AsyncIterator[Bench]:
     """An engine that is stopped afterwards."""
-    made = Bench(EngineSettings(slots=2, chunk_tokens=64, shared_chunk_tokens=16, watchdog_s=0.5))
+    made = Bench(EngineSettings(slots=2, chunk_tokens=64, shared_chunk_tokens=16, watchdog_s=0.5), clock)
     made.engine.start()
     made.engine.host("r1", made.runner)
     activate(made.residency, "r1")
@@ -315,6 +323,44 @@ async def test_a_step_that_hangs_is_fatal(bench: Bench) -> None:
     async with asyncio.timeout(10):
         await bench.died.wait()
     assert len(bench.deaths) == 1
+
+
+@pytest.mark.parametrize("clock", [TurnedClock()])
+async def test_a_step_in_which_the_process_stood_still_is_given_its_time(
+    bench: Bench, clock: TurnedClock
+) -> None:
+    """One that was stopped for a minute has not hung; from when it goes on the watchdog judges as ever."""
+    bench.runner.gate = threading.Event()
+    session = bench.engine.open_session()
+    session.start(job(session, "a"))
+    await asyncio.to_thread(bench.runner.entered.wait, 10)
+    clock.turn(60)
+    # The watchdog has looked by then: its timer began before this one, and is shorter.
+    await asyncio.sleep(0.1)
+    assert bench.deaths == []
+    async with asyncio.timeout(10):
+        while not bench.died.is_set():
+            clock.turn(0.1)
+            await asyncio.sleep(0.01)
+
+
+async def test_an_unload_that_nobody_waits_for_any_more_costs_no_other_word(bench: Bench) -> None:
+    """What the same step told of other revisions is delivered, and no listener is passed over."""
+    flaws: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: flaws.append(context))
+    second = bench.host("r2")
+    bench.runner.gate = threading.Event()
+    session = bench.engine.open_session()
+    session.start(job(session, "a", 2))
+    await asyncio.to_thread(bench.runner.entered.wait, 10)
+    unloading = asyncio.create_task(bench.engine.unload("r2"))
+    await asyncio.sleep(0)
+    unloading.cancel()
+    await asyncio.gather(unloading, return_exceptions=True)
+    bench.runner.gate.set()
+    assert tokens_of(await read_until_finish(session, {"a"}), "a") == continuation(PROMPT, 2)
+    assert second.closed
+    assert flaws == []
 
 
 async def test_two_revisions_run_side_by_side_and_one_leaves(bench: Bench) -> None:
