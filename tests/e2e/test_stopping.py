@@ -17,7 +17,7 @@ from interlock.v1 import gateway_service_pb2_grpc
 
 from tests.fixtures.mesh import Mesh, started
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize("way", ["SIGTERM", "SIGINT", "down"])
