@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -121,15 +122,21 @@ def _is_free(port: int, end_s: float, tell: Callable[[str], None]) -> bool:
     told = False
     # Loopback is where the mesh binds. The default ports of gateways, controllers and workers are among those
     # that the kernel gives to connections, whose far end somebody else chose: they come and go.
-    while not _can_listen("127.0.0.1", port):
-        if _somebody_listens(port) or time.monotonic() > end_s:
+    while (refusal := _refusal("127.0.0.1", port)) is not None:
+        if not _is_in_use(refusal) or _somebody_listens(port) or time.monotonic() > end_s:
             return False
         if not told:
             tell(f"Port {port} belongs to a connection; waiting for its end, for a minute at most")
             told = True
         time.sleep(_LOOK_S)
     # The wildcard finds who listens on any other address, but also connections, which harm nobody there.
-    return _can_listen("0.0.0.0", port) or not _somebody_listens(port)  # noqa: S104 - closed at once
+    refusal = _refusal("0.0.0.0", port)  # noqa: S104 - closed at once
+    return refusal is None or (_is_in_use(refusal) and not _somebody_listens(port))
+
+
+def _is_in_use(refusal: OSError) -> bool:
+    """Whether another socket is in the way, and not a rule of the machine's."""
+    return refusal.errno == errno.EADDRINUSE
 
 
 def _somebody_listens(port: int) -> bool:
@@ -142,7 +149,8 @@ def _somebody_listens(port: int) -> bool:
     return any(one[1].endswith(f":{port:04X}") and one[3] == _LISTENS for one in sockets)
 
 
-def _can_listen(host: str, port: int) -> bool:
+def _refusal(host: str, port: int) -> OSError | None:
+    """Why nobody can listen there now; None: somebody can."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         # SO_REUSEADDR ignores connections that a server has accepted, never a listener. SO_REUSEPORT would:
         # it stays off.
@@ -150,6 +158,6 @@ def _can_listen(host: str, port: int) -> bool:
         try:
             probe.bind((host, port))
             probe.listen(1)
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return error
+    return None

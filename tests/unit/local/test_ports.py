@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from collections.abc import Iterator
@@ -122,6 +123,19 @@ def test_a_connection_is_waited_for() -> None:
         ports.check_free(ports.Ports(port, (), (), ()), tell)
     (told,) = waits
     assert f"Port {port} belongs to a connection" in told
+
+
+def test_a_port_that_may_not_be_bound_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Port 80 is root's on most machines: nobody goes away there."""
+    waits: list[str] = []
+    monkeypatch.setattr(socket.socket, "bind", _denied)
+    with pytest.raises(ports.PortsTaken, match=r"80 \(envoy\)"):
+        ports.check_free(ports.Ports(80, (), (), ()), waits.append)
+    assert not waits
+
+
+def _denied(_: socket.socket, address: tuple[str, int]) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied", str(address))
 
 
 def test_a_connection_that_stays_is_not_waited_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
