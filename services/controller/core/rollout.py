@@ -172,10 +172,9 @@ def _prepare(rollout: Rollout, now: Moment) -> Rollout:
     if obstacle:
         return _enter(rollout, State.ABORTING, obstacle, now)
     rollout = _swap_first(rollout, now) if rollout.strategy is Strategy.SWAP else rollout
-    ready = now.kept(rollout)
-    if ready < _needed(rollout, now.fleet) or now.fleet.gateways_pending:
+    if now.ready < _needed(rollout, now.fleet) or now.fleet.gateways_pending:
         return rollout
-    cause = f"{ready} of {_count(len(now.fleet.workers))} ready."
+    cause = f"{now.ready} of {_count(len(now.fleet.workers))} ready."
     # The time to become ready is over; how long an operator holds it is not part of it.
     return _enter(replace(rollout, due_ms=0), State.READY, cause, now)
 
@@ -186,7 +185,7 @@ def _switch(rollout: Rollout, now: Moment) -> Rollout:
     obstacle = _obstacle(rollout, now)
     if obstacle:
         return _enter(rollout, State.ABORTING, obstacle, now)
-    if not now.kept(rollout):
+    if not now.ready:
         return rollout
     # A swapped worker has nothing else to serve: a share for the old revision would wait for the others.
     percent = SHARE_ALL if rollout.strategy is Strategy.SWAP else rollout.spec.canary_percent
@@ -202,20 +201,20 @@ def _await_route(rollout: Rollout, now: Moment) -> Rollout:
 
 
 def _bake(rollout: Rollout, now: Moment) -> Rollout:
-    failures, ready = now.failures, now.kept(rollout)
+    failures = now.failures
     if failures and rollout.strategy is Strategy.SWAP:
         return _enter(rollout, State.ROLLING_BACK, failures[0], now)
-    if not ready and now.old_is_ready:
+    if not now.ready and now.old_is_ready:
         none_left = f"No worker holds the new revision any more. {now.findings}".rstrip()
         cause = failures[0] if failures else none_left
         return _enter(rollout, State.ROLLING_BACK, cause, now)
     if rollout.strategy is Strategy.SWAP:
         # Where an operator kept it on the way back the route may have left it.
-        rollout = _routed(rollout, _shares(rollout, SHARE_ALL)) if ready else rollout
+        rollout = _routed(rollout, _shares(rollout, SHARE_ALL)) if now.ready else rollout
         rollout = _swap_one(rollout, now)
-    is_everywhere = ready == len(now.fleet.workers)
+    is_everywhere = now.ready == len(now.fleet.workers)
     is_swapping = rollout.strategy is Strategy.SWAP and not is_everywhere
-    if rollout.paused or now.ms < rollout.due_ms or not ready or is_swapping:
+    if rollout.paused or now.ms < rollout.due_ms or not now.ready or is_swapping:
         return rollout
     rollout = _routed(rollout, _shares(rollout, SHARE_ALL))
     if rollout.written != rollout.route:

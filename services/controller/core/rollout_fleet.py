@@ -79,7 +79,8 @@ def keepers(rollout: Rollout, members: Iterable[Member], awaited: frozenset[str]
 def _farness(member: Member, revision: str, names: set[str]) -> tuple[bool, bool, bool, int, str]:
     """Sorts first who serves a revision, then who is about to, then who is in line and holds the least."""
     resident = member.residents.get(revision, Resident())
-    absent = _leaves(member, revision) or not _is_held(member, revision)
+    leaving = resident.phase in {Phase.RETIRING, Phase.ABORTING}
+    absent = leaving or not _is_held(member, revision)
     weight = sum(_is_held(member, one) for one in names)
     return (resident.phase is not Phase.ACTIVE, absent, member.quiet, weight, member.id)
 
@@ -142,13 +143,8 @@ def _one_copy(rollout: Rollout, member: Member, whole: Goal, bound: frozenset[st
         # They end first: it takes the other revision's place when nobody waits for that any more.
         held = dict.fromkeys(others & bound, max(whole.holds.values()))
         return replace(whole, holds=held, stages=wanted)
-    # The next is loaded when the last one's memory is free. Its files come before. A worker that both are in
-    # had room for them, and goes on serving until the other one is gone.
-    holding = [name for name in others if _is_held(member, name)]
-    serves_both = any(_serves(member, name) for name in wanted) and all(
-        _serves(member, name) or _leaves(member, name) for name in holding
-    )
-    if holding and not serves_both:
+    # The next is loaded when the last one's memory is free. Its files come before.
+    if any(_is_held(member, name) for name in others):
         return replace(whole, holds={}, quiet=True, stages=wanted)
     return whole
 
@@ -162,7 +158,8 @@ def _kept(rollout: Rollout, member: Member) -> WorkerGoal | None:
     if rollout.state is not State.ROLLING_BACK or rollout.strategy is not Strategy.SWAP:
         return None
     new, old = rollout.spec.revision, member.residents.get(rollout.previous, Resident())
-    if is_given_up(old) or (_serves(member, new) and old.phase in _UNSTAGED):
+    serves = member.residents.get(new, Resident()).phase in _SERVING
+    if is_given_up(old) or (serves and old.phase in _UNSTAGED):
         return WorkerGoal(frozenset({new}), stages=rollout.previous)
     return None
 
@@ -178,16 +175,6 @@ def _is_held(member: Member, revision: str) -> bool:
     """Whether a revision takes memory, or is about to."""
     resident = member.residents.get(revision)
     return resident is not None and resident.phase not in _WEIGHTLESS
-
-
-def _serves(member: Member, revision: str) -> bool:
-    """Whether a revision is inside a worker, and whole."""
-    return member.residents.get(revision, Resident()).phase in _SERVING
-
-
-def _leaves(member: Member, revision: str) -> bool:
-    """Whether a worker has been told to get rid of a revision, and still has it."""
-    return member.residents.get(revision, Resident()).phase in {Phase.RETIRING, Phase.ABORTING}
 
 
 # Who leads back waits for nobody: what is gone holds nothing that would have to go.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.controller.core.rollout_events import Fleet, Standing
-from services.controller.core.rollout_record import Rollout, Strategy
 
 FAILURES = frozenset({Standing.FAILED, Standing.GIVEN_UP})
 
@@ -32,13 +31,6 @@ class Moment:
     def ready(self) -> int:
         """Workers that have the new revision ready."""
         return sum(worker.new is Standing.READY for worker in self.fleet.workers)
-
-    def kept(self, rollout: Rollout) -> int:
-        """Workers that have the new revision ready, and keep it: by swap none does before its turn."""
-        if rollout.strategy is not Strategy.SWAP:
-            return self.ready
-        ready = (worker for worker in self.fleet.workers if worker.new is Standing.READY)
-        return sum(worker.worker_id in rollout.swapping for worker in ready)
 
     @property
     def all_staged(self) -> bool:

@@ -24,7 +24,7 @@ from services.controller.core.member import Kind, Progress, Retired, Staged
 from services.controller.core.residency import Phase, Resident
 from services.controller.core.rollout_events import Cancelled, Paused, Promoted, Resumed, TakenBack
 from services.controller.core.rollout_record import Spec, State, Strategy
-from tests.fixtures.rollout_world import World, pair
+from tests.fixtures.rollout_world import World
 
 
 @pytest.fixture
@@ -215,32 +215,6 @@ async def test_a_swap_begins_when_every_worker_has_the_files() -> None:
     await world.settle(4)
     assert world.rollout.state is State.COMPLETED
     assert world.held == {"a": {world.new}, "b": {world.new}}
-
-
-async def test_a_swap_back_to_what_workers_have_yet_waits_until_that_is_gone() -> None:
-    """Requests of before run on it still; a worker that is about to unload it is no ready one."""
-    world = await pair()
-    world.store.running = {("a", world.old), ("b", world.old)}
-    await world.start(bake_s=0.0)
-    await world.settle(2)
-    assert world.rollout.state is State.COMPLETED
-    assert world.held == {name: {world.old, world.new} for name in "ab"}
-    back = Spec(model="m", revision=world.old, strategy=Strategy.SWAP, bake_s=0.0)
-    await world.coordinator.start_rollout("back", back)
-    await world.settle(2)
-    rollout = world.coordinator.rollouts.find("back")
-    assert (rollout.state, world.route) == (State.PREPARING, {world.new: 100})
-    assert not any(record.draining for record in world.store.workers.values())
-    # One of them is idle: what serves stays in it as well.
-    world.store.running.remove(("a", world.old))
-    await world.settle(2)
-    assert world.held == {"a": {world.new}, "b": {world.old, world.new}}
-    world.store.running.clear()
-    await world.settle(4)
-    states = [one.state for one in world.coordinator.rollouts.find("back").history]
-    assert states[-1] is State.COMPLETED
-    assert State.ROLLING_BACK not in states
-    assert world.held == {name: {world.old} for name in "ab"}
 
 
 async def swapping(world: World) -> None:
