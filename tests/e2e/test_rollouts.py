@@ -65,7 +65,7 @@ def test_rollouts_under_load_drop_nothing(pair: Mesh, strategy: str) -> None:
     """There and back; each answer is from exactly one revision, and both answered."""
     before = serving(pair)
     found = measured(pair, strategy=strategy, rollouts=2)
-    assert found["rollouts"] == ["COMPLETED", "COMPLETED"]
+    assert found["rollouts"] == ["COMPLETED", "COMPLETED"], rollout(pair)["history"]
     assert found["failures"] == []
     assert found["answers_of_two_revisions"] == 0
     assert found["answers"] >= STREAMS
@@ -110,7 +110,7 @@ def test_one_worker_with_memory_for_one_copy_swaps(model_path: Path) -> None:
     with started(model_path, "--worker-memory-bytes", str(SMALL_BYTES)) as mesh:
         push(mesh, model_path, OTHER, "--quantization", "none", "--dtype", "bf16")
         found = measured(mesh, strategy="auto", rollouts=1)
-        assert (found["rollouts"], found["failures"]) == (["COMPLETED"], [])
+        assert (found["rollouts"], found["failures"]) == (["COMPLETED"], []), rollout(mesh)["history"]
         assert serving(mesh) == OTHER
         assert rollout(mesh)["spec"]["strategy"] == "ROLLOUT_STRATEGY_SWAP"
         push(mesh, model_path, "too-large", "--quantization", "none", "--dtype", "fp32")
