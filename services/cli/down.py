@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import time
@@ -25,16 +26,22 @@ def run(arguments: argparse.Namespace) -> int:
     if pid is None:
         raise CommandFailed(f"no mesh runs in {home.path}.")
     print(f"Stopping the mesh in {home.path} (process {pid})")
-    os.kill(pid, signal.SIGTERM)
+    _send(pid, signal.SIGTERM)
     if _ended(home, pid, _ORDERLY_S):
         return 0
     print("It does not end; killing it. Its processes end with it.")
-    os.kill(pid, signal.SIGKILL)
+    _send(pid, signal.SIGKILL)
     if not _ended(home, pid, _KILLED_S):
         raise CommandFailed(f"process {pid} cannot be killed.")
     # Nobody was left to clean up: whoever holds the lock next does, and this is as good a moment as any.
     with home.locked():
         return 0
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    # It may have ended by itself meanwhile, which is what is wanted.
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _ended(home: Home, pid: int, within_s: float) -> bool:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from services.cli.failure import CommandFailed
@@ -46,9 +47,9 @@ def _run(home: Home, arguments: argparse.Namespace) -> int:
         controllers=arguments.controllers,
     )
     with home.locked():
-        ports.check_free(wanted)
-        began_s = time.monotonic()
         with session.ended_by_signals():
+            ports.check_free(wanted, partial(print, flush=True))
+            began_s = time.monotonic()
             name, path = _model(home, arguments.model)
         plan = MeshPlan(
             model_path=path,

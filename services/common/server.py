@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from services.common import logs
 from services.common.channel import MESSAGE_BYTES_MAX
 from services.common.clock import Clock
+from services.common.end_signals import end_signals
 from services.common.grpc_types import Interceptor
 from services.common.interceptors import CallLog, HttpParts
 
@@ -130,13 +131,10 @@ def create(
 async def run_until_signal(drain: Callable[[], Awaitable[None]]) -> None:
     """Waits for SIGTERM or SIGINT, then runs `drain`; a second signal ends the wait for it."""
     stop, hurry = asyncio.Event(), asyncio.Event()
-
-    def on_signal() -> None:
-        (hurry if stop.is_set() else stop).set()
-
+    heard = end_signals(stop, hurry)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, heard, number)
     await stop.wait()
     logs.get_logger().info("process.draining")
     draining = asyncio.ensure_future(drain())

@@ -220,7 +220,8 @@ class Home:
         self.state_file.unlink(missing_ok=True)
         for path in self.run.iterdir():
             if _RUN_NAMES.fullmatch(path.name) and not path.is_dir():
-                path.unlink()
+                # A process of the dead mesh may be about to end, and removes or renames its own.
+                path.unlink(missing_ok=True)
         short = self._short_path()
         for name in _SOCKETS:
             (short / name).unlink(missing_ok=True)

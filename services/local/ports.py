@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 HTTP_PORT = 8080
 GATEWAY_PORT = 50051
 CONTROLLER_PORT = 50052
 WORKER_PORT = 50061
 METRICS_PORT = 9464
+
+# For so long the kernel keeps the port of a connection that its own end closed first.
+_LET_GO_S = 61.0
+_LOOK_S = 0.1
+# Every socket of this network, by the kernel; other systems than Linux have no such files.
+_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+_LISTENS = "0A"
 
 
 class PortsTaken(Exception):
@@ -73,15 +83,25 @@ def plan(http: int, *, gateways: int, workers: int, controllers: int = 1) -> Por
     )
 
 
-def check_free(ports: Ports) -> None:
-    """Raises PortsTaken for a port that two parts want, or where somebody listens on any address."""
+def check_free(ports: Ports, tell: Callable[[str], None] = print) -> None:
+    """Checks that the ports can be had, and waits for those that only a connection holds.
+
+    Args:
+        ports: The plan.
+        tell: Hears of a wait.
+
+    Raises:
+        PortsTaken: Two parts want one port, somebody listens there on any address, or a connection
+            does not let go of it.
+    """
     _check_distinct(ports)
-    taken = {user: port for user, port in ports.by_user().items() if not _is_free(port)}
+    end_s = time.monotonic() + _LET_GO_S
+    taken = {user: port for user, port in ports.by_user().items() if not _is_free(port, end_s, tell)}
     if not taken:
         return
     names = ", ".join(f"{port} ({user})" for user, port in taken.items())
     raise PortsTaken(
-        f"Taken: port {names}. Stop what listens there (`ss -ltnp` shows it; another mesh: "
+        f"Taken: port {names}. Stop what listens there (`ss -tanp` shows it; another mesh: "
         "`interlock down`), or take free ports for everything with `--port 0`."
     )
 
@@ -98,18 +118,46 @@ def _check_distinct(ports: Ports) -> None:
         )
 
 
-def _is_free(port: int) -> bool:
-    # Loopback finds who listens there, the wildcard who listens on any other address of the machine.
-    return all(_can_listen(host, port) for host in ("127.0.0.1", "0.0.0.0"))  # noqa: S104 - closed at once
+def _is_free(port: int, end_s: float, tell: Callable[[str], None]) -> bool:
+    told = False
+    # Loopback is where the mesh binds. The default ports of gateways, controllers and workers are among those
+    # that the kernel gives to connections, whose far end somebody else chose: they come and go.
+    while (refusal := _refusal("127.0.0.1", port)) is not None:
+        if not _is_in_use(refusal) or _somebody_listens(port) or time.monotonic() > end_s:
+            return False
+        if not told:
+            tell(f"Port {port} belongs to a connection; waiting for its end, for a minute at most")
+            told = True
+        time.sleep(_LOOK_S)
+    # The wildcard finds who listens on any other address, but also connections, which harm nobody there.
+    refusal = _refusal("0.0.0.0", port)  # noqa: S104 - closed at once
+    return refusal is None or (_is_in_use(refusal) and not _somebody_listens(port))
 
 
-def _can_listen(host: str, port: int) -> bool:
+def _is_in_use(refusal: OSError) -> bool:
+    """Whether another socket is in the way, and not a rule of the machine's."""
+    return refusal.errno == errno.EADDRINUSE
+
+
+def _somebody_listens(port: int) -> bool:
+    """Whether a socket listens on the port, on whatever address; True as well where nobody can tell."""
+    tables = [table for table in _TABLES if table.exists()]
+    if not tables:
+        return True
+    # A line is: number, local address and port, remote ones, state, all in hexadecimal digits.
+    sockets = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+    return any(one[1].endswith(f":{port:04X}") and one[3] == _LISTENS for one in sockets)
+
+
+def _refusal(host: str, port: int) -> OSError | None:
+    """Why nobody can listen there now; None: somebody can."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # SO_REUSEADDR ignores connections that are over, never a listener. SO_REUSEPORT would: it stays off.
+        # SO_REUSEADDR ignores connections that a server has accepted, never a listener. SO_REUSEPORT would:
+        # it stays off.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
             probe.listen(1)
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return error
+    return None

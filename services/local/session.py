@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from services.common.clock import Clock
+from services.common.end_signals import end_signals
 from services.local.child import Event
 from services.local.home import Home, HomeUnusable
 from services.local.mesh import LocalMesh, PartReady
@@ -85,15 +86,12 @@ async def _keep_token_fresh(home: Home) -> None:
 @contextlib.contextmanager
 def _signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
     """The first signal sets `stop`, the second `hurry`."""
-
-    def on_signal() -> None:
-        (hurry if stop.is_set() else stop).set()
-
+    heard = end_signals(stop, hurry)
     loop = asyncio.get_running_loop()
     # SIGHUP: the terminal was closed.
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     for number in numbers:
-        loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(number, heard, number)
     try:
         yield
     finally:

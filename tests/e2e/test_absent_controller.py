@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -19,14 +18,17 @@ from services.common.queue_keys import ModelKeys
 from services.controller.coordinator import RECORD_TTL_S
 from tests.fixtures.mesh import MODEL, Mesh
 from tests.fixtures.redis_server import advance_clock
+from tests.fixtures.rollout_sight import until
 
 SOAKS = "INTERLOCK_SOAK_FACTOR" in os.environ
 # Longer than members' leases. The records of workers in Redis lapse by its own clock, which a short absence
 # turns on; in the long run they lapse ten times over by themselves.
 ABSENCE_S = 300 if SOAKS else 6
 CLIENTS = 4
+# Some answers of each client on a busy machine.
+PATIENCE_S = 60.0
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(ABSENCE_S + 300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(ABSENCE_S + 900)]
 
 
 @contextmanager
@@ -74,28 +76,33 @@ def test_no_request_fails_while_the_controller_is_away_and_it_comes_back(
     mesh.await_answer(60)
     controller = int(mesh.refresh()["controllers"][0]["pid"])
     until_s = time.monotonic() + ABSENCE_S
-    lapsed = threading.Event()
+    lapsed, enough = threading.Event(), threading.Event()
+    # Whether the leases had lapsed when each was asked that was answered.
+    answered: list[bool] = []
 
-    def ask(number: int) -> Counter[tuple[int, bool]]:
-        told: Counter[tuple[int, bool]] = Counter()
-        while time.monotonic() < until_s:
+    def ask(number: int) -> None:
+        while not enough.is_set():
             late = lapsed.is_set()
             reply = mesh.post("/v1/generate", {"text": f"Count from {number}.", "max_tokens": 8})
-            told[reply.status, late] += 1
-        return told
+            assert reply.status == 200, reply.body
+            answered.append(late)
 
     with redis.Redis.from_url(mesh.state["redis"]["address"], decode_responses=True) as store:
         with away(mesh, controller), ThreadPoolExecutor(CLIENTS) as pool:
             asking = [pool.submit(ask, number) for number in range(CLIENTS)]
-            time.sleep(RECORD_TTL_S + 10 if SOAKS else 1)
-            if not SOAKS:
-                advance_clock(store, MODEL, RECORD_TTL_S + 1)
+            try:
+                time.sleep(RECORD_TTL_S + 10 if SOAKS else 1)
+                if not SOAKS:
+                    advance_clock(store, MODEL, RECORD_TTL_S + 1)
+                assert last_lease_s(store) < 0
+                lapsed.set()
+                time.sleep(max(0.0, until_s - time.monotonic()))
+                until(lambda: sum(answered) > CLIENTS or any(one.done() for one in asking), PATIENCE_S)
+            finally:
+                enough.set()
+            for client in asking:
+                client.result()
             assert last_lease_s(store) < 0
-            lapsed.set()
-            answers = sum((clients.result() for clients in asking), Counter())
-            assert last_lease_s(store) < 0
-        assert {status for status, _ in answers} == {200}, answers
-        assert answers[200, True] > CLIENTS
         # It leads again, and its worker is listed for as long as before.
         deadline = time.monotonic() + 30
         while mesh.run("workers", "list", "--json").returncode != 0 or last_lease_s(store) < 0:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.fixtures.mesh import MODEL, ROOT, Mesh
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 QUESTION = "What is the capital of France?"
 ASKED: dict[str, Any] = {

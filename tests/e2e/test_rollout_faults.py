@@ -20,7 +20,7 @@ from tests.fixtures.mesh import MODEL, ROOT, Mesh, started
 from tests.fixtures.rollout_sight import revisions, rollout, serving, states, until, whole
 from tests.fixtures.rollout_streams import STREAMS, Stream, follow, streamed_all_the_time
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 OTHER = "bf16-weights"
 FAULTS = ROOT / "tests" / "fakes" / "faults"

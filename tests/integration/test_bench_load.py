@@ -20,7 +20,7 @@ from tests.fixtures.gateway_world import MODEL, SECRET, GatewayWorld, open_gatew
 ANSWER = Script(answer="0123456789", interval_s=0.002)
 TENANTS = (Tenant("small", 1), Tenant("large", 3))
 CHANCE = Random(1)  # noqa: S311 - it draws prompts and arrivals
-LOAD = Load(tenants=TENANTS, prompt_tokens=4, answer_tokens=10, duration_s=0.6, warmup_s=0.0)
+LOAD = Load(tenants=TENANTS, prompt_tokens=4, answer_tokens=10, duration_s=2.0, warmup_s=0.0)
 
 
 async def loaded(world: GatewayWorld, load: Load, clients: int) -> Step:

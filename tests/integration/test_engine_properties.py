@@ -75,9 +75,7 @@ async def answers_of(
     return {name: (*emitted.get(name, ()), *answer.tokens) for name, answer in answers.items()}
 
 
-@settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+@settings(max_examples=EXAMPLES, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     kind=st.sampled_from(KINDS),
     wanted=requests,

@@ -120,7 +120,6 @@ def ask_all(url: str, asker: Asker) -> None:
         @given(case=st.one_of(kinds))
         @settings(
             max_examples=count,
-            deadline=None,
             database=None,
             derandomize=FEW,
             phases=[Phase.generate],

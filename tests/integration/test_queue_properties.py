@@ -229,7 +229,7 @@ async def write(twins: Twins, verb: str, worker: str, number: int, *, flag: bool
 
 
 @pytest.mark.timeout(900)
-@settings(max_examples=HISTORIES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=HISTORIES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(history=STEPS, second=st.sampled_from(["", "g2"]))
 async def test_redis_and_memory_agree_step_by_step(
     empty_world: QueueWorld, history: list[tuple[str, str, str, Band, bool, int]], second: str

@@ -54,7 +54,7 @@ async def test_a_connection_that_broke_while_idle_is_made_anew(redis_process: Re
 async def test_a_batch_that_takes_too_long_is_given_up(redis_process: RedisServer) -> None:
     """Whoever waits hears of it, nothing is tried again, and the next reply is the next caller's."""
     async with connect(redis_process) as client:
-        batcher = RedisBatcher(client, 0.1, 2.0)
+        batcher = RedisBatcher(client, 1.0, 5.0)
         assert await batcher.call("ECHO", "before") == "before"
         with pytest.raises(RedisTimeoutError):
             await batcher.call("BLPOP", "nothing", "0")
@@ -65,14 +65,14 @@ async def test_a_batch_that_takes_too_long_is_given_up(redis_process: RedisServe
 async def test_a_caller_waits_no_longer_than_it_may(redis_process: RedisServer) -> None:
     """One that is stuck behind another's batch hears after its own time; the batch goes on."""
     async with connect(redis_process) as client:
-        batcher = RedisBatcher(client, 1.0, 0.1)
-        hanging = asyncio.ensure_future(batcher.call("BLPOP", "nothing", "0.3"))
+        batcher = RedisBatcher(client, 5.0, 0.5)
+        hanging = asyncio.ensure_future(batcher.call("BLPOP", "nothing", "0.8"))
         await asyncio.sleep(0)
         with pytest.raises(RedisTimeoutError):
             await batcher.call("ECHO", "behind")
         with pytest.raises(RedisTimeoutError):
             await hanging
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.5)
         assert await batcher.call("ECHO", "after") == "after"
         await batcher.close()
 

@@ -305,6 +305,18 @@ def test_a_worker_is_taken_out_of_service(mesh: FakeMesh, capsys: Capture) -> No
     assert (told.out, "worker-9" in told.err, "interlock workers list" in told.err) == ("", True, True)
 
 
+def test_down_does_not_mind_that_the_mesh_ended_by_itself(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Between the look and the signal; what was asked for is so."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    seen = [process.pid, None]
+    monkeypatch.setattr(Home, "holder", lambda _: seen.pop(0))
+    assert main(["down"]) == 0
+    assert f"{home.path} (process {process.pid})" in capsys.readouterr().out
+
+
 def test_up_in_a_home_in_use_is_refused(mesh: FakeMesh, capsys: Capture) -> None:
     """Neither in front nor in the background does a second mesh start; the first one's process is named."""
     for command in (["up"], ["up", "--detach"]):

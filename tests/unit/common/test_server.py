@@ -19,7 +19,7 @@ from interlock.v1 import worker_service_pb2_grpc
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
-from services.common import channel, logs, server
+from services.common import channel, end_signals, logs, server
 from services.common.credential import mesh_metadata
 from services.common.errors import ArgumentInvalid, InterlockError, MeshCredentialInvalid, NoWorker, QueueFull
 from services.common.interceptors import MeshOnly
@@ -197,7 +197,7 @@ async def test_a_taken_port_is_named() -> None:
 
 
 async def test_a_signal_drains_and_a_second_one_hurries() -> None:
-    """The first SIGTERM starts the drain, the second stops waiting for it."""
+    """The first SIGTERM starts the drain, another signal stops the wait for it."""
     drained = asyncio.Event()
 
     async def drain() -> None:
@@ -210,9 +210,27 @@ async def test_a_signal_drains_and_a_second_one_hurries() -> None:
     async with asyncio.timeout(5):
         await drained.wait()
     assert not waiting.done()
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
     async with asyncio.timeout(5):
         await waiting
+
+
+@pytest.mark.parametrize(
+    ("again", "repeat_s", "hurries"),
+    [(signal.SIGTERM, 60.0, False), (signal.SIGTERM, 0.0, True), (signal.SIGINT, 60.0, True)],
+    ids=["told twice", "sent again", "another one"],
+)
+async def test_what_is_told_twice_is_one_signal(
+    again: signal.Signals, repeat_s: float, *, hurries: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`timeout` tells a command, and then its whole group: nobody has asked a second time."""
+    monkeypatch.setattr(end_signals, "REPEAT_S", repeat_s)
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    heard = end_signals.end_signals(stop, hurry)
+    heard(signal.SIGTERM)
+    assert (stop.is_set(), hurry.is_set()) == (True, False)
+    heard(again)
+    assert hurry.is_set() is hurries
 
 
 def test_a_status_of_a_stranger_keeps_its_code() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed448
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.common.errors import Code, InterlockError, TokenInvalid
@@ -78,7 +78,6 @@ def test_a_bad_token_is_refused_by_name(bad: BadToken, algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@settings(deadline=None)
 @given(data=st.data())
 def test_no_mutation_of_a_token_is_believed(algorithm: str, data: st.DataObject) -> None:
     """Whatever is changed, inserted or cut: refused as UNAUTHENTICATED, and nothing else is raised."""
@@ -101,7 +100,6 @@ _JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(
     name=st.sampled_from(["sub", "exp", "iat", "nbf", "iss", "aud", "scope", "jti", "interlock"]),
     value=_JSON,

@@ -131,7 +131,7 @@ GOALS = st.sampled_from([GOAL, GOAL, Goal("m", {}, stages=frozenset({"r1"})), Go
 
 
 @given(st.lists(st.tuples(EVENTS, GOALS, st.sampled_from([0.0, 1.0, 10.0, 700.0])), max_size=40))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_illegal_state(events: list[tuple[Event, Goal, float]]) -> None:
     """Whatever comes: gateways were told what the worker is, and only steps of the tables happen."""
     member, now_s, listed = WORKER, 0.0, False

@@ -82,7 +82,7 @@ def _check(before: Rollout, after: Rollout, fleet: Fleet) -> None:
     assert not (after.ended and after.paused)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(specs, stories)
 def test_no_sequence_of_events_breaks_a_rule(spec: Spec, story: list[tuple[Event, Fleet, int]]) -> None:
     """Illegal events change nothing; legal ones follow the diagram; the route never names what nobody had."""
@@ -114,7 +114,7 @@ def _towards(*, wanted: bool, staged: bool) -> Standing:
     return Standing.STAGED if staged else Standing.ABSENT
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(specs, stories, workers.filter(bool))
 def test_a_calm_fleet_brings_every_rollout_to_its_end(
     spec: Spec, story: list[tuple[Event, Fleet, int]], left: list[WorkerView]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -278,18 +279,43 @@ async def test_a_revision_is_used_while_its_rollout_is_made() -> None:
         world.coordinator.check_unused("m", world.new)
 
 
-async def on_a_slow_disk(world: World, directory: Path, patch: pytest.MonkeyPatch) -> FileRolloutRecords:
+class SlowDisk:
+    """A disk that writes nothing down while it is held, and says when somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.free, self.asked = threading.Event(), threading.Event()
+        self.free.set()
+        self._sync = os.fsync
+
+    def fsync(self, descriptor: int) -> None:
+        """See `os.fsync`."""
+        self.asked.set()
+        assert self.free.wait(30)
+        self._sync(descriptor)
+
+    def hold(self) -> None:
+        """Whoever writes from now on waits for its release."""
+        self.free.clear()
+        self.asked.clear()
+
+    async def cancel(self, call: asyncio.Task[Any]) -> None:
+        """Cancels a call that waits for the disk: it ends once the disk has gone on, and not before."""
+        assert await asyncio.to_thread(self.asked.wait, 30)
+        call.cancel()
+        ended, _ = await asyncio.wait({call}, timeout=0.1)
+        self.free.set()
+        assert not ended, "its write is still under way"
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+
+async def on_a_slow_disk(world: World, directory: Path, patch: pytest.MonkeyPatch) -> SlowDisk:
     """Gives a world records in files, on a disk that takes its time."""
-    records, sync = FileRolloutRecords(directory), os.fsync
+    records, disk = FileRolloutRecords(directory), SlowDisk()
     await records.claim("m", 1)
     world.coordinator.rollouts._records = records
-
-    def slow(descriptor: int) -> None:
-        time.sleep(0.15)
-        sync(descriptor)
-
-    patch.setattr(os, "fsync", slow)
-    return records
+    patch.setattr(os, "fsync", disk.fsync)
+    return disk
 
 
 async def test_a_caller_that_goes_away_leaves_no_ghost(
@@ -297,12 +323,10 @@ async def test_a_caller_that_goes_away_leaves_no_ghost(
 ) -> None:
     """What is on disk and what is known are the same, whenever the call was cancelled."""
     world = await pair()
-    await on_a_slow_disk(world, tmp_path, monkeypatch)
+    disk = await on_a_slow_disk(world, tmp_path, monkeypatch)
+    disk.hold()
     made = asyncio.create_task(world.coordinator.start_rollout("r", Spec(model="m", revision=world.new)))
-    await asyncio.sleep(0.05)
-    made.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await made
+    await disk.cancel(made)
     claimed = await FileRolloutRecords(tmp_path).claim("m", 9)
     assert world.coordinator.rollouts.all == claimed.rollouts
     assert len(claimed.rollouts) == 1
@@ -313,15 +337,13 @@ async def test_a_caller_that_goes_away_deposes_nobody(
 ) -> None:
     """Its write ends before the next one begins."""
     world = await pair()
-    await on_a_slow_disk(world, tmp_path, monkeypatch)
+    disk = await on_a_slow_disk(world, tmp_path, monkeypatch)
     await world.coordinator.start_rollout("r", Spec(model="m", revision=world.new))
     world.lazy = {"a", "b"}
     await world.coordinator.keep_store()
+    disk.hold()
     told = asyncio.create_task(world.coordinator.tell_rollout("r", Paused()))
-    await asyncio.sleep(0.05)
-    told.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await told
+    await disk.cancel(told)
     await world.coordinator.tell_rollout("r", Paused())
     assert not world.coordinator.deposed.is_set()
     assert world.rollout.paused

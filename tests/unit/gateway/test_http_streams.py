@@ -152,7 +152,7 @@ async def test_who_does_not_come_back_for_more_is_away(world: World, texts: str)
         sink.output(Output(at, ids(text)))
         await anext(bodies)
     # The write of what it was given last does not end.
-    await asyncio.sleep(3 * STALL_S)
+    await asyncio.sleep(2 * STALL_S)
     assert world.workers.attempts[0].cancelled
     with pytest.raises(ClientStalled, match="read nothing"):
         await anext(bodies)
@@ -167,11 +167,11 @@ async def test_who_takes_an_event_bit_by_bit_is_not_away(world: World) -> None:
     world.workers.attempts[0].sink.output(Output(0, ids("a"), FinishReason.STOP))
 
     def say(happened: Event) -> list[bytes]:
-        return [b"x" * BODY_BYTES] * 4 if isinstance(happened, Chunk) else []
+        return [b"x" * BODY_BYTES] * 6 if isinstance(happened, Chunk) else []
 
     async for body in streamed(stream, Reply(context, native), say):
         assert len(body.data) == BODY_BYTES
-        await asyncio.sleep(0.6 * STALL_S)
+        await asyncio.sleep(STALL_S / 4)
 
 
 async def test_what_was_there_before_an_error_goes_out_before_it(world: World) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 
+from services.common.clock import Clock
 from services.common.errors import ClientStalled
 from services.common.system_clock import SystemClock
 from services.gateway.dispatcher import reader
 from services.gateway.dispatcher.reader import ReaderWatch
+from tests.fakes.turned_clock import TurnedClock
 
 STALL_S = 0.1
 
 
-def watch() -> tuple[ReaderWatch, list[ClientStalled]]:
+def watch(clock: Clock | None = None) -> tuple[ReaderWatch, list[ClientStalled]]:
     """A watch, and what it has found."""
     found: list[ClientStalled] = []
-    return ReaderWatch(SystemClock(), STALL_S, found.append), found
+    return ReaderWatch(clock or SystemClock(), STALL_S, found.append), found
 
 
 async def test_who_stays_away_is_stalled_once() -> None:
@@ -31,14 +33,17 @@ async def test_who_stays_away_is_stalled_once() -> None:
 
 async def test_who_takes_a_part_is_there() -> None:
     """Of an event that is written in several."""
-    reading, found = watch()
+    clock = TurnedClock()
+    reading, found = watch(clock)
     reading.left()
     for _ in range(4):
-        await asyncio.sleep(0.6 * STALL_S)
+        clock.turn(0.6 * STALL_S)
         reading.took()
+    await asyncio.sleep(2 * STALL_S)
     assert not found
     reading.returned()
     reading.took()
+    clock.turn(2 * STALL_S)
     await asyncio.sleep(2 * STALL_S)
     assert not found
     reading.close()

@@ -104,6 +104,27 @@ def test_cleaning_removes_only_what_a_mesh_makes(tmp_path: Path) -> None:
     assert {path.name for path in home.run.iterdir()} == {"notes.json", "worker-1.json"}
 
 
+def test_cleaning_does_not_mind_what_a_dying_process_removes_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker of a mesh that was killed renames its announcement while the next mesh cleans up."""
+    home = _home(tmp_path)
+    home.prepare()
+    (home.run / ".worker-1.json.77").write_text("")
+    listed = Path.iterdir
+
+    def iterdir(path: Path) -> list[Path]:
+        found = list(listed(path))
+        for one in found:
+            if one.name == ".worker-1.json.77":
+                one.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with home.locked():
+        assert home.holder() == os.getpid()
+
+
 def test_secrets_are_drawn_once(tmp_path: Path) -> None:
     """Every reader gets the same secret, also those who come at the same moment; the two differ."""
     seen: set[str] = set()

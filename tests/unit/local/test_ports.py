@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -85,3 +87,59 @@ def test_a_closed_connection_does_not_hold_its_port() -> None:
             accepted.close()
             client.recv(1)
     ports.check_free(ports.Ports(port, (), (), ()))
+
+
+@contextmanager
+def _connection(host: str) -> Iterator[socket.socket]:
+    """A connection to somebody's server, whose own end is at a port that nobody chose."""
+    with socket.socket() as server, socket.socket() as client:
+        server.bind(("127.0.0.1", 0))
+        server.listen(1)
+        client.bind((host, 0))
+        client.connect(server.getsockname())
+        # Closed, it is gone at once, without a time in which its port is kept.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        yield client
+
+
+def test_a_connection_from_another_address_does_not_take_the_port() -> None:
+    """The mesh binds loopback alone, where it can."""
+    waits: list[str] = []
+    with _connection("127.0.0.7") as client:
+        ports.check_free(ports.Ports(client.getsockname()[1], (), (), ()), waits.append)
+    assert not waits
+
+
+def test_a_connection_is_waited_for() -> None:
+    """A program that looks something up has a port of ours by chance: it is told, and lets go of it soon."""
+    waits: list[str] = []
+    with _connection("127.0.0.1") as client:
+        port = client.getsockname()[1]
+
+        def tell(text: str) -> None:
+            waits.append(text)
+            client.close()
+
+        ports.check_free(ports.Ports(port, (), (), ()), tell)
+    (told,) = waits
+    assert f"Port {port} belongs to a connection" in told
+
+
+def test_a_port_that_may_not_be_bound_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Port 80 is root's on most machines: nobody goes away there."""
+    waits: list[str] = []
+    monkeypatch.setattr(socket.socket, "bind", _denied)
+    with pytest.raises(ports.PortsTaken, match=r"80 \(envoy\)"):
+        ports.check_free(ports.Ports(80, (), (), ()), waits.append)
+    assert not waits
+
+
+def _denied(_: socket.socket, address: tuple[str, int]) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied", str(address))
+
+
+def test_a_connection_that_stays_is_not_waited_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can bind its port: who wants it is named."""
+    monkeypatch.setattr(ports, "_LET_GO_S", 0.0)
+    with _connection("127.0.0.1") as client, pytest.raises(ports.PortsTaken, match=r"\(envoy\)"):
+        ports.check_free(ports.Ports(client.getsockname()[1], (), (), ()), lambda _: None)

@@ -87,6 +87,17 @@ async def test_a_token_that_cannot_be_written_is_tried_again(
     assert mesh.stopped
 
 
+async def test_a_signal_that_is_told_twice_cuts_no_stream(tmp_path: Path, mesh: type[FakeLocalMesh]) -> None:
+    """As `timeout 60 make up` tells it; the mesh, when it stops, finds that nobody is in a hurry."""
+
+    def tell(notice: Notice) -> None:
+        if isinstance(notice, MeshReady):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    await _run(_home(tmp_path), tell)
+    assert mesh.stopped
+
+
 @pytest.mark.parametrize("output", [os.pipe, os.openpty], ids=["pipe", "terminal"])
 def test_a_command_whose_reader_is_gone_stops_in_order(
     tmp_path: Path, output: Callable[[], tuple[int, int]]

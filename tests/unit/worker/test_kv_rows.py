@@ -328,7 +328,7 @@ def test_a_thousand_random_requests_leave_nothing_behind() -> None:
     assert scheduler._rows.running == []
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6), area=st.sampled_from((320, 512, 2_048)), share=st.sampled_from((0, 0.2, 0.9))
 )

@@ -218,7 +218,7 @@ PLANS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans=PLANS)
 def test_any_mixture_ends_each_sequence_once_with_its_own_tokens(plans: list[Plan]) -> None:
     """Arrivals, cancels, credit and cuts in any order: slots hold, indices are contiguous, none is lost."""

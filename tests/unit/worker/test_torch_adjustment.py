@@ -93,7 +93,7 @@ def logits_of(seed: int, rows: int = 1) -> torch.Tensor:
 
 
 @given(draws(), st.integers(0, 1_000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_adjustments_equal_their_formulas(draw: Draw, seed: int) -> None:
     """Bias, then repetition over prompt and output, then presence and frequency over the output alone."""
     (row,) = logits_of(seed)
@@ -107,7 +107,7 @@ def test_adjustments_equal_their_formulas(draw: Draw, seed: int) -> None:
 
 
 @given(st.lists(draws(), min_size=2, max_size=6), st.integers(0, 1_000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_neighbours_do_not_matter(together: list[Draw], seed: int) -> None:
     """Each row's token and score are those that it has alone, bit for bit; the logits stay as they were."""
     logits = logits_of(seed, len(together))
@@ -136,7 +136,7 @@ extremes = st.builds(
 
 
 @given(extremes, histories, st.integers(1, 50_000), st.sampled_from([0.1, 10.0, 1e4]), st.integers(0, 99))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_whatever_is_allowed_has_a_token(
     sampling: Sampling, history: list[int], repeated: int, scale: float, seed: int
 ) -> None:
