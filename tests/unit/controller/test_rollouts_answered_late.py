@@ -1,0 +1,74 @@
+"""Swaps whose workers answer late, or still hold what an earlier one brought: what serves is not given up."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.controller.core.commands import Command, SendAbort, SendRetire
+from services.controller.core.member import Failed
+from services.controller.core.rollout_events import Cancelled
+from services.controller.core.rollout_record import State, Strategy
+from tests.fixtures.rollout_world import World
+
+# Looks of the controller before a worker answers.
+LOOKS = 3
+
+
+async def fleet(workers: str) -> World:
+    """A world whose workers serve the old revision."""
+    world = World()
+    await world.settle()
+    for name in workers:
+        world.attach(name)
+    await world.settle()
+    return world
+
+
+async def unheard(world: World) -> list[tuple[str, Command]]:
+    """What workers are told while nobody answers."""
+    world.deaf = set(world.workers)
+    heard = dict(world.heard)
+    for _ in range(LOOKS):
+        await world.coordinator.keep_store()
+    return [(name, one) for name, stream in world.workers.items() for one in stream.sent[heard[name] :]]
+
+
+def listed(world: World) -> dict[str, list[str]]:
+    """The workers that take requests, with what they take them for."""
+    records = world.store.workers.values()
+    return {one.worker_id: sorted(one.ready) for one in records if not one.draining}
+
+
+@pytest.mark.parametrize("staged", [True, False])
+async def test_a_swap_that_is_cancelled_leaves_what_serves(*, staged: bool) -> None:
+    """They have been told to drop the files, and not yet answered: those take no memory."""
+    world = await fleet("ab")
+    world.slow = {"b"} if staged else {"a", "b"}
+    await world.start(strategy=Strategy.SWAP)
+    await world.settle(2)
+    await world.coordinator.tell_rollout("r", Cancelled())
+    told = await unheard(world)
+    assert sorted(told, key=lambda one: one[0]) == [(name, SendAbort(world.new)) for name in "ab"]
+    assert listed(world) == {name: [world.old] for name in "ab"}
+    world.deaf.clear()
+    await world.settle(2)
+    assert world.rollout.state is State.ABORTED
+    assert world.held == {name: {world.old} for name in "ab"}
+
+
+async def test_a_swap_that_fails_takes_nothing_from_the_others() -> None:
+    """The first worker cannot load it; the two that serve drop the staged files, and no more."""
+    world = await fleet("abc")
+    world.lazy = {"a"}
+    await world.start(strategy=Strategy.SWAP)
+    await world.settle(2)
+    assert world.rollout.swapping == ("a",)
+    world.coordinator.hear(world.key("a"), world.workers["a"], Failed(world.new, "load", "no memory"))
+    told = await unheard(world)
+    assert not any(isinstance(command, SendRetire) for _, command in told)
+    assert listed(world) == {name: [world.old] for name in "bc"}
+    world.deaf.clear()
+    world.lazy.clear()
+    await world.settle(2)
+    assert world.rollout.state is State.ABORTED
+    assert world.held == {name: {world.old} for name in "abc"}
