@@ -6,8 +6,8 @@ import pytest
 
 from services.controller.core.commands import Command, SendAbort, SendRetire
 from services.controller.core.member import Failed
-from services.controller.core.rollout_events import Cancelled
-from services.controller.core.rollout_record import State, Strategy
+from services.controller.core.rollout_events import Cancelled, TakenBack
+from services.controller.core.rollout_record import Spec, State, Strategy
 from tests.fixtures.rollout_world import World
 
 # Looks of the controller before a worker answers.
@@ -72,3 +72,27 @@ async def test_a_swap_that_fails_takes_nothing_from_the_others() -> None:
     await world.settle(2)
     assert world.rollout.state is State.ABORTED
     assert world.held == {name: {world.old} for name in "abc"}
+
+
+async def test_a_swap_that_is_asked_for_again_takes_in_who_still_holds_what_it_brings() -> None:
+    """Two still end what the first try had begun: they serve it again, and do not unload what is routed."""
+    world = await fleet("abc")
+    world.store.running = {("c", world.old)}
+    await world.start(strategy=Strategy.SWAP, bake_s=30.0)
+    await world.settle(2)
+    world.store.running = {("a", world.new), ("b", world.new), ("c", world.old)}
+    await world.coordinator.tell_rollout("r", TakenBack())
+    await world.settle(2)
+    assert world.rollout.state is State.ROLLED_BACK
+    assert listed(world) == {"c": [world.old]}
+    world.told.clear()
+    again = Spec(model="m", revision=world.new, strategy=Strategy.SWAP, bake_s=5.0)
+    await world.coordinator.start_rollout("again", again)
+    await world.settle(2)
+    assert world.route == {world.new: 100}
+    assert listed(world) == {"a": [world.new], "b": [world.new]}
+    world.store.running.clear()
+    await world.settle(6)
+    assert world.coordinator.rollouts.find("again").state is State.COMPLETED
+    assert [told for told in world.told if isinstance(told[1], SendRetire)] == [("c", SendRetire(world.old))]
+    assert listed(world) == {name: [world.new] for name in "abc"}
