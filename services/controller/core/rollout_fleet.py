@@ -154,12 +154,15 @@ def _kept(rollout: Rollout, member: Member) -> WorkerGoal | None:
     """What a worker of a swap that goes back serves until it can load the old revision; None: it can, or may.
 
     It gives up what serves only when the files of what takes its place are here, as on the way forth; and it
-    comes back to that where it has tried the other one in vain.
+    comes back to that where it has tried the other one in vain. One that serves the old one goes on with it.
     """
     if rollout.state is not State.ROLLING_BACK or rollout.strategy is not Strategy.SWAP:
         return None
     new, old = rollout.spec.revision, member.residents.get(rollout.previous, Resident())
     serves = member.residents.get(new, Resident()).phase in _SERVING
+    if old.phase in _SERVING:
+        # It was about to change. Nobody else may have the old revision, to which the route goes back.
+        return WorkerGoal(frozenset({rollout.previous}))
     if is_given_up(old) or (serves and old.phase in _UNSTAGED):
         return WorkerGoal(frozenset({new}), stages=rollout.previous)
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from services.controller.core.commands import Command, SendAbort, SendRetire
@@ -96,3 +98,46 @@ async def test_a_swap_that_is_asked_for_again_takes_in_who_still_holds_what_it_b
     assert world.coordinator.rollouts.find("again").state is State.COMPLETED
     assert [told for told in world.told if isinstance(told[1], SendRetire)] == [("c", SendRetire(world.old))]
     assert listed(world) == {name: [world.new] for name in "abc"}
+
+
+async def last_to_change() -> World:
+    """A swap that is judged: `a` and `b` run new requests, and `c` has ended its last old one."""
+    world = await fleet("abc")
+    world.store.running = {("c", world.old)}
+    await world.start(strategy=Strategy.SWAP, bake_s=30.0)
+    await world.settle(2)
+    assert (world.rollout.state, world.rollout.swapping) == (State.BAKING, ("a", "b", "c"))
+    world.store.running = {("a", world.new), ("b", world.new)}
+    world.lazy = set("abc")
+    return world
+
+
+async def test_the_way_back_keeps_the_only_old_copy() -> None:
+    """It was about to be unloaded when an operator's word came: the route goes back to it at once."""
+    world = await last_to_change()
+    await world.coordinator.tell_rollout("r", TakenBack())
+    await world.settle(3)
+    assert world.rollout.state is State.ROLLED_BACK
+    assert world.route == {world.old: 100}
+    assert listed(world) == {"c": [world.old]}
+    assert world.held["c"] == {world.old}
+
+
+async def test_what_is_asked_for_again_while_the_store_answers_is_not_unloaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The word comes between the store's answer and the command; gateways see the revision again."""
+    world = await last_to_change()
+    unready = world.store.unready
+
+    async def taken_back_meanwhile(*args: Any, **options: Any) -> bool:
+        monkeypatch.undo()
+        spared = await unready(*args, **options)
+        await world.coordinator.tell_rollout("r", TakenBack())
+        return spared
+
+    monkeypatch.setattr(world.store, "unready", taken_back_meanwhile)
+    await world.settle(3)
+    assert world.rollout.state is State.ROLLED_BACK
+    assert listed(world) == {"c": [world.old]}
+    assert world.held["c"] == {world.old}
