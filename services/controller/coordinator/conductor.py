@@ -36,7 +36,7 @@ from services.controller.core.rollout_events import (
     RouteWritten,
     Weights,
 )
-from services.controller.core.rollout_record import Rollout, Spec, State, create, forsaken
+from services.controller.core.rollout_record import Rollout, Spec, State, Strategy, create, forsaken
 
 
 class Conductor:
@@ -80,8 +80,8 @@ class Conductor:
 
     @property
     def newest(self) -> Rollout | None:
-        """The rollout that has begun, or the one that ended last."""
-        begun = (one for one in reversed(self._rollouts.values()) if one.state is not State.PENDING)
+        """The rollout that is under way, or the last one that was; not one that never began."""
+        begun = (one for one in reversed(self._rollouts.values()) if one.strategy is not Strategy.AUTO)
         return next(begun, None)
 
     @property

@@ -141,3 +141,22 @@ async def test_what_is_asked_for_again_while_the_store_answers_is_not_unloaded(
     assert world.rollout.state is State.ROLLED_BACK
     assert listed(world) == {"c": [world.old]}
     assert world.held["c"] == {world.old}
+
+
+async def test_a_rollout_that_never_began_lets_no_worker_hold_two() -> None:
+    """Memory holds one copy as before: what the last swap has left is unloaded before the other one loads."""
+    world = await fleet("ab")
+    await world.start(strategy=Strategy.SWAP, bake_s=30.0)
+    await world.settle(2)
+    world.store.running = {("b", world.new)}
+    await world.coordinator.tell_rollout("r", TakenBack())
+    await world.settle(2)
+    assert world.held == {"a": {world.old}, "b": {world.new}}
+    await world.coordinator.start_rollout("s", Spec(model="m", revision=world.new, strategy=Strategy.SWAP))
+    await world.coordinator.tell_rollout("s", Cancelled())
+    await world.settle(2)
+    assert world.coordinator.rollouts.find("s").state is State.ABORTED
+    assert world.held == {"a": {world.old}, "b": {world.new}}
+    world.store.running.clear()
+    await world.settle(2)
+    assert world.held == {"a": {world.old}, "b": {world.old}}
