@@ -59,7 +59,9 @@ def one_more(rollout: Rollout, now: Moment) -> Rollout:
     if any(standing.get(worker_id, Standing.READY) is not Standing.READY for worker_id in rollout.swapping):
         return rollout
     able = {Standing.STAGED, Standing.READY}
-    waiting = (name for name, new in standing.items() if new in able and name not in rollout.swapping)
+    # One that could not load the old revision, say, gives up nothing; another may be the only one that has.
+    order = sorted(now.fleet.workers, key=lambda one: one.old is Standing.READY)
+    waiting = (one.worker_id for one in order if one.new in able and one.worker_id not in rollout.swapping)
     chosen = next(waiting, None)
     return rollout if chosen is None else replace(rollout, swapping=(*rollout.swapping, chosen))
 
