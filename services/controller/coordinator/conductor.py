@@ -37,6 +37,7 @@ from services.controller.core.rollout_events import (
     Weights,
 )
 from services.controller.core.rollout_record import Rollout, Spec, State, Strategy, create, forsaken
+from services.controller.core.routing import Plan
 
 
 class Conductor:
@@ -157,27 +158,34 @@ class Conductor:
         newest = next(completed, None)
         return asked if newest is None else newest.spec.revision
 
-    async def create(self, rollout_id: str, spec: Spec, wanted: Callable[[], str]) -> Rollout:
+    async def create(self, rollout_id: str, spec: Spec, plan: Callable[[], Plan]) -> Rollout:
         """Puts a rollout on record; it begins with the next look at the fleet.
 
         Args:
             rollout_id: Its id.
             spec: What was asked for.
-            wanted: Tells the revision that shall serve; asked once no rollout can end any more meanwhile.
+            plan: Tells what the route shall be; asked once no rollout can end any more meanwhile.
 
         Raises:
             ArgumentInvalid: The revision has another tokenizer than the one that serves, or less context.
             ModelUnknown: No such model is registered.
             RevisionInUse: The revision serves already.
             RevisionUnknown: The model has no such revision.
-            RolloutConflict: Another rollout of the model is under way.
+            RolloutConflict: Another rollout of the model is under way, or its start revision is being loaded.
         """
         async with self._lock:
-            serving, revision = wanted(), self._catalog.revision(spec.model, spec.revision)
+            planned, revision = plan(), self._catalog.revision(spec.model, spec.revision)
             if (current := self.current) is not None:
                 raise RolloutConflict(
                     f"The rollout {current.id} of {spec.model} is {current.state}; "
                     "watch it to its end, or cancel it."
+                )
+            serving = planned.wanted
+            if planned.weights and not planned.switched:
+                raise RolloutConflict(
+                    f"The start revision {serving} of {spec.model} is still loading, and requests go to "
+                    f"{', '.join(sorted(planned.weights))} until a worker has it. Ask again then; where it "
+                    "cannot be loaded, start the mesh with another one."
                 )
             if spec.revision == serving:
                 raise RevisionInUse(f"The revision {spec.revision} serves already.")

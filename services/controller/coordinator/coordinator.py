@@ -176,7 +176,7 @@ class Coordinator:
             ArgumentInvalid, ModelUnknown, RevisionInUse, RevisionUnknown, RolloutConflict: See `Conductor`.
         """
         with self._led_on():
-            made = await self.rollouts.create(rollout_id, spec, lambda: self._led_plan().wanted)
+            made = await self.rollouts.create(rollout_id, spec, self._led_plan)
         self.changed.set()
         return made
 

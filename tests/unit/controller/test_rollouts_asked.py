@@ -6,10 +6,11 @@ import asyncio
 
 import pytest
 
-from services.common.errors import ArgumentInvalid
+from services.common.errors import ArgumentInvalid, RolloutConflict
 from services.controller.core.catalog import Manifest, Revision
 from services.controller.core.commands import SendAbort
-from services.controller.core.member import Hello, Kind
+from services.controller.core.member import Hello, Kind, Ready
+from services.controller.core.records import Route
 from services.controller.core.rollout_events import Promoted
 from services.controller.core.rollout_record import Rollout, Spec, State
 from tests.fixtures.rollout_world import World, pair
@@ -45,6 +46,34 @@ async def test_the_way_back_to_less_context_is_open(world: World) -> None:
         await world.start(revision=world.new)
     back = await world.coordinator.start_rollout("back", Spec(model="m", revision=world.old))
     assert back.state is State.PENDING
+
+
+async def test_none_begins_while_the_start_revision_is_loading() -> None:
+    """The mesh was started with another revision than the one that serves: the route would go to nobody."""
+    world = World()
+    manifest = Manifest("m", "", (), "nf4", "auto", 64, "t").named()
+    world.catalog.register(Revision(manifest, "", 0.0))
+    world.store.route = Route(5, 0, {world.new: 100})
+    await world.settle()
+    world.lazy = {"a"}
+    world.attach("a")
+    world.held["a"] = {world.new}
+    world.coordinator.hear(world.key("a"), world.workers["a"], Ready(world.new, 0))
+    await world.settle(2)
+    assert world.route == {world.new: 100}
+    with pytest.raises(RolloutConflict, match=f"start revision {world.old} of m is still loading"):
+        await world.start(revision=manifest.revision)
+    await world.settle(2)
+    assert world.route == {world.new: 100}
+    assert world.held["a"] == {world.new}
+    world.coordinator.hear(world.key("a"), world.workers["a"], Ready(world.old, 0))
+    world.held["a"].add(world.old)
+    await world.settle(2)
+    assert world.route == {world.old: 100}
+    world.lazy.clear()
+    await world.start(revision=manifest.revision, bake_s=0.0)
+    await world.settle(2)
+    assert world.rollout.state is State.COMPLETED
 
 
 async def test_a_load_may_take_as_long_as_the_rollout_allows(world: World) -> None:
