@@ -39,6 +39,11 @@ from services.controller.core.rollout_events import (
 from services.controller.core.rollout_record import Rollout, Spec, State, Strategy, create, forsaken
 from services.controller.core.routing import Plan
 
+_WAITS = (
+    "This controller does not lead until the store at the artifacts' URL answers; to have it lead sooner,"
+    " share data_dir with the controller before, or bring its data_dir/{} along."
+)
+
 
 class Conductor:
     """Leads the rollouts of one model.
@@ -140,16 +145,18 @@ class Conductor:
             stored: The route that the controller before has left.
 
         Raises:
-            StoreUnavailable: The route says that there is a record which cannot be read now.
+            StoreUnavailable: What requests go to, or a rollout is about, cannot be looked up now.
         """
         if self._is_partial and stored is not None:
             named = {name for one in self.all for name in (one.previous, one.spec.revision)}
             if unknown := sorted(stored.weights.keys() - named - {asked}):
-                raise StoreUnavailable(
-                    f"Requests go to the revision {unknown[0]}, and no record here says why. This controller"
-                    " does not lead until the store at the artifacts' URL answers; to have it lead sooner,"
-                    " share data_dir with the controller before, or bring its data_dir/rollouts along."
-                )
+                why = f"Requests go to the revision {unknown[0]}, and no record here says why."
+                raise StoreUnavailable(f"{why} {_WAITS.format('rollouts')}")
+        # One whose revision is nowhere is not under way, unless nobody could look when its record was read.
+        used = {*self.named, *(stored.weights if stored is not None and self._catalog.is_partial else ())}
+        if missing := sorted(name for name in used if not self._has(name)):
+            why = f"The revision {missing[0]} serves, or is in a rollout, and is not cached here."
+            raise StoreUnavailable(f"{why} {_WAITS.format('revisions')}")
         completed = (
             one
             for one in self.all
@@ -253,7 +260,7 @@ class Conductor:
     def _obstacle(self, rollout: Rollout, latest: Rollout) -> str:
         """Why one that was under way cannot go on; empty: it can."""
         names = (rollout.spec.revision, rollout.previous)
-        if missing := [name for name in names if not self._has(name)]:
+        if not self._catalog.is_partial and (missing := [name for name in names if not self._has(name)]):
             return f"The revision {missing[0]} is not registered any more."
         return "" if rollout is latest else "A controller that did not know of it began another one."
 
