@@ -36,6 +36,7 @@ from services.controller.core.rollout_events import (
     RouteWritten,
     Weights,
 )
+from services.controller.core.rollout_history import worth_keeping
 from services.controller.core.rollout_record import Rollout, Spec, State, Strategy, create, forsaken
 from services.controller.core.routing import Plan
 
@@ -272,6 +273,10 @@ class Conductor:
         await self._records.save(rollout)
         before = self._rollouts.get(rollout.id)
         self._rollouts[rollout.id] = rollout
+        if before is None:
+            # What the next controller would leave behind; its file goes with that one's claim.
+            kept = worth_keeping(tuple(self._rollouts.values()))
+            self._rollouts = {name: one for name, one in self._rollouts.items() if name in kept}
         known = 0 if before is None else len(before.history)
         for entered in rollout.history[known:]:
             logs.get_logger().info(

@@ -203,7 +203,8 @@ def _bake(rollout: Rollout, now: Moment) -> Rollout:
     failures = now.failures
     if failures and rollout.strategy is Strategy.SWAP:
         return _enter(rollout, State.ROLLING_BACK, failures[0], now)
-    if not now.ready and now.old_is_ready:
+    # Where both are given up for good nothing comes of waiting, and another rollout must be able to begin.
+    if now.nothing_left or (not now.ready and now.old_is_ready):
         none_left = f"No worker holds the new revision any more. {now.findings}".rstrip()
         cause = failures[0] if failures else none_left
         return _enter(rollout, State.ROLLING_BACK, cause, now)

@@ -11,7 +11,7 @@ from services.controller.core.catalog import Manifest, Revision
 from services.controller.core.commands import SendAbort
 from services.controller.core.member import Hello, Kind, Ready
 from services.controller.core.records import Route
-from services.controller.core.rollout_events import Promoted
+from services.controller.core.rollout_events import Cancelled, Promoted
 from services.controller.core.rollout_record import Rollout, Spec, State
 from tests.fixtures.rollout_world import World, pair
 
@@ -154,3 +154,17 @@ async def test_a_clock_that_goes_back_changes_no_order(world: World) -> None:
     world.clock.now = lambda: 1_600_000_000.0  # type: ignore[method-assign]
     back = await world.coordinator.start_rollout("back", Spec(model="m", revision=world.old, bake_s=0.0))
     assert back.history[0].time_ms > world.rollout.history[0].time_ms
+
+
+async def test_a_leader_keeps_no_more_than_the_next_one_would_take(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latest ones, and what says which revision serves."""
+    monkeypatch.setattr("services.controller.core.rollout_history.HISTORY_MAX", 2)
+    await world.start(bake_s=0.0)
+    await world.settle(2)
+    assert world.rollout.state is State.COMPLETED
+    for number in range(4):
+        made = await world.coordinator.start_rollout(f"r{number}", Spec(model="m", revision=world.old))
+        await world.coordinator.tell_rollout(made.id, Cancelled())
+    assert [one.id for one in world.coordinator.rollouts.all] == ["r3", "r2", "r"]
