@@ -85,7 +85,8 @@ soak: $(DEV) ## Random histories of the queue and the engine, an absent or kille
 		tests/e2e/test_absent_controller.py tests/e2e/test_controller_killed.py \
 		tests/e2e/test_rollout_faults.py tests/e2e/test_rollouts.py $(ARGS)
 	INTERLOCK_OPENAPI_CASES=2000 $(BIN)/pytest tests/integration/test_openapi.py $(ARGS)
-	INTERLOCK_ROLLOUT_EXAMPLES=100000 $(BIN)/pytest tests/unit/controller/test_rollout_properties.py --timeout 7200 $(ARGS)
+	INTERLOCK_ROLLOUT_EXAMPLES=100000 $(BIN)/pytest tests/unit/controller/test_rollout_properties.py \
+		tests/unit/controller/test_rollout_looks.py --timeout 7200 $(ARGS)
 
 .PHONY: lint
 lint: $(DEV) $(PROTOS) ## Style, layers, protos, and that generated files are fresh

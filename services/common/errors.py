@@ -271,7 +271,7 @@ class RevisionInUse(InterlockError):
 
 
 class RolloutConflict(InterlockError):
-    """Another rollout of the model is under way."""
+    """Another rollout of the model is under way, or its start revision is still loading."""
 
     code = Code.ABORTED
     reason = "ROLLOUT_CONFLICT"

@@ -33,7 +33,8 @@ from services.common.partial_file import sync_directory
 from services.common.threads import in_thread
 from services.controller.core.ports import FenceStale
 from services.controller.core.records import Claimed
-from services.controller.core.rollout_record import Rollout, State
+from services.controller.core.rollout_history import worth_keeping
+from services.controller.core.rollout_record import Rollout
 
 # A record is some hundred bytes and a line for each state; more is no record.
 RECORD_BYTES_MAX = 1 << 20
@@ -41,8 +42,6 @@ _MARK = "claimed"
 _FRESH = ".claim-"
 # A claim takes milliseconds; one that is this old was cut.
 _CUT_S = 3_600.0
-# An operator wants to read what happened lately; older records only slow the start.
-HISTORY_MAX = 200
 
 _RECORD = TypeAdapter(Rollout)
 T = TypeVar("T")
@@ -162,17 +161,6 @@ def decode(text: bytes, name: str) -> Rollout | None:
 def in_order(found: Iterable[Rollout]) -> list[Rollout]:
     """Oldest first."""
     return sorted(found, key=lambda record: (record.history[0].time_ms, record.id))
-
-
-def worth_keeping(found: Sequence[Rollout]) -> set[str]:
-    """Of rollouts in order the latest, and what must not be forgotten."""
-    return {record.id for record in found[-HISTORY_MAX:]} | needed(found)
-
-
-def needed(found: Sequence[Rollout]) -> set[str]:
-    """Of rollouts in order those under way, and the last that was completed from each revision of a start."""
-    serving = {record.origin: record.id for record in found if record.state is State.COMPLETED}
-    return {record.id for record in found if not record.ended} | set(serving.values())
 
 
 def _take_over(old: Path, fresh: Path) -> tuple[Rollout, ...]:

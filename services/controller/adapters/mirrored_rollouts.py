@@ -27,11 +27,10 @@ from services.controller.adapters.file_rollouts import (
     decode,
     encode,
     in_order,
-    needed,
-    worth_keeping,
 )
 from services.controller.core.ports import FenceStale
 from services.controller.core.records import Claimed
+from services.controller.core.rollout_history import needed, worth_keeping
 from services.controller.core.rollout_record import Rollout
 
 # Whoever takes over must lead within seconds, and a mesh is led while the URL is away.

@@ -100,6 +100,7 @@ class RevisionsAtUrl:
             async with asyncio.timeout(LOAD_PATIENCE_S):
                 return others + await self._join(is_late=False)
         except (StoreUnavailable, TimeoutError) as error:
+            self._catalog.is_partial = True
             logs.get_logger().error("artifacts.away", reason=str(error), cached=len(self._local))
             return everything
 
@@ -114,6 +115,7 @@ class RevisionsAtUrl:
             with contextlib.suppress(StoreUnavailable, OSError):
                 for revision in await self._join(is_late=True):
                     restore(revision)
+                self._catalog.is_partial = False
                 logs.get_logger().info("artifacts.back", revisions=len(self._there))
         await self._adopt_all()
         while True:

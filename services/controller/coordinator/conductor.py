@@ -36,7 +36,14 @@ from services.controller.core.rollout_events import (
     RouteWritten,
     Weights,
 )
-from services.controller.core.rollout_record import Rollout, Spec, State, create, forsaken
+from services.controller.core.rollout_history import worth_keeping
+from services.controller.core.rollout_record import Rollout, Spec, State, Strategy, create, forsaken
+from services.controller.core.routing import Plan
+
+_WAITS = (
+    "This controller does not lead until the store at the artifacts' URL answers; to have it lead sooner,"
+    " share data_dir with the controller before, or bring its data_dir/{} along."
+)
 
 
 class Conductor:
@@ -80,8 +87,8 @@ class Conductor:
 
     @property
     def newest(self) -> Rollout | None:
-        """The rollout that has begun, or the one that ended last."""
-        begun = (one for one in reversed(self._rollouts.values()) if one.state is not State.PENDING)
+        """The rollout that is under way, or the last one that was; not one that never began."""
+        begun = (one for one in reversed(self._rollouts.values()) if one.strategy is not Strategy.AUTO)
         return next(begun, None)
 
     @property
@@ -139,16 +146,18 @@ class Conductor:
             stored: The route that the controller before has left.
 
         Raises:
-            StoreUnavailable: The route says that there is a record which cannot be read now.
+            StoreUnavailable: What requests go to, or a rollout is about, cannot be looked up now.
         """
         if self._is_partial and stored is not None:
             named = {name for one in self.all for name in (one.previous, one.spec.revision)}
             if unknown := sorted(stored.weights.keys() - named - {asked}):
-                raise StoreUnavailable(
-                    f"Requests go to the revision {unknown[0]}, and no record here says why. This controller"
-                    " does not lead until the store at the artifacts' URL answers; to have it lead sooner,"
-                    " share data_dir with the controller before, or bring its data_dir/rollouts along."
-                )
+                why = f"Requests go to the revision {unknown[0]}, and no record here says why."
+                raise StoreUnavailable(f"{why} {_WAITS.format('rollouts')}")
+        # One whose revision is nowhere is not under way, unless nobody could look when its record was read.
+        used = {*self.named, *(stored.weights if stored is not None and self._catalog.is_partial else ())}
+        if missing := sorted(name for name in used if not self._has(name)):
+            why = f"The revision {missing[0]} serves, or is in a rollout, and is not cached here."
+            raise StoreUnavailable(f"{why} {_WAITS.format('revisions')}")
         completed = (
             one
             for one in self.all
@@ -157,27 +166,34 @@ class Conductor:
         newest = next(completed, None)
         return asked if newest is None else newest.spec.revision
 
-    async def create(self, rollout_id: str, spec: Spec, wanted: Callable[[], str]) -> Rollout:
+    async def create(self, rollout_id: str, spec: Spec, plan: Callable[[], Plan]) -> Rollout:
         """Puts a rollout on record; it begins with the next look at the fleet.
 
         Args:
             rollout_id: Its id.
             spec: What was asked for.
-            wanted: Tells the revision that shall serve; asked once no rollout can end any more meanwhile.
+            plan: Tells what the route shall be; asked once no rollout can end any more meanwhile.
 
         Raises:
             ArgumentInvalid: The revision has another tokenizer than the one that serves, or less context.
             ModelUnknown: No such model is registered.
             RevisionInUse: The revision serves already.
             RevisionUnknown: The model has no such revision.
-            RolloutConflict: Another rollout of the model is under way.
+            RolloutConflict: Another rollout of the model is under way, or its start revision is being loaded.
         """
         async with self._lock:
-            serving, revision = wanted(), self._catalog.revision(spec.model, spec.revision)
+            planned, revision = plan(), self._catalog.revision(spec.model, spec.revision)
             if (current := self.current) is not None:
                 raise RolloutConflict(
                     f"The rollout {current.id} of {spec.model} is {current.state}; "
                     "watch it to its end, or cancel it."
+                )
+            serving = planned.wanted
+            if planned.weights and not planned.switched:
+                raise RolloutConflict(
+                    f"The start revision {serving} of {spec.model} is still loading, and requests go to "
+                    f"{', '.join(sorted(planned.weights))} until a worker has it. Ask again then; where it "
+                    "cannot be loaded, start the mesh with another one."
                 )
             if spec.revision == serving:
                 raise RevisionInUse(f"The revision {spec.revision} serves already.")
@@ -245,7 +261,7 @@ class Conductor:
     def _obstacle(self, rollout: Rollout, latest: Rollout) -> str:
         """Why one that was under way cannot go on; empty: it can."""
         names = (rollout.spec.revision, rollout.previous)
-        if missing := [name for name in names if not self._has(name)]:
+        if not self._catalog.is_partial and (missing := [name for name in names if not self._has(name)]):
             return f"The revision {missing[0]} is not registered any more."
         return "" if rollout is latest else "A controller that did not know of it began another one."
 
@@ -257,6 +273,10 @@ class Conductor:
         await self._records.save(rollout)
         before = self._rollouts.get(rollout.id)
         self._rollouts[rollout.id] = rollout
+        if before is None:
+            # What the next controller would leave behind; its file goes with that one's claim.
+            kept = worth_keeping(tuple(self._rollouts.values()))
+            self._rollouts = {name: one for name, one in self._rollouts.items() if name in kept}
         known = 0 if before is None else len(before.history)
         for entered in rollout.history[known:]:
             logs.get_logger().info(

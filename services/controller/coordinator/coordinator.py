@@ -16,13 +16,7 @@ from dataclasses import replace
 
 from services.common import logs
 from services.common.clock import Clock
-from services.common.errors import (
-    Draining,
-    NotLeader,
-    RevisionInUse,
-    RolloutRefused,
-    StoreUnavailable,
-)
+from services.common.errors import Draining, NotLeader, RevisionInUse, RolloutRefused, StoreUnavailable
 from services.common.threads import to_its_end
 from services.controller.coordinator.conductor import Conductor, as_weights
 from services.controller.coordinator.goals import Goals
@@ -182,7 +176,7 @@ class Coordinator:
             ArgumentInvalid, ModelUnknown, RevisionInUse, RevisionUnknown, RolloutConflict: See `Conductor`.
         """
         with self._led_on():
-            made = await self.rollouts.create(rollout_id, spec, lambda: self._led_plan().wanted)
+            made = await self.rollouts.create(rollout_id, spec, self._led_plan)
         self.changed.set()
         return made
 
@@ -327,7 +321,13 @@ class Coordinator:
             fence = self._tenure.fence
             spared = await self._store.unready(self._model, key.id, revision, fence, routed=routed)
             # Its stream may have broken meanwhile; then it is asked when it is back.
-            if spared and self._roster.has_stream(key):
+            if not spared or not self._roster.has_stream(key):
+                continue
+            goal = self._goal(self._roster.members[key])
+            if goal is not None and revision in goal.holds:
+                # It was asked for meanwhile: gateways are to see it again.
+                self._mark(key.id)
+            else:
                 self._advance(key, RetireAsked(revision))
 
     async def _keep_lead(self) -> None:

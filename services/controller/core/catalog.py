@@ -94,9 +94,14 @@ class Revision:
 
 
 class Catalog:
-    """The registered revisions of all models."""
+    """The registered revisions of all models.
+
+    Attributes:
+        is_partial: Whether there may be more, where nobody could look yet.
+    """
 
     def __init__(self) -> None:
+        self.is_partial = False
         self._revisions: dict[str, dict[str, Revision]] = {}
 
     def register(self, revision: Revision) -> None:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from services.controller.core import rollout_swap
 from services.controller.core.rollout_events import (
     Begun,
     Cancelled,
@@ -51,9 +52,6 @@ from services.controller.core.rollout_record import (
     Strategy,
     Transition,
 )
-
-# A worker that was restarted is back by then. Until then nobody else gives up what serves.
-RETURN_S = 60.0
 
 
 class RolloutEventIllegal(Exception):
@@ -171,10 +169,11 @@ def _prepare(rollout: Rollout, now: Moment) -> Rollout:
     obstacle = _obstacle(rollout, now)
     if obstacle:
         return _enter(rollout, State.ABORTING, obstacle, now)
-    rollout = _swap_first(rollout, now) if rollout.strategy is Strategy.SWAP else rollout
-    if now.ready < _needed(rollout, now.fleet) or now.fleet.gateways_pending:
+    rollout = rollout_swap.first(rollout, now) if rollout.strategy is Strategy.SWAP else rollout
+    ready = _ready(rollout, now)
+    if ready < _needed(rollout, now.fleet) or now.fleet.gateways_pending:
         return rollout
-    cause = f"{now.ready} of {_count(len(now.fleet.workers))} ready."
+    cause = f"{ready} of {_count(len(now.fleet.workers))} ready."
     # The time to become ready is over; how long an operator holds it is not part of it.
     return _enter(replace(rollout, due_ms=0), State.READY, cause, now)
 
@@ -185,7 +184,7 @@ def _switch(rollout: Rollout, now: Moment) -> Rollout:
     obstacle = _obstacle(rollout, now)
     if obstacle:
         return _enter(rollout, State.ABORTING, obstacle, now)
-    if not now.ready:
+    if not _ready(rollout, now):
         return rollout
     # A swapped worker has nothing else to serve: a share for the old revision would wait for the others.
     percent = SHARE_ALL if rollout.strategy is Strategy.SWAP else rollout.spec.canary_percent
@@ -204,14 +203,15 @@ def _bake(rollout: Rollout, now: Moment) -> Rollout:
     failures = now.failures
     if failures and rollout.strategy is Strategy.SWAP:
         return _enter(rollout, State.ROLLING_BACK, failures[0], now)
-    if not now.ready and now.old_is_ready:
+    # Where both are given up for good nothing comes of waiting, and another rollout must be able to begin.
+    if now.nothing_left or (not now.ready and now.old_is_ready):
         none_left = f"No worker holds the new revision any more. {now.findings}".rstrip()
         cause = failures[0] if failures else none_left
         return _enter(rollout, State.ROLLING_BACK, cause, now)
     if rollout.strategy is Strategy.SWAP:
         # Where an operator kept it on the way back the route may have left it.
         rollout = _routed(rollout, _shares(rollout, SHARE_ALL)) if now.ready else rollout
-        rollout = _swap_one(rollout, now)
+        rollout = rollout_swap.one_more(rollout, now)
     is_everywhere = now.ready == len(now.fleet.workers)
     is_swapping = rollout.strategy is Strategy.SWAP and not is_everywhere
     if rollout.paused or now.ms < rollout.due_ms or not now.ready or is_swapping:
@@ -223,7 +223,7 @@ def _bake(rollout: Rollout, now: Moment) -> Rollout:
 
 
 def _return(rollout: Rollout, now: Moment) -> Rollout:
-    rollout = _lead_back(rollout, now)
+    rollout = rollout_swap.led_back(rollout, now) if rollout.strategy is Strategy.SWAP else rollout
     old, new = ((rollout.previous, SHARE_ALL),), ((rollout.spec.revision, SHARE_ALL),)
     obstacle = now.no_way_back
     # A route to a revision that nobody holds would let requests wait that can be answered now.
@@ -242,17 +242,6 @@ def _return(rollout: Rollout, now: Moment) -> Rollout:
     return rollout
 
 
-def _lead_back(rollout: Rollout, now: Moment) -> Rollout:
-    """Lets another worker go back first, where the one that should is gone, or cannot."""
-    able = (worker for worker in now.fleet.workers if worker.old is not Standing.GIVEN_UP)
-    names = [worker.worker_id for worker in sorted(able, key=lambda one: one.new is Standing.READY)]
-    behind = rollout.swapping[1:]
-    if rollout.strategy is not Strategy.SWAP or not names or not all(name in behind for name in names):
-        return rollout
-    others = (name for name in rollout.swapping if name != names[0])
-    return replace(rollout, swapping=(names[0], *others))
-
-
 def _clear(rollout: Rollout, now: Moment) -> Rollout:
     if not all(_is_clear(worker) for worker in now.fleet.workers):
         return rollout
@@ -262,6 +251,8 @@ def _clear(rollout: Rollout, now: Moment) -> Rollout:
 def _advance(rollout: Rollout, now: Moment) -> Rollout:
     """Lets the rollout go as far as it can by itself; every state but terminal ones has a way."""
     while (move := _MOVES.get(rollout.state)) is not None:
+        if rollout.strategy is Strategy.SWAP and rollout.state in _LEADS_FORTH:
+            rollout = rollout_swap.taken_in(rollout, now)
         after = move(rollout, now)
         if after.state is rollout.state:
             return after
@@ -277,20 +268,12 @@ def _obstacle(rollout: Rollout, now: Moment) -> str:
         return failures[0]
     if 0 < rollout.due_ms <= now.ms:
         return f"It was not ready within {rollout.spec.prepare_timeout_s:g} s."
-    return _undrained(rollout, now) if rollout.state is State.PREPARING else ""
+    return rollout_swap.undrained(rollout, now) if rollout.state is State.PREPARING else ""
 
 
-def _undrained(rollout: Rollout, now: Moment) -> str:
-    """Why a swap whose first worker still runs what the old revision began cannot go on; else empty."""
-    # Those before it are gone.
-    first = next((worker for worker in now.fleet.workers if worker.worker_id in rollout.swapping[-1:]), None)
-    if first is None or first.old is not Standing.READY or not 0 < rollout.drain_due_ms <= now.ms:
-        return ""
-    after_s = rollout.spec.drain_timeout_s
-    return (
-        f"{first.worker_id}: requests still run on the old revision after {after_s:g} s, "
-        "and none is cut. Ask again when they have ended, or with a longer drain_timeout."
-    )
+def _ready(rollout: Rollout, now: Moment) -> int:
+    """Workers that the switch may count on."""
+    return rollout_swap.ready(rollout, now) if rollout.strategy is Strategy.SWAP else now.ready
 
 
 def _needed(rollout: Rollout, fleet: Fleet) -> int:
@@ -299,33 +282,6 @@ def _needed(rollout: Rollout, fleet: Fleet) -> int:
         return 1
     workers = len(fleet.workers)
     return max(1, workers if rollout.spec.quorum is None else min(rollout.spec.quorum, workers))
-
-
-def _swap_first(rollout: Rollout, now: Moment) -> Rollout:
-    """Lets one worker give up the old revision, once all have the files; another where that stays away."""
-    if any(worker.worker_id in rollout.swapping for worker in now.fleet.workers):
-        return replace(rollout, away_due_ms=0)
-    if rollout.swapping and not rollout.away_due_ms:
-        return replace(rollout, away_due_ms=now.after(RETURN_S))
-    if now.ms < rollout.away_due_ms or not now.all_staged:
-        return rollout
-    after = _swap_one(rollout, now)
-    # With nobody there it stays as it is: a record that changes with each look would never be at rest.
-    if after.swapping == rollout.swapping:
-        return rollout
-    return replace(after, drain_due_ms=now.after(rollout.spec.drain_timeout_s), away_due_ms=0)
-
-
-def _swap_one(rollout: Rollout, now: Moment) -> Rollout:
-    """Lets one more worker give up the old revision, once all before it serve the new one."""
-    standing = {worker.worker_id: worker.new for worker in now.fleet.workers}
-    if any(standing.get(worker_id, Standing.READY) is not Standing.READY for worker_id in rollout.swapping):
-        return rollout
-    staged = (
-        name for name, new in standing.items() if new is Standing.STAGED and name not in rollout.swapping
-    )
-    chosen = next(staged, None)
-    return rollout if chosen is None else replace(rollout, swapping=(*rollout.swapping, chosen))
 
 
 def _is_clear(worker: WorkerView) -> bool:
@@ -354,6 +310,8 @@ def _enter(rollout: Rollout, state: State, cause: str, now: Moment) -> Rollout:
     history = (*rollout.history, Transition(state, now.ms, cause))
     return replace(rollout, state=state, paused=paused, history=history)
 
+
+_LEADS_FORTH = frozenset({State.PREPARING, State.READY, State.SWITCHING, State.BAKING})
 
 _HELD = frozenset({State.PREPARING, State.READY, State.BAKING})
 

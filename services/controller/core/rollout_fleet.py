@@ -129,17 +129,18 @@ def goal_after(rollout: Rollout, member: Member, whole: Goal, bound: frozenset[s
     if rollout.strategy is not Strategy.SWAP:
         epoch = max(whole.holds.values())
         return replace(whole, holds={**whole.holds, **dict.fromkeys(bound - whole.holds.keys(), epoch)})
-    if any(_is_held(member, name) for name in whole.holds):
-        return whole
     return _one_copy(rollout, member, whole, bound)
 
 
 def _one_copy(rollout: Rollout, member: Member, whole: Goal, bound: frozenset[str]) -> Goal:
     """A goal for a worker that has room for one revision at a time."""
     wanted = frozenset(whole.holds)
+    # It goes on with that, whatever else is still on its way out: only what comes next waits for memory.
+    if any(_has(member, name) for name in wanted):
+        return whole
     # One that an earlier rollout left for the sake of requests counts, too.
     others = ({rollout.previous, rollout.spec.revision} | member.residents.keys()) - wanted
-    if others & bound and not any(_is_held(member, name) for name in wanted):
+    if others & bound:
         # They end first: it takes the other revision's place when nobody waits for that any more.
         held = dict.fromkeys(others & bound, max(whole.holds.values()))
         return replace(whole, holds=held, stages=wanted)
@@ -153,12 +154,15 @@ def _kept(rollout: Rollout, member: Member) -> WorkerGoal | None:
     """What a worker of a swap that goes back serves until it can load the old revision; None: it can, or may.
 
     It gives up what serves only when the files of what takes its place are here, as on the way forth; and it
-    comes back to that where it has tried the other one in vain.
+    comes back to that where it has tried the other one in vain. One that serves the old one goes on with it.
     """
     if rollout.state is not State.ROLLING_BACK or rollout.strategy is not Strategy.SWAP:
         return None
     new, old = rollout.spec.revision, member.residents.get(rollout.previous, Resident())
     serves = member.residents.get(new, Resident()).phase in _SERVING
+    if old.phase in _SERVING:
+        # It was about to change. Nobody else may have the old revision, to which the route goes back.
+        return WorkerGoal(frozenset({rollout.previous}))
     if is_given_up(old) or (serves and old.phase in _UNSTAGED):
         return WorkerGoal(frozenset({new}), stages=rollout.previous)
     return None
@@ -169,6 +173,12 @@ _SERVING = frozenset({Phase.READY, Phase.ACTIVATING, Phase.ACTIVE})
 _UNSTAGED = frozenset({Phase.ABSENT, Phase.STAGING, Phase.FAILED})
 
 _WEIGHTLESS = frozenset({Phase.ABSENT, Phase.STAGING, Phase.STAGED, Phase.FAILED})
+
+
+def _has(member: Member, revision: str) -> bool:
+    """Whether a worker has a revision, or loads it; one that is on its way out is not had any more."""
+    phase = member.residents.get(revision, Resident()).phase
+    return phase is Phase.PREPARING or phase in _SERVING
 
 
 def _is_held(member: Member, revision: str) -> bool:

@@ -35,7 +35,7 @@ class Moment:
     @property
     def all_staged(self) -> bool:
         """Whether no worker lacks a file; until then nobody gives up what serves."""
-        return all(worker.new is Standing.STAGED for worker in self.fleet.workers)
+        return all(worker.new in {Standing.STAGED, Standing.READY} for worker in self.fleet.workers)
 
     @property
     def old_is_ready(self) -> bool:

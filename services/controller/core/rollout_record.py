@@ -108,7 +108,7 @@ class Rollout:
         due_ms: When the time of the state is over, since the epoch; 0: it has no bound.
         drain_due_ms: When the first worker of a swap shall have ended what ran on the old revision.
         away_due_ms: When another one takes its place, since it went before it served; 0: it is there.
-        swapping: Workers that gave up the old revision for the new one, in the order in which they did.
+        swapping: Workers that gave up the old revision for the new one, or held that already, in this order.
         paused: Whether an operator holds it.
         history: Every state that it entered, oldest first.
     """

@@ -16,6 +16,7 @@ from services.common.errors import StoreUnavailable
 from services.controller.adapters import file_rollouts
 from services.controller.adapters.file_rollouts import FileRolloutRecords
 from services.controller.core.ports import FenceStale
+from services.controller.core.rollout_history import HISTORY_MAX
 from services.controller.core.rollout_record import Rollout, Spec, State, create
 
 
@@ -143,10 +144,10 @@ async def test_what_serves_is_kept_longer_than_what_failed(tmp_path: Path) -> No
     first = FileRolloutRecords(tmp_path)
     await first.claim("m", 1)
     await first.save(replace(rollout("done"), state=State.COMPLETED))
-    for number in range(file_rollouts.HISTORY_MAX + 5):
+    for number in range(HISTORY_MAX + 5):
         await first.save(replace(rollout(f"r{number:03}", 1 + number), state=State.ABORTED))
     found = (await FileRolloutRecords(tmp_path).claim("m", 2)).rollouts
-    assert [found[0].id, found[1].id, len(found)] == ["done", "r005", file_rollouts.HISTORY_MAX + 1]
+    assert [found[0].id, found[1].id, len(found)] == ["done", "r005", HISTORY_MAX + 1]
 
 
 async def test_a_late_claim_takes_nothing_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

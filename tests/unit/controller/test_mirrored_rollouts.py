@@ -212,7 +212,7 @@ async def test_what_cannot_be_read_stays(hosts: Hosts) -> None:
 
 async def test_old_ones_go(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody asks for any more is forgotten there as it is here; the live one never is."""
-    monkeypatch.setattr("services.controller.adapters.file_rollouts.HISTORY_MAX", 1)
+    monkeypatch.setattr("services.controller.core.rollout_history.HISTORY_MAX", 1)
     put(f"{PLACE}/live.1.json", encode(rollout("live", 1)))
     for at in (2, 3):
         put(f"{PLACE}/o{at}.1.json", encode(entered(rollout(f"o{at}", at), State.ABORTED)))

@@ -6,11 +6,12 @@ import asyncio
 
 import pytest
 
-from services.common.errors import ArgumentInvalid
+from services.common.errors import ArgumentInvalid, RolloutConflict
 from services.controller.core.catalog import Manifest, Revision
 from services.controller.core.commands import SendAbort
-from services.controller.core.member import Hello, Kind
-from services.controller.core.rollout_events import Promoted
+from services.controller.core.member import Hello, Kind, Ready
+from services.controller.core.records import Route
+from services.controller.core.rollout_events import Cancelled, Promoted
 from services.controller.core.rollout_record import Rollout, Spec, State
 from tests.fixtures.rollout_world import World, pair
 
@@ -45,6 +46,34 @@ async def test_the_way_back_to_less_context_is_open(world: World) -> None:
         await world.start(revision=world.new)
     back = await world.coordinator.start_rollout("back", Spec(model="m", revision=world.old))
     assert back.state is State.PENDING
+
+
+async def test_none_begins_while_the_start_revision_is_loading() -> None:
+    """The mesh was started with another revision than the one that serves: the route would go to nobody."""
+    world = World()
+    manifest = Manifest("m", "", (), "nf4", "auto", 64, "t").named()
+    world.catalog.register(Revision(manifest, "", 0.0))
+    world.store.route = Route(5, 0, {world.new: 100})
+    await world.settle()
+    world.lazy = {"a"}
+    world.attach("a")
+    world.held["a"] = {world.new}
+    world.coordinator.hear(world.key("a"), world.workers["a"], Ready(world.new, 0))
+    await world.settle(2)
+    assert world.route == {world.new: 100}
+    with pytest.raises(RolloutConflict, match=f"start revision {world.old} of m is still loading"):
+        await world.start(revision=manifest.revision)
+    await world.settle(2)
+    assert world.route == {world.new: 100}
+    assert world.held["a"] == {world.new}
+    world.coordinator.hear(world.key("a"), world.workers["a"], Ready(world.old, 0))
+    world.held["a"].add(world.old)
+    await world.settle(2)
+    assert world.route == {world.old: 100}
+    world.lazy.clear()
+    await world.start(revision=manifest.revision, bake_s=0.0)
+    await world.settle(2)
+    assert world.rollout.state is State.COMPLETED
 
 
 async def test_a_load_may_take_as_long_as_the_rollout_allows(world: World) -> None:
@@ -125,3 +154,17 @@ async def test_a_clock_that_goes_back_changes_no_order(world: World) -> None:
     world.clock.now = lambda: 1_600_000_000.0  # type: ignore[method-assign]
     back = await world.coordinator.start_rollout("back", Spec(model="m", revision=world.old, bake_s=0.0))
     assert back.history[0].time_ms > world.rollout.history[0].time_ms
+
+
+async def test_a_leader_keeps_no_more_than_the_next_one_would_take(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latest ones, and what says which revision serves."""
+    monkeypatch.setattr("services.controller.core.rollout_history.HISTORY_MAX", 2)
+    await world.start(bake_s=0.0)
+    await world.settle(2)
+    assert world.rollout.state is State.COMPLETED
+    for number in range(4):
+        made = await world.coordinator.start_rollout(f"r{number}", Spec(model="m", revision=world.old))
+        await world.coordinator.tell_rollout(made.id, Cancelled())
+    assert [one.id for one in world.coordinator.rollouts.all] == ["r3", "r2", "r"]

@@ -277,9 +277,9 @@ async def test_a_swap_to_damaged_files_ends_before_anybody_gave_up_what_serves()
     world.coordinator.check_unused("m", world.new)
 
 
-@pytest.mark.parametrize(("phase", "quiet"), [(Phase.STAGING, False), (Phase.PREPARING, True)])
-async def test_a_worker_that_stages_goes_on_serving(phase: Phase, *, quiet: bool) -> None:
-    """Files take no memory, so the old revision stays; a load that nobody asked for must end before."""
+@pytest.mark.parametrize("phase", [Phase.STAGING, Phase.PREPARING, Phase.ABORTING, Phase.RETIRING])
+async def test_a_worker_goes_on_serving_whatever_becomes_of_the_other(phase: Phase) -> None:
+    """Files take no memory, and a load that nobody asked for any more is stopped: what serves stays."""
     world = World()
     await world.settle()
     world.attach("a")
@@ -290,8 +290,26 @@ async def test_a_worker_that_stages_goes_on_serving(phase: Phase, *, quiet: bool
     residents = {world.old: Resident(Phase.ACTIVE), world.new: Resident(phase)}
     member = replace(world.coordinator.members(Kind.WORKER)[0], residents=residents)
     asked = rollout_fleet.goal(world.rollout, member, ((world.old, 100),), 7)
-    assert asked.quiet is quiet
-    assert asked.stages == ({world.old} if quiet else {world.new})
+    assert asked.holds.keys() == {world.old}
+    assert not asked.quiet
+    assert asked.stages == {world.new}
+
+
+@pytest.mark.parametrize("leaving", [Phase.ABORTING, Phase.RETIRING])
+@pytest.mark.parametrize("other", [Phase.PREPARING, Phase.ACTIVE, Phase.RETIRING, Phase.ABORTING])
+async def test_a_worker_loads_nothing_beside_what_still_takes_memory(leaving: Phase, other: Phase) -> None:
+    """What shall serve is on its way out itself: it is out of the line until the other one has gone."""
+    world = World()
+    await world.settle()
+    world.attach("a")
+    await world.settle()
+    await world.start(strategy=Strategy.SWAP)
+    world.slow = {"a"}
+    await world.settle()
+    residents = {world.old: Resident(leaving), world.new: Resident(other)}
+    member = replace(world.coordinator.members(Kind.WORKER)[0], residents=residents)
+    asked = rollout_fleet.goal(world.rollout, member, ((world.old, 100),), 7)
+    assert (set(asked.holds), asked.quiet) == (set(), True)
 
 
 async def test_a_swap_that_fails_loads_the_old_revision_again() -> None:

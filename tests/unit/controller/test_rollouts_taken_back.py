@@ -149,3 +149,21 @@ async def test_a_rollout_whose_revisions_both_fail_ends(deadly: str) -> None:
     await world.settle(2 * TRIED_S + 10)
     assert world.states[-1] is State.ROLLED_BACK
     assert world.rollout.history[-1].cause.startswith("Neither revision can be loaded any more. a: It")
+
+
+async def test_a_rollout_ends_where_its_only_worker_comes_back_with_neither() -> None:
+    """It was judged beside the old revision; what loaded before does not any more, whichever it is."""
+    world = World()
+    await world.settle()
+    world.attach("a")
+    await world.settle()
+    await world.start(strategy=Strategy.SIDE_BY_SIDE, bake_s=5.0)
+    await world.settle(1)
+    assert world.states[-1] is State.BAKING
+    world.kill("a")
+    world.refuses = dict.fromkeys((world.old, world.new), "It needs more memory than there is.")
+    world.attach("a")
+    await world.settle(2 * TRIED_S)
+    assert world.states[-2:] == [State.ROLLING_BACK, State.ROLLED_BACK]
+    assert world.rollout.history[-2].cause == "a: It needs more memory than there is."
+    assert world.rollout.history[-1].cause.startswith("Neither revision can be loaded any more. a: It")

@@ -185,6 +185,45 @@ async def test_nobody_leads_back_for_want_of_records() -> None:
     assert knowing.coordinator.led.is_set()
 
 
+@pytest.mark.parametrize("state", [State.COMPLETED, State.BAKING])
+async def test_nobody_leads_back_while_a_revision_cannot_be_looked_up(state: State) -> None:
+    """The artifacts' URL is away, and what serves is not cached here; when it is back everything goes on."""
+    world = await pair()
+    await world.start(bake_s=0.0 if state is State.COMPLETED else 600.0)
+    await world.settle(2)
+    assert (world.rollout.state, world.route) == (state, {world.new: 100})
+    heir = heir_of(world, without=world.new)
+    heir.catalog.is_partial = True
+    with capture_logs() as lines:
+        await heir.settle(3)
+    assert not heir.coordinator.led.is_set()
+    (line,) = (line for line in lines if line["event"] == "store.lost")
+    assert f"revision {world.new} serves" in line["reason"]
+    assert (heir.rollout.state, heir.route) == (state, {world.new: 100})
+    heir.catalog.register(world.catalog.revision("m", world.new))
+    heir.catalog.is_partial = False
+    await heir.settle(3)
+    assert heir.coordinator.led.is_set()
+    assert (heir.rollout.state, heir.route) == (state, {world.new: 100})
+
+
+async def test_a_rollout_whose_revision_turns_out_to_be_gone_ends_with_the_next_term() -> None:
+    """Nobody could look when its record was read."""
+    world = await pair()
+    await world.start(bake_s=600.0)
+    await world.settle(2)
+    heir = heir_of(world, without=world.new)
+    heir.catalog.is_partial = True
+    await heir.settle()
+    heir.catalog.is_partial = False
+    await heir.settle(2)
+    assert not heir.coordinator.led.is_set()
+    later = heir_of(heir, without=world.new)
+    await later.settle(2)
+    assert later.coordinator.led.is_set()
+    assert later.rollout.history[-1].cause == f"The revision {world.new} is not registered any more."
+
+
 async def test_of_two_that_are_under_way_the_later_one_goes_on() -> None:
     """A leader did not know of the first one, for its record was out of reach then."""
     world = await pair()
