@@ -65,6 +65,7 @@ class RedisBatcher:
         # Bounded by the callers, each of whom waits for its reply and gives up after a while.
         self._waiting: deque[_Call] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     async def call(self, *command: str | float) -> Any:
         """Returns the reply to a command.
@@ -75,6 +76,8 @@ class RedisBatcher:
             RedisError, OSError, TimeoutError: Redis refused the command, could not be reached, or took too
                 long.
         """
+        if self._is_closed:
+            raise RedisConnectionError("The connection was closed.")
         loop = asyncio.get_running_loop()
         call = _Call(command, loop.create_future())
         self._waiting.append(call)
@@ -88,7 +91,8 @@ class RedisBatcher:
             lapse.cancel()
 
     async def close(self) -> None:
-        """Ends what is on its way; whoever waits hears of a lost connection."""
+        """Ends what is on its way; whoever waits, or calls later, hears of a lost connection."""
+        self._is_closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

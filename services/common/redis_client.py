@@ -70,6 +70,7 @@ class RedisStore:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._calls = asyncio.Semaphore(CALLS_AT_ONCE_MAX)
+        self._is_closed = False
         # A cluster's client finds the node of each call by itself.
         self._batcher = (
             RedisBatcher(client, SOCKET_TIMEOUT_S, CALL_TIMEOUT_S) if isinstance(client, Redis) else None
@@ -95,14 +96,22 @@ class RedisStore:
         Raises:
             RedisError, OSError, TimeoutError: Redis cannot be reached.
         """
+        self._check_open()
         # In a cluster the nodes must be known before a channel can be looked up.
         await self._client.initialize()
         return self._client.pubsub()  # type: ignore[no-any-return, unused-ignore]
 
     async def close(self) -> None:
-        """Closes all connections."""
+        """Closes all connections. What is under way may be answered yet; what comes later is refused."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         if self._batcher is not None:
             await self._batcher.close()
+        await self._client.aclose()
+        # The library makes a connection anew that is closed under a call; each call has its bound.
+        for _ in range(CALLS_AT_ONCE_MAX):
+            await self._calls.acquire()
         await self._client.aclose()
         for sentinel in _sentinels_of(self._client):
             await sentinel.aclose()
@@ -120,6 +129,7 @@ class RedisStore:
 
     async def _execute_alone(self, *command: str | float) -> Any:
         async with asyncio.timeout(CALL_TIMEOUT_S), self._calls:
+            self._check_open()
             try:
                 return await self._client.execute_command(*command)
             except RuntimeError:
@@ -127,6 +137,10 @@ class RedisStore:
                 # not try again itself, as it does after an error that it knows.
                 with resets_told():
                     return await self._client.execute_command(*command)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RedisConnectionError("The store is closed.")
 
     async def _told(self, call: Coroutine[Any, Any, Any]) -> Any:
         """Awaits a call, each of whose commands is bounded; what goes wrong with Redis becomes our error."""
