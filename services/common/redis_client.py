@@ -128,7 +128,9 @@ class RedisStore:
         return await self._execute_alone(*command)
 
     async def _execute_alone(self, *command: str | float) -> Any:
+        self._check_open()
         async with asyncio.timeout(CALL_TIMEOUT_S), self._calls:
+            # It may have been closed while this call waited.
             self._check_open()
             try:
                 return await self._client.execute_command(*command)

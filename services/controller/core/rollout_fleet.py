@@ -143,6 +143,10 @@ def _one_copy(rollout: Rollout, member: Member, whole: Goal, bound: frozenset[st
     if others & bound:
         # They end first: it takes the other revision's place when nobody waits for that any more.
         held = dict.fromkeys(others & bound, max(whole.holds.values()))
+        leaving = any(_is_held(member, name) for name in member.residents.keys() - held.keys())
+        if leaving and not any(_has(member, name) for name in held):
+            # What was wanted is on its way out, and still in memory: that one is loaded when it is gone.
+            return replace(whole, holds={}, quiet=True, stages=wanted)
         return replace(whole, holds=held, stages=wanted)
     # The next is loaded when the last one's memory is free. Its files come before.
     if any(_is_held(member, name) for name in others):

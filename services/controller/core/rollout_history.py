@@ -16,6 +16,11 @@ def worth_keeping(found: Sequence[Rollout]) -> set[str]:
 
 
 def needed(found: Sequence[Rollout]) -> set[str]:
-    """Of rollouts in order those under way, and the last that was completed from each revision of a start."""
-    serving = {record.origin: record.id for record in found if record.state is State.COMPLETED}
-    return {record.id for record in found if not record.ended} | set(serving.values())
+    """Of rollouts in order those under way, and of the completed ones the last from each revision.
+
+    They tell which revision serves, by that of the start, and which ones have served before.
+    """
+    completed = [record for record in found if record.state is State.COMPLETED]
+    serving = {record.origin: record.id for record in completed}
+    served = {record.previous: record.id for record in completed}
+    return {record.id for record in found if not record.ended} | {*serving.values(), *served.values()}

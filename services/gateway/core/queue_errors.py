@@ -54,6 +54,15 @@ def tenant_unread(waiting: int) -> QueueFull:
     )
 
 
+def prompts_unread() -> QueueFull:
+    """The prompts that wait to be tokenized take all the memory that they may."""
+    error = QueueFull(
+        "Too many long prompts wait to be tokenized at this gateway.", retry_after_s=RETRY_MIN_S
+    )
+    error.lasting = False
+    return error
+
+
 def hopeless(position: int, wait_s: float, left_s: float) -> QueueFull:
     """The job could not be done before its deadline; it may once the queue has become shorter by the rest."""
     error = QueueFull(

@@ -199,6 +199,10 @@ class Reception:
         except DeadlineExceeded:
             self._meter.request_ended(outline.model, Outcome.EXPIRED, None)
             raise
+        except QueueFull:
+            # Its prompt could not even wait to be read.
+            self._meter.request_ended(outline.model, Outcome.FAILED, None)
+            raise
         try:
             return await self._dispatcher.submit(job)
         except QueueFull as error:
@@ -350,7 +354,8 @@ class Reception:
             return prompt.ids
 
         def aside(work: Callable[[], TokenIds]) -> Awaitable[TokenIds]:
-            return self._tokenizing.read(tenant, deadline_s - self._clock.monotonic(), work)
+            left_s = deadline_s - self._clock.monotonic()
+            return self._tokenizing.read(tenant, prompt_size(prompt), left_s, work)
 
         if isinstance(prompt, RawPrompt):
             return await entry.tokenizer.encode_raw(prompt.text, aside)

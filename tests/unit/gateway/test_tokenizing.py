@@ -18,7 +18,7 @@ from services.gateway.core.catalog import Catalog, CatalogEntry
 from services.gateway.core.jobs import Grant, Outcome, Principal, QueuedJob, Waiting
 from services.gateway.core.params import GenerationRequest, Prompt, RawPrompt, TextPrompt, TokenPrompt
 from services.gateway.dispatcher.reception import DeadlineLimits, Reception
-from services.gateway.dispatcher.tokenizing import AT_ONCE, OF_TENANT, Tokenizing
+from services.gateway.dispatcher.tokenizing import AT_ONCE, OF_TENANT, WAITING_BYTES_MAX, Tokenizing
 from tests.fakes.gateway_ports import FakeTokenizer
 from tests.fixtures.dispatcher_world import World, dispatcher_world
 
@@ -71,7 +71,7 @@ async def until(holds: Callable[[], bool]) -> None:
 def readers(tokenizing: Tokenizing, gate: Gate, tenant: str, count: int) -> list[asyncio.Task[Any]]:
     """So many prompts of a tenant."""
     return [
-        asyncio.create_task(tokenizing.read(tenant, LONG_S, gate.work(f"{tenant}{number}")))
+        asyncio.create_task(tokenizing.read(tenant, 1, LONG_S, gate.work(f"{tenant}{number}")))
         for number in range(count)
     ]
 
@@ -109,7 +109,7 @@ async def test_who_gives_up_hears_at_once_and_the_turn_ends_with_the_thread(gate
     tokenizing = Tokenizing(100, lambda: 0)
     left_s = 0.05 if ends == "deadline" else LONG_S
     reading = [
-        asyncio.create_task(tokenizing.read(f"t{number}", left_s, gate.work("fails")))
+        asyncio.create_task(tokenizing.read(f"t{number}", 1, left_s, gate.work("fails")))
         for number in range(AT_ONCE)
     ]
     await until(lambda: len(gate.begun) == AT_ONCE)
@@ -120,7 +120,7 @@ async def test_who_gives_up_hears_at_once_and_the_turn_ends_with_the_thread(gate
     expected = DeadlineExceeded if ends == "deadline" else asyncio.CancelledError
     assert [type(result) for result in results] == [expected] * AT_ONCE
     assert gate.ended == []
-    following = asyncio.create_task(tokenizing.read("bob", LONG_S, gate.work("bob")))
+    following = asyncio.create_task(tokenizing.read("bob", 1, LONG_S, gate.work("bob")))
     await until(lambda: tokenizing.waiting == 1)
     assert len(gate.begun) == AT_ONCE
     gate.open(100)
@@ -134,10 +134,10 @@ async def test_a_deadline_passes_in_the_line_too(gate: Gate) -> None:
     tokenizing = Tokenizing(100, lambda: 0)
     running = await every_turn(tokenizing, gate)
     with pytest.raises(DeadlineExceeded):
-        await tokenizing.read("bob", 0.02, gate.work("late"))
+        await tokenizing.read("bob", 1, 0.02, gate.work("late"))
     assert tokenizing.waiting == 0
     leaving, staying = (
-        asyncio.create_task(tokenizing.read("bob", LONG_S, gate.work("bob"))) for _ in range(2)
+        asyncio.create_task(tokenizing.read("bob", 1, LONG_S, gate.work("bob"))) for _ in range(2)
     )
     await until(lambda: tokenizing.waiting == 2)
     leaving.cancel()
@@ -155,7 +155,9 @@ async def test_a_turn_that_comes_too_late_goes_on(gate: Gate) -> None:
     """Its task was cancelled between being given the turn and running again."""
     tokenizing = Tokenizing(100, lambda: 0)
     running = await every_turn(tokenizing, gate)
-    leaving, staying = (asyncio.create_task(tokenizing.read(name, LONG_S, gate.work(name))) for name in "bc")
+    leaving, staying = (
+        asyncio.create_task(tokenizing.read(name, 1, LONG_S, gate.work(name))) for name in "bc"
+    )
     await until(lambda: tokenizing.waiting == 2)
     tokenizing._give_back("crowd")
     leaving.cancel()
@@ -173,7 +175,7 @@ async def test_an_error_comes_back_and_the_turn_too(gate: Gate) -> None:
     gate.open(1_000)
     for _ in range(3 * AT_ONCE):
         with pytest.raises(ValueError, match="fails"):
-            await tokenizing.read("alice", LONG_S, gate.work("fails"))
+            await tokenizing.read("alice", 1, LONG_S, gate.work("fails"))
 
 
 async def test_as_many_wait_as_the_gateway_may_carry_and_half_of_one_tenant(gate: Gate) -> None:
@@ -184,16 +186,52 @@ async def test_as_many_wait_as_the_gateway_may_carry_and_half_of_one_tenant(gate
     crowd = readers(tokenizing, gate, "crowd", 5)
     await until(lambda: tokenizing.waiting == 5)
     with pytest.raises(QueueFull, match="of this subject") as caught:
-        await tokenizing.read("crowd", LONG_S, gate.work("crowd"))
+        await tokenizing.read("crowd", 1, LONG_S, gate.work("crowd"))
     assert caught.value.retry_after_s
     carried = 4
     (last,) = readers(tokenizing, gate, "alice", 1)
     await until(lambda: tokenizing.waiting == 6)
     with pytest.raises(QueueFull, match="carries 10 requests") as caught:
-        await tokenizing.read("bob", LONG_S, gate.work("bob"))
+        await tokenizing.read("bob", 1, LONG_S, gate.work("bob"))
     assert caught.value.retry_after_s
     gate.open(100)
     await asyncio.gather(*running, *crowd, last)
+
+
+async def test_prompts_that_wait_take_so_much_memory_and_half_of_it_of_one_tenant(gate: Gate) -> None:
+    """They are counted while they wait; there is room again when they had their turn, or left."""
+    tokenizing = Tokenizing(100, lambda: 0)
+    running = await every_turn(tokenizing, gate)
+    half = WAITING_BYTES_MAX // 2
+
+    def begin(tenant: str, size_bytes: int) -> asyncio.Task[Any]:
+        return asyncio.create_task(tokenizing.read(tenant, size_bytes, LONG_S, gate.work(tenant)))
+
+    crowd = begin("crowd", half)
+    await until(lambda: tokenizing.waiting == 1)
+    with pytest.raises(QueueFull, match="long prompts"):
+        await begin("crowd", 1)
+    bob = begin("bob", half)
+    await until(lambda: tokenizing.waiting == 2)
+    with pytest.raises(QueueFull, match="long prompts") as caught:
+        await begin("alice", 1)
+    assert caught.value.retry_after_s
+    bob.cancel()
+    await asyncio.gather(bob, return_exceptions=True)
+    alice = begin("alice", half)
+    await until(lambda: tokenizing.waiting == 2)
+    gate.open(100)
+    await asyncio.gather(*running, crowd, alice)
+
+
+async def test_who_comes_too_late_takes_no_turn(gate: Gate) -> None:
+    """No thread begins what nobody waits for."""
+    tokenizing = Tokenizing(100, lambda: 0)
+    with pytest.raises(DeadlineExceeded):
+        await tokenizing.read("bob", 1, 0.0, gate.work("late"))
+    gate.open(1)
+    assert await tokenizing.read("bob", 1, LONG_S, gate.work("bob")) == (1, 2)
+    assert gate.begun == ["bob"]
 
 
 @dataclass(frozen=True)
