@@ -66,15 +66,19 @@ def find() -> Target:
 
 def processes() -> Processes:
     """The processes of the mesh of `$INTERLOCK_HOME` as they are now, and this one."""
-    found = state.read(Home.of_environment(os.environ).state_file)
+    found = _running()
     parts = () if found is None else found.parts()
     return (*((kind, part.pid) for kind, part in parts if part.pid), *client_alone())
 
 
 def engines() -> tuple[str, ...]:
     """Where the workers of the mesh of `$INTERLOCK_HOME` tell their metrics now."""
-    found = state.read(Home.of_environment(os.environ).state_file)
+    found = _running()
     return () if found is None else tuple(worker.metrics for worker in found.workers)
+
+
+def _running() -> state.MeshState | None:
+    return state.read(Home.of_environment(os.environ).state_file)
 
 
 @contextmanager

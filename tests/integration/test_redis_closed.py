@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,10 @@ import redis
 from services.common.errors import StoreUnavailable
 from services.common.redis_client import CALL_TIMEOUT_S, RedisStore, connect, read_script
 from tests.fixtures.redis_server import RedisServer
+from tests.fixtures.waiting import until
+
+# The server hears of an end a moment later.
+HEARD_S = 10.0
 
 
 @pytest.fixture
@@ -23,13 +26,6 @@ def before(redis_client: redis.Redis) -> set[str]:
 def connections(client: redis.Redis) -> set[str]:
     """The ids of those who are connected."""
     return {one["id"] for one in client.client_list()}
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Waits for the server to see it: it hears of an end a moment later."""
-    async with asyncio.timeout(10):
-        while not holds():  # noqa: ASYNC110 - another process's state
-            await asyncio.sleep(0.01)
 
 
 async def refuses(store: RedisStore, script: Path) -> None:
@@ -55,7 +51,7 @@ async def test_a_closed_store_connects_no_more(
     await store.close()
     await store.close()
     await refuses(store, script)
-    await until(lambda: connections(redis_client) <= before)
+    await until(lambda: connections(redis_client) <= before, HEARD_S)
 
 
 async def test_a_call_that_is_under_way_leaves_no_connection(
@@ -64,7 +60,7 @@ async def test_a_call_that_is_under_way_leaves_no_connection(
     """The library connects anew where a connection is closed under a call: that one is closed as well."""
     store = connect(redis_process.url)
     call = asyncio.create_task(store.fetch("BLPOP", "nothing", "0.4"))
-    await until(lambda: any(one["cmd"] == "blpop" for one in redis_client.client_list()))
+    await until(lambda: any(one["cmd"] == "blpop" for one in redis_client.client_list()), HEARD_S)
     await store.close()
     assert call.done()
-    await until(lambda: connections(redis_client) <= before)
+    await until(lambda: connections(redis_client) <= before, HEARD_S)

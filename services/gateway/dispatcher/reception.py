@@ -247,7 +247,8 @@ class Reception:
         deadline_s = self._clock.monotonic() + timeout_s
         entry = self._catalog.find(model)
         asked = validation.check_prompt(prompt)
-        prompt_ids = await self._tokenize(entry, asked, principal.subject, deadline_s)
+        size = prompt_size(asked)
+        prompt_ids = await self._tokenize(entry, asked, size, principal.subject, deadline_s)
         return Count(len(prompt_ids), entry)
 
     def tokenizer(self, model: str) -> Tokenizer | None:
@@ -305,7 +306,8 @@ class Reception:
         entry: CatalogEntry,
     ) -> GenerationJob:
         """Tokenizes a request and checks what could not be checked before."""
-        prompt_ids = await self._tokenize(entry, prompt, outline.tenant, outline.deadline_s)
+        size, deadline_s = outline.prompt_size, outline.deadline_s
+        prompt_ids = await self._tokenize(entry, prompt, size, outline.tenant, deadline_s)
         max_tokens = _fit(request, prompt_ids, entry)
         # Only what fits is looked at one by one.
         validation.check_token_ids(prompt_ids, entry.tokenizer.vocabulary)
@@ -348,14 +350,14 @@ class Reception:
             raise refusal
 
     async def _tokenize(
-        self, entry: CatalogEntry, prompt: Prompt, tenant: str, deadline_s: float
+        self, entry: CatalogEntry, prompt: Prompt, size: int, tenant: str, deadline_s: float
     ) -> tuple[int, ...]:
         if isinstance(prompt, TokenPrompt):
             return prompt.ids
 
         def aside(work: Callable[[], TokenIds]) -> Awaitable[TokenIds]:
             left_s = deadline_s - self._clock.monotonic()
-            return self._tokenizing.read(tenant, prompt_size(prompt), left_s, work)
+            return self._tokenizing.read(tenant, size, left_s, work)
 
         if isinstance(prompt, RawPrompt):
             return await entry.tokenizer.encode_raw(prompt.text, aside)

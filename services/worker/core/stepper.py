@@ -158,12 +158,11 @@ class Stepper:
     def pulse(self) -> Pulse:
         """See `Pulse`."""
         running = self._running
-        paused = Counter[int]()
+        counted = Counter[int]()
         for one in self._loaded.values():
-            paused.update(one.scheduler.paused_by_session())
-        free = self._slots - running
-        idle = MappingProxyType(paused)
-        return Pulse(self._steps, self._generated_tokens, running, free, idle, self._step_s)
+            counted.update(one.scheduler.paused_by_session())
+        free, paused = self._slots - running, MappingProxyType(counted)
+        return Pulse(self._steps, self._generated_tokens, running, free, paused, self._step_s)
 
     def handle(self, command: Command) -> tuple[Event, ...]:
         """Performs a command, between steps."""

@@ -20,7 +20,7 @@ from services.controller.core.ports import FenceStale
 from services.controller.core.records import Claimed
 from services.controller.core.rollout_record import Rollout, Spec, State, Transition, create
 from tests.fakes.faulty_store import Faults, FaultyFileSystem
-from tests.fixtures.machines import until
+from tests.fixtures.waiting import until
 
 PLACE = "/bucket/m/rollouts"
 

@@ -41,6 +41,15 @@ def listed(world: World) -> dict[str, list[str]]:
     return {one.worker_id: sorted(one.ready) for one in records if not one.draining}
 
 
+async def ends_aborted(world: World) -> None:
+    """Checks that all who answer at last have what they had before, and nothing else."""
+    world.deaf.clear()
+    world.lazy.clear()
+    await world.settle(2)
+    assert world.rollout.state is State.ABORTED
+    assert world.held == {name: {world.old} for name in world.workers}
+
+
 @pytest.mark.parametrize("staged", [True, False])
 async def test_a_swap_that_is_cancelled_leaves_what_serves(*, staged: bool) -> None:
     """They have been told to drop the files, and not yet answered: those take no memory."""
@@ -52,10 +61,7 @@ async def test_a_swap_that_is_cancelled_leaves_what_serves(*, staged: bool) -> N
     told = await unheard(world)
     assert sorted(told, key=lambda one: one[0]) == [(name, SendAbort(world.new)) for name in "ab"]
     assert listed(world) == {name: [world.old] for name in "ab"}
-    world.deaf.clear()
-    await world.settle(2)
-    assert world.rollout.state is State.ABORTED
-    assert world.held == {name: {world.old} for name in "ab"}
+    await ends_aborted(world)
 
 
 async def test_a_swap_that_fails_takes_nothing_from_the_others() -> None:
@@ -69,11 +75,7 @@ async def test_a_swap_that_fails_takes_nothing_from_the_others() -> None:
     told = await unheard(world)
     assert not any(isinstance(command, SendRetire) for _, command in told)
     assert listed(world) == {name: [world.old] for name in "bc"}
-    world.deaf.clear()
-    world.lazy.clear()
-    await world.settle(2)
-    assert world.rollout.state is State.ABORTED
-    assert world.held == {name: {world.old} for name in "abc"}
+    await ends_aborted(world)
 
 
 async def test_a_swap_that_is_asked_for_again_takes_in_who_still_holds_what_it_brings() -> None:

@@ -20,7 +20,7 @@ from services.controller.coordinator import rounds
 from services.controller.core import rollout_fleet
 from services.controller.core.catalog import Manifest, Revision
 from services.controller.core.commands import SendAbort, SendActivate, SendPrepare, SendRetire, SendStage
-from services.controller.core.member import Kind, Progress, Retired, Staged
+from services.controller.core.member import Goal, Kind, Progress, Retired, Staged
 from services.controller.core.residency import Phase, Resident
 from services.controller.core.rollout_events import Cancelled, Paused, Promoted, Resumed, TakenBack
 from services.controller.core.rollout_record import Spec, State, Strategy
@@ -277,9 +277,8 @@ async def test_a_swap_to_damaged_files_ends_before_anybody_gave_up_what_serves()
     world.coordinator.check_unused("m", world.new)
 
 
-@pytest.mark.parametrize("phase", [Phase.STAGING, Phase.PREPARING, Phase.ABORTING, Phase.RETIRING])
-async def test_a_worker_goes_on_serving_whatever_becomes_of_the_other(phase: Phase) -> None:
-    """Files take no memory, and a load that nobody asked for any more is stopped: what serves stays."""
+async def asked_of(old: Phase, new: Phase) -> tuple[World, Goal]:
+    """What is asked of the only worker of a swap while the route leads to the old revision."""
     world = World()
     await world.settle()
     world.attach("a")
@@ -287,9 +286,15 @@ async def test_a_worker_goes_on_serving_whatever_becomes_of_the_other(phase: Pha
     await world.start(strategy=Strategy.SWAP)
     world.slow = {"a"}
     await world.settle()
-    residents = {world.old: Resident(Phase.ACTIVE), world.new: Resident(phase)}
+    residents = {world.old: Resident(old), world.new: Resident(new)}
     member = replace(world.coordinator.members(Kind.WORKER)[0], residents=residents)
-    asked = rollout_fleet.goal(world.rollout, member, ((world.old, 100),), 7)
+    return world, rollout_fleet.goal(world.rollout, member, ((world.old, 100),), 7)
+
+
+@pytest.mark.parametrize("phase", [Phase.STAGING, Phase.PREPARING, Phase.ABORTING, Phase.RETIRING])
+async def test_a_worker_goes_on_serving_whatever_becomes_of_the_other(phase: Phase) -> None:
+    """Files take no memory, and a load that nobody asked for any more is stopped: what serves stays."""
+    world, asked = await asked_of(Phase.ACTIVE, phase)
     assert asked.holds.keys() == {world.old}
     assert not asked.quiet
     assert asked.stages == {world.new}
@@ -299,16 +304,7 @@ async def test_a_worker_goes_on_serving_whatever_becomes_of_the_other(phase: Pha
 @pytest.mark.parametrize("other", [Phase.PREPARING, Phase.ACTIVE, Phase.RETIRING, Phase.ABORTING])
 async def test_a_worker_loads_nothing_beside_what_still_takes_memory(leaving: Phase, other: Phase) -> None:
     """What shall serve is on its way out itself: it is out of the line until the other one has gone."""
-    world = World()
-    await world.settle()
-    world.attach("a")
-    await world.settle()
-    await world.start(strategy=Strategy.SWAP)
-    world.slow = {"a"}
-    await world.settle()
-    residents = {world.old: Resident(leaving), world.new: Resident(other)}
-    member = replace(world.coordinator.members(Kind.WORKER)[0], residents=residents)
-    asked = rollout_fleet.goal(world.rollout, member, ((world.old, 100),), 7)
+    _, asked = await asked_of(leaving, other)
     assert (set(asked.holds), asked.quiet) == (set(), True)
 
 

@@ -21,8 +21,9 @@ from services.controller.adapters.blobs import ORPHAN_KEPT_S
 from services.controller.adapters.revision_directories import RevisionDirectories
 from tests.fakes import faulty_store
 from tests.fakes.faulty_store import Faults, FaultyFileSystem
-from tests.fixtures.machines import RECORD, Machines, blob, downloaded, names, until
+from tests.fixtures.machines import RECORD, Machines, blob, downloaded, names
 from tests.fixtures.upload_world import CONTENT, DIGEST, digest_of, manifest, push, read, weights
+from tests.fixtures.waiting import until
 
 OTHER = {**CONTENT, "model.safetensors": weights(data=b"\2" * 8)}
 OTHER_DIGEST = digest_of(OTHER["model.safetensors"])

@@ -15,8 +15,9 @@ from services.common.partial_file import PartialFile
 from services.controller.adapters import artifact_store, cached_revisions, revisions_at_url
 from tests.fakes import faulty_store
 from tests.fakes.faulty_store import Faults, FaultyFileSystem
-from tests.fixtures.machines import RECORD, Machines, blob, downloaded, names, until
+from tests.fixtures.machines import RECORD, Machines, blob, downloaded, names
 from tests.fixtures.upload_world import CONTENT, DIGEST, WEIGHTS, Place, manifest, push, read, sent, weights
+from tests.fixtures.waiting import until
 
 OTHER = {**CONTENT, "model.safetensors": weights(data=b"\2" * 8)}
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,11 +21,13 @@ from services.gateway.core.params import GenerationRequest, Prompt, RawPrompt, T
 from services.gateway.dispatcher.reception import DeadlineLimits, Reception
 from services.gateway.dispatcher.tokenizing import AT_ONCE, OF_TENANT, WAITING_BYTES_MAX, Tokenizing
 from tests.fakes.gateway_ports import FakeTokenizer
+from tests.fixtures import waiting
 from tests.fixtures.dispatcher_world import World, dispatcher_world
 
 ALICE, BOB = Principal("alice"), Principal("bob")
 # Longer than anything here takes.
 LONG_S = 30.0
+until = partial(waiting.until, within_s=LONG_S)
 
 
 class Gate:
@@ -59,13 +62,6 @@ async def gate() -> AsyncIterator[Gate]:
     gate = Gate()
     yield gate
     gate.open(1_000)
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Waits until something holds."""
-    async with asyncio.timeout(LONG_S):
-        while not holds():  # noqa: ASYNC110 - it may happen in a thread
-            await asyncio.sleep(0.002)
 
 
 def readers(tokenizing: Tokenizing, gate: Gate, tenant: str, count: int) -> list[asyncio.Task[Any]]:
