@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# If nobody looked for so long, this process itself stood still: the worker may have spoken all the while.
-OWN_PAUSE_S = 1.0
-# If for so long, the worker may have ended the session meanwhile; sooner no worker does.
+from services.common.standstill import stood_still
+
+# If nobody looked for so long, the worker may have ended the session meanwhile; sooner no worker does.
 ABSENCE_S = 3.0
 # For so long after that the end of a session may be news of then.
 NEWS_S = 3.0
@@ -42,7 +42,8 @@ class VitalSigns:
 
     def look(self, now_s: float) -> None:
         """Somebody looks, as he does several times a second; what was missed meanwhile is not judged."""
-        if now_s - self.looked_s > OWN_PAUSE_S:
+        if stood_still(self.looked_s, now_s):
+            # The worker may have spoken all the while.
             self.reset(now_s)
         if now_s - self.looked_s > ABSENCE_S:
             self.woke_s = now_s

@@ -7,10 +7,8 @@ from collections.abc import Callable
 
 from services.common.clock import Clock
 from services.common.errors import ClientStalled
+from services.common.standstill import OWN_PAUSE_S, stood_still
 from services.gateway.dispatcher.streams import HangUp
-
-# Of a timer that comes so late this process itself stood still, and the reader with it.
-OWN_PAUSE_S = 1.0
 
 
 class ReaderWatch:
@@ -71,8 +69,8 @@ class ReaderWatch:
         self._timer = None
         if self._left_s is None:
             return
-        if asyncio.get_running_loop().time() - self._due_s > OWN_PAUSE_S:
-            # A write that has ended meanwhile is told about in the loop's next rounds.
+        if stood_still(self._due_s, asyncio.get_running_loop().time()):
+            # The reader too. A write that has ended meanwhile is told about in the loop's next rounds.
             self._arm(OWN_PAUSE_S)
             return
         left_s = self._stall_s - (self._clock.monotonic() - self._left_s)

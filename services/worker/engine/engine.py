@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from services.common import logs
 from services.common.clock import Clock
 from services.common.errors import ArgumentInvalid, InternalError
+from services.common.standstill import stood_still
 from services.worker.core.admission import JobStart, Refusal, judge
 from services.worker.core.ports import FormatCompiler, ModelRunner
 from services.worker.core.revision import ModelFacts, Phase, Residency
@@ -39,9 +40,6 @@ FAILURES_MAX = 3
 
 # How much finer than its limit the watchdog looks.
 WATCHDOG_PARTS = 10
-
-# If a look comes so much too late, the process itself stood still, and the step with it.
-OWN_PAUSE_S = 1.0
 
 
 class EngineOverloaded(InternalError):
@@ -264,7 +262,8 @@ class Engine:
         while not self._dead:
             await asyncio.sleep(interval_s)
             now_s = self._clock.monotonic()
-            if now_s - looked_s > interval_s + OWN_PAUSE_S:
+            if stood_still(looked_s + interval_s, now_s):
+                # And the step with it.
                 woke_s = now_s
             looked_s = now_s
             began_s = self._step_began_s

@@ -7,8 +7,8 @@ import time
 
 from services.common.clock import Clock
 from services.common.errors import ClientStalled
+from services.common.standstill import OWN_PAUSE_S
 from services.common.system_clock import SystemClock
-from services.gateway.dispatcher import reader
 from services.gateway.dispatcher.reader import ReaderWatch
 from tests.fakes.turned_clock import TurnedClock
 
@@ -54,8 +54,8 @@ async def test_a_process_that_stood_still_blames_nobody() -> None:
     reading, found = watch()
     reading.left()
     loop = asyncio.get_running_loop()
-    time.sleep(STALL_S + reader.OWN_PAUSE_S + 0.1)  # noqa: ASYNC251 - it is the loop that stands still
+    time.sleep(STALL_S + OWN_PAUSE_S + 0.1)  # noqa: ASYNC251 - it is the loop that stands still
     loop.call_soon(loop.call_soon, loop.call_soon, reading.returned)
-    await asyncio.sleep(reader.OWN_PAUSE_S + 2 * STALL_S)
+    await asyncio.sleep(OWN_PAUSE_S + 2 * STALL_S)
     assert not found
     reading.close()
