@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
@@ -188,15 +189,29 @@ def check_header(path: Path) -> int:
     return len(header)
 
 
-def count_elements(directory: Path, names: Sequence[str]) -> dict[str, int]:
-    """Elements of each tensor by name, of files whose headers were checked."""
-    elements: dict[str, int] = {}
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a weight file.
+
+    Attributes:
+        elements: How many it has.
+        is_byte: Whether one is a byte: a number that was quantized, or several.
+    """
+
+    elements: int
+    is_byte: bool
+
+
+def stored_tensors(directory: Path, names: Sequence[str]) -> dict[str, StoredTensor]:
+    """Each tensor by name, of files whose headers were checked."""
+    found: dict[str, StoredTensor] = {}
     for name in names:
         if name.endswith(".safetensors"):
             header = json.loads(read_header(directory / name))
             header.pop("__metadata__", None)
-            elements.update({tensor: math.prod(entry["shape"]) for tensor, entry in header.items()})
-    return elements
+            for tensor, entry in header.items():
+                found[tensor] = StoredTensor(math.prod(entry["shape"]), _ELEMENT_BYTES[entry["dtype"]] == 1)
+    return found
 
 
 def read_header(path: Path) -> bytes:

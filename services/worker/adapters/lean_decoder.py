@@ -210,14 +210,18 @@ def attend(
 
 
 def _weighted(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The weighted sums, in pieces that begin at fixed positions."""
+    """The weighted sums, in pieces that begin at fixed positions.
+
+    The pieces are added in float32: among many of them the last ones would be lost in bfloat16, of which a
+    sum has eight bits.
+    """
     total: torch.Tensor | None = None
     for first in range(0, values.shape[1], SUM_POSITIONS):
         piece = slice(first, first + SUM_POSITIONS)
         part = torch.bmm(weights[:, :, piece], values[:, piece])
-        total = part if total is None else total.add_(part)
+        total = part.float() if total is None else total.add_(part)
     assert total is not None
-    return total
+    return total.to(values.dtype)
 
 
 def _use(threads: int) -> None:

@@ -51,9 +51,9 @@ class LeanRunner(TorchRunner):
 
     def close(self) -> None:
         """See `ModelRunner.close`."""
-        super().close()
         self._decoder = replace(self._decoder, layers=())
         self._lean_cache = LeanCache(self._lean_cache.shape, 0)
+        super().close()
 
     def _pass(
         self,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llguidance import LLMatcher, LLTokenizer
+from tokenizers import Tokenizer
 
 from services.common.errors import ArgumentInvalid, InternalError
 from services.worker.adapters.grammar_trial import LIMITS, flaw_in
@@ -88,8 +89,12 @@ class LlguidanceCompiler:
         if not self._path.exists():
             raise ArgumentInvalid("format: this revision has no tokenizer.json.")
         try:
+            # The library takes no fewer ids than there are tokens, and some models have no row for the last.
+            highest = max(Tokenizer.from_file(str(self._path)).get_vocab().values(), default=-1)
             return LLTokenizer(
-                str(self._path), n_vocab=self._facts.vocabulary, eos_token=sorted(self._facts.end_ids)
+                str(self._path),
+                n_vocab=max(self._facts.vocabulary, highest + 1),
+                eos_token=sorted(self._facts.end_ids),
             )
         except Exception as error:
             # The library's message may hold a path; the cause chain is for the log.

@@ -7,6 +7,7 @@ serializes it and read from there, and its weights are pages that all workers sh
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from services.common.errors import ArtifactInvalid
@@ -51,8 +53,16 @@ def read(directory: Path, config: Any, kind: ModuleKind, progress: Progress) -> 
 
 
 def store(module: Any, directory: Path) -> None:
-    """Writes a module as `read_stored` wants it. The module is used up."""
-    module.save_pretrained(directory)
+    """Writes a module as `read_stored` wants it. The module is used up.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    try:
+        module.save_pretrained(directory)
+    except SafetensorError as error:
+        # Its message is all that it says of a full disk.
+        raise OSError(errno.EIO, str(error)) from error
     packed_weights.store(module, directory)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,6 +40,15 @@ def describe_device(device: torch.device) -> tuple[str, str, int]:
 
 def make_loader(config: WorkerConfig, device: torch.device, threads: int) -> TorchLoader:
     """The loader for this worker's settings; `threads` are those of a forward pass on a CPU."""
+    forms = None
+    if config.cache_forms_bytes:
+        forms = StoredForms(config.cache_dir / "forms", config.cache_forms_bytes)
+    kv_bytes = kv_budget(config.kv_cache_bytes, device)
+    return TorchLoader(TorchSettings(device, threads, config.slots, kv_bytes, forms=forms))
+
+
+def kv_budget(given_bytes: int, device: torch.device) -> Callable[[], int]:
+    """Tells how many bytes of keys and values a revision that was just loaded may keep; given 0: measured."""
 
     # Once: a later revision is loaded while the one before it still holds weights and cache, and would have
     # less for as long as it serves. So prompts that fit before a rollout fit after it.
@@ -47,17 +57,16 @@ def make_loader(config: WorkerConfig, device: torch.device, threads: int) -> Tor
         return available_bytes() // KV_CACHE_SHARE
 
     def kv_bytes() -> int:
-        if config.kv_cache_bytes:
-            return config.kv_cache_bytes
+        if given_bytes:
+            return given_bytes
         if device.type == "cuda":
-            # Rows take a card's memory when they are made, so that both caches must fit into what is free.
+            # Rows take a card's memory when they are made, so that both caches must fit into what is free:
+            # with what torch keeps of tensors that are gone, of the module that became a form above all.
+            torch.cuda.empty_cache()
             return int(torch.cuda.mem_get_info(device)[0]) // KV_CACHE_SHARE
         return first_share()
 
-    forms = None
-    if config.cache_forms_bytes:
-        forms = StoredForms(config.cache_dir / "forms", config.cache_forms_bytes)
-    return TorchLoader(TorchSettings(device, threads, config.slots, kv_bytes, forms=forms))
+    return kv_bytes
 
 
 def _processor() -> str:

@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from services.common.errors import ArtifactInvalid, InterlockError
-from services.common.safetensors_files import check_counts, check_files, count_elements, read_config
+from services.common.safetensors_files import check_counts, check_files, read_config, stored_tensors
 from services.worker.adapters import decoder_config, lean_weights
 from services.worker.adapters.fused_runner import FusedRunner
 from services.worker.adapters.lean_runner import LeanRunner
@@ -101,13 +101,14 @@ class TorchLoader:
     def weights_bytes_least(self, directory: Path, spec: RevisionSpec) -> int:
         """See `RevisionLoader.weights_bytes_least`."""
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-        elements = count_elements(directory, [file.path for file in spec.files])
+        tensors = stored_tensors(directory, [file.path for file in spec.files])
         if getattr(config.get_text_config(), "tie_word_embeddings", False):
             # Some files have the head once more, which is then the embedding.
-            elements.pop("lm_head.weight", None)
+            tensors.pop("lm_head.weight", None)
         way = _way(spec, config, self._settings)
         bits = _BITS.get(way.quantization, 8 * way.dtype.itemsize)
-        return sum(elements.values()) * bits // 8
+        # Bytes are weights that were quantized before they came here; nothing makes more of them.
+        return sum(one.elements * min(bits, 8 if one.is_byte else bits) for one in tensors.values()) // 8
 
     def load(self, directory: Path, spec: RevisionSpec, watch: LoadWatch = unwatched) -> TorchRunner:
         """See `RevisionLoader.load`."""

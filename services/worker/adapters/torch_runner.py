@@ -118,6 +118,9 @@ class TorchRunner:
         self._model = DecoderModel(
             None, 0, frozenset(), 0, self._model.device, self._model.dtype, self._model.threads
         )
+        if self._model.device.type == "cuda":
+            # Else torch keeps the memory, for itself alone.
+            torch.cuda.empty_cache()
 
     def prefill(self, chunk: Chunk) -> torch.Tensor:
         """Passes several tokens of one row; returns the last one's logits, `[1, vocabulary]`."""

@@ -100,11 +100,15 @@ class WeightSource:
         """The module, from its stored form where it has one."""
         if self._forms is None or module_weights.is_mapped_as_it_is(self._config, self.way.module):
             return self.module()
-        path = self._obtain(lambda directory: module_weights.store(self.module(), directory))
-        if path is None:
-            return self.module()
         progress = partial(self.watch, LoadStage.MAP)
-        return module_weights.read_stored(path, self._config, self.way.module, progress)
+        for _ in range(2):
+            path = self._obtain(lambda directory: module_weights.store(self.module(), directory))
+            if path is None:
+                break
+            # As with tensors; the library says so with an error of its own, or of the system.
+            with contextlib.suppress(OSError):
+                return module_weights.read_stored(path, self._config, self.way.module, progress)
+        return self.module()
 
     def tensors(self, make: Callable[[], lean_weights.Named]) -> dict[str, torch.Tensor]:
         """The tensors of the lean forward by name: mapped, or as they are made where nothing is stored."""

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +346,17 @@ async def test_a_revision_without_tokenizer_or_end_serves_no_formats(
     with pytest.raises(InternalError) as caught:
         await library.open(directory, FACTS).constrain(schema_of(True), ())
     assert str(tmp_path) not in caught.value.message
+
+
+async def test_a_tokenizer_may_have_more_ids_than_the_model(trial: TrialProcess, directory: Path) -> None:
+    """Some have tokens for which the model has no row; it never says them."""
+    narrow = replace(FACTS, vocabulary=END + 1)
+    path = directory / "tokenizer.json"
+    told = json.loads(path.read_text())
+    told["added_tokens"].append({**told["added_tokens"][0], "id": narrow.vocabulary, "content": "<beyond>"})
+    path.write_text(json.dumps(told))
+    constraint = await LlguidanceLibrary(trial).open(directory, narrow).constrain(schema_of(True), ())
+    assert constraint.allowed(())
 
 
 async def test_a_trial_that_cannot_start_is_the_workers_trouble(

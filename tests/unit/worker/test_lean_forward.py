@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from services.worker.adapters.fused_runner import FusedRunner
+from services.worker.adapters.lean_decoder import Heads, attend
 from services.worker.adapters.lean_runner import LeanRunner
 from services.worker.adapters.torch_loader import TorchLoader, TorchSettings
 from services.worker.adapters.torch_runner import TorchRunner
@@ -159,3 +160,14 @@ def test_auto_is_int8_where_the_lean_forward_serves(tmp_path: Path) -> None:
     tiny_models.save("gemma", other)
     plain = load(other, Quantization.NONE).facts.weights_bytes
     assert load(other, Quantization.AUTO).facts.weights_bytes == plain
+
+
+def test_a_long_context_is_summed_without_loss() -> None:
+    """In bfloat16 a sum has eight bits: of 65,536 equal parts the second half would be lost."""
+    length, heads = 65_536, Heads(queries=2, shared=1, dim=8, scale=1.0)
+    keys = torch.zeros((1, length, heads.dim), dtype=torch.bfloat16)
+    mask = torch.zeros((1, 1, length), dtype=torch.bfloat16)
+    queries = torch.ones((1, heads.queries, heads.dim), dtype=torch.bfloat16)
+    found = attend(queries, keys, torch.ones_like(keys), mask, heads)
+    assert found.dtype is torch.bfloat16
+    assert torch.allclose(found.float(), torch.ones(1, heads.queries * heads.dim), atol=0.01)

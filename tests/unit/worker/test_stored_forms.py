@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from services.common import artifacts
-from services.worker.adapters import mapped_tensors
+from services.worker.adapters import mapped_tensors, module_weights
 from services.worker.adapters.lean_runner import LeanRunner
 from services.worker.adapters.stored_forms import StoredForms
 from services.worker.adapters.torch_loader import TorchLoader, TorchSettings
@@ -251,6 +252,22 @@ def test_without_digests_or_a_disk_nothing_is_stored(tmp_path: Path) -> None:
     assert torch.equal(logits(load((directory, spec), tmp_path / "file" / "forms")), wanted)
 
 
+def test_a_module_that_finds_the_disk_full_is_served_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library that writes its weights says so with an error of its own."""
+    directory, spec = made(tmp_path / "model")
+    model, forms = (directory, replace(spec, quantization=Quantization.NF4)), tmp_path / "forms"
+    wanted = logits(load(model, None))
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    assert torch.equal(logits(load(model, forms)), wanted)
+    assert [path for path in forms.iterdir() if path.is_dir()] == []
+
+
 def write(content: bytes) -> Callable[[Path], None]:
     """Makes a form of one small file."""
 
@@ -329,6 +346,28 @@ def test_a_form_that_another_worker_removes_in_the_meantime_is_made_again(
     assert torch.equal(logits(load(model, forms)), expected)
     assert times == [0]
     # Where that happens again and again, nothing is mapped.
+    times[0] = 9
+    assert torch.equal(logits(load(model, forms)), expected)
+    assert times == [7]
+
+
+def test_a_modules_form_that_another_worker_removes_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of the lean forward."""
+    directory, spec = made(tmp_path / "model")
+    model, forms = (directory, replace(spec, quantization=Quantization.NF4)), tmp_path / "forms"
+    expected, read, times = logits(load(model, forms)), module_weights.read_stored, [2]
+
+    def removed(path: Path, *rest: Any) -> Any:
+        times[0] -= 1
+        if times[0] > 0:
+            shutil.rmtree(path)
+        return read(path, *rest)
+
+    monkeypatch.setattr(module_weights, "read_stored", removed)
+    assert torch.equal(logits(load(model, forms)), expected)
+    assert times == [0]
     times[0] = 9
     assert torch.equal(logits(load(model, forms)), expected)
     assert times == [7]

@@ -30,3 +30,12 @@ def test_a_later_revision_has_the_cache_of_the_first(
     assert 0 < first == second
     # It was the budget that decided, and not how much the slots could fill.
     assert first < 8 * 64
+
+
+def test_on_a_card_what_torch_keeps_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's figure knows nothing of tensors that are gone, unless torch gives their memory back."""
+    kept = [3 << 30]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: ((4 << 30) - sum(kept), 8 << 30))
+    kv_bytes = torch_compute.kv_budget(0, torch.device("cuda"))
+    assert kv_bytes() == (4 << 30) // torch_compute.KV_CACHE_SHARE

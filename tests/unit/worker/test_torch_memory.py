@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from services.worker.adapters.torch_loader import TorchLoader, TorchSettings
 from services.worker.adapters.torch_memory import shortage_named
@@ -58,3 +59,18 @@ def test_weights_take_no_less_than_was_told(tmp_path: Path, kind: str, quantizat
     assert 0 < least_bytes <= 1.01 * measured_bytes
     if quantization is Quantization.NONE:
         assert least_bytes > 0.9 * measured_bytes
+
+
+@pytest.mark.parametrize(("quantization", "share"), [(Quantization.NONE, 1), (Quantization.NF4, 2)])
+def test_weights_that_came_quantized_take_what_they_take(
+    tmp_path: Path, quantization: Quantization, share: int
+) -> None:
+    """A byte of a file is a byte of memory, or less; it is not widened to the model's numbers."""
+    tiny_models.save("llama", tmp_path)
+    bytes_each, path = 4_096, tmp_path / "model.safetensors"
+    save_file({"packed": torch.zeros(bytes_each, dtype=torch.uint8)}, path)
+    spec = RevisionSpec(
+        "m", "r", (RevisionFile(path.name, path.stat().st_size, "0" * 64),), quantization, ComputeDtype.FP32
+    )
+    loader = TorchLoader(TorchSettings(torch.device("cpu"), threads=1, slots=2, kv_bytes=lambda: 1 << 20))
+    assert loader.weights_bytes_least(tmp_path, spec) == bytes_each // share
