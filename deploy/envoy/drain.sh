@@ -3,8 +3,8 @@
 #
 #   drain.sh [ADMIN_PORT] [SECONDS] [NOTICE_SECONDS]      (9901, 30, 5)
 #
-# For `preStop` in Kubernetes and `ExecStop` in systemd. It returns 0 when nothing runs any more, 1 when
-# SECONDS are over before; then whoever called it ends Envoy, and resumable streams go on elsewhere.
+# For `ExecStop` in systemd; in containers `drained.sh` calls it. It returns 0 when nothing runs any more, 1
+# when SECONDS are over before; then whoever called it ends Envoy, and resumable streams go on elsewhere.
 # Needs bash alone: images with Envoy have no HTTP client.
 set -euo pipefail
 

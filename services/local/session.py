@@ -88,8 +88,7 @@ def _signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
     """The first signal sets `stop`, the second `hurry`."""
     heard = end_signals(stop, hurry)
     loop = asyncio.get_running_loop()
-    # SIGHUP: the terminal was closed.
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, *_hangup())
     for number in numbers:
         loop.add_signal_handler(number, heard, number)
     try:
@@ -97,6 +96,11 @@ def _signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
+
+
+def _hangup() -> tuple[signal.Signals, ...]:
+    """SIGHUP, the end of the terminal; nothing where it is ignored, as `nohup` has it for its commands."""
+    return () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
 
 
 @contextlib.contextmanager
@@ -107,7 +111,7 @@ def ended_by_signals() -> Iterator[None]:
         del number, frame
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, *_hangup())}
     try:
         yield
     finally:

@@ -17,10 +17,18 @@ from compose_spec import PyCompose
 
 from deploy.envoy import generate
 from tests.fakes.edge import FakeBackend
-from tests.fixtures.manifests import CONFIGS, GIVEN, ROOT, places, settings
+from tests.fixtures.manifests import (
+    CONFIGS,
+    DOCKERFILE,
+    GIVEN,
+    ROOT,
+    envoys_entrypoint,
+    places,
+    settings,
+    stage,
+)
 
 DOCKER = ROOT / "deploy" / "docker"
-DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 SERVICES = tuple(CONFIGS)
 ENVIRONMENT = {
     "INTERLOCK_MODEL_DIRECTORY": "/srv/model",
@@ -44,15 +52,8 @@ def _compose() -> dict[str, Any]:
     return document
 
 
-def _stage(name: str) -> str:
-    """One stage of the Dockerfile, from its FROM to the next."""
-    stages = re.split(r"^(?=FROM )", DOCKERFILE, flags=re.MULTILINE)
-    (found,) = [stage for stage in stages if re.match(rf"FROM \S+ AS {name}\n", stage)]
-    return found
-
-
 def _image_environment(service: str) -> dict[str, str]:
-    return dict(re.findall(r"(INTERLOCK_\w+)=(\S+)", _stage(service)))
+    return dict(re.findall(r"(INTERLOCK_\w+)=(\S+)", stage(service)))
 
 
 def test_the_dockerfile_has_no_finding() -> None:
@@ -70,28 +71,25 @@ def test_the_dockerfile_has_no_finding() -> None:
 @pytest.mark.parametrize("target", [*SERVICES, "envoy"])
 def test_nothing_runs_as_root_or_with_what_built_it(target: str) -> None:
     """Each target is the small base, which has a user, with one environment copied in."""
-    stage = _stage(target)
-    assert stage.startswith("FROM base AS")
-    assert f"COPY --from={target}-build /opt/interlock /opt/interlock" in stage
-    assert "USER" not in stage
-    assert re.search(r"^USER 10001:10001$", _stage("base"), re.MULTILINE)
-    assert "HEALTHCHECK" in stage
+    made = stage(target)
+    assert made.startswith("FROM base AS")
+    assert f"COPY --from={target}-build /opt/interlock /opt/interlock" in made
+    assert "USER" not in made
+    assert re.search(r"^USER 10001:10001$", stage("base"), re.MULTILINE)
+    assert "HEALTHCHECK" in made
 
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_each_image_has_its_services_own_dependencies(service: str) -> None:
     """The extra of the service's name, at the versions that are tested; so only workers carry torch."""
     extras = {"controller": "controller,s3"}.get(service, service)
-    assert f'install --constraint constraints.txt ".[{extras}]"' in _stage(f"{service}-build")
+    assert f'install --constraint constraints.txt ".[{extras}]"' in stage(f"{service}-build")
 
 
 def test_what_is_copied_is_there_and_is_sent() -> None:
     """Every file that an image takes exists, and `.dockerignore` lets it through and little else."""
-    let_through = [
-        line.removeprefix("!")
-        for line in (ROOT / ".dockerignore").read_text().splitlines()
-        if line[:1] == "!"
-    ]
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] != "#"]
+    let_through = [rule.removeprefix("!") for rule in rules if rule[:1] == "!"]
     copied = [
         path
         for line in re.findall(r"^COPY (?!--from)(.*)$", DOCKERFILE, re.MULTILINE)
@@ -103,6 +101,9 @@ def test_what_is_copied_is_there_and_is_sent() -> None:
         assert any(path == known or path.startswith(f"{known}/") for known in let_through), path
     assert all((ROOT / path).exists() for path in let_through)
     assert not {"tests", ".venv", ".interlock", "deploy"} & set(let_through)
+    # The last rule that fits decides: no secret of the folder of the compose file is sent, nor committed.
+    assert rules[-1] == "**/.env"
+    assert ".env" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 def test_the_compose_file_is_valid() -> None:
@@ -178,10 +179,10 @@ def test_envoy_finds_the_services_by_their_names() -> None:
         assert set(services[endpoint.host]["networks"]) & set(services["envoy"]["networks"])
         default = CONFIGS[endpoint.host].__dataclass_fields__["bind"].default
         assert default.rpartition(":")[2] == str(endpoint.port)
-    assert str(VARIANT.file.relative_to(ROOT)) in _stage("envoy")
+    assert str(VARIANT.file.relative_to(ROOT)) in stage("envoy")
     probe = VARIANT.parameters.probe
     assert probe is not None
-    assert f'"--http", "{probe.port}"' in _stage("envoy")
+    assert f'"--http", "{probe.port}"' in stage("envoy")
 
 
 def test_only_gateways_and_the_controller_reach_the_store() -> None:
@@ -193,13 +194,26 @@ def test_only_gateways_and_the_controller_reach_the_store() -> None:
     assert document["services"]["redis"]["networks"] == ["store"]
 
 
+def _grace_s(service: str) -> float:
+    """For how long the engine waits between SIGTERM and SIGKILL."""
+    return float(_compose()["services"][service]["stop_grace_period"].removesuffix("s"))
+
+
 def test_containers_have_the_time_to_drain() -> None:
-    """Longer than the longest drain of the services' defaults."""
+    """Longer than the longest drain of the services' defaults, and than Envoy's image drains for."""
     for service in ("gateway", "worker"):
         told = _compose()["services"][service]
         found = settings(service, {key: str(value) for key, value in told["environment"].items()})
         longest = found.drain_grace_s + getattr(found, "drain_notice_s", 0)
-        assert float(told["stop_grace_period"].removesuffix("s")) > longest
+        assert _grace_s(service) > longest
+    script, admin_port, seconds, notice_seconds, program, *_ = envoys_entrypoint()
+    assert (script, program) == ("drained.sh", "envoy")
+    for name in (script, "drain.sh"):
+        assert re.search(rf"^COPY .*deploy/envoy/{name} .*/usr/local/bin/$", stage("envoy"), re.MULTILINE)
+    assert str(VARIANT.parameters.admin) == f"127.0.0.1:{admin_port}"
+    assert _grace_s("envoy") > float(seconds) > float(notice_seconds)
+    # Another beginning would know nothing of draining.
+    assert "entrypoint" not in _compose()["services"]["envoy"]
 
 
 @pytest.fixture

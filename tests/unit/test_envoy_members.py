@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import subprocess
 import threading
@@ -25,6 +26,7 @@ WATCH = "/grpc.health.v1.Health/Watch"
 GENERATE = "/interlock.v1.GatewayService/Generate"
 WORKERS = "/v1/admin/workers"
 DRAIN = generate.DESCRIPTORS.with_name("drain.sh")
+DRAINED = DRAIN.with_name("drained.sh")
 
 
 @pytest.fixture
@@ -293,3 +295,37 @@ def test_draining_does_not_wait_for_ever(edge: Edge) -> None:
         assert subprocess.run(command, check=False, timeout=10).returncode == 1
         held.set()
         assert running.result() == b"x"
+
+
+def test_an_envoy_that_is_told_to_end_drains_first(tmp_path: Path, free_tcp_port: int) -> None:
+    """`drained.sh`: on SIGTERM the probe turns, a running call finishes, and then Envoy ends."""
+    parameters = Parameters(admin=Endpoint("127.0.0.1", free_tcp_port), probe=Endpoint("127.0.0.1", 0))
+    through = (str(DRAINED), str(free_tcp_port), "20", "0")
+    with (
+        started_edge(tmp_path, parameters, through=through) as edge,
+        grpc.insecure_channel(edge.address) as channel,
+    ):
+        held = edge.gateway.hold = threading.Event()
+        probe = _probe(edge)
+        begin: Any = channel.unary_unary(GENERATE)
+        running = begin.future(b"x", timeout=20)
+        try:
+            _await(lambda: edge.stat("http.interlock.downstream_rq_active") == 1, "the call does not arrive")
+            edge.process.terminate()
+            _await(lambda: ask(probe, "GET", "/ready")[0] == 503, "it still says that it is ready")
+            assert edge.process.poll() is None
+        finally:
+            held.set()
+        assert running.result() == b"x"
+        assert edge.process.wait(10) == 0
+
+
+def test_what_drains_ends_as_what_it_runs(free_tcp_port: int) -> None:
+    """So a container ends with its Envoy; one that does not listen yet has nothing to drain."""
+    command = [str(DRAINED), str(free_tcp_port), "20", "0", "sh", "-c"]
+    assert subprocess.run([*command, "exit 3"], check=False, timeout=10).returncode == 3
+    with subprocess.Popen([*command, "echo begun; exec sleep 60"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.terminate()
+        assert process.wait(10) == 128 + signal.SIGTERM

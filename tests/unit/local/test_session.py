@@ -133,3 +133,59 @@ asyncio.run(session.run(home, plan, ports, FakeClock(), Terminal(home, 0.0).tell
     assert errors == ""
     assert process.returncode == 0
     assert (tmp_path / "stopped").read_text() == "True"
+
+
+@pytest.mark.parametrize(
+    ("command", "signals"),
+    [
+        (("env", "--default-signal=HUP"), (signal.SIGHUP,)),
+        (("nohup",), (signal.SIGHUP, signal.SIGTERM)),
+    ],
+    ids=["terminal", "nohup"],
+)
+def test_the_end_of_the_terminal_ends_what_does_not_ignore_it(
+    tmp_path: Path, command: tuple[str, ...], signals: tuple[signal.Signals, ...]
+) -> None:
+    """A mesh stops in order with its terminal; under `nohup` SIGTERM is the first that asks for its end."""
+    script = """
+import asyncio, os, pathlib, sys
+from services.local import session
+from services.local.home import Home
+from services.local.parts import MeshPlan
+from services.local.ports import Ports
+from tests.fakes.local import FakeClock, FakeLocalMesh
+
+place, *numbers = pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:])
+
+def tell(notice):
+    if isinstance(notice, session.MeshReady):
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+with session.ended_by_signals():
+    for number in numbers[:-1]:
+        os.kill(os.getpid(), number)
+session.LocalMesh = FakeLocalMesh
+home = Home(place, {})
+home.prepare()
+plan, ports = MeshPlan(model_path=place, model_name="tiny"), Ports(0, (0,), (0,), (0,))
+asyncio.run(session.run(home, plan, ports, FakeClock(), tell))
+print(FakeLocalMesh.stopped)
+"""
+    done = subprocess.run(
+        [
+            *command,
+            sys.executable,
+            "-c",
+            script,
+            str(tmp_path / "home"),
+            *(f"{number:d}" for number in signals),
+        ],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
