@@ -13,6 +13,7 @@ import socket
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from services.cli import table
 from services.cli.failure import CommandFailed
@@ -187,7 +188,7 @@ def _target(address: str) -> tuple[socket.AddressFamily, str | tuple[str, int]]:
     """Where to knock: a Unix socket's path, or host and port of `host:port` or of a URL."""
     scheme, separator, rest = address.partition("://")
     if scheme == "unix":
-        return socket.AF_UNIX, rest.partition("?")[0]
+        return socket.AF_UNIX, unquote(rest.partition("?")[0])
     place = (rest if separator else address).partition("/")[0]
     # A list of sentinels or cluster nodes: the first one stands for all.
     host, _, port = place.partition(",")[0].rpartition(":")
