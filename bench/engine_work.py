@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-import urllib.request
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from prometheus_client.parser import text_string_to_metric_families
+from services.local import metrics_reading
 
-_TIMEOUT_S = 2.0
-_BYTES_MAX = 1 << 20
 _STEPS, _TOKENS, _STEP_S = (f"interlock_worker_{name}_total" for name in ("steps", "tokens", "step_seconds"))
 
 Engines = Callable[[], Iterable[str]]
@@ -49,7 +46,7 @@ def nobody() -> Iterable[str]:
 async def read(addresses: Iterable[str]) -> Reading:
     """What the engines have done whose metrics are at these addresses (`host:port`); not of silent ones."""
     asked = tuple(addresses)
-    found = await asyncio.gather(*(asyncio.to_thread(_count, address) for address in asked))
+    found = await asyncio.gather(*(_count(address) for address in asked))
     return {address: count for address, count in zip(asked, found, strict=True) if count is not None}
 
 
@@ -72,12 +69,8 @@ def _streams(before: Count, after: Count) -> float | None:
     return (after.tokens - before.tokens) / max(steps, 1) * (after.step_s - before.step_s) / elapsed_s
 
 
-def _count(address: str) -> Count | None:
-    try:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=_TIMEOUT_S) as reply:
-            text = reply.read(_BYTES_MAX).decode()
-        samples = [one for family in text_string_to_metric_families(text) for one in family.samples]
-        told = {one.name: one.value for one in samples}
-        return Count(time.monotonic(), told[_STEPS], told[_TOKENS], told[_STEP_S])
-    except (OSError, ValueError, KeyError):
+async def _count(address: str) -> Count | None:
+    told = await metrics_reading.read(address)
+    if told is None or not told.keys() >= {_STEPS, _TOKENS, _STEP_S}:
         return None
+    return Count(time.monotonic(), told[_STEPS], told[_TOKENS], told[_STEP_S])

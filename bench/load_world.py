@@ -17,7 +17,7 @@ from bench.processor_time import Processes, client_alone
 from services.common.channel import connect
 from services.common.tokens import mint
 from services.local import state
-from services.local.home import Home
+from services.local.home import Home, SecretElsewhere
 
 # A proxy may allow a connection only about a hundred streams; a client of many opens several.
 _STREAMS_A_CHANNEL = 50
@@ -25,7 +25,7 @@ _TOKEN_TTL_S = 3_600.0
 
 
 class NoMesh(Exception):
-    """No mesh runs in this home; the message says what to do."""
+    """No mesh that can be loaded runs in this home; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def find() -> Target:
     """The mesh of `$INTERLOCK_HOME`.
 
     Raises:
-        NoMesh: None runs.
+        NoMesh: None runs, or none that believes what could be signed here.
     """
     home = Home.of_environment(os.environ)
     found = state.read(home.state_file)
@@ -61,7 +61,11 @@ def find() -> Target:
         raise NoMesh(f"No mesh runs in {home.path}. Start one with `interlock up`, or give --up.")
     address = found.http.removeprefix("http://").rstrip("/")
     worker, workers = found.workers[0].address, len(found.workers)
-    return Target(address, home.jwt_secret, worker, workers, home.mesh_token, found.model)
+    try:
+        jwt_secret = home.jwt_secret
+    except SecretElsewhere as error:
+        raise NoMesh(str(error)) from None
+    return Target(address, jwt_secret, worker, workers, home.mesh_token, found.model)
 
 
 def processes() -> Processes:

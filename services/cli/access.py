@@ -13,10 +13,10 @@ from google.protobuf.message import Message
 
 from services.cli.door import TOKEN, URL, Door, Metadata, bearer, door_elsewhere
 from services.cli.failure import CommandFailed
+from services.cli.home_mesh import mesh_in
 from services.common.channel import connect
 from services.common.status import read_error
-from services.local import state
-from services.local.home import Home
+from services.local.home import Home, HomeUnusable
 from services.local.owner_token import renewed_token
 from services.local.state import MeshState
 
@@ -43,20 +43,22 @@ def find_door() -> Door:
     if elsewhere is not None:
         return elsewhere
     home = Home.of_environment(os.environ)
-    found = state.read(home.state_file)
-    if found is None or home.holder() is None:
-        raise CommandFailed(
-            f"no mesh runs in {home.path}. Start one with `interlock up`, or name one elsewhere by "
-            f"{URL} and {TOKEN}."
-        )
-    return door_of(home, found)
+    return door_of(home, mesh_in(home, otherwise=f", or name one elsewhere by {URL} and {TOKEN}"))
 
 
 def door_of(home: Home, mesh: MeshState) -> Door:
-    """The door of the mesh that runs in a home, for its owner."""
+    """The door of the mesh that runs in a home, for its owner.
+
+    Raises:
+        CommandFailed: There is no token that opens it, and none can be made.
+    """
+    try:
+        token = renewed_token(home)
+    except HomeUnusable as error:
+        raise CommandFailed(str(error)) from None
     return Door(
         address=mesh.http.removeprefix("http://"),
-        metadata=bearer(renewed_token(home)),
+        metadata=bearer(token),
         hint="`interlock status` shows what runs.",
     )
 
@@ -72,10 +74,11 @@ async def entrance(door: Door) -> AsyncIterator[tuple[grpc.aio.Channel, Metadata
         try:
             yield channel, door.metadata
         except grpc.aio.AioRpcError as error:
-            raise _explained(error, door) from None
+            raise explained(error, door) from None
 
 
-def _explained(error: grpc.aio.AioRpcError, door: Door) -> CommandFailed:
+def explained(error: grpc.aio.AioRpcError, door: Door) -> CommandFailed:
+    """What a command says of a call that failed."""
     told = read_error(error)
     words = told.message or told.code.value
     if told.retry_after_s is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
+import io
 import sys
 import unicodedata
 
@@ -14,6 +15,7 @@ from interlock.v1.generation_pb2 import FINISH_REASON_LENGTH, ChatInput, ChatMes
 
 from services.cli.access import entrance, find_door
 from services.cli.failure import CommandFailed
+from services.cli.values import NOT_UNICODE, is_unicode
 from services.common.errors import ContextExceeded
 
 # The contract's default deadline: a queue of strangers may be ahead.
@@ -33,6 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     if sys.stdin.isatty():
         # Its mere import gives `input` a line editor and a history.
         importlib.import_module("readline")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no text are told of the line that has them; else they would end the conversation.
+        sys.stdin.reconfigure(errors="surrogateescape")
     print("Ctrl-C stops an answer, Ctrl-D ends the conversation.")
     return _converse(arguments)
 
@@ -46,6 +51,9 @@ def _converse(arguments: argparse.Namespace) -> int:
             print()
             return 0
         if not prompt:
+            continue
+        if not is_unicode(prompt):
+            print(f"interlock: {NOT_UNICODE}", file=sys.stderr)
             continue
         try:
             turns = _continued(turns[-2 * _PAIRS_MAX :], prompt, arguments)

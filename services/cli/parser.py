@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TypeAlias
 
-from services.cli.values import count_of, duration_s, port
+from services.cli.values import count_of, duration_s, path, port, words
 
 _DESCRIPTION = """\
 Interlock serves a language model on your own machines, as a mesh of small services.
@@ -66,6 +66,8 @@ def _command(
     )
     module, _, function = run.partition(":")
     parser.set_defaults(module=module, function=function or "run", refuse=parser.error)
+    # How argparse reads an argument without a type.
+    parser.register("type", None, words)
     return parser
 
 
@@ -161,9 +163,14 @@ def _token(commands: _Commands) -> None:
     _token_limits(parser)
     parser.add_argument("--jti", metavar="ID", help="name to revoke it by (a random one)")
     parser.add_argument(
-        "--key", metavar="FILE", help="private key (PEM) to sign with, in the place of the home's secret"
+        "--key",
+        type=path,
+        metavar="FILE",
+        help="private key (PEM) to sign with, in the place of the home's secret",
     )
     inner = parser.add_subparsers(metavar="[revoke|jwks]")
+    # It sees all that follows, which the inner command reads by its own types.
+    inner.type = path
     revoke = _command(
         inner,
         "revoke",
@@ -177,7 +184,7 @@ def _token(commands: _Commands) -> None:
     revoke.add_argument("token", metavar="TOKEN|JTI", help="the token, or its jti")
     revoke.add_argument("--id", action="store_true", help="it is a jti, although it looks like a token")
     keys = _command(inner, "jwks", "Print the JWK set of private keys' public halves.", run="token:key_set")
-    keys.add_argument("keys", nargs="+", metavar="FILE", help="private key (PEM)")
+    keys.add_argument("keys", nargs="+", type=path, metavar="FILE", help="private key (PEM)")
 
 
 def _token_limits(parser: argparse.ArgumentParser) -> None:
@@ -236,14 +243,17 @@ def _models(commands: _Commands) -> None:
   interlock models push ./my-model --golden golden.json   [{"text": "2 + 2 =", "expected": "4"}]
   interlock models push ./my-model --revision v2-int8 --quantization int8   sends nothing but the manifest""",
     )
-    push.add_argument("path", metavar="PATH", help="a directory in Hugging Face format")
+    push.add_argument("path", type=path, metavar="PATH", help="a directory in Hugging Face format")
     push.add_argument("--name", metavar="N", help="model that it is a revision of (the mesh's default)")
     push.add_argument("--revision", default="", metavar="R", help="its name (a digest of its content)")
     push.add_argument("--quantization", choices=QUANTIZATIONS, default="auto", help="of the weights")
     push.add_argument("--dtype", choices=DTYPES, default="auto", help="of the computation")
     push.add_argument("--context-tokens", type=count_of(1 << 24), metavar="N", help="(the model's)")
     push.add_argument(
-        "--golden", metavar="FILE", help="JSON list of prompts that it must answer before it may serve"
+        "--golden",
+        type=path,
+        metavar="FILE",
+        help="JSON list of prompts that it must answer before it may serve",
     )
     push.add_argument(
         "--fallback-model",

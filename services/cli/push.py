@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 from google.protobuf.json_format import ParseDict, ParseError
 from interlock.v1 import controller_service_pb2 as pb
 from interlock.v1 import model_pb2
@@ -18,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from services.cli import table
-from services.cli.access import ANSWER_TIMEOUT_S, entrance, find_door, rows_of
+from services.cli.access import ANSWER_TIMEOUT_S, entrance, explained, find_door, rows_of
+from services.cli.door import Metadata
 from services.cli.failure import CommandFailed
 from services.common import artifacts
 from services.common.errors import ArtifactInvalid
@@ -26,8 +28,21 @@ from services.common.errors import ArtifactInvalid
 # The contract's bound of a chunk is four times this; less at a time keeps other calls of the channel quick.
 CHUNK_BYTES = 256 << 10
 
-# Checking headers and linking files takes seconds at most; digests of many gigabytes take longer.
-REGISTER_TIMEOUT_S = 3_600.0
+# What was cut after its last byte is digested for the plan: seconds at most, or longer for many gigabytes.
+PLAN_TIMEOUT_S = 3_600.0
+# For so long nothing may go. A mesh that digests and copies many gigabytes takes nothing meanwhile; a line
+# that is dead is noticed long before, and a slow client is told by the mesh.
+SILENCE_MAX_S = 3_600.0
+
+# How an upload ends that was refused by nobody: the line or the controller is gone, or it took too long.
+_CUT = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.ABORTED,
+}
+_GOES_ON = "What came is kept: push again, and it goes on there."
 
 _COLUMNS = {
     "revision": "REVISION",
@@ -98,18 +113,45 @@ def list_revisions(arguments: argparse.Namespace) -> int:
 
 
 async def _push(directory: Path, manifest: model_pb2.Manifest) -> model_pb2.Revision:
-    async with entrance(find_door()) as (channel, metadata):
+    door = find_door()
+    async with entrance(door) as (channel, metadata):
         stub = ControllerServiceStub(channel)
         manifest.model = manifest.model or await _default_model(stub, metadata)
         plan = await stub.PlanUpload(
-            pb.PlanUploadRequest(manifest=manifest), metadata=metadata, timeout=REGISTER_TIMEOUT_S
+            pb.PlanUploadRequest(manifest=manifest), metadata=metadata, timeout=PLAN_TIMEOUT_S
         )
-        with _bar(manifest, plan.missing) as advance:
-            reply = await stub.UploadRevision(
-                _parts(directory, manifest, plan.missing, advance),
-                metadata=metadata,
-                timeout=REGISTER_TIMEOUT_S,
-            )
+        try:
+            with _bar(manifest, plan.missing) as advance:
+                return await _upload(stub, metadata, directory, manifest, plan.missing, advance)
+        except grpc.aio.AioRpcError as error:
+            if error.code() not in _CUT:
+                raise
+            failure = explained(error, door)
+            raise CommandFailed(f"{failure} {_GOES_ON}", reason=failure.reason) from None
+
+
+async def _upload(
+    stub: ControllerServiceStub,
+    metadata: Metadata,
+    directory: Path,
+    manifest: model_pb2.Manifest,
+    missing: Sequence[pb.MissingBlob],
+    advance: Callable[[int], None],
+) -> model_pb2.Revision:
+    """Sends what is missing, for as long as it takes: only silence has a bound."""
+    clock = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(SILENCE_MAX_S) as silence:
+
+            def went(count: int) -> None:
+                if not silence.expired():
+                    silence.reschedule(clock.time() + SILENCE_MAX_S)
+                advance(count)
+
+            parts = _parts(directory, manifest, missing, went)
+            reply = await stub.UploadRevision(parts, metadata=metadata)
+    except TimeoutError:
+        raise CommandFailed(f"the mesh took nothing for {SILENCE_MAX_S:.0f} s. {_GOES_ON}") from None
     return reply.revision
 
 

@@ -13,10 +13,11 @@ import socket
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from services.cli import table
 from services.cli.failure import CommandFailed
-from services.local import state
+from services.cli.home_mesh import mesh_in
 from services.local.home import Home
 from services.local.state import MeshState, Part
 
@@ -37,11 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     if os.environ.get("INTERLOCK_URL"):
         # Of a mesh elsewhere the processes cannot be seen.
         print(f"interlock: status is of the mesh in {home.path}, not of INTERLOCK_URL.", file=sys.stderr)
-    mesh = _running(home)
+    mesh = mesh_in(home)
     if arguments.watch:
         # Loaded late, as below.
         watch = importlib.import_module("services.cli.status_watch")
-        code: int = watch.run(home, lambda: _running(home), _rows, as_json=arguments.json)
+        code: int = watch.run(home, lambda: mesh_in(home), _rows, as_json=arguments.json)
         return code
     rows = _rows(mesh)
     workers, breakers = _ask(home, mesh)
@@ -50,20 +51,6 @@ def run(arguments: argparse.Namespace) -> int:
         _headline(home, mesh)
     table.show([*rows, *breakers], _COLUMNS, as_json=arguments.json)
     return 0 if _is_well(rows) else 1
-
-
-def _running(home: Home) -> MeshState:
-    """What runs in the home.
-
-    Raises:
-        CommandFailed: Nothing does.
-    """
-    holder = home.holder()
-    mesh = state.read(home.state_file) if holder is not None else None
-    if mesh is None:
-        starting = "" if holder is None else f" (process {holder} is starting or stopping one)"
-        raise CommandFailed(f"no mesh runs in {home.path}{starting}. Start one with `interlock up`.")
-    return mesh
 
 
 def _rows(mesh: MeshState) -> list[dict[str, str | int]]:
@@ -123,8 +110,12 @@ def _ask(home: Home, mesh: MeshState) -> tuple[list[dict[str, Any]] | None, list
     breakers = importlib.import_module("services.cli.breakers")
     workers = importlib.import_module("services.cli.workers")
 
-    async def ask() -> list[Any]:
+    try:
         door = access.door_of(home, mesh)
+    except CommandFailed:
+        return None, []
+
+    async def ask() -> list[Any]:
         asked = (
             read(door, timeout_s=_ASK_TIMEOUT_S) for read in (workers.read_workers, breakers.read_breakers)
         )
@@ -187,7 +178,7 @@ def _target(address: str) -> tuple[socket.AddressFamily, str | tuple[str, int]]:
     """Where to knock: a Unix socket's path, or host and port of `host:port` or of a URL."""
     scheme, separator, rest = address.partition("://")
     if scheme == "unix":
-        return socket.AF_UNIX, rest.partition("?")[0]
+        return socket.AF_UNIX, unquote(rest.partition("?")[0])
     place = (rest if separator else address).partition("/")[0]
     # A list of sentinels or cluster nodes: the first one stands for all.
     host, _, port = place.partition(",")[0].rpartition(":")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from rich.text import Text
 from services.cli import breakers, models, status, workers
 from services.cli.access import door_of, entrance, rows_of
 from services.cli.failure import CommandFailed
+from services.local import metrics_reading
 from services.local.home import Home
 from services.local.state import MeshState
 
@@ -29,8 +29,6 @@ from services.local.state import MeshState
 RENEW_S = 1.0
 # What does not answer within this is shown as unknown, not waited for.
 _ASK_TIMEOUT_S = 2.0
-# A gateway's numbers fit into a small part of it.
-_METRICS_BYTES_MAX = 1 << 20
 _LIVE = "interlock_gateway_live"
 
 Rows = list[dict[str, Any]]
@@ -85,7 +83,7 @@ async def look(home: Home, mesh: MeshState, processes: Processes) -> dict[str, A
     have, and how many of them wait for a slot: those that no worker runs.
     """
     asked, rows, live = await asyncio.gather(
-        _ask(home, mesh), asyncio.to_thread(processes, mesh), asyncio.to_thread(_live_requests, mesh)
+        _ask(home, mesh), asyncio.to_thread(processes, mesh), _live_requests(mesh)
     )
     known = asked or {"models": None, "workers": None, "breakers": None}
     status.tell_workers(rows, known["workers"])
@@ -115,18 +113,11 @@ async def _ask(home: Home, mesh: MeshState) -> dict[str, Rows] | None:
     }
 
 
-def _live_requests(mesh: MeshState) -> int | None:
+async def _live_requests(mesh: MeshState) -> int | None:
     """Requests that have not ended, of all gateways; None where one cannot be asked."""
-    total = 0
-    for gateway in mesh.gateways:
-        try:
-            url = f"http://{gateway.metrics}/metrics"
-            with urllib.request.urlopen(url, timeout=_ASK_TIMEOUT_S) as reply:
-                lines = reply.read(_METRICS_BYTES_MAX).decode().splitlines()
-            total += int(next(float(line.split()[1]) for line in lines if line.startswith(_LIVE)))
-        except (OSError, ValueError, IndexError, StopIteration):
-            return None
-    return total
+    read = await asyncio.gather(*(metrics_reading.read(gateway.metrics) for gateway in mesh.gateways))
+    told = [numbers[_LIVE] for numbers in read if numbers is not None and _LIVE in numbers]
+    return int(sum(told)) if len(told) == len(read) else None
 
 
 def _picture(mesh: MeshState, seen: Mapping[str, Any]) -> Group:

@@ -93,11 +93,9 @@ def _name_of(path: Path) -> str:
 
 
 def _detach(home: Home, arguments: argparse.Namespace) -> int:
-    home.prepare()
-    holder = home.holder()
-    if holder is not None:
-        raise HomeInUse(f"A mesh runs in {home.path} already (process {holder}). Stop it: `interlock down`.")
-    log = home.logs / "up.log"
+    # Refused where a mesh runs. What one that died has left goes: below it would be read as the new one's.
+    with home.locked():
+        log = home.logs / "up.log"
     with log.open("wb") as output:
         # Not leashed: it shall outlive this command and its terminal.
         process = subprocess.Popen(

@@ -30,11 +30,13 @@ _SOCKETS = (_REDIS_SOCKET, _ADMIN_SOCKET)
 _MARKER = "INTERLOCK_HOME"
 _MARKER_TEXT = "This directory belongs to a local Interlock mesh: its secrets, logs, models and state.\n"
 _SECRETS = ("jwt_secret", "mesh_token")
+_JWT_SECRET = "INTERLOCK_JWT_SECRET"  # noqa: S105 - the name of a variable
+_GIVEN = "jwt_secret-given"
 _DIRECTORIES = ("run", "logs", "models", "cache")
 
-# What a mesh makes in `run`: Envoy's files, sockets, announcements and their temporary names.
+# What a mesh makes in `run`: Envoy's files, sockets, a mark, announcements and their temporary names.
 _RUN_NAMES = re.compile(
-    r"envoy\.yaml|envoy-admin-address|redis\.sock|envoy-admin\.sock"
+    r"envoy\.yaml|envoy-admin-address|redis\.sock|envoy-admin\.sock|jwt_secret-given"
     r"|(controller|gateway|worker)-\d+\.json|\.(controller|gateway|worker)-\d+\.json\.\d+"
 )
 
@@ -51,6 +53,10 @@ class HomeInUse(Exception):
 
 class HomeUnusable(Exception):
     """The home cannot be made private; the message says what is wrong with it."""
+
+
+class SecretElsewhere(HomeUnusable):
+    """The running mesh does not believe what the home could sign; the message says what to set."""
 
 
 class Home:
@@ -102,8 +108,18 @@ class Home:
 
     @property
     def jwt_secret(self) -> str:
-        """The secret that tokens are signed with; drawn once."""
-        return self._environ.get("INTERLOCK_JWT_SECRET") or self._secret("jwt_secret")
+        """The secret that tokens are signed with; drawn once.
+
+        Raises:
+            SecretElsewhere: The mesh that runs here was given another one.
+        """
+        given = self._environ.get(_JWT_SECRET)
+        if not given and self._given_file.exists() and self.holder() is not None:
+            raise SecretElsewhere(
+                f"The mesh in {self.path} was started with {_JWT_SECRET} in its environment, and believes "
+                "what is signed with that secret alone. Set it here to the same value."
+            )
+        return given or self._secret("jwt_secret")
 
     @property
     def mesh_token(self) -> str:
@@ -154,6 +170,8 @@ class Home:
         file = self._lock()
         try:
             self._clean()
+            if self._environ.get(_JWT_SECRET):
+                self._given_file.touch(mode=0o600)
             yield
         finally:
             self._clean()
@@ -182,6 +200,11 @@ class Home:
                 return holder
             time.sleep(_LOOK_S)
         return None
+
+    @property
+    def _given_file(self) -> Path:
+        """Says of a mesh that runs that it was given its secret; nothing of the secret is in it."""
+        return self.run / _GIVEN
 
     @property
     def _lock_file(self) -> Path:

@@ -37,7 +37,9 @@ class LogFile:
 
     def _write(self, data: bytes) -> None:
         if self._size and self._size + len(data) > self._bytes_max:
-            self.path.replace(self.path.with_name(self.path.name + ".1"))
+            # Not there: it was moved before, and nothing new could be opened then.
+            with contextlib.suppress(FileNotFoundError):
+                self.path.replace(self.path.with_name(self.path.name + ".1"))
             fresh = self.path.open("ab", buffering=0)
             self._file.close()
             self._file, self._size = fresh, 0

@@ -8,7 +8,7 @@ import json
 import time
 
 from services.common.tokens import SCOPES, mint
-from services.local.home import Home
+from services.local.home import Home, SecretElsewhere
 
 # The longest that the services accept by default.
 TOKEN_TTL_S = 86_400.0
@@ -22,13 +22,24 @@ def owner_token(home: Home, ttl_s: float) -> str:
 
 
 def renewed_token(home: Home) -> str:
-    """The token in the home's file; a new one, written there, when that one is missing or near its end."""
+    """The token in the home's file; a new one, written there, when that one is missing or near its end.
+
+    Raises:
+        SecretElsewhere: It is missing or over, and no other one that the running mesh believes can be made.
+    """
     try:
         token = home.token_file.read_text().strip()
     except FileNotFoundError:
         token = ""
-    if _expires_s(token) - time.time() < _REMAINING_MIN_S:
-        token = owner_token(home, TOKEN_TTL_S)
+    remaining_s = _expires_s(token) - time.time()
+    if remaining_s < _REMAINING_MIN_S:
+        try:
+            token = owner_token(home, TOKEN_TTL_S)
+        except SecretElsewhere:
+            # The mesh itself has the secret, and writes a new one before this one ends.
+            if remaining_s <= 0:
+                raise
+            return token
         home.write_token(token)
     return token
 

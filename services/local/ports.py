@@ -24,7 +24,7 @@ _LISTENS = "0A"
 
 
 class PortsTaken(Exception):
-    """Somebody else listens; the message names every taken port and says what to do."""
+    """Ports cannot be had; the message names each, and says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +91,31 @@ def check_free(ports: Ports, tell: Callable[[str], None] = print) -> None:
         tell: Hears of a wait.
 
     Raises:
-        PortsTaken: Two parts want one port, somebody listens there on any address, or a connection
-            does not let go of it.
+        PortsTaken: Two parts want one port, somebody listens there on any address, a connection does not let
+            go of it, or the machine lets nobody listen there who has no right to.
     """
     _check_distinct(ports)
     end_s = time.monotonic() + _LET_GO_S
-    taken = {user: port for user, port in ports.by_user().items() if not _is_free(port, end_s, tell)}
-    if not taken:
-        return
-    names = ", ".join(f"{port} ({user})" for user, port in taken.items())
-    raise PortsTaken(
-        f"Taken: port {names}. Stop what listens there (`ss -tanp` shows it; another mesh: "
-        "`interlock down`), or take free ports for everything with `--port 0`."
-    )
+    taken, barred = [], []
+    for user, port in ports.by_user().items():
+        refusal = _lasting_refusal(port, end_s, tell)
+        if refusal is not None and _is_in_use(refusal):
+            taken.append(f"{port} ({user})")
+        elif refusal is not None:
+            barred.append(f"{port} ({user}: {refusal.strerror})")
+    told = []
+    if taken:
+        told.append(
+            f"Taken: port {', '.join(taken)}. Stop what listens there (`ss -tanp` shows it; another mesh: "
+            "`interlock down`), or take free ports for everything with `--port 0`."
+        )
+    if barred:
+        told.append(
+            f"Cannot be opened: port {', '.join(barred)}. Most machines keep those below 1024 for root: "
+            "choose a higher `--port`, or lower `sysctl net.ipv4.ip_unprivileged_port_start`."
+        )
+    if told:
+        raise PortsTaken(" ".join(told))
 
 
 def _check_distinct(ports: Ports) -> None:
@@ -118,20 +130,23 @@ def _check_distinct(ports: Ports) -> None:
         )
 
 
-def _is_free(port: int, end_s: float, tell: Callable[[str], None]) -> bool:
+def _lasting_refusal(port: int, end_s: float, tell: Callable[[str], None]) -> OSError | None:
+    """Why nobody can listen on a port, also when no connection holds it any more; None: somebody can."""
     told = False
     # Loopback is where the mesh binds. The default ports of gateways, controllers and workers are among those
     # that the kernel gives to connections, whose far end somebody else chose: they come and go.
     while (refusal := _refusal("127.0.0.1", port)) is not None:
         if not _is_in_use(refusal) or _somebody_listens(port) or time.monotonic() > end_s:
-            return False
+            return refusal
         if not told:
             tell(f"Port {port} belongs to a connection; waiting for its end, for a minute at most")
             told = True
         time.sleep(_LOOK_S)
     # The wildcard finds who listens on any other address, but also connections, which harm nobody there.
     refusal = _refusal("0.0.0.0", port)  # noqa: S104 - closed at once
-    return refusal is None or (_is_in_use(refusal) and not _somebody_listens(port))
+    if refusal is not None and _is_in_use(refusal) and not _somebody_listens(port):
+        return None
+    return refusal
 
 
 def _is_in_use(refusal: OSError) -> bool:

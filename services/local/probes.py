@@ -98,13 +98,16 @@ async def worker_failure(controller: str, token: str, worker_id: str) -> str | N
     return (failed[0] or "no reason was given") if failed else None
 
 
-async def http_ok(address: str, path: str) -> bytes | None:
-    """The body of `GET path` when the server at `host:port` or `unix://PATH` answers it with 200."""
+async def http_ok(address: str, path: str, *, bytes_max: int = _HTTP_BYTES_MAX) -> bytes | None:
+    """The body of `GET path` when the server at `host:port` or `unix://PATH` answers it with 200.
+
+    No proxy is asked, whatever the environment says; what is longer than `bytes_max` is cut.
+    """
     # The standard client blocks; a thread of its own is cheap against a start.
-    return await asyncio.to_thread(_get, address, path)
+    return await asyncio.to_thread(_get, address, path, bytes_max)
 
 
-def _get(address: str, path: str) -> bytes | None:
+def _get(address: str, path: str, bytes_max: int) -> bytes | None:
     scheme, _, place = address.rpartition("://")
     connection = http.client.HTTPConnection("localhost" if scheme else place, timeout=_ANSWER_S)
     try:
@@ -113,7 +116,7 @@ def _get(address: str, path: str) -> bytes | None:
             connection.sock = _unix_socket(place)
         connection.request("GET", path)
         reply = connection.getresponse()
-        body = reply.read(_HTTP_BYTES_MAX)
+        body = reply.read(bytes_max)
     except http.client.HTTPException as error:
         raise OSError("not HTTP") from error
     finally:

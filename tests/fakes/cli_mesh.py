@@ -18,6 +18,7 @@ from interlock.v1.controller_service_pb2 import (
     ForceBreakerResponse,
     ListBreakersResponse,
     ListWorkersResponse,
+    MissingBlob,
     PlanUploadResponse,
     RevokeTokenRequest,
     RevokeTokenResponse,
@@ -61,6 +62,7 @@ class FakeMesh(grpc.GenericRpcHandler):
     """Answers the calls that commands make; keeps the requests; fails with `error` when it is set.
 
     It fails with ContextExceeded where a conversation has more turns than `turns_max`.
+    An upload misses what `missing` says.
     """
 
     def __init__(self, home: Home) -> None:
@@ -71,6 +73,7 @@ class FakeMesh(grpc.GenericRpcHandler):
         self.turns_max = 1_024
         self.revoked: list[str] = []
         self.worker_state: WorkerState.ValueType = WORKER_STATE_SERVING
+        self.missing: list[MissingBlob] = []
         self.uploaded: list[UploadRevisionRequest] = []
         self._verifier = TokenVerifier(home.jwt_secret)
         self._handlers: dict[str, Callable[[], Any]] = {
@@ -91,15 +94,20 @@ class FakeMesh(grpc.GenericRpcHandler):
         self._verifier.verify(str(metadata["authorization"]).removeprefix("Bearer "))
         return self._handlers[handler_call_details.method]()
 
+    @staticmethod
+    def _fail(context: grpc.ServicerContext, error: InterlockError | None) -> None:
+        """Ends the call with an error; without one it goes on."""
+        if error is not None:
+            context.set_trailing_metadata(trailing_metadata(error))
+            context.abort(getattr(grpc.StatusCode, error.code.value), error.message)
+
     def _generate(self) -> Any:
         def answer(request: GenerateRequest, context: grpc.ServicerContext) -> Iterator[GenerateResponse]:
             self.requests.append(request)
             error = self.error
             if len(request.chat.messages) > self.turns_max:
                 error = ContextExceeded("Too long.")
-            if error is not None:
-                context.set_trailing_metadata(trailing_metadata(error))
-                context.abort(getattr(grpc.StatusCode, error.code.value), error.message)
+            self._fail(context, error)
             for cursor, text in enumerate(self.answer, 1):
                 yield GenerateResponse(cursor=cursor, chunk=Chunk(text=text))
             end = len(self.answer) + 1
@@ -157,12 +165,15 @@ class FakeMesh(grpc.GenericRpcHandler):
 
     def _plan(self) -> Any:
         return grpc.unary_unary_rpc_method_handler(
-            lambda _, __: PlanUploadResponse(), response_serializer=_bytes
+            lambda _, __: PlanUploadResponse(missing=self.missing), response_serializer=_bytes
         )
 
     def _upload(self) -> Any:
-        def answer(parts: Iterator[UploadRevisionRequest], _: grpc.ServicerContext) -> UploadRevisionResponse:
+        def answer(
+            parts: Iterator[UploadRevisionRequest], context: grpc.ServicerContext
+        ) -> UploadRevisionResponse:
             self.uploaded = list(parts)
+            self._fail(context, self.error)
             return UploadRevisionResponse(revision=Revision(manifest=self.uploaded[0].manifest))
 
         return grpc.stream_unary_rpc_method_handler(

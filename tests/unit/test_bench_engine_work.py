@@ -13,6 +13,7 @@ from bench.engine_work import Count, nobody, read, streams_between
 from services.worker.adapters.prometheus_engine import EngineCollector
 from services.worker.core.revision import Residency
 from services.worker.core.stepper import Pulse
+from tests.fixtures.proxy import name_a_dead_proxy
 
 
 @contextmanager
@@ -29,8 +30,9 @@ def metrics_of(pulses: list[Pulse]) -> Iterator[str]:
         thread.join()
 
 
-async def test_an_engine_is_read_from_its_metrics() -> None:
-    """Its own count, by the names under which a scrape finds it; one that is not there is not told."""
+async def test_an_engine_is_read_from_its_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own count, by the names of a scrape, without a proxy; one that is not there is not told."""
+    name_a_dead_proxy(monkeypatch)
     pulses = [Pulse(10, 300, 3, 29, MappingProxyType({}), 0.5)]
     with metrics_of(pulses) as address:
         before = await read([address, "127.0.0.1:9"])

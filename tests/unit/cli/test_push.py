@@ -1,12 +1,19 @@
-"""`interlock models push`: what it reads before anything is sent, and what it says where nothing is."""
+"""`interlock models push`: what it reads before it sends, what it says where all is there, and its ends."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from interlock.v1.controller_service_pb2 import MissingBlob, UploadRevisionRequest
 
+from services.cli import push
 from services.cli.__main__ import main
+from services.common import artifacts
+from services.common.errors import ArtifactInvalid, ClientStalled, InterlockError, NotLeader
 from services.local.home import Home
 from tests.fakes.cli_mesh import FakeMesh
 
@@ -42,3 +49,65 @@ def test_a_push_of_what_is_there_says_so(mesh: FakeMesh, model: Path, capsys: Ca
     assert "v2" in told.out
     assert [part.WhichOneof("part") for part in mesh.uploaded] == ["manifest"]
     assert mesh.uploaded[0].manifest.fallback_model == "smaller"
+
+
+def misses(mesh: FakeMesh, model: Path) -> None:
+    """Has the mesh ask for the weights."""
+    (weights,) = (file for file in artifacts.describe(model) if file.path == "model.safetensors")
+    mesh.missing = [MissingBlob(sha256=weights.sha256, offset=0)]
+
+
+def slowed(monkeypatch: pytest.MonkeyPatch, pause_s: float) -> None:
+    """Has a push wait after each of its messages."""
+    sent = push._parts
+
+    async def slow(*arguments: Any) -> AsyncIterator[UploadRevisionRequest]:
+        async for part in sent(*arguments):
+            yield part
+            await asyncio.sleep(pause_s)
+
+    monkeypatch.setattr(push, "_parts", slow)
+
+
+def test_a_push_takes_as_long_as_it_goes_on(
+    mesh: FakeMesh, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow line is no reason to give up: what is bounded is the time in which nothing goes."""
+    misses(mesh, model)
+    monkeypatch.setattr(push, "CHUNK_BYTES", 2)
+    monkeypatch.setattr(push, "SILENCE_MAX_S", 1.0)
+    slowed(monkeypatch, 0.04)
+    assert main(["models", "push", str(model), "--name", "tiny"]) == 0
+    assert b"".join(part.chunk.data for part in mesh.uploaded) == b"w" * 64
+
+
+def test_a_push_that_goes_nowhere_ends(
+    mesh: FakeMesh, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """What came is kept, which is said."""
+    misses(mesh, model)
+    monkeypatch.setattr(push, "SILENCE_MAX_S", 0.2)
+    slowed(monkeypatch, 60)
+    assert main(["models", "push", str(model), "--name", "tiny"]) == 1
+    assert "push again, and it goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "hints"),
+    [(ClientStalled("Too slow."), 1), (NotLeader("Elsewhere."), 1), (ArtifactInvalid("Wrong."), 0)],
+    ids=["slow", "gone", "refused"],
+)
+def test_a_push_that_was_cut_says_that_it_goes_on(
+    error: InterlockError,
+    hints: int,
+    mesh: FakeMesh,
+    model: Path,
+    capsys: Capture,
+) -> None:
+    """And one whose content was refused does not: it would be refused again."""
+    misses(mesh, model)
+    mesh.error = error
+    assert main(["models", "push", str(model), "--name", "tiny"]) == 1
+    told = capsys.readouterr().err
+    assert error.message in told
+    assert told.count("push again, and it goes on") == hints

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+from collections.abc import Iterator
 
 import pytest
 from interlock.v1.worker_pb2 import (
@@ -14,10 +15,14 @@ from interlock.v1.worker_pb2 import (
     WORKER_STATE_SERVING,
     WorkerState,
 )
+from prometheus_client.core import GaugeMetricFamily, Metric
 
 from services.cli.__main__ import main
+from services.cli.status_watch import look
+from services.common.metrics import expose
 from services.local import state
 from tests.fakes.cli_mesh import FakeMesh
+from tests.fixtures.proxy import name_a_dead_proxy
 
 Capture = pytest.CaptureFixture[str]
 
@@ -128,3 +133,25 @@ def test_status_fails_when_a_process_is_gone(mesh: FakeMesh, capsys: Capture) ->
     rows = json.loads(capsys.readouterr().out)
     states = {row["id"]: row["state"] for row in rows if row["kind"] != "breaker"}
     assert states == {"redis": "running", "gateway-1": "restarting", "envoy": "running"}
+
+
+class Live:
+    """A gateway's number of requests, as its metrics have it."""
+
+    def collect(self) -> Iterator[Metric]:
+        """See `Collector`."""
+        yield GaugeMetricFamily("interlock_gateway_live", "Requests that have not ended.", 3)
+
+
+async def test_requests_are_counted_without_a_proxy(mesh: FakeMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the environment names for the rest of the world does not know this machine's gateways."""
+    name_a_dead_proxy(monkeypatch)
+    found = state.read(mesh.home.state_file)
+    assert found is not None
+    shown = expose("127.0.0.1:0", Live())
+    try:
+        part = dataclasses.replace(found.gateways[0], metrics=shown.address)
+        seen = await look(mesh.home, dataclasses.replace(found, gateways=(part, part)), lambda _: [])
+    finally:
+        shown.close()
+    assert seen["queue"] == {"requests": 6, "waiting": 4}

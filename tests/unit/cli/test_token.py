@@ -12,6 +12,7 @@ from services.common.token_claims import AskedLimits
 from services.common.token_keys import PublishedKeys, read_key_set
 from services.common.tokens import TokenVerifier
 from services.local.home import Home
+from tests.fakes import cli_mesh
 from tests.fakes.cli_mesh import FakeMesh
 from tests.fixtures.token_forge import private_pem
 
@@ -62,6 +63,25 @@ def test_a_token_of_a_secret_needs_no_home(
     claims = TokenVerifier("x" * 64).verify(capsys.readouterr().out.strip())
     assert (claims.subject, claims.scopes) == ("ops", frozenset({"admin", "generate"}))
     assert not home.path.exists()
+
+
+def test_a_token_that_the_mesh_would_not_believe_is_not_made(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """A mesh that was started with a secret of the environment; `status` shows what it can all the same."""
+    with cli_mesh.running(Home(home.path, {"INTERLOCK_JWT_SECRET": "x" * 64})):
+        assert main(["token"]) == 1
+        told = capsys.readouterr()
+        assert "INTERLOCK_JWT_SECRET" in told.err
+        assert told.out == ""
+        assert main(["models", "list"]) == 1
+        assert "INTERLOCK_JWT_SECRET" in capsys.readouterr().err
+        assert main(["status"]) == 0
+        assert "gateway-1" in capsys.readouterr().out
+        monkeypatch.setenv("INTERLOCK_JWT_SECRET", "x" * 64)
+        assert main(["token"]) == 0
+        assert TokenVerifier("x" * 64).verify(capsys.readouterr().out.strip()).subject == "local"
+        assert main(["models", "list"]) == 0
 
 
 @pytest.mark.parametrize("arguments", [["token", "--key"], ["token", "jwks"]], ids=["sign", "publish"])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from services.local import revision_log, store_probe
+from services.cli import status
+from services.local import redis_server, revision_log, store_probe
 from services.local.log_file import LogFile, size_bytes, tail
 
 
@@ -24,14 +27,19 @@ async def test_a_store_that_listens_is_found(form: str) -> None:
     assert not await store_probe.listens(url)
 
 
-async def test_a_store_on_a_socket_is_found(tmp_path: Path) -> None:
-    """A `unix://` URL names a path, with a query or without."""
-    url = f"unix://{tmp_path}/redis.sock?db=0"
+@pytest.mark.parametrize("name", ["plain", "C# b?%41"])
+async def test_a_store_on_a_socket_is_found(tmp_path: Path, name: str) -> None:
+    """A `unix://` URL names a path, in which what a URL would read otherwise is escaped."""
+    directory = tmp_path / name
+    directory.mkdir()
+    url = redis_server.url(directory / "redis.sock")
     assert not await store_probe.listens(url)
+    assert not status._listens(url)
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(tmp_path / "redis.sock"))
-        server.listen(1)
+        server.bind(str(directory / "redis.sock"))
+        server.listen(2)
         assert await store_probe.listens(url)
+        assert status._listens(url)
 
 
 def test_a_failed_revision_is_found_in_the_log_of_this_run(tmp_path: Path) -> None:
@@ -64,3 +72,25 @@ def test_a_full_disk_does_not_end_the_watch(tmp_path: Path) -> None:
     log = LogFile(path)
     log.write(b"lost")
     log.close()
+
+
+def test_a_log_that_was_moved_and_not_begun_anew_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full for a moment takes the lines of that moment, and not the log for ever."""
+    path = tmp_path / "part.log"
+    log = LogFile(path, bytes_max=10)
+    log.write(b"1234567\n")
+    opened, refusals = Path.open, iter([OSError(errno.ENOSPC, "No space left on device")])
+
+    def refusing(file: Path, *arguments: Any, **options: Any) -> Any:
+        for refusal in refusals:
+            raise refusal
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    log.write(b"lost\n")
+    log.write(b"kept\n")
+    log.close()
+    assert tail(path) == "kept"
+    assert tail(path.with_name("part.log.1")) == "1234567"

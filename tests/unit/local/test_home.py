@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from services.local import home as local_home
-from services.local.home import Home, HomeInUse, HomeUnusable
+from services.local.home import Home, HomeInUse, HomeUnusable, SecretElsewhere
 from services.local.owner_token import owner_token, renewed_token
 
 
@@ -264,3 +264,30 @@ def test_the_owner_token_is_believed_by_the_services(tmp_path: Path) -> None:
     claims = TokenVerifier(home.jwt_secret).verify(renewed_token(home))
     assert claims.scopes == frozenset(SCOPES)
     assert json.dumps(claims.subject) == '"local"'
+
+
+def test_a_mesh_that_was_given_its_secret_believes_no_other(tmp_path: Path) -> None:
+    """Whoever looks without that secret draws none beside it, and is told what to set; nothing holds it."""
+    given, bare = Home(tmp_path / "home", {"INTERLOCK_JWT_SECRET": "s" * 40}), _home(tmp_path)
+    with given.locked():
+        assert given.jwt_secret == "s" * 40
+        with pytest.raises(SecretElsewhere, match="Set it here"):
+            assert bare.jwt_secret
+        assert not (bare.path / "jwt_secret").exists()
+        assert not [path for path in bare.path.rglob("*") if path.is_file() and b"sss" in path.read_bytes()]
+    assert len(bare.jwt_secret) == 64
+    with bare.locked():
+        assert len(bare.jwt_secret) == 64
+
+
+def test_a_token_near_its_end_outlives_a_secret_that_is_elsewhere(tmp_path: Path) -> None:
+    """The mesh writes the next one; a token that is over opens nothing, which is told."""
+    given, bare = Home(tmp_path / "home", {"INTERLOCK_JWT_SECRET": "s" * 40}), _home(tmp_path)
+    with given.locked():
+        ending = owner_token(given, 600)
+        given.write_token(ending)
+        assert renewed_token(bare) == ending
+        assert renewed_token(given) != ending
+        given.write_token(owner_token(given, -1))
+        with pytest.raises(SecretElsewhere):
+            renewed_token(bare)
