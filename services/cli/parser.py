@@ -163,6 +163,12 @@ def _token(commands: _Commands) -> None:
     parser.add_argument(
         "--key", metavar="FILE", help="private key (PEM) to sign with, in the place of the home's secret"
     )
+    parser.add_argument(
+        "--issuer", metavar="NAME", help="its iss (interlock; elsewhere $INTERLOCK_JWT_ISSUER)"
+    )
+    parser.add_argument(
+        "--audience", metavar="NAME", help="its aud (interlock; elsewhere $INTERLOCK_JWT_AUDIENCE)"
+    )
     inner = parser.add_subparsers(metavar="[revoke|jwks]")
     revoke = _command(
         inner,
