@@ -168,6 +168,12 @@ def _token(commands: _Commands) -> None:
         metavar="FILE",
         help="private key (PEM) to sign with, in the place of the home's secret",
     )
+    parser.add_argument(
+        "--issuer", metavar="NAME", help="its iss (interlock; elsewhere $INTERLOCK_JWT_ISSUER)"
+    )
+    parser.add_argument(
+        "--audience", metavar="NAME", help="its aud (interlock; elsewhere $INTERLOCK_JWT_AUDIENCE)"
+    )
     inner = parser.add_subparsers(metavar="[revoke|jwks]")
     # It sees all that follows, which the inner command reads by its own types.
     inner.type = path

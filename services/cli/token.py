@@ -14,6 +14,9 @@ from services.common.token_keys import SecretWeak
 from services.common.token_mint import KeyUnusable, SigningKey, mint, read_signing_key
 from services.local.home import Home, HomeUnusable
 
+# By claim: the variable that tells services what it must be.
+_NAMES = {"iss": "INTERLOCK_JWT_ISSUER", "aud": "INTERLOCK_JWT_AUDIENCE"}
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints one token."""
@@ -25,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if not arguments.sub.strip() or not arguments.sub.isprintable():
         raise CommandFailed("--sub must name whom the token is for, in printable characters.")
-    extra = _extra(arguments)
+    extra = {**_names(arguments), **_extra(arguments)}
     try:
         secret = _secret() if arguments.key is None else _signing_key(arguments.key)
         print(mint(secret, subject=arguments.sub, scopes=scopes, ttl_s=arguments.ttl, extra=extra))
@@ -46,6 +49,24 @@ def _secret() -> str:
     if not os.environ.get("INTERLOCK_JWT_SECRET"):
         home.require()
     return home.jwt_secret
+
+
+def _names(arguments: argparse.Namespace) -> dict[str, str]:
+    """Issuer and audience, where they are not the usual ones.
+
+    The mesh of a home has the usual ones whatever the environment says: `interlock up` tells its services
+    nothing else. Other services read the variables as well.
+    """
+    given = {"iss": arguments.issuer, "aud": arguments.audience}
+    if arguments.key is not None or _is_elsewhere():
+        given = {name: given[name] or os.environ.get(variable) for name, variable in _NAMES.items()}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _is_elsewhere() -> bool:
+    """Whether the secret is the environment's, and no mesh runs in the home, whose secret it would be."""
+    given = bool(os.environ.get("INTERLOCK_JWT_SECRET"))
+    return given and Home.of_environment(os.environ).holder() is None
 
 
 def _signing_key(path: str) -> SigningKey:

@@ -17,9 +17,9 @@ from services.common.status import REASON_PREFIX, UNSTARTED, retry_after_ms
 STATUS_KEY = "x-interlock-status"
 RETRY_AFTER_HEADER = "retry-after"
 # What the vendors' clients ask before they send a request again by themselves; without it they go by the
-# status, and conflicts and all of 500 and above are failures of the moment to them.
+# status, and conflicts, 429 and all of 500 and above are failures of the moment to them.
 SHOULD_RETRY_HEADER = "x-should-retry"
-_RETRIED_CONFLICT, _RETRIED_FROM = 409, 500
+_RETRIED, _RETRIED_FROM = frozenset({409, 429}), 500
 
 _STATUS_BY_CODE = MappingProxyType(
     {
@@ -56,12 +56,13 @@ def headers(error: InterlockError, status: int | None = None) -> list[tuple[str,
     """The initial metadata of a call that fails before its first byte; `status`: where an API has its own.
 
     An error that trying again does not mend says `x-should-retry: false` where its status alone would have
-    the vendors' clients send the request again: it may have missed its deadline, or ended workers.
+    the vendors' clients send the request again: it may have missed its deadline, ended workers,
+    or be larger than any minute's quota.
     """
     code = status or status_of(error)
     found = [(STATUS_KEY, str(code)), *allowance.headers(error.allowance)]
     found += UNSTARTED if error.unstarted else ()
-    if not error.retryable and (code == _RETRIED_CONFLICT or code >= _RETRIED_FROM):
+    if not error.retryable and (code in _RETRIED or code >= _RETRIED_FROM):
         found.append((SHOULD_RETRY_HEADER, "false"))
     delay = retry_after_header(error)
     return found if delay is None else [*found, (RETRY_AFTER_HEADER, delay)]

@@ -7,6 +7,7 @@ blocks the event loop, and a set that cannot be read leaves the keys that are kn
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import ipaddress
 import ssl
@@ -17,6 +18,7 @@ from typing import Protocol
 from urllib.parse import SplitResult, urlsplit
 
 from services.common import logs
+from services.common.threads import begin_in_daemon
 from services.common.token_keys import KeySetInvalid, PublishedKeys, read_key_set
 
 # A key fills half a kilobyte; a megabyte would be somebody's mistake or attack.
@@ -27,8 +29,11 @@ FILE_LOOK_S = 2.0
 URL_LOOK_S = 300.0
 # Tokens with invented `kid`s, and an issuer that is down, cause no more fetches than this allows.
 URL_LOOK_MIN_S = 10.0
-# A call with an unknown `kid` waits for the fetch, so it has to be short.
+# A call with an unknown `kid` waits for the fetch, so it has to be short. No timeout bounds how long a name
+# is looked up, and each address of it has its own, so a call that has waited for so long waits no more.
 FETCH_TIMEOUT_S = 3.0
+# Whoever calls may name a `kid`, without being anybody: that must not fill the process with calls that wait.
+WAITING_MAX = 64
 _READ_BYTES = 16 * 1024
 
 
@@ -107,15 +112,15 @@ class KeySetUrl:
         target = (self._parts.path or "/") + (f"?{self._parts.query}" if self._parts.query else "")
         headers = {"accept": "application/json", "connection": "close", "user-agent": "interlock"}
         connection.request("GET", target, headers=headers)
-        response = connection.getresponse()
-        if response.status != http.client.OK:
-            raise KeySetUnreadable(f"the issuer answers with status {response.status}")
-        document = b""
-        # The socket's timeout bounds each piece, and this the whole: a server may trickle.
-        while piece := response.read1(_READ_BYTES):
-            document = _bounded(document + piece)
-            if time.monotonic() > ends_s:
-                raise KeySetUnreadable("the issuer is too slow")
+        with connection.getresponse() as response:
+            if response.status != http.client.OK:
+                raise KeySetUnreadable(f"the issuer answers with status {response.status}")
+            document = b""
+            # The socket's timeout bounds each piece, and this the whole: a server may trickle.
+            while piece := response.read1(_READ_BYTES):
+                document = _bounded(document + piece)
+                if time.monotonic() > ends_s:
+                    raise KeySetUnreadable("the issuer is too slow")
         return document
 
 
@@ -139,6 +144,7 @@ class KeyFollower:
         self._looked_s = float("-inf")
         self._failed = False
         self._looking: asyncio.Task[None] | None = None
+        self._waiting = 0
 
     async def run(self) -> None:
         """Looks again and again, whoever else did; a source that failed is asked sooner."""
@@ -152,12 +158,22 @@ class KeyFollower:
                 await asyncio.wait({self._looking})
 
     async def learn(self, key_id: str | None) -> None:
-        """Looks once for a key that is not known, unless somebody has looked just now."""
-        if self._keys.knows(key_id):
+        """Looks once for a key that is not known, unless somebody has looked just now.
+
+        It may still be unknown afterwards: nobody waits longer than a look should take, and of those who come
+        while many wait, nobody does.
+        """
+        if self._keys.knows(key_id) or self._waiting >= WAITING_MAX:
             return
         looked_ago_s = self._monotonic() - self._looked_s
         if self._looking is not None or looked_ago_s >= self._source.look_min_s:
-            await self._look()
+            self._waiting += 1
+            try:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(FETCH_TIMEOUT_S):
+                        await self._look()
+            finally:
+                self._waiting -= 1
 
     async def load(self) -> None:
         """The first look, at the start.
@@ -166,19 +182,19 @@ class KeyFollower:
             KeySetInvalid: There is a document, and no key in it can be used.
             KeySetUnreadable: There is none.
         """
-        self._looked_s = self._monotonic()
         try:
-            document = await asyncio.to_thread(self._source.read)
+            document = await self._document()
         except KeySetUnreadable:
             self._failed = True
             raise
+        finally:
+            self._looked_s = self._monotonic()
         if not self._take(document):
             raise KeySetInvalid(f"no usable key for {self._keys.algorithm} in it")
 
     async def _look(self) -> None:
         """Waits for the look that is under way, or for a new one."""
         if self._looking is None:
-            self._looked_s = self._monotonic()
             self._looking = asyncio.get_running_loop().create_task(
                 self._read(), name="key-look", context=logs.process_context()
             )
@@ -186,11 +202,12 @@ class KeyFollower:
         await asyncio.shield(self._looking)
 
     def _looked(self, _: asyncio.Task[None]) -> None:
-        self._looking = None
+        # From its end on: one that took long is not followed at once by another.
+        self._looking, self._looked_s = None, self._monotonic()
 
     async def _read(self) -> None:
         try:
-            document = await asyncio.to_thread(self._source.read)
+            document = await self._document()
             # What was refused is refused again, so that the source still counts as failed.
             if document != self._taken:
                 self._take(document)
@@ -198,6 +215,10 @@ class KeyFollower:
         except (KeySetUnreadable, KeySetInvalid) as error:
             self._failed = True
             logs.get_logger().warning("keys.unread", reason=str(error))
+
+    def _document(self) -> asyncio.Future[bytes]:
+        """Reads in a thread that the end of the process does not wait for: nobody knows when it ends."""
+        return begin_in_daemon(self._source.read, "key-look")
 
     def _take(self, document: bytes) -> int:
         """Believes the keys of a document, and only them; returns how many they are."""

@@ -86,10 +86,18 @@ async def _follow(run: Callable[[], Awaitable[None]]) -> None:
 
 
 class NewKeys(Interceptor):
-    """Lets a call whose token names an unknown key wait for one look at the issuer's set."""
+    """Lets a call whose token names an unknown key wait for one look at the issuer's set.
 
-    def __init__(self, follower: KeyFollower) -> None:
+    A token of another family is refused whatever key it names, so nobody looks for that.
+
+    Args:
+        follower: Looks.
+        algorithm: The family of the deployment.
+    """
+
+    def __init__(self, follower: KeyFollower, algorithm: str) -> None:
         self._follower = follower
+        self._algorithm = algorithm
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -97,7 +105,9 @@ class NewKeys(Interceptor):
         """Looks, and goes on; whether the token is believed is the handler's question."""
         metadata = tuple(handler_call_details.invocation_metadata or ())
         with contextlib.suppress(TokenMissing, TokenInvalid):
-            await self._follower.learn(read_header(bearer_token(metadata)).get("kid"))
+            header = read_header(bearer_token(metadata))
+            if header.get("alg") == self._algorithm:
+                await self._follower.learn(header.get("kid"))
         return await continuation(handler_call_details)
 
 
@@ -124,7 +134,7 @@ def build(settings: TokenSettings, clock: Clock, store: RedisStore | None) -> Tr
     return Trust(
         _verifier(settings, keys, clock, revocations),
         revocations,
-        (NewKeys(follower),),
+        (NewKeys(follower, keys.algorithm),),
         follower,
         required=isinstance(source, KeySetFile),
     )

@@ -201,7 +201,8 @@ def test_a_revoked_token_is_refused_everywhere(mesh: Mesh) -> None:
     assert mesh.run("token", "revoke", stolen).returncode == 0
     refused = mesh.get("/v1/admin/workers", token=stolen)
     assert (refused.status, refused.json["error"]["reason"]) == (401, "ERROR_REASON_TOKEN_REVOKED")
-    deadline = time.monotonic() + 15
+    # Five seconds, and what a busy machine adds.
+    deadline = time.monotonic() + 8
     while (reply := mesh.post("/v1/generate", ask, token=stolen)).status == 200:
         assert time.monotonic() < deadline
         time.sleep(0.2)

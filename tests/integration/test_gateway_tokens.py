@@ -20,10 +20,13 @@ Where each case of "bad input: JWT" is tested. "Here" is the first test, whose i
 | weak secrets | `test_a_weak_secret_stops_the_start`; `tests/unit/common/test_trust.py` |
 | revoked `jti` | here: `revoked jti`; `tests/integration/test_revocations.py` |
 | key rotation without restart | `test_keys_rotate_without_a_restart` |
+| issuer that hangs | `test_an_issuer_that_hangs_holds_up_nobody`; `tests/unit/common/test_jwks_waits.py` |
 """
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -35,8 +38,8 @@ from interlock.http.v1 import http_service_pb2
 from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import generation_pb2
 
-from services.common import trust
-from services.common.jwks import KeySetFile
+from services.common import jwks, trust
+from services.common.jwks import KeySetFile, KeySetUrl
 from services.common.system_clock import SystemClock
 from services.common.token_settings import TokenSettings
 from services.common.tokens import TokenVerifier
@@ -250,3 +253,33 @@ async def test_a_token_makes_nobody_fetch(points: dict[str, str]) -> None:
             assert reason_of(error) == "TOKEN_INVALID"
             assert (trap.requests, len(issuer.requests)) == ([], 1)
             await answers(world, signer("ES256").token())
+
+
+async def test_an_issuer_that_hangs_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known keys are answered and bad tokens refused as ever; a call with a new key is refused in the end."""
+    monkeypatch.setattr(jwks, "FETCH_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(KeySetUrl, "look_min_s", 0.0)
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def read(_: KeySetUrl) -> bytes:
+        """Hangs as the search for a name does: no timeout of a socket ends it."""
+        hangs.set()
+        goes_on.wait(60)
+        return key_set(signing_key("ES256"))
+
+    mine = signer("ES256")
+    unknown = signer("ES256", 1).token()
+    bad = [one.make(mine) for one in BAD_TOKENS if one.reason != "TOKEN_REVOKED"]
+    bad += [mine.token({"alg": algorithm, "kid": "new"}) for algorithm in ("none", "RS256")]
+    with key_server(key_set(signing_key("ES256"))) as issuer:
+        tokens = trust.build(settings("ES256", issuer.url), SystemClock(), None)
+        await tokens.load()
+    monkeypatch.setattr(KeySetUrl, "read", read)
+    async with open_gateway(verifier=tokens.verifier, interceptors=tokens.interceptors) as world:
+        await world.add_worker("w1", Script(answer="fine"))
+        waiting = asyncio.create_task(refusal(world.channel, GENERATE, bearer(unknown), timeout_s=20))
+        assert await asyncio.to_thread(hangs.wait, 10)
+        await check_prompt(world.channel, [(GENERATE, bearer(token), b"") for token in bad])
+        await answers(world, mine.token())
+        assert reason_of(await waiting) == "TOKEN_INVALID"
+        goes_on.set()

@@ -13,10 +13,11 @@ import grpc
 import pytest
 from interlock.v1 import gateway_service_pb2 as pb
 
-from services.gateway.core.tenancy import TenantBounds, TenantLimits
+from services.common.token_mint import mint
+from services.gateway.core.tenancy import LIMIT_MAX, TenantBounds, TenantLimits
 from tests.fakes.scripted_worker import Script
 from tests.fixtures.gateway_edge import envoy_before, request_bytes
-from tests.fixtures.gateway_world import GatewayWorld, bearer, make_token, open_gateway
+from tests.fixtures.gateway_world import SECRET, GatewayWorld, bearer, make_token, open_gateway
 
 REQUEST = pb.GenerateRequest(text="hi", max_tokens=100)
 PROMPT_TOKENS = len("user:hi\n")
@@ -115,6 +116,22 @@ async def test_usage_is_the_callers_own_and_needs_a_scope() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await gateway.stub.GetUsage(pb.GetUsageRequest(), metadata=bearer(make_token("bob", "admin")))
         assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_limits_that_no_message_holds_are_told_as_the_largest() -> None:
+    """A token may ask for any number; its calls are answered, and so is the question what it may use."""
+    huge = mint(
+        SECRET,
+        subject="alice",
+        scopes=["generate"],
+        ttl_s=60,
+        extra={"interlock": {"tokens_per_minute": 10**30, "concurrency": 9_999_999_999}},
+    )
+    async with open_gateway() as gateway:
+        await gateway.add_worker("w1", Script(answer="x"))
+        assert [event async for event in gateway.call(REQUEST, metadata=bearer(huge))]
+        usage = await gateway.stub.GetUsage(pb.GetUsageRequest(), metadata=bearer(huge))
+        assert (usage.tokens_per_minute, usage.concurrency) == (LIMIT_MAX, LIMIT_MAX)
 
 
 async def test_a_limited_tenant_reads_in_the_headers_what_is_left() -> None:

@@ -240,6 +240,7 @@ async def test_a_request_that_no_minute_holds_is_told_so(world: QueueWorld) -> N
     with pytest.raises(QuotaExceeded, match="limit is 99 a minute") as refusal:
         await world.gateway().enqueue(make_job("a", limits=TenantLimits(tokens_per_minute=99)))
     assert refusal.value.retry_after_s is None
+    assert not refusal.value.retryable
 
 
 @pytest.mark.parametrize("waits", [True, False])

@@ -68,11 +68,13 @@ def window_left_s(now: float) -> float:
 
 
 def quota_exceeded(tokens: int, taken: int, limit: int, left_s: float) -> QuotaExceeded:
-    """The refusal with its numbers; one that no window could hold names no time to come back."""
+    """The refusal with its numbers; one that no window could hold is not worth another try."""
     if tokens > limit:
-        return QuotaExceeded(
+        error = QuotaExceeded(
             f"The request may take {tokens} tokens; the limit is {limit} a minute. Ask for fewer max_tokens."
         )
+        error.retryable = False
+        return error
     return QuotaExceeded(
         f"The request may take {tokens} tokens, and {taken} of {limit} a minute are used or reserved.",
         retry_after_s=max(RETRY_MIN_S, left_s),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# What a message can tell of any limit; no machine has as many requests or tokens a minute.
+LIMIT_MAX = 2**31 - 1
+
 
 @dataclass(frozen=True, slots=True)
 class TenantLimits:
@@ -23,6 +26,8 @@ class TenantLimits:
 @dataclass(frozen=True, slots=True)
 class TenantBounds:
     """What tenants get at most, and where their token does not say. None: any number.
+
+    Larger numbers count as `LIMIT_MAX`.
 
     Attributes:
         most: No token gets more than this.
@@ -44,8 +49,8 @@ class TenantBounds:
 
 
 def _least(asked: int | None, most: int | None) -> int | None:
-    """The smaller one of two bounds of which either may be missing."""
-    return min((bound for bound in (asked, most) if bound is not None), default=None)
+    """The smaller one of two bounds of which either may be missing; what may be told where there is one."""
+    return min((min(bound, LIMIT_MAX) for bound in (asked, most) if bound is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)

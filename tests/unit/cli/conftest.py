@@ -17,7 +17,14 @@ from tests.fakes.cli_mesh import FakeMesh
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     """An empty home that the commands find."""
     monkeypatch.setenv("INTERLOCK_HOME", str(tmp_path / "home"))
-    for name in ("INTERLOCK_JWT_SECRET", "INTERLOCK_URL", "INTERLOCK_TOKEN", "INTERLOCK_CA_FILE"):
+    for name in (
+        "INTERLOCK_JWT_SECRET",
+        "INTERLOCK_JWT_ISSUER",
+        "INTERLOCK_JWT_AUDIENCE",
+        "INTERLOCK_URL",
+        "INTERLOCK_TOKEN",
+        "INTERLOCK_CA_FILE",
+    ):
         monkeypatch.delenv(name, raising=False)
     return Home(tmp_path / "home", {})
 

@@ -10,11 +10,12 @@ import pytest
 from services.cli.__main__ import main
 from services.common.token_claims import AskedLimits
 from services.common.token_keys import PublishedKeys, read_key_set
+from services.common.token_mint import read_signing_key
 from services.common.tokens import TokenVerifier
 from services.local.home import Home
 from tests.fakes import cli_mesh
 from tests.fakes.cli_mesh import FakeMesh
-from tests.fixtures.token_forge import private_pem
+from tests.fixtures.token_forge import key_set, private_pem
 
 Capture = pytest.CaptureFixture[str]
 
@@ -82,6 +83,42 @@ def test_a_token_that_the_mesh_would_not_believe_is_not_made(
         assert main(["token"]) == 0
         assert TokenVerifier("x" * 64).verify(capsys.readouterr().out.strip()).subject == "local"
         assert main(["models", "list"]) == 0
+
+
+@pytest.mark.parametrize("by_variables", [True, False], ids=["variables", "flags"])
+def test_a_token_names_issuer_and_audience_of_services_elsewhere(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, *, by_variables: bool
+) -> None:
+    """By the variables that tell those services, or by flags; whichever way it is signed."""
+    issuer, audience = "https://issuer.example", "mesh"
+    flags = [] if by_variables else ["--issuer", issuer, "--audience", audience]
+    monkeypatch.setenv("INTERLOCK_JWT_ISSUER", issuer if by_variables else "another")
+    monkeypatch.setenv("INTERLOCK_JWT_AUDIENCE", audience if by_variables else "another")
+    pem = tmp_path / "signer.pem"
+    pem.write_bytes(private_pem("ES256"))
+    keys = PublishedKeys("ES256")
+    keys.replace(read_key_set(key_set(read_signing_key(pem.read_bytes())), "ES256"))
+    assert main(["token", "--key", str(pem), *flags]) == 0
+    verifier = TokenVerifier(keys, issuer=issuer, audience=audience)
+    assert verifier.verify(capsys.readouterr().out.strip()).subject == "local"
+    monkeypatch.setenv("INTERLOCK_JWT_SECRET", "x" * 64)
+    assert main(["token", *flags]) == 0
+    verifier = TokenVerifier("x" * 64, issuer=issuer, audience=audience)
+    assert verifier.verify(capsys.readouterr().out.strip()).subject == "local"
+    assert not home.path.exists()
+
+
+@pytest.mark.usefixtures("mesh")
+@pytest.mark.parametrize("secret", ["", "x" * 64], ids=["of the home", "of the environment"])
+def test_a_token_for_the_mesh_of_the_home_has_the_usual_names(
+    home: Home, secret: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Its services are told nothing of the variables, so neither does the token go by them."""
+    for name in ("ISSUER", "AUDIENCE"):
+        monkeypatch.setenv(f"INTERLOCK_JWT_{name}", "elsewhere")
+    monkeypatch.setenv("INTERLOCK_JWT_SECRET", secret)
+    assert main(["token"]) == 0
+    assert TokenVerifier(secret or home.jwt_secret).verify(capsys.readouterr().out.strip()).subject == "local"
 
 
 @pytest.mark.parametrize("arguments", [["token", "--key"], ["token", "jwks"]], ids=["sign", "publish"])

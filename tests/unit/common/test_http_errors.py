@@ -15,6 +15,7 @@ from services.common.errors import (
     TokenMissing,
     every_error,
 )
+from services.gateway.core.queue_quota import quota_exceeded
 
 
 @pytest.mark.parametrize("kind", [kind for kind in every_error() if kind is not ForeignError])
@@ -52,9 +53,19 @@ def test_what_trying_again_does_not_mend_says_so(kind: type[InterlockError]) -> 
     error = kind("told")
     status = http_errors.status_of(error)
     said = dict(http_errors.headers(error)).get("x-should-retry")
-    assert said == ("false" if not kind.retryable and (status == 409 or status >= 500) else None)
+    is_retried = status in {409, 429} or status >= 500
+    assert said == ("false" if is_retried and not kind.retryable else None)
     # An API of a vendor's has statuses of its own, by which its clients go.
     assert "x-should-retry" not in dict(http_errors.headers(error, 400))
+
+
+def test_a_request_that_no_minute_can_hold_is_not_sent_again() -> None:
+    """Vendors' clients take a 429 for a failure of the moment, unless they are told; one for now is one."""
+    never, later = (dict(http_errors.headers(quota_exceeded(tokens, 60, 100, 12.0))) for tokens in (101, 50))
+    assert (never["x-interlock-status"], never["x-should-retry"]) == ("429", "false")
+    assert "retry-after" not in never
+    assert "x-should-retry" not in later
+    assert later["retry-after"] == "12"
 
 
 def test_an_error_of_another_system_is_judged_by_its_code() -> None:

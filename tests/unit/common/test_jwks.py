@@ -7,7 +7,6 @@ import contextlib
 import datetime as dt
 import ipaddress
 import ssl
-import threading
 import time
 from pathlib import Path
 
@@ -24,37 +23,15 @@ from services.common.jwks import (
     KeySetFile,
     KeySetUnreadable,
     KeySetUrl,
-    KeySource,
     source_of,
 )
 from services.common.token_keys import KeySet, KeySetInvalid, PublishedKeys
 from tests.fakes.key_server import key_server
+from tests.fakes.key_sources import FakeSource, Following, SlowSource
 from tests.fixtures.token_forge import key_set, signing_key
 
 FIRST, SECOND = signing_key("EdDSA", 0), signing_key("EdDSA", 1)
 FIRST_ID, SECOND_ID = FIRST.jwk["kid"], SECOND.jwk["kid"]
-
-
-class FakeSource:
-    """A source that answers from a list; counts the looks.
-
-    Attributes:
-        answers: What `read` does, one after another; the last one again and again.
-        looks: How often it was asked.
-    """
-
-    def __init__(self, *answers: bytes | Exception) -> None:
-        self.look_s, self.look_min_s = 300.0, 10.0
-        self.answers = list(answers)
-        self.looks = 0
-
-    def read(self) -> bytes:
-        """See `KeySource.read`."""
-        self.looks += 1
-        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
 
 
 class WatchedKeys(PublishedKeys):
@@ -70,19 +47,6 @@ class WatchedKeys(PublishedKeys):
         super().replace(keys)
         if self.knows(self._awaited_id):
             self.seen.set()
-
-
-class Following:
-    """A follower with a clock that a test moves."""
-
-    def __init__(self, source: KeySource) -> None:
-        self.keys = PublishedKeys("EdDSA")
-        self.time_s = 0.0
-        self.follower = KeyFollower(source, self.keys, lambda: self.time_s)
-
-    def known(self, *key_ids: str) -> bool:
-        """Whether each of these keys is believed."""
-        return all(self.keys.knows(key_id) for key_id in key_ids)
 
 
 def written(path: Path, document: bytes) -> Path:
@@ -260,27 +224,6 @@ async def test_unknown_keys_cause_one_look_within_the_interval() -> None:
     assert source.looks == 2
     await following.follower.learn(SECOND_ID)
     assert (source.looks, following.known(FIRST_ID, SECOND_ID)) == (3, True)
-
-
-class SlowSource(FakeSource):
-    """A source whose second answer comes when a test says so.
-
-    Attributes:
-        asked: Whether it was asked for that.
-        answers_on: What it waits for.
-    """
-
-    def __init__(self, *answers: bytes | Exception) -> None:
-        super().__init__(*answers)
-        self.asked, self.answers_on = threading.Event(), threading.Event()
-
-    def read(self) -> bytes:
-        """See `KeySource.read`."""
-        answer = super().read()
-        if self.looks == 2:
-            self.asked.set()
-            assert self.answers_on.wait(5)
-        return answer
 
 
 async def test_who_hangs_up_keeps_nobody_from_what_was_read() -> None:

@@ -8,7 +8,13 @@ from collections.abc import Mapping
 import pytest
 
 from services.common.errors import ArgumentInvalid, StoreUnavailable
-from services.common.revocation import REVOCATIONS_MAX, RevocationList, RevocationsFull
+from services.common.revocation import (
+    REFRESH_AGAIN_S,
+    REFRESH_S,
+    REVOCATIONS_MAX,
+    RevocationList,
+    RevocationsFull,
+)
 from services.common.token_claims import TimeRules
 
 TIMES = TimeRules(lifetime_max_s=1_000, leeway_s=10)
@@ -159,3 +165,22 @@ async def test_the_list_is_read_again_and_again() -> None:
     assert not running.done()
     running.cancel()
     await asyncio.wait({running})
+
+
+async def test_a_read_that_failed_is_tried_again_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token passes for five seconds after it was revoked, a read that fails at once included."""
+    world = World()
+    world.store.down = True
+    pauses_s: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses_s.append(seconds)
+        world.store.down = False
+        if len(pauses_s) == 2:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    with pytest.raises(asyncio.CancelledError):
+        await world.process().run()
+    assert pauses_s == [REFRESH_AGAIN_S, REFRESH_S]
+    assert sum(pauses_s) <= 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.gateway.core.tenancy import TenantBounds, TenantLimits
+from services.gateway.core.tenancy import LIMIT_MAX, TenantBounds, TenantLimits
 
 BOUNDED = TenantBounds(most=TenantLimits(1_000, 8, 10), default=TenantLimits(100, 2, 3))
 
@@ -18,6 +18,7 @@ BOUNDED = TenantBounds(most=TenantLimits(1_000, 8, 10), default=TenantLimits(100
         (BOUNDED, (500, 4, 5), TenantLimits(500, 4, 5)),
         (BOUNDED, (5_000, 40, 50), TenantLimits(1_000, 8, 10)),
         (TenantBounds(most=TenantLimits(1_000, 8, 1)), (None, None, None), TenantLimits(1_000, 8, 1)),
+        (TenantBounds(), (10**30, 9_999_999_999, 5), TenantLimits(LIMIT_MAX, LIMIT_MAX, 5)),
         (
             TenantBounds(TenantLimits(1_000, 8, 10), TenantLimits(9_000, 9, 90)),
             (None, None, None),
