@@ -9,12 +9,15 @@ from dataclasses import replace
 import pytest
 
 from services.common.errors import RequestExists, StoreUnavailable
+from services.common.queue_keys import request_key
 from services.common.redis_client import connect
+from services.gateway.adapters.redis_directory import RedisRequestDirectory
 from services.gateway.adapters.redis_log import RedisGenerationLog
 from services.gateway.adapters.redis_queue import RedisJobQueue
 from services.gateway.core.events import Chunk, Finished, FinishReason
 from services.gateway.core.jobs import Grant, Outcome
-from services.gateway.core.log import Entry, LogTail, log_bounds
+from services.gateway.core.log import Claim, Entry, LogTail, log_bounds
+from services.gateway.core.queue_limits import QueueLimits
 from tests.fixtures.queue_world import KEYS, MODEL, QueueWorld, make_job
 from tests.fixtures.redis_server import RedisServer
 
@@ -236,6 +239,28 @@ async def test_no_end_is_taken_before_the_log_that_redis_lost_is_whole_again(wor
     page = await log.read(MODEL, "a", 0)
     assert page is not None
     assert (page.entries, page.outcome) == ((first, last), Outcome.FINISHED)
+
+
+@pytest.mark.parametrize("payload", ["", "p"], ids=["named", "resumable"])
+@pytest.mark.parametrize("state", ["waiting", "running"])
+async def test_what_redis_lost_is_entered_again_with_its_id(
+    world: QueueWorld, state: str, payload: str
+) -> None:
+    """For as long as it may last, and its record after that; what is new was given its id before."""
+    job = replace(make_job("a", timeout_s=100.0), digest="d", payload=payload)
+    gateway, directory = world.gateway(), RedisRequestDirectory(world.store)
+    grant = await gateway.enqueue(job)
+    assert isinstance(grant, Grant)
+    assert await directory.find("a") is None
+    world.client.flushall()
+    if state == "running":
+        assert await gateway.register(replace(job, waited_s=1.0), grant)
+    else:
+        await gateway.enqueue(replace(job, waited_s=1.0))
+    assert await directory.find("a") == Claim(MODEL, "d")
+    limits = QueueLimits()
+    kept_s = limits.resume_ttl_s if payload else limits.record_ttl_s
+    assert 0 <= 100.0 + kept_s - world.client.ttl(request_key("a")) < 10
 
 
 async def test_without_redis_every_call_says_so_at_once(redis_server: RedisServer) -> None:

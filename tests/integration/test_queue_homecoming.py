@@ -13,12 +13,13 @@ from services.controller.adapters.redis_route import RedisRouteStore
 from services.gateway.adapters.breakers import STORE_LIMITS
 from services.gateway.adapters.fallback_queue import FallbackJobQueue
 from services.gateway.adapters.pybreaker_circuit import Circuit
+from services.gateway.adapters.redis_directory import RedisRequestDirectory
 from services.gateway.adapters.redis_log import RedisGenerationLog
 from services.gateway.adapters.redis_queue import RedisJobQueue
 from services.gateway.adapters.standby import FleetView, Standby
 from services.gateway.core.events import Chunk, Finished, FinishReason
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Waiting
-from services.gateway.core.log import Appended, AppendOutcome, Entry, LogTail, log_bounds
+from services.gateway.core.log import Appended, AppendOutcome, Claim, Entry, LogTail, log_bounds
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.queue_line import QueueWorker
 from tests.fakes.turned_clock import TurnedClock
@@ -176,3 +177,14 @@ async def test_a_gateway_comes_back_whose_job_another_one_took_over(home: Home) 
     with pytest.raises(RequestExists):
         await home.queue.enqueue(replace(resumable("a"), waited_s=1.0))
     assert isinstance(await home.queue.enqueue(make_job("b")), Waiting)
+
+
+async def test_a_job_that_began_without_redis_has_its_id_once_redis_is_back(home: Home) -> None:
+    """Nobody could be told before what the id stands for; another gateway finds the job by it."""
+    home.leave()
+    grant = await home.queue.enqueue(resumable("a"))
+    assert isinstance(grant, Grant)
+    assert grant.degraded
+    home.come_back()
+    assert await home.renew({"a": grant.nonce}) == frozenset()
+    assert await RedisRequestDirectory(home.world.store).find("a") == Claim(MODEL, "d")

@@ -26,9 +26,10 @@ from services.gateway.adapters.queue_replies import (
     tail_args,
 )
 from services.gateway.adapters.queue_scripts import QueueScripts, ms
+from services.gateway.adapters.redis_directory import RedisRequestDirectory
 from services.gateway.adapters.redis_grants import GrantListener, read_grant
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
-from services.gateway.core.log import LogTail, Notice, TakenUp
+from services.gateway.core.log import Claim, LogTail, Notice, TakenUp
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.tenancy import TenantUsage
 
@@ -81,6 +82,7 @@ class RedisJobQueue:
         self._limits = limits or QueueLimits()
         self._expects_route = expects_route
         self._scripts = QueueScripts(store, gateway_id, self._limits, _OPERATIONS)
+        self._directory = RedisRequestDirectory(store)
         self._receive: Callable[[Grant], None] = _ignore
         self._notice: Callable[[Notice], None] = _ignore
         self._listener = GrantListener(store, gateway_id, self._hand_over, self._tell)
@@ -117,6 +119,8 @@ class RedisJobQueue:
         """See `JobQueue.enqueue`."""
         limits = self._limits
         with self._calling(job.job_id):
+            if job.waited_s > 0:
+                await self._claim_again(job)
             reply = await self._run(
                 "enqueue",
                 job.model,
@@ -213,6 +217,7 @@ class RedisJobQueue:
     async def register(self, job: QueuedJob, grant: Grant, *, instead: bool = False) -> bool:
         """See `JobQueue.register`."""
         with self._calling(job.job_id):
+            await self._claim_again(job)
             current = await self._run(
                 "register",
                 job.model,
@@ -314,6 +319,15 @@ class RedisJobQueue:
 
     async def _run(self, name: str, model: str, *args: str | float) -> Any:
         return await self._scripts.run(name, model, *args)
+
+    async def _claim_again(self, job: QueuedJob) -> None:
+        """Lets the id of a job that Redis may have lost stand for it: that was lost as well, or never told.
+
+        First: a job that is known again is not told once more.
+        """
+        if job.digest:
+            kept_s = self._limits.resume_ttl_s if job.payload else self._limits.record_ttl_s
+            await self._directory.claim(job.job_id, Claim(job.model, job.digest), job.timeout_s + kept_s)
 
     def _kept(self, job: QueuedJob) -> tuple[str, str, int]:
         """What a record says of the job's body, and of the log that may outlive it."""

@@ -27,7 +27,8 @@ from services.gateway.core.tenancy import TenantUsage
 class JobQueue(Protocol):
     """The queue that all gateways share. Every method raises StoreUnavailable when it cannot be reached.
 
-    A job is this gateway's from `enqueue` until `settle`, `cancel` or the loss of its lease.
+    A job is this gateway's from `enqueue` until `settle`, `cancel` or the loss of its lease. Where it is
+    entered again after a loss, the id that its client gave it stands for it again.
     """
 
     async def enqueue(self, job: QueuedJob) -> Grant | Waiting:

@@ -103,7 +103,9 @@ class Dispatcher:
         self._chores: set[asyncio.Task[None]] = set()
         self._rounds = Rounds(
             queue,
-            Register(self._live, self._create, resumption.words, lambda: not self._draining),
+            Register(
+                self._live, self._create, resumption.welcome, resumption.words, lambda: not self._draining
+            ),
             clock,
             models=models,
             jitter=jitter,

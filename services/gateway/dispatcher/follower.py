@@ -1,7 +1,7 @@
 """One client of a resumable request. Owns: which event it gets next, wherever the request runs.
 
 It reads the journal of a request that runs here, and the log in the store of any other one, and turns from
-the first to the second when another gateway takes over; its client does not notice. Must not know: APIs.
+one to the other as gateways take over; its client does not notice. Must not know: APIs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Self
 
 from services.common.allowance import Allowance
@@ -19,6 +20,7 @@ from services.common.errors import (
     InterlockError,
     RequestUnknown,
     StoreUnavailable,
+    WorkerLost,
 )
 from services.gateway.core.events import Chunk, Event, Finished, Queued, Started
 from services.gateway.core.jobs import Outcome
@@ -72,16 +74,23 @@ class Follower:
         self._reader = ReaderWatch(clock, stall_s, self._stalled)
         self._on_close: Callable[[Follower], None] | None = on_close
         self._journal: Journal | None = None
+        self._leave_journal: Callable[[], None] = _nothing
         self._read = cursor
         self._whole = False
         self._entries: deque[Entry] = deque()
+        # The last that was read, and whether the store is to show that it has it.
+        self._last: Entry | None = None
+        self._doubted = False
+        self._lives = False
         self._queued: Queued | None = None
         self._unsaid: Queued | None = None
         self._started: Started | None = None
         self._revision = ""
         self._error: InterlockError | None = None
         self._ended = False
-        self._trouble_s: float | None = None
+        # Since when the store is away, and since when it has not the log.
+        self._away_s: float | None = None
+        self._lost_s: float | None = None
         self._noticed = asyncio.Event()
 
     @property
@@ -94,10 +103,20 @@ class Follower:
         """See `AnswerStream.error`."""
         return self._error
 
-    def read_journal(self, journal: Journal) -> None:
-        """Reads a request that runs here."""
-        self._journal = journal
+    def read_journal(self, journal: Journal, leave: Callable[[], None]) -> None:
+        """Reads a request that runs here, from now on; `leave` is called once, when the client has gone."""
+        self._close_journal()
+        self._journal, self._leave_journal = journal, leave
         journal.readers.add(self.notice)
+        # Should another gateway take over, the store must have what was read here.
+        self._lives = self._doubted = True
+        self._noticed.set()
+
+    def continues_in(self, journal: Journal) -> bool:
+        """Whether a journal has what was read in the store."""
+        if self._read > len(journal.entries):
+            return False
+        return self._last is None or journal.entries[self._read - 1].event == self._last.event
 
     async def read_store(self, digest: str = "") -> None:
         """Reads the store once, for a request that runs elsewhere.
@@ -204,10 +223,15 @@ class Follower:
     def _leave(self) -> None:
         self._reader.close()
         on_close, self._on_close = self._on_close, None
-        if self._journal is not None:
-            self._journal.readers.discard(self.notice)
+        self._close_journal()
         if on_close is not None:
             on_close(self)
+
+    def _close_journal(self) -> None:
+        leave, self._leave_journal = self._leave_journal, _nothing
+        if self._journal is not None:
+            self._journal.readers.discard(self.notice)
+        leave()
 
     def _first_output(self) -> Chunk | Finished | Failed | None:
         """The first of what was read that is text or an end."""
@@ -263,23 +287,44 @@ class Follower:
             await self._noticed.wait()
 
     async def _fill_from_store(self) -> None:
+        now_s = self._clock.monotonic()
         try:
             page = await self._read_page()
         except StoreUnavailable as error:
-            await self._bear(error, PATIENCE_S)
+            # What it has lost can be written again from when it is back.
+            self._away_s, self._lost_s = now_s if self._away_s is None else self._away_s, None
+            await self._bear(error, now_s - self._away_s, PATIENCE_S)
+            return
+        except WorkerLost as error:
+            self._fail(error)
             return
         if page is None or page.end < self._read:
-            # Whoever runs it may have its events still, and write them again.
-            await self._bear(lost_log(), LOST_LOG_WAIT_S if page and page.outcome is None else 0.0)
+            # Whoever runs it may have its events still, and write them again; another one may write others.
+            self._lost_s, self._doubted = now_s if self._lost_s is None else self._lost_s, True
+            await self._bear(lost_log(), now_s - self._lost_s, LOST_LOG_WAIT_S if self._lives else 0.0)
             return
-        self._trouble_s = None
+        self._away_s = self._lost_s = None
         if not self._take_page(page):
             await self._await_notice()
 
     async def _read_page(self) -> LogPage | None:
-        """The next of the log. Where nothing follows any more it is noted whether the log has an end."""
-        page = await self._log.read(self._model, self.job_id, self._read)
-        if page is not None and page.outcome is Outcome.FINISHED and page.end == self._read > 0:
+        """The next of the log. Where nothing follows any more it is noted whether the log has an end.
+
+        Raises:
+            WorkerLost: What was read before is not what stands there now: the request was begun anew.
+        """
+        known = self._last if self._doubted else None
+        after = self._read if known is None else self._read - 1
+        page = await self._log.read(self._model, self.job_id, after)
+        if page is None:
+            return None
+        self._lives = page.outcome is None
+        if page.end >= self._read:
+            if known is not None and page.entries[0].event != known.event:
+                raise lost_log()
+            page = replace(page, entries=page.entries[self._read - after :])
+            self._doubted = False
+        if page.outcome is Outcome.FINISHED and page.end == self._read > 0:
             # Its gateway may not have been able to write the rest; what a client has seen may be the end.
             last = await self._log.read(self._model, self.job_id, page.end - 1)
             self._whole = last is not None and any(entry.is_last for entry in last.entries)
@@ -296,6 +341,7 @@ class Follower:
         self._entries.extend(entries)
         self._read += len(entries)
         if entries:
+            self._last = entries[-1]
             # A log begins with a grant: a place that was not told by then is left.
             self._unsaid = None
 
@@ -309,11 +355,9 @@ class Follower:
             # Its end was reached where nobody could write.
             self._fail(ended_error(outcome))
 
-    async def _bear(self, error: InterlockError, patience_s: float) -> None:
-        """Waits a moment for a trouble to pass, but not for ever."""
-        now = self._clock.monotonic()
-        self._trouble_s = now if self._trouble_s is None else self._trouble_s
-        if now - self._trouble_s >= patience_s:
+    async def _bear(self, error: InterlockError, borne_s: float, patience_s: float) -> None:
+        """Waits a moment for a trouble to pass that has lasted for so long, but not for ever."""
+        if borne_s >= patience_s:
             self._fail(error)
         else:
             await self._await_notice()
@@ -324,3 +368,7 @@ class Follower:
                 await self._noticed.wait()
         except TimeoutError:
             return
+
+
+def _nothing() -> None:
+    """Nobody is to be told."""

@@ -12,6 +12,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 
 from services.common.clock import Clock
 from services.common.errors import (
@@ -177,10 +178,10 @@ class Resumption:
         attendance = generation.attendance
 
         job = generation.job
-        follower = self._add(job.tenant, job.model, job.job_id, cursor, attendance.go)
+        follower = self._add(job.tenant, job.model, job.job_id, cursor)
         attendance.come()
         follower.allowance = generation.allowance
-        follower.read_journal(journal)
+        follower.read_journal(journal, attendance.go)
         return follower
 
     async def follow(self, tenant: str, model: str, job_id: str, cursor: int, digest: str = "") -> Follower:
@@ -193,7 +194,7 @@ class Resumption:
             WorkerLost: See `note_moved`.
         """
         self._check_torn(job_id, cursor)
-        follower = self._add(tenant, model, job_id, cursor, lambda: None)
+        follower = self._add(tenant, model, job_id, cursor)
         try:
             await follower.read_store(digest)
         except BaseException:
@@ -215,6 +216,19 @@ class Resumption:
             with contextlib.suppress(RequestUnknown):
                 return await self.follow(job.tenant, model, job.job_id, 0, job.digest)
         return None
+
+    def welcome(self, generation: Generation) -> None:
+        """Lets clients here that read the store read a request at hand which this gateway has taken up.
+
+        Nobody tells them of events any more: what a gateway writes it tells other ones alone. One that has
+        read what the log has not is left to the store, as before.
+        """
+        chronicle, attendance = generation.chronicle, generation.attendance
+        assert chronicle is not None
+        for follower in self._followers.get(generation.job.job_id, ()):
+            if follower.continues_in(chronicle.journal):
+                attendance.come()
+                follower.read_journal(chronicle.journal, attendance.go)
 
     def note_moved(self, generation: Generation) -> None:
         """Remembers how much of its log holds for a request that has gone to another gateway.
@@ -247,17 +261,10 @@ class Resumption:
         if cursor > self._torn.get(job_id, cursor):
             raise lost_log()
 
-    def _add(
-        self, tenant: str, model: str, job_id: str, cursor: int, on_leave: Callable[[], None]
-    ) -> Follower:
+    def _add(self, tenant: str, model: str, job_id: str, cursor: int) -> Follower:
         self.check_room(tenant)
-
-        def leave(follower: Follower) -> None:
-            on_leave()
-            self._drop(tenant, follower)
-
-        stall_s = self._limits.client_stall_s
-        follower = Follower(model, job_id, cursor, self.log, self._clock, stall_s, leave)
+        drop, stall_s = partial(self._drop, tenant), self._limits.client_stall_s
+        follower = Follower(model, job_id, cursor, self.log, self._clock, stall_s, drop)
         self._following[tenant] += 1
         self._followers.setdefault(job_id, set()).add(follower)
         return follower

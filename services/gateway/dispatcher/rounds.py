@@ -35,12 +35,14 @@ class Register:
     Attributes:
         live: All of them, by job.
         create: Adds one.
+        welcome: Lets clients that followed one at another gateway read it here.
         words: A model's way back to text; None where it is not served here.
         is_open: Whether more are taken.
     """
 
     live: Mapping[str, Generation]
     create: Callable[[GenerationJob], Generation]
+    welcome: Callable[[Generation], None]
     words: Callable[[str], Words | None]
     is_open: Callable[[], bool]
 
@@ -193,7 +195,9 @@ class Rounds:
         logs.get_logger().info(
             "request.taken_up", request_id=job.request_id, model=model, events=len(taken.entries)
         )
-        self._register.create(job).carry_on(taken)
+        generation = self._register.create(job)
+        generation.carry_on(taken)
+        self._register.welcome(generation)
         return True
 
     async def _note_end(self, job: GenerationJob, entries: Sequence[Entry]) -> None:

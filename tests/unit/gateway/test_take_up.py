@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from services.common.errors import RequestUnknown, WorkerLost
-from services.gateway.core.attempts import RefusalReason
+from services.gateway.core.attempts import Output, RefusalReason
 from services.gateway.core.events import Chunk, Finished, FinishReason, Started
 from services.gateway.core.jobs import Grant, Outcome, Renewal
-from services.gateway.core.log import Entry, Failed, Notice, NoticeKind, TakenUp
+from services.gateway.core.log import Claim, Entry, Failed, Notice, NoticeKind, TakenUp
 from services.gateway.core.payload import write_payload
 from tests.fakes.gateway_ports import grant
 from tests.fixtures.dispatcher_world import World, dispatcher_world, job, rest
@@ -186,3 +186,27 @@ async def test_what_cannot_be_read_keeps_nobody_behind_it_waiting(world: World) 
     await world.dispatcher.renew()
     (attempt,) = world.workers.attempts
     assert (attempt.order.job_id, ends(world), world.dispatcher.store_reachable) == ("a", [], True)
+
+
+async def test_who_followed_it_elsewhere_reads_it_at_hand_where_it_was_taken_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The store is not asked any more, which tells nobody of what is written here; and somebody is there."""
+    started = Started("r", "m", "r1", "w1", 1, 0.0)
+    async with dispatcher_world(detach_grace_s=0.1) as world:
+        world.logs.claims["a"], world.logs.entries["a"] = Claim("m", "d"), [Entry(started)]
+        stream = await world.dispatcher.resume("alice", "a", 0)
+        reading = asyncio.create_task(rest(stream))
+        await asyncio.sleep(0)
+        monkeypatch.setattr(world.logs, "read", lambda *_: pytest.fail("the store was asked"))
+        world.queue.taken["a"] = left(grant("n1", "a"), started)
+        world.queue.renewal = Renewal(unknown=frozenset("a"))
+        await world.dispatcher.renew()
+        attempt = await world.workers.wait_started(1)
+        # Longer than it would go on for nobody.
+        await asyncio.sleep(0.3)
+        attempt.sink.output(Output(0, (97,), FinishReason.STOP))
+        first, again, chunk, end = await reading
+        assert (first, chunk) == (started, Chunk(0, "a", (97,)))
+        assert isinstance(again, Started)
+        assert isinstance(end, Finished)

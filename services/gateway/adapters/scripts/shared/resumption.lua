@@ -21,6 +21,7 @@ local function notify(gateway, kind, id)
   redis.call('PUBLISH', 'il:gateway:' .. gateway, cjson.encode({ kind = kind, job_id = id, prefix = PREFIX }))
 end
 
+-- Clients of the caller itself read what it has at hand.
 local function notify_followers(id)
   local followers = PREFIX .. 'followers:' .. id
   for _, gateway in ipairs(redis.call('ZRANGEBYSCORE', followers, NOW - FOLLOWING_MS, '+inf')) do
