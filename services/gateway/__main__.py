@@ -164,7 +164,12 @@ async def _serve(
     let_helpers_give_way()
     exposition = metrics.expose(
         settings.metrics_bind,
-        GatewayCollector(lambda: dispatcher.live, lambda: dispatcher.store_reachable, breakers.reports),
+        GatewayCollector(
+            lambda: dispatcher.live,
+            lambda: reception.prompts_waiting,
+            lambda: dispatcher.store_reachable,
+            breakers.reports,
+        ),
     )
     announce.write(settings.announce_file, id=settings.id, address=address, metrics=exposition.address)
     logs.get_logger().info("process.started", address=address)

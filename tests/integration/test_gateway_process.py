@@ -170,6 +170,7 @@ async def test_its_numbers_can_be_scraped(process: Process) -> None:
     assert samples["interlock_gateway_attempts_total", "finished"] >= 1
     assert samples["interlock_gateway_ttft_seconds_count", MODEL] >= 1
     assert samples["interlock_gateway_tokens_total", "completion", MODEL] >= 1
+    assert samples["interlock_gateway_prompts_waiting",] == 0
     assert samples["interlock_gateway_store_up",] == 1
     assert samples["interlock_gateway_breaker", "closed", "w1"] == 1
     assert samples["interlock_gateway_breaker", "open", "w1"] == 0
