@@ -44,6 +44,9 @@ _BROKEN = frozenset(
 _PASSING = frozenset(
     {"ERROR_REASON_DRAINING", "ERROR_REASON_STORE_UNAVAILABLE", "ERROR_REASON_CLIENT_STALLED"}
 )
+# What a gateway says at its door that has just begun, or has its hands full, with the time to come back: once
+# a call was broken, the request may live on.
+_LATER = frozenset({"ERROR_REASON_NO_WORKER", "ERROR_REASON_QUEUE_FULL"})
 
 
 class StreamBroken(Exception):
@@ -61,6 +64,7 @@ class _Progress:
     cursor: int = 0
     failures: int = 0
     calls: int = 0
+    broken: bool = False
     indices: dict[int, int] = field(default_factory=dict)
 
     def begin(self, stubs: Sequence[Any], metadata: Metadata) -> Any:
@@ -92,12 +96,30 @@ class _Progress:
     def pause_s(self, error: grpc.RpcError) -> float:
         """Returns how long to wait before the next attempt, or raises `error` where none can help."""
         self.failures += 1
-        if not _is_passing(error) or self.failures >= self.attempts:
+        delay_s = self._delay_s(error)
+        if delay_s is None or self.failures >= self.attempts:
             raise error
-        pause = float(min(BACKOFF_MAX_S, self.backoff_s * 2 ** (self.failures - 1)))
+        pause = max(delay_s, float(min(BACKOFF_MAX_S, self.backoff_s * 2 ** (self.failures - 1))))
         if time.monotonic() + pause >= self.deadline_s:
             raise error
         return pause
+
+    def _delay_s(self, error: Any) -> float | None:
+        """How long whoever told `error` wants to be left alone; None: it is final."""
+        metadata = dict(error.trailing_metadata() or ())
+        reason = metadata.get("interlock-reason")
+        if error.code() in _BROKEN if reason is None else reason in _PASSING:
+            self.broken = True
+            return 0.0
+        if not self.broken or reason not in _LATER:
+            return None
+        if self.cursor and reason == "ERROR_REASON_NO_WORKER":
+            # Whoever goes on behind a cursor asks for no worker: so the request itself has ended.
+            return None
+        delay_ms = str(metadata.get("retry-after-ms", ""))
+        # What takes longer than a moment is final: a full queue, for example, has not taken the request in.
+        passes = delay_ms.isdigit() and int(delay_ms) <= 1000 * BACKOFF_MAX_S
+        return int(delay_ms) / 1000 if passes else None
 
 
 def generate(
@@ -182,8 +204,3 @@ def _as_event(message: Any) -> GenerateResponse:
     if isinstance(message, GenerateResponse):
         return message
     return GenerateResponse.FromString(message.SerializeToString())
-
-
-def _is_passing(error: Any) -> bool:
-    reason = dict(error.trailing_metadata() or ()).get("interlock-reason")
-    return error.code() in _BROKEN if reason is None else reason in _PASSING

@@ -22,6 +22,7 @@ from services.common.clock import Clock
 from services.common.credential import check_mesh_token
 from services.common.errors import ArgumentInvalid, MeshCredentialInvalid
 from services.common.grpc_types import Context, Handler, Interceptor
+from services.common.open_calls import OpenCalls
 
 Details = grpc.HandlerCallDetails
 Continuation = Callable[[Details], Awaitable[Handler | None]]
@@ -65,10 +66,15 @@ class _Wrapping(Interceptor):
 
 
 class CallLog(_Wrapping):
-    """Logs each RPC once and turns what its handler raises into a status."""
+    """Logs each RPC once and turns what its handler raises into a status.
+
+    Attributes:
+        calls: The RPCs under way.
+    """
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
+        self.calls = OpenCalls()
         self._clock = clock
 
     def _is_for(self, method: str, handler: Handler) -> bool:  # noqa: ARG002 - whichever of the four kinds it is
@@ -86,13 +92,14 @@ class CallLog(_Wrapping):
 
         async def handle(request: Any, context: Context) -> Any:
             call = _Call(method, numbers, self._clock)
-            try:
-                response = await inner(request, context)
-            except BaseException as error:  # noqa: BLE001 - translated or raised again by `failed`
-                await call.failed(error, context)
-            else:
-                call.log("OK")
-                return response
+            with self.calls:
+                try:
+                    response = await inner(request, context)
+                except BaseException as error:  # noqa: BLE001 - translated or raised again by `failed`
+                    await call.failed(error, context)
+                else:
+                    call.log("OK")
+                    return response
 
         return handle
 
@@ -102,18 +109,19 @@ class CallLog(_Wrapping):
         async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
             call = _Call(method, numbers, self._clock)
             responses = None
-            try:
-                responses = inner(request, context)
-                async for response in responses:
-                    yield response
-            except BaseException as error:  # noqa: BLE001 - translated or raised again by `failed`
-                await call.failed(error, context)
-            else:
-                call.log("OK")
-            finally:
-                # A generator that is left half way cleans up now, not when it is collected.
-                if responses is not None:
-                    await responses.aclose()
+            with self.calls:
+                try:
+                    responses = inner(request, context)
+                    async for response in responses:
+                        yield response
+                except BaseException as error:  # noqa: BLE001 - translated or raised again by `failed`
+                    await call.failed(error, context)
+                else:
+                    call.log("OK")
+                finally:
+                    # A generator that is left half way cleans up now, not when it is collected.
+                    if responses is not None:
+                        await responses.aclose()
 
         return handle
 

@@ -19,6 +19,7 @@ from services.common.clock import Clock
 from services.common.end_signals import end_signals
 from services.common.grpc_types import Interceptor
 from services.common.interceptors import CallLog, HttpParts
+from services.common.open_calls import OpenCalls
 
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -67,11 +68,13 @@ class Server:
         grpc_server: The server; add servicers to it before `bind`.
         health: `grpc.health.v1`; NOT_SERVING for every service from `start` until `set_serving`.
         services: Full names of the services, as health and reflection list them.
+        calls: The calls under way, but for those of health and reflection.
     """
 
     grpc_server: grpc.aio.Server
     health: health_aio.HealthServicer
     services: tuple[str, ...]
+    calls: OpenCalls
 
     async def set_serving(self, serving: bool) -> None:  # noqa: FBT001 - a switch has two positions
         """Tells health checks whether calls are welcome."""
@@ -119,13 +122,14 @@ def create(
             files: on a slow line they hold up the answers.
     """
     options = [*OPTIONS, *(KEEPALIVE if pings else ())]
-    grpc_server = grpc.aio.server(interceptors=[CallLog(clock), HttpParts(), *interceptors], options=options)
+    call_log = CallLog(clock)
+    grpc_server = grpc.aio.server(interceptors=[call_log, HttpParts(), *interceptors], options=options)
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, grpc_server)
     if os.environ.get("INTERLOCK_REFLECTION", "on") != "off":
         names = (*services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, grpc_server)
-    return Server(grpc_server, health, tuple(services))
+    return Server(grpc_server, health, tuple(services), call_log.calls)
 
 
 async def run_until_signal(drain: Callable[[], Awaitable[None]]) -> None:

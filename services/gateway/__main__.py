@@ -6,6 +6,7 @@ import asyncio
 import random
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
 import uvloop
 from interlock.http.v1 import http_service_pb2_grpc
@@ -163,7 +164,12 @@ async def _serve(
     let_helpers_give_way()
     exposition = metrics.expose(
         settings.metrics_bind,
-        GatewayCollector(lambda: dispatcher.live, lambda: dispatcher.store_reachable, breakers.reports),
+        GatewayCollector(
+            lambda: dispatcher.live,
+            lambda: reception.prompts_waiting,
+            lambda: dispatcher.store_reachable,
+            breakers.reports,
+        ),
     )
     announce.write(settings.announce_file, id=settings.id, address=address, metrics=exposition.address)
     logs.get_logger().info("process.started", address=address)
@@ -177,20 +183,8 @@ async def _serve(
     if store.fleet is not None:
         work.append(asyncio.create_task(store.fleet.run(), name="gateway.fleet"))
 
-    async def drain() -> None:
-        readiness.draining = True
-        await serving.set_serving(False)
-        # Whoever probes learns it before the first call is refused.
-        await asyncio.sleep(settings.drain_notice_s)
-        reception.drain()
-        # GOAWAY: connections take no new call, and what runs on them goes on.
-        leaving = asyncio.create_task(serving.grpc_server.stop(settings.drain_grace_s + LEAVE_GRACE_S))
-        await dispatcher.drain(settings.drain_grace_s)
-        await serving.grpc_server.stop(STOP_GRACE_S)
-        await leaving
-
     try:
-        await wait(drain)
+        await wait(partial(_drain, settings, serving, readiness, reception, dispatcher))
     finally:
         for task in work:
             task.cancel()
@@ -199,6 +193,30 @@ async def _serve(
         await pool.close()
         await breakers.close()
         exposition.close()
+
+
+async def _drain(
+    settings: GatewayConfig,
+    serving: server.Server,
+    readiness: Readiness,
+    reception: Reception,
+    dispatcher: Dispatcher,
+) -> None:
+    """Lets what runs end and be read, within the grace; whatever comes is refused."""
+    readiness.draining = True
+    await serving.set_serving(False)
+    # Whoever probes learns it before the first call is refused.
+    await asyncio.sleep(settings.drain_notice_s)
+    reception.drain()
+    # GOAWAY: connections take no new call, and what runs on them goes on.
+    leaving = asyncio.create_task(serving.grpc_server.stop(settings.drain_grace_s + LEAVE_GRACE_S))
+    now_s = asyncio.get_running_loop().time
+    until_s = now_s() + settings.drain_grace_s
+    await dispatcher.drain(settings.drain_grace_s)
+    # Requests have ended whose answers are still written: large ones, or to clients who read slowly.
+    await serving.calls.wait_none(until_s - now_s())
+    await serving.grpc_server.stop(STOP_GRACE_S)
+    await leaving
 
 
 def _pool(settings: GatewayConfig, clock: Clock) -> GrpcWorkerPool:

@@ -14,8 +14,10 @@ from typing import Any
 
 import grpc
 import pytest
+from google.api.httpbody_pb2 import HttpBody
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from interlock.http.v1 import http_service_pb2_grpc
 from interlock.v1 import controller_service_pb2, gateway_service_pb2_grpc
 from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1.worker_service_pb2 import REFUSAL_REASON_INVALID
@@ -168,6 +170,7 @@ async def test_its_numbers_can_be_scraped(process: Process) -> None:
     assert samples["interlock_gateway_attempts_total", "finished"] >= 1
     assert samples["interlock_gateway_ttft_seconds_count", MODEL] >= 1
     assert samples["interlock_gateway_tokens_total", "completion", MODEL] >= 1
+    assert samples["interlock_gateway_prompts_waiting",] == 0
     assert samples["interlock_gateway_store_up",] == 1
     assert samples["interlock_gateway_breaker", "closed", "w1"] == 1
     assert samples["interlock_gateway_breaker", "open", "w1"] == 0
@@ -238,6 +241,27 @@ async def test_sigterm_ends_what_runs_and_then_the_process(process: Process) -> 
     while (event := await running.read()) is not grpc.aio.EOF:
         events.append(event)
     assert joined(events) == "é" * 20
+    async with asyncio.timeout(10):
+        await process.task
+
+
+async def test_sigterm_cuts_nobody_who_still_reads_an_answer_that_has_ended(process: Process) -> None:
+    """Its body does not fit into what is on its way, and its client takes its time: that is of the grace."""
+    await process.watch_health(health_pb2.HealthCheckResponse.SERVING)
+    process.worker.script = script(process.directory, "é" * 200, batch=8)
+    asked = {"text": "hi", "max_tokens": 400, "logprobs": 20}
+    narrow = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0)]
+    async with grpc.aio.insecure_channel(process.address, options=narrow) as channel:
+        call = http_service_pb2_grpc.GatewayHttpServiceStub(channel).Generate(
+            HttpBody(content_type="application/json", data=json.dumps(asked).encode()), metadata=bearer()
+        )
+        # They come with the body of an answer that is whole.
+        await call.initial_metadata()
+        process.terminate.set()
+        await asyncio.sleep(NOTICE_S + gateway_main.STOP_GRACE_S + 0.5)
+        assert not process.task.done()
+        answer = json.loads(b"".join([part.data async for part in call]))
+    assert (answer["result"], len(answer["logprobs"])) == ("é" * 200, 400)
     async with asyncio.timeout(10):
         await process.task
 

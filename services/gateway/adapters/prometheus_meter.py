@@ -71,6 +71,7 @@ class GatewayCollector(Collector):
 
     Args:
         live: Requests that have not ended.
+        prompts_waiting: Prompts that wait for their turn to be tokenized.
         store_reachable: Whether the store answered when it was last asked.
         breakers: The state of each breaker.
     """
@@ -78,16 +79,23 @@ class GatewayCollector(Collector):
     def __init__(
         self,
         live: Callable[[], int],
+        prompts_waiting: Callable[[], int],
         store_reachable: Callable[[], bool],
         breakers: Callable[[], Iterable[BreakerReport]],
     ) -> None:
         self._live = live
+        self._prompts_waiting = prompts_waiting
         self._store_reachable = store_reachable
         self._breakers = breakers
 
     def collect(self) -> Iterator[Metric]:
         """See `Collector.collect`."""
         yield GaugeMetricFamily("interlock_gateway_live", "Requests that have not ended.", self._live())
+        yield GaugeMetricFamily(
+            "interlock_gateway_prompts_waiting",
+            "Prompts that wait for their turn to be tokenized.",
+            self._prompts_waiting(),
+        )
         reachable = float(self._store_reachable())
         yield GaugeMetricFamily("interlock_gateway_store_up", "1 while the store answers.", reachable)
         states = GaugeMetricFamily(

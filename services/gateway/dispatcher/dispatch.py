@@ -23,7 +23,7 @@ from services.common.errors import (
 from services.gateway.core.log import Notice, NoticeKind
 from services.gateway.core.params import GenerationJob
 from services.gateway.core.ports import JobQueue, Meter, WorkerPool
-from services.gateway.core.queue_errors import WorkersBarred, exists_with_other_body, gateway_full, in_use
+from services.gateway.core.queue_errors import WorkersBarred, exists_with_other_body, in_use
 from services.gateway.dispatcher import farewell
 from services.gateway.dispatcher.direct_stream import DirectStream
 from services.gateway.dispatcher.farewell import RETRY_WHEN_DRAINING_S
@@ -31,8 +31,9 @@ from services.gateway.dispatcher.follower import Follower
 from services.gateway.dispatcher.generation import Generation
 from services.gateway.dispatcher.limits import GenerationLimits
 from services.gateway.dispatcher.resumption import Claimed, Resumption
+from services.gateway.dispatcher.room import Room
 from services.gateway.dispatcher.rounds import Register, Rounds, cancelled
-from services.gateway.dispatcher.streams import AnswerStream
+from services.gateway.dispatcher.streams import AnswerStream, see_off
 
 # Grants whose message was lost are found within this time, and it is the gateway's sign of life.
 RENEW_S = 1.0
@@ -56,6 +57,9 @@ class DispatcherLimits:
 
 class Dispatcher:
     """Submits requests and looks after them.
+
+    Attributes:
+        room: How many requests this process may carry; those under way here are counted.
 
     Args:
         queue: Where slots come from.
@@ -91,9 +95,9 @@ class Dispatcher:
         self._clock = clock
         self._resumption = resumption
         self._meter = meter
-        self.limits = limits
         self._generation_limits = generation_limits
         self._live: dict[str, Generation] = {}
+        self.room = Room(limits.requests_max, lambda: len(self._live))
         # With the number of the last attempt.
         self._ended: OrderedDict[str, int] = OrderedDict()
         # Live submissions, not resumable, whose ids are theirs: claimed for them, or accepted by the queue.
@@ -152,7 +156,7 @@ class Dispatcher:
         try:
             await asyncio.wait((begun,))
         except asyncio.CancelledError:
-            self._do(_see_off(begun))
+            self._do(see_off(begun))
             raise
         return begun.result()
 
@@ -348,8 +352,8 @@ class Dispatcher:
 
     def _check_room(self, job: GenerationJob) -> None:
         self._check_open()
-        if job.job_id not in self._live and len(self._live) >= self.limits.requests_max:
-            raise gateway_full(self.limits.requests_max)
+        if job.job_id not in self._live:
+            self.room.check()
 
     def _forget(self, generation: Generation) -> None:
         if self._live.get(generation.job.job_id) is not generation:
@@ -389,10 +393,3 @@ class Dispatcher:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self.wait_empty()
-
-
-async def _see_off(begun: asyncio.Task[AnswerStream]) -> None:
-    """Closes what a client would have got that has gone."""
-    with contextlib.suppress(InterlockError):
-        stream = await begun
-        await stream.aclose()

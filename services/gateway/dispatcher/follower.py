@@ -142,10 +142,17 @@ class Follower:
         self._noticed.set()
 
     def end(self, error: InterlockError) -> None:
-        """Ends it for the client; the request itself goes on."""
-        if not self._ended:
+        """Ends it for the client, who reads on where the end is here already; the request itself goes on."""
+        if not self._ended and not self._has_end:
             self._fail(error)
         self._noticed.set()
+
+    @property
+    def _has_end(self) -> bool:
+        """Whether all that the client has still to read is here."""
+        if self._entries and self._entries[-1].is_last:
+            return True
+        return self._journal is not None and self._journal.ended and not self._journal.moved
 
     @property
     def prompt_tokens(self) -> int | None:

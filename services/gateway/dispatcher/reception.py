@@ -106,8 +106,13 @@ class Reception:
         self._tenants = tenants
         self._draw_seed = draw_seed
         self._refusals = Refusals()
-        self._tokenizing = Tokenizing(dispatcher.limits.requests_max, lambda: dispatcher.live)
+        self._tokenizing = Tokenizing(dispatcher.room)
         self._draining = False
+
+    @property
+    def prompts_waiting(self) -> int:
+        """Prompts that wait for their turn to be tokenized."""
+        return self._tokenizing.waiting
 
     def drain(self) -> None:
         """Refuses every request from now on."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Protocol, Self, TypeAlias
 
@@ -89,3 +91,10 @@ class AnswerStream(Protocol):
     async def __anext__(self) -> Event:
         """The next event, as soon as there is one."""
         ...
+
+
+async def see_off(begun: asyncio.Task[AnswerStream]) -> None:
+    """Closes what a client would have got that has gone."""
+    with contextlib.suppress(InterlockError):
+        stream = await begun
+        await stream.aclose()

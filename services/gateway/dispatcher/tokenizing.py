@@ -15,8 +15,9 @@ from typing import TypeVar
 
 from services.common.errors import DeadlineExceeded
 from services.common.threads import begin_in_thread
-from services.gateway.core.queue_errors import gateway_full, prompts_unread, tenant_unread
+from services.gateway.core.queue_errors import prompts_unread, tenant_unread
 from services.gateway.core.turns import Turns
+from services.gateway.dispatcher.room import Room
 
 T = TypeVar("T")
 
@@ -34,14 +35,13 @@ class Tokenizing:
     """Lets prompts be read in threads, a few at a time, in turns that go round the tenants.
 
     Args:
-        requests_max: How many requests this process may carry, those among them that wait here.
-        carried: How many others it carries.
+        room: The process's own, in which those that wait here are counted.
     """
 
-    def __init__(self, requests_max: int, carried: Callable[[], int]) -> None:
-        self._requests_max = requests_max
-        self._carried = carried
+    def __init__(self, room: Room) -> None:
+        self._room = room
         self._turns: Turns[asyncio.Future[None]] = Turns(AT_ONCE, OF_TENANT)
+        room.add_place(lambda: self._turns.waiting)
         # By tenant; those that wait for nothing are not in it.
         self._bytes: Counter[str] = Counter()
 
@@ -95,9 +95,8 @@ class Tokenizing:
             following[1].set_result(None)
 
     def _check_room(self, tenant: str, size_bytes: int) -> None:
-        if self._carried() + self._turns.waiting >= self._requests_max:
-            raise gateway_full(self._requests_max)
-        most = math.ceil(self._requests_max * SHARE_MAX)
+        self._room.check()
+        most = math.ceil(self._room.requests_max * SHARE_MAX)
         if self._turns.waiting_of(tenant) >= most:
             raise tenant_unread(most)
         of_tenant = self._bytes[tenant] + size_bytes > WAITING_BYTES_MAX * SHARE_MAX

@@ -162,6 +162,26 @@ async def test_a_client_that_leaves_ends_the_handler() -> None:
     assert [line["code"] for line in lines] == ["CANCELLED"]
 
 
+async def test_the_last_call_can_be_waited_for() -> None:
+    """Also in vain; probes, whose watches have no end, do not count."""
+    async with running(Echo()) as (stub, (made, connection)):
+        watch: Any = health_pb2_grpc.HealthStub(connection)
+        watching = watch.Watch(health_pb2.HealthCheckRequest())
+        await watching.read()
+        call = stub.Session()
+        await call.read()
+        waiting = asyncio.create_task(made.calls.wait_none(30))
+        await made.calls.wait_none(0.05)
+        assert not waiting.done()
+        call.cancel()
+        async with asyncio.timeout(5):
+            await waiting
+        await stub.GetState(pb.GetStateRequest())
+        async with asyncio.timeout(5):
+            await made.calls.wait_none(30)
+        watching.cancel()
+
+
 async def test_private_services_refuse_callers_without_the_mesh_credential() -> None:
     """Single answers and streams alike; the right token passes."""
     async with running(Echo(), mesh_only=True) as (stub, _):

@@ -9,7 +9,9 @@ import pytest
 
 from services.common.errors import Draining
 from services.gateway.core.attempts import Output
-from services.gateway.core.jobs import Grant, Waiting
+from services.gateway.core.events import Finished, FinishReason, Started
+from services.gateway.core.jobs import Grant, Outcome, Waiting
+from services.gateway.core.log import Claim, Entry
 from services.gateway.dispatcher import farewell
 from services.gateway.dispatcher.streams import AnswerStream
 from tests.fixtures.dispatcher_world import World, dispatcher_world, ids, job, rest
@@ -105,6 +107,25 @@ async def test_one_that_came_in_at_the_very_end_is_kept_as_well(world: World) ->
     await farewell.close(world.dispatcher._live["a"], world.dispatcher._resumption)
     await hears_of_it(stream)
     assert is_kept(world)
+
+
+@pytest.mark.parametrize("runs", [True, False], ids=["here", "elsewhere"])
+async def test_a_client_who_has_only_to_read_the_end_is_not_told_to_go(world: World, *, runs: bool) -> None:
+    """It stands in the journal, or was read from the store, and no other gateway would tell anything else."""
+    if runs:
+        stream = await world.dispatcher.submit(job("a", resumable=True, digest="d"))
+        world.workers.attempts[0].sink.output(Output(0, ids("ab"), FinishReason.STOP))
+        await world.dispatcher.wait_empty()
+    else:
+        world.logs.claims["a"] = Claim("m", "d")
+        world.logs.entries["a"] = [
+            Entry(Started("r", "m", "r1", "w1", 1, 0.0)),
+            Entry(Finished(FinishReason.STOP)),
+        ]
+        world.logs.outcomes["a"] = Outcome.FINISHED
+        stream = await world.dispatcher.resume("alice", "a", 0)
+    await world.dispatcher.drain(0)
+    assert isinstance((await rest(stream))[-1], Finished)
 
 
 async def test_any_other_request_ends_in_band(world: World) -> None:

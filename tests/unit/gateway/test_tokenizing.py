@@ -19,6 +19,7 @@ from services.gateway.core.catalog import Catalog, CatalogEntry
 from services.gateway.core.jobs import Grant, Outcome, Principal, QueuedJob, Waiting
 from services.gateway.core.params import GenerationRequest, Prompt, RawPrompt, TextPrompt, TokenPrompt
 from services.gateway.dispatcher.reception import DeadlineLimits, Reception
+from services.gateway.dispatcher.room import Room
 from services.gateway.dispatcher.tokenizing import AT_ONCE, OF_TENANT, WAITING_BYTES_MAX, Tokenizing
 from tests.fakes.gateway_ports import FakeTokenizer
 from tests.fixtures import waiting
@@ -81,7 +82,7 @@ async def every_turn(tokenizing: Tokenizing, gate: Gate) -> list[asyncio.Task[An
 
 async def test_a_crowd_waits_behind_itself_and_others_pass_it(gate: Gate) -> None:
     """One more goes on at once, and the next of others when any turn has ended."""
-    tokenizing = Tokenizing(100, lambda: 0)
+    tokenizing = Tokenizing(Room(100))
     crowd = readers(tokenizing, gate, "crowd", OF_TENANT + 12)
     await until(lambda: tokenizing.waiting == 12)
     first = readers(tokenizing, gate, "alice", 1)
@@ -102,7 +103,7 @@ async def test_who_gives_up_hears_at_once_and_the_turn_ends_with_the_thread(gate
     """More threads than there are turns would starve the loop; what one says that is left behind is lost."""
     told: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
-    tokenizing = Tokenizing(100, lambda: 0)
+    tokenizing = Tokenizing(Room(100))
     left_s = 0.05 if ends == "deadline" else LONG_S
     reading = [
         asyncio.create_task(tokenizing.read(f"t{number}", 1, left_s, gate.work("fails")))
@@ -127,7 +128,7 @@ async def test_who_gives_up_hears_at_once_and_the_turn_ends_with_the_thread(gate
 
 async def test_a_deadline_passes_in_the_line_too(gate: Gate) -> None:
     """Who has gone is in nobody's way, also where their turn comes at that moment."""
-    tokenizing = Tokenizing(100, lambda: 0)
+    tokenizing = Tokenizing(Room(100))
     running = await every_turn(tokenizing, gate)
     with pytest.raises(DeadlineExceeded):
         await tokenizing.read("bob", 1, 0.02, gate.work("late"))
@@ -149,7 +150,7 @@ async def test_a_deadline_passes_in_the_line_too(gate: Gate) -> None:
 
 async def test_a_turn_that_comes_too_late_goes_on(gate: Gate) -> None:
     """Its task was cancelled between being given the turn and running again."""
-    tokenizing = Tokenizing(100, lambda: 0)
+    tokenizing = Tokenizing(Room(100))
     running = await every_turn(tokenizing, gate)
     leaving, staying = (
         asyncio.create_task(tokenizing.read(name, 1, LONG_S, gate.work(name))) for name in "bc"
@@ -167,7 +168,7 @@ async def test_a_turn_that_comes_too_late_goes_on(gate: Gate) -> None:
 
 async def test_an_error_comes_back_and_the_turn_too(gate: Gate) -> None:
     """As often as it happens."""
-    tokenizing = Tokenizing(100, lambda: 0)
+    tokenizing = Tokenizing(Room(100))
     gate.open(1_000)
     for _ in range(3 * AT_ONCE):
         with pytest.raises(ValueError, match="fails"):
@@ -177,7 +178,7 @@ async def test_an_error_comes_back_and_the_turn_too(gate: Gate) -> None:
 async def test_as_many_wait_as_the_gateway_may_carry_and_half_of_one_tenant(gate: Gate) -> None:
     """What runs counts; the refusal says when to try again."""
     carried = 0
-    tokenizing = Tokenizing(10, lambda: carried)
+    tokenizing = Tokenizing(Room(10, lambda: carried))
     running = await every_turn(tokenizing, gate)
     crowd = readers(tokenizing, gate, "crowd", 5)
     await until(lambda: tokenizing.waiting == 5)
@@ -196,7 +197,7 @@ async def test_as_many_wait_as_the_gateway_may_carry_and_half_of_one_tenant(gate
 
 async def test_prompts_that_wait_take_so_much_memory_and_half_of_it_of_one_tenant(gate: Gate) -> None:
     """They are counted while they wait; there is room again when they had their turn, or left."""
-    tokenizing = Tokenizing(100, lambda: 0)
+    tokenizing = Tokenizing(Room(100))
     running = await every_turn(tokenizing, gate)
     half = WAITING_BYTES_MAX // 2
 
@@ -222,7 +223,7 @@ async def test_prompts_that_wait_take_so_much_memory_and_half_of_it_of_one_tenan
 
 async def test_who_comes_too_late_takes_no_turn(gate: Gate) -> None:
     """No thread begins what nobody waits for."""
-    tokenizing = Tokenizing(100, lambda: 0)
+    tokenizing = Tokenizing(Room(100))
     with pytest.raises(DeadlineExceeded):
         await tokenizing.read("bob", 1, 0.0, gate.work("late"))
     gate.open(1)
@@ -316,6 +317,22 @@ async def test_short_prompts_wait_for_nobody(gate: Gate) -> None:
         assert gate.ended == []
         gate.open(AT_ONCE)
         assert [count.prompt_tokens for count in await asyncio.gather(*running)] == [2] * AT_ONCE
+
+
+async def test_prompts_that_wait_have_places_that_short_ones_do_not_get(gate: Gate) -> None:
+    """A process carries so many requests and no more, whichever of them came first."""
+    async with dispatcher_world() as world:
+        reception, long = reception_of(world, gate), TextPrompt("a long text")
+        reading = [
+            asyncio.create_task(reception.count(Principal(f"t{number}"), "m", long, LONG_S))
+            for number in range(AT_ONCE + 2)
+        ]
+        await until(lambda: reception.prompts_waiting == 2)
+        with pytest.raises(QueueFull, match="carries 2 requests"):
+            await asked(reception, TextPrompt("short"), LONG_S)
+        gate.open(AT_ONCE + 2)
+        await asyncio.gather(*reading)
+        await asked(reception, TextPrompt("short"), LONG_S)
 
 
 async def test_a_time_that_is_over_is_told_before_the_queue_is_asked(
