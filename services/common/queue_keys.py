@@ -26,6 +26,7 @@ All keys of a model `M` bear the hash tag `{il:M}`, so that a script's keys lie 
 | `floors` | hash | band -> counter at which an idle tenant enters | gateways |
 | `tenant:<t>` | hash | `waiting running cap seat:<band> lifted` (`<arrival>:<id>`) | gateways |
 | `quota:<t>` | hash | `window used reserved`: tokens of the tenant's minute | gateways |
+| `booked:<nonce>` | string | set while a booking of what was used without Redis is known again | gateways |
 | `live`, `backlog` | hash | band -> jobs that have not ended; estimated tokens that wait | gateways |
 | `aging:<band>` | zset | what gateways of an earlier version will lift; nothing is added now | gateways |
 | `pinned:<revision>` | zset | jobs that must go on with that revision, by arrival | gateways |

@@ -158,6 +158,20 @@ async def test_the_log_of_a_job_that_went_on_without_redis_becomes_whole(home: H
     home.world.client.delete(KEYS.prefix + "log:a", KEYS.job("a"))
 
 
+async def test_redis_learns_what_a_tenant_used_without_it(home: Home) -> None:
+    """A request began and ended here while it was away."""
+    home.leave()
+    await home.renew()
+    grant = await home.queue.enqueue(make_job("a"))
+    assert isinstance(grant, Grant)
+    assert grant.degraded
+    await home.queue.settle(MODEL, "a", grant.nonce, Outcome.FINISHED, 30)
+    home.come_back()
+    await home.renew()
+    assert not home.queue.degraded
+    assert (await home.primary.usage(MODEL, "tenant")).used_tokens == 30
+
+
 async def test_a_gateway_comes_back_whose_job_another_one_took_over(home: Home) -> None:
     """It alone was cut off, and its job waits again: the renewal says that it is lost; all else goes on."""
     before = await home.queue.enqueue(resumable("a"))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from services.gateway.adapters.memory_queue import MemoryJobQueue
 from services.gateway.adapters.redis_queue import RedisJobQueue
 from services.gateway.core.jobs import Band, Grant, Outcome, QueuedJob
-from services.gateway.core.ports import BreakerBoard, JobQueue
+from services.gateway.core.ports import JobQueue, StoreQueue
 from services.gateway.core.queue_line import QueueWorker
 from services.gateway.core.tenancy import TenantLimits
 from tests.fixtures.queue_audit import audit
@@ -42,7 +42,7 @@ STEPS = st.lists(
             ["rest"]
             + ["enqueue"] * 6
             + ["settle"] * 4
-            + ["requeue", "refused", "cancel", "register", "renew", "reap", "open", "close"]
+            + ["requeue", "refused", "cancel", "register", "renew", "reap", "open", "close", "book"]
             + ["worker", "remove", "lose", "route", "advance", "advance", "return", "die"]
         ),
         st.sampled_from(JOB_IDS),
@@ -112,6 +112,14 @@ async def take(twins: Twins, step: tuple[str, str, str, Band, bool, int]) -> Non
             )
         case "reap":
             await twins.same(lambda queue, _: queue.reap(MODEL), home)
+        case "book":
+            known = job_id if flag else ""
+            await twins.same(
+                lambda queue, _: faces(queue).book(
+                    MODEL, f"t{number}", f"{worker}-{number}", 10, unless=known
+                ),
+                home,
+            )
         case _:
             await befall(twins, verb, worker, number, flag=flag)
 
@@ -199,8 +207,8 @@ async def befall(twins: Twins, verb: str, worker: str, number: int, *, flag: boo
         await write(twins, verb, worker, number, flag=flag)
 
 
-def board(queue: JobQueue) -> BreakerBoard:
-    """The other face of either queue."""
+def faces(queue: JobQueue) -> StoreQueue:
+    """The other faces of either queue."""
     assert isinstance(queue, RedisJobQueue | MemoryJobQueue)
     return queue
 
@@ -209,9 +217,9 @@ async def write(twins: Twins, verb: str, worker: str, number: int, *, flag: bool
     """Turns a breaker, or performs one of the controller's writes, on both sides."""
     if verb == "open":
         sleep_s = None if flag and number == 0 else 2.0 + number
-        await twins.same(lambda q, _: board(q).list_open(MODEL, worker, sleep_s))
+        await twins.same(lambda q, _: faces(q).list_open(MODEL, worker, sleep_s))
     elif verb == "close":
-        await twins.same(lambda q, _: board(q).list_closed(MODEL, worker))
+        await twins.same(lambda q, _: faces(q).list_closed(MODEL, worker))
     elif verb == "worker":
         ready = WORKERS[worker]
         await twins.world.add_worker(worker, slots=number + 1, ready=ready, draining=flag and number == 0)

@@ -255,6 +255,23 @@ async def test_a_cancelled_job_is_charged_what_it_used(world: QueueWorld, *, wai
     assert (usage.used_tokens, usage.reserved_tokens) == (17, 0)
 
 
+async def test_what_was_used_without_the_queue_is_charged_once(world: QueueWorld) -> None:
+    """However often it is said; and not where the job is known, whose end charges it."""
+    limits, gateway = TenantLimits(tokens_per_minute=100), world.gateway()
+    for _ in range(2):
+        await gateway.book(MODEL, "tenant", "nonce", 30)
+    await gateway.book(MODEL, "tenant", "another", 40)
+    with pytest.raises(QuotaExceeded, match="and 70 of 100"):
+        await gateway.enqueue(make_job("a", cost=31, limits=limits))
+    grant = await world.grant("a", cost=30, limits=limits)
+    await gateway.book(MODEL, "tenant", "running", 30, unless="a")
+    await world.finish(grant, used=20)
+    await gateway.book(MODEL, "tenant", "ended", 30, unless="a")
+    await gateway.book(MODEL, "tenant", "unknown", 5, unless="b")
+    assert (await gateway.usage(MODEL, "tenant")).used_tokens == 95
+    assert 0 < world.client.pttl(KEYS.prefix + "booked:nonce") <= 60_000
+
+
 async def test_an_account_ends_by_itself(world: QueueWorld) -> None:
     """Nothing is kept of a tenant that has stayed away for two minutes."""
     await world.finish(await world.grant("a"))

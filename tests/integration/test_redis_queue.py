@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 
@@ -208,6 +209,21 @@ async def test_cancel_frees_the_slot_of_a_grant_that_nobody_heard_of(world: Queu
     await world.wait("b")
     await world.gateway().cancel(MODEL, "a", "submission-of-a")
     assert world.running() == {"b"}
+
+
+@pytest.mark.parametrize("runs", [False, True], ids=["waits", "runs"])
+async def test_stopping_is_safe_to_repeat(world: QueueWorld, *, runs: bool) -> None:
+    """A call that the connection sent twice says that it stopped the job; a later one, that it had ended."""
+    running, other = await world.grant("a"), world.gateway("g2")
+    await world.wait("b")
+    counted, other._scripts._calls = other._scripts._calls, itertools.count(99, 0)
+    assert await other.stop(MODEL, "a" if runs else "b")
+    if runs:
+        # Its gateway has heard of it before the call is repeated.
+        await world.finish(running)
+    assert await other.stop(MODEL, "a" if runs else "b")
+    other._scripts._calls = counted
+    assert not await other.stop(MODEL, "a" if runs else "b")
 
 
 async def test_a_waiting_job_expires_on_time_wherever_it_stands(world: QueueWorld) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from services.common import logs
 from services.common.clock import Clock
-from services.common.errors import StoreUnavailable
+from services.common.errors import InterlockError, StoreUnavailable
 from services.gateway.adapters.pybreaker_circuit import Change, Circuit
-from services.gateway.core.breaker import FORCED, BreakerLimits, State
+from services.gateway.core.breaker import FORCED, BreakerLimits, State, Verdict
 from services.gateway.core.ports import BreakerBoard
 
 STORE = "store"
@@ -189,3 +189,10 @@ class Breakers:
             case State.HALF_OPEN:
                 # The grant of the trial has listed the pair as open again.
                 pass
+
+
+def store_verdict_of(error: BaseException) -> Verdict:
+    """What the end of a call says of the shared queue's store; a refusal is an answer."""
+    if isinstance(error, StoreUnavailable):
+        return Verdict.FAILURE
+    return Verdict.SUCCESS if isinstance(error, InterlockError) else Verdict.NEUTRAL

@@ -19,15 +19,17 @@ from services.common import logs
 from services.common.clock import Clock
 from services.common.errors import InterlockError, StoreUnavailable
 from services.common.redis_client import RETRY_AFTER_S
+from services.gateway.adapters.breakers import store_verdict_of
 from services.gateway.adapters.homecoming import Homecoming
 from services.gateway.adapters.job_book import JobBook, LiveEntry, OwedEnd
 from services.gateway.adapters.memory_queue import MemoryJobQueue
 from services.gateway.adapters.pybreaker_circuit import Circuit
 from services.gateway.adapters.standby import Standby
+from services.gateway.adapters.tenant_minutes import TenantMinutes
 from services.gateway.core.breaker import State, Verdict
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
 from services.gateway.core.log import LogTail, Notice, TakenUp
-from services.gateway.core.ports import BreakerBoard, JobQueue, SharedQueue
+from services.gateway.core.ports import BreakerBoard, JobQueue, SharedQueue, StoreQueue
 from services.gateway.core.tenancy import TenantUsage
 
 T = TypeVar("T")
@@ -43,13 +45,14 @@ class FallbackJobQueue:
         clock: Measures.
     """
 
-    def __init__(self, primary: SharedQueue, standby: Standby, circuit: Circuit, clock: Clock) -> None:
+    def __init__(self, primary: StoreQueue, standby: Standby, circuit: Circuit, clock: Clock) -> None:
         self._primary = primary
         self._standby = standby
         self._circuit = circuit
         self._clock = clock
         self._book = JobBook()
-        self._home = Homecoming(primary, self._book, clock)
+        self._minutes = TenantMinutes(clock)
+        self._home = Homecoming(primary, self._book, self._minutes, clock)
         self._own: MemoryJobQueue | None = None
         self._returning = asyncio.Lock()
         self._receive: Callable[[Grant], None] = _ignore
@@ -118,8 +121,8 @@ class FallbackJobQueue:
         settled = await self._either(
             model, lambda queue: queue.settle(model, job_id, nonce, outcome, used_tokens, tail)
         )
-        if self.degraded and entry is not None and entry.told:
-            self._home.owe(entry.end(outcome, used_tokens, tail))
+        if entry is not None:
+            self._home.note_end(entry, outcome, used_tokens, tail, heard=not self.degraded)
         return settled
 
     async def requeue(
@@ -179,10 +182,10 @@ class FallbackJobQueue:
             await queue.cancel(model, job_id, name, tail, used_tokens=used_tokens, outcome=outcome)
 
         await self._either(model, cancel)
-        if self.degraded and entry is None:
+        if entry is not None:
+            self._home.note_end(entry, outcome, used_tokens, tail, heard=not self.degraded)
+        elif self.degraded:
             self._home.owe(OwedEnd(model, job_id, (), submission, outcome, used_tokens, tail))
-        elif self.degraded and entry is not None and entry.told:
-            self._home.owe(entry.end(outcome, used_tokens, tail))
 
     async def stop(self, model: str, job_id: str) -> bool:
         """See `JobQueue.stop`."""
@@ -257,7 +260,7 @@ class FallbackJobQueue:
     async def _guarded(self, call: Callable[[], Awaitable[T]]) -> T:
         """Makes one call to the shared queue under its breaker."""
         try:
-            return await self._circuit.acall(call, _verdict_of)
+            return await self._circuit.acall(call, store_verdict_of)
         except CircuitBreakerError as error:
             await self._retreat()
             raise StoreUnavailable(
@@ -274,7 +277,8 @@ class FallbackJobQueue:
         from_store = queue is self._primary
         # Whatever becomes of the call, the store may know the job from now on.
         entry.told = entry.told or from_store
-        answer = await queue.enqueue(self._known_as(queue, entry))
+        enqueuing = queue.enqueue(self._known_as(queue, entry))
+        answer = await (self._minutes.hearing(entry.job, enqueuing) if from_store else enqueuing)
         if from_store and isinstance(answer, Grant):
             entry.at_store = answer.nonce
         elif from_store and entry.grant is None:
@@ -308,12 +312,8 @@ class FallbackJobQueue:
     def _give_back(self, job_id: str, nonce: str, pin: str = "", used_tokens: int = 0) -> LiveEntry | None:
         """Notes that a job waits again; returns it, or None where `nonce` is not the grant that counts."""
         entry = self._book.running(job_id, nonce)
-        if entry is None:
-            return None
-        entry.note_return(nonce, pin, used_tokens)
-        if self.degraded and not entry.at_store:
-            # Where it waits there as well, it is not known to have begun.
-            entry.at_store = None
+        if entry is not None:
+            entry.note_return(nonce, pin, used_tokens, by_store=not self.degraded)
         return entry
 
     def _note_given_back(self, entry: LiveEntry | None, nonce: str) -> None:
@@ -345,6 +345,7 @@ class FallbackJobQueue:
                 waiting.append(entry.aged(now_s))
         # At once, not one by one: the loop stands still meanwhile.
         own.adopt(waiting)
+        self._minutes.carry(own)
 
     async def _return(self, model: str) -> None:
         """Looks, when the breaker's sleep is over, whether the shared queue answers, and goes back to it."""
@@ -387,13 +388,6 @@ class FallbackJobQueue:
             entry.grant = grant
             self._own.hold(entry.job, grant)
             self._receive(grant)
-
-
-def _verdict_of(error: BaseException) -> Verdict:
-    """What the end of a call says of the shared queue's store; a refusal is an answer."""
-    if isinstance(error, StoreUnavailable):
-        return Verdict.FAILURE
-    return Verdict.SUCCESS if isinstance(error, InterlockError) else Verdict.NEUTRAL
 
 
 def _ignore(grant: Grant) -> None:

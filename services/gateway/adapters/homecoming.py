@@ -18,8 +18,10 @@ from dataclasses import replace
 from services.common.clock import Clock
 from services.common.errors import InterlockError, StoreUnavailable
 from services.gateway.adapters.job_book import JobBook, LiveEntry, OwedEnd
-from services.gateway.core.jobs import Grant, Waiting
-from services.gateway.core.ports import JobQueue
+from services.gateway.adapters.tenant_minutes import MINUTE_S, TenantMinutes
+from services.gateway.core.jobs import Grant, Outcome, Waiting
+from services.gateway.core.log import LogTail
+from services.gateway.core.ports import StoreQueue
 
 # Ends that the store has not heard of; beyond it the oldest are left to the leases, which end them too.
 OWED_MAX = 4_096
@@ -35,17 +37,35 @@ class Homecoming:
     Args:
         store: The queue that all gateways share.
         book: The live jobs.
+        minutes: What tenants used without it.
         clock: Measures.
     """
 
-    def __init__(self, store: JobQueue, book: JobBook, clock: Clock) -> None:
+    def __init__(self, store: StoreQueue, book: JobBook, minutes: TenantMinutes, clock: Clock) -> None:
         self._store = store
         self._book = book
+        self._minutes = minutes
         self._clock = clock
         self._owed: deque[OwedEnd] = deque(maxlen=OWED_MAX)
 
+    def note_end(
+        self, entry: LiveEntry, outcome: Outcome, used_tokens: int, tail: LogTail | None, *, heard: bool
+    ) -> None:
+        """Notes how a job has ended, unless the store has just heard of it, for when that is back.
+
+        Of a job that it knows nothing of it is told what the tenant used.
+        """
+        job = entry.job.having_used(used_tokens)
+        if heard:
+            self._minutes.settle(job)
+        elif entry.told:
+            self.owe(entry.end(outcome, used_tokens, tail))
+        else:
+            self._minutes.use(job)
+
     def owe(self, end: OwedEnd) -> None:
         """Keeps an end that the store has not heard of."""
+        end = replace(end, ended_s=self._clock.monotonic())
         if end.tail is not None and sum(one.tail is not None for one in self._owed) >= TAILS_MAX:
             end = replace(end, tail=None)
         self._owed.append(end)
@@ -69,7 +89,9 @@ class Homecoming:
         await self._tell_ends()
 
     async def _tell_ends(self) -> None:
-        while self._owed:
+        while self._owed or await self._minutes.tell_one(self._store):
+            if not self._owed:
+                continue
             owed = self._owed[0]
             await self._tell_end(owed)
             # At the bound, an end that came meanwhile has pushed it out.
@@ -77,7 +99,7 @@ class Homecoming:
                 self._owed.popleft()
 
     async def _tell_end(self, owed: OwedEnd) -> None:
-        """Without effect where the store knows no such job."""
+        """Where the store knows no such job, its tenant is charged."""
         for nonce in owed.nonces:
             if await self._store.settle(
                 owed.model, owed.job_id, nonce, owed.outcome, owed.used_tokens, owed.tail
@@ -91,6 +113,11 @@ class Homecoming:
             used_tokens=owed.used_tokens,
             outcome=owed.outcome,
         )
+        if owed.tenant and owed.used_tokens and self._clock.monotonic() - owed.ended_s < MINUTE_S:
+            # The call that told the store of the job may not have reached it.
+            await self._store.book(
+                owed.model, owed.tenant, owed.submission, owed.used_tokens, unless=owed.job_id
+            )
 
     async def _bring(self, entry: LiveEntry, granted: Callable[[LiveEntry, Grant], None]) -> None:
         """Tells the store one job as it is now."""

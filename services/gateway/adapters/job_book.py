@@ -75,10 +75,13 @@ class LiveEntry:
         if by_store:
             self.at_store = grant.nonce
 
-    def note_return(self, nonce: str, pin: str, used_tokens: int) -> None:
+    def note_return(self, nonce: str, pin: str, used_tokens: int, *, by_store: bool) -> None:
         """Notes that the job waits again: the revision of its text, if any, and what it has used so far."""
         self.grant, self.returned = None, and_returned(self.returned, nonce)
         self.note_text(pin, used_tokens)
+        if not by_store and not self.at_store:
+            # Where it waits there as well, it is not known to have begun.
+            self.at_store = None
 
     def note_text(self, pin: str, used_tokens: int) -> None:
         """Notes which revision's text the job has, if any, and what it has used so far."""
@@ -92,8 +95,17 @@ class LiveEntry:
         """How the job has ended, for a store that has not heard of it."""
         # A store that is being told that it runs here may know the one or the other.
         nonces = dict.fromkeys(nonce for nonce in (self.at_store, self.grant and self.grant.nonce) if nonce)
-        job = self.stored_job
-        return OwedEnd(job.model, job.job_id, tuple(nonces), job.submission, outcome, used_tokens, tail)
+        job = self.stored_job.having_used(used_tokens)
+        return OwedEnd(
+            job.model,
+            job.job_id,
+            tuple(nonces),
+            job.submission,
+            outcome,
+            job.used_tokens,
+            tail,
+            job.tenant,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +120,9 @@ class OwedEnd:
     used_tokens: int
     # What its log lacks there, of a resumable one.
     tail: LogTail | None = None
+    # Who is charged, where that is known.
+    tenant: str = ""
+    ended_s: float = 0.0
 
 
 class JobBook:

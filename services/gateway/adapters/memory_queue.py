@@ -7,7 +7,6 @@ its store.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -15,17 +14,14 @@ from dataclasses import replace
 from services.common.allowance import Allowance, allowance_of
 from services.common.clock import Clock
 from services.common.errors import NoWorker, QueueFull, QuotaExceeded, RequestExists, RequestUnknown
+from services.gateway.adapters.queue_looks import Looks
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
 from services.gateway.core.log import LogTail, Notice, TakenUp
 from services.gateway.core.queue_errors import ended_error, hopeless, queue_full, tenant_full
 from services.gateway.core.queue_jobs import LiveJob
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.queue_line import QueueLine, QueueWorker
-from services.gateway.core.queue_quota import window_age_s, window_left_s
-from services.gateway.core.tenancy import TenantUsage
-
-# A refusal or failure schedules one look when the worker may be used again; more at once say nothing new.
-_LOOKS_MAX = 64
+from services.gateway.core.tenancy import TenantUsage, part_of
 
 
 class MemoryJobQueue:
@@ -48,18 +44,24 @@ class MemoryJobQueue:
         self._lines: dict[str, QueueLine] = {}
         self._receive: Callable[[Grant], None] = _ignore
         self._tail = write_tail
-        self._looks: set[asyncio.TimerHandle] = set()
+        self._looks = Looks()
 
     def close(self) -> None:
         """Lends nothing any more unless it is asked."""
-        for look in self._looks:
-            look.cancel()
-        self._looks.clear()
+        self._looks.close()
 
-    def set_route(self, model: str, epoch: int, weights: Mapping[str, int]) -> None:
-        """Says which revisions serve; what waits is granted with the next call."""
+    def set_route(self, model: str, epoch: int, weights: Mapping[str, int], gateways: int = 1) -> None:
+        """Says which revisions serve; what waits is granted with the next call.
+
+        Of what its limits grant a tenant this queue lets one of so many gateways' part through.
+        """
         line = self._line(model)
         line.epoch, line.places.weights = epoch, dict(weights)
+        line.quotas.gateways = max(1, gateways)
+
+    def carry(self, model: str, tenant: str, taken_tokens: int, ends_s: float) -> None:
+        """Says what all gateways took of a tenant's minute, once what lives here is known."""
+        self._line(model).quotas.carry(tenant, taken_tokens, ends_s, self._now())
 
     def set_worker(self, model: str, worker: QueueWorker) -> None:
         """Adds a worker or replaces what was known of it; what waits is granted with the next call."""
@@ -277,7 +279,14 @@ class MemoryJobQueue:
         line, now = self._line(model), self._now()
         account = line.quotas.account(tenant, now)
         running = line.jobs.running[tenant]
-        return TenantUsage(window_age_s(now), account.used_tokens, account.reserved_tokens, running)
+        age_s = line.quotas.age_s(now)
+        return TenantUsage(age_s, account.used_tokens, account.reserved_tokens, running)
+
+    async def book(self, model: str, tenant: str, nonce: str, used_tokens: int, *, unless: str = "") -> None:
+        """See `StoreQueue.book`."""
+        line, now = self._line(model), self._now()
+        if line.find(unless) is None and unless not in line.ended:
+            line.quotas.book(tenant, nonce, used_tokens, now, now + self._limits.record_ttl_s)
 
     def _write_tail(self, job_id: str, tail: LogTail | None) -> None:
         if tail is not None and self._tail is not None:
@@ -297,8 +306,11 @@ class MemoryJobQueue:
             return None
         account = line.quotas.account(job.tenant, now)
         taken = account.used_tokens + account.reserved_tokens
-        requests = line.jobs.tenants[job.tenant]
-        return allowance_of(limits.tokens_per_minute, taken, window_left_s(now), limits.concurrency, requests)
+        requests, gateways = line.jobs.tenants[job.tenant], line.quotas.gateways
+        tokens_limit, requests_limit = (
+            part_of(bound, gateways) for bound in (limits.tokens_per_minute, limits.concurrency)
+        )
+        return allowance_of(tokens_limit, taken, line.quotas.left_s(now), requests_limit, requests)
 
     def _line(self, model: str) -> QueueLine:
         return self._lines.setdefault(model, QueueLine())
@@ -347,19 +359,7 @@ class MemoryJobQueue:
         line.put_back(entry, pin=pin)
         line.places.suspect(entry.avoid, self._now() + hold_s)
         self._deliver(self._grant_free(line))
-        self._look_after(line, hold_s)
-
-    def _look_after(self, line: QueueLine, delay_s: float) -> None:
-        """Grants again when a held worker may be used; otherwise its slots idle until the next call."""
-        if len(self._looks) >= _LOOKS_MAX:
-            return
-
-        def look() -> None:
-            self._looks.discard(timer)
-            self._deliver(self._grant_free(line))
-
-        timer = asyncio.get_running_loop().call_later(delay_s, look)
-        self._looks.add(timer)
+        self._looks.after(hold_s, lambda: self._deliver(self._grant_free(line)))
 
     def _is_repeated(self, line: QueueLine, job_id: str, nonce: str) -> bool:
         """Whether a call is the repetition of one whose answer was lost; grants like every call."""

@@ -34,6 +34,7 @@ from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.tenancy import TenantUsage
 
 _OPERATIONS = (
+    "book",
     "cancel",
     "enqueue",
     "grant",
@@ -316,6 +317,10 @@ class RedisJobQueue:
         """See `UsageBook.usage`."""
         age_ms, used, reserved, running = await self._run("usage", model, tenant)
         return TenantUsage(int(age_ms) / 1000, int(used), int(reserved), int(running))
+
+    async def book(self, model: str, tenant: str, nonce: str, used_tokens: int, *, unless: str = "") -> None:
+        """See `StoreQueue.book`."""
+        await self._run("book", model, tenant, nonce, used_tokens, unless)
 
     async def _run(self, name: str, model: str, *args: str | float) -> Any:
         return await self._scripts.run(name, model, *args)

@@ -20,7 +20,7 @@ class FleetView:
         weights: Weight by revision.
         workers: The workers that have a record.
         incarnations: By worker, the name of its process.
-        gateways: How many gateways share the workers.
+        gateways: How many gateways share the workers, and what tenants may take.
     """
 
     epoch: int
@@ -71,11 +71,12 @@ class Standby:
     def make_queue(self) -> MemoryJobQueue:
         """A new queue over all that is known.
 
-        Each gateway lends its share of every worker's slots, at least one: none knows what the others lend.
+        Each gateway lends its share of every worker's slots, and lets its part of what tenants may take
+        through, at least one of each: none knows what the others do.
         """
         queue = MemoryJobQueue(self._clock, self._limits)
         for model, view in self._views.items():
-            queue.set_route(model, view.epoch, view.weights)
+            queue.set_route(model, view.epoch, view.weights, view.gateways)
             for worker in view.workers:
                 share = max(1, worker.slots // max(1, view.gateways))
                 queue.set_worker(model, replace(worker, slots=share))
@@ -92,4 +93,4 @@ class Standby:
         revision, epoch = activated
         weights = view.weights if revision in view.weights else {revision: 1}
         self._views[model] = replace(view, epoch=epoch, weights=weights)
-        queue.set_route(model, epoch, weights)
+        queue.set_route(model, epoch, weights, view.gateways)

@@ -251,6 +251,18 @@ class SharedQueue(JobQueue, UsageBook, BreakerBoard, Protocol):
     """All faces of the one queue: what a gateway is composed of. Everything else asks for one face."""
 
 
+class StoreQueue(SharedQueue, Protocol):
+    """The shared queue itself, which may be away, and learns later what was done without it."""
+
+    async def book(self, model: str, tenant: str, nonce: str, used_tokens: int, *, unless: str = "") -> None:
+        """Charges a tenant's minute for what was used while the queue could not be reached.
+
+        Once, however often it is said with the same `nonce`; not where the queue knows the job `unless`: its
+        end charges it.
+        """
+        ...
+
+
 class Tokenizer(Words, Protocol):
     """Text to token ids and back, with one model's chat template."""
 

@@ -15,6 +15,7 @@ from services.gateway.core.queue_fair import FairShares
 from services.gateway.core.queue_jobs import LiveJob, LiveJobs, place_in
 from services.gateway.core.queue_places import Place, Places, QueueWorker
 from services.gateway.core.queue_quota import QuotaBook
+from services.gateway.core.tenancy import part_of
 
 __all__ = ["EndedJob", "QueueLine", "QueueWorker"]
 
@@ -370,7 +371,7 @@ class QueueLine:
 
     def _new_entry(self, job: QueuedJob, now: float, aging_s: float) -> LiveJob:
         self.last_arrival = max(now, self.last_arrival + ARRIVAL_STEP_S)
-        self.caps[job.tenant] = job.limits.concurrency
+        self.caps[job.tenant] = part_of(job.limits.concurrency, self.quotas.gateways)
         self.ended.pop(job.job_id, None)
         return LiveJob(
             job,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from services.common.errors import QuotaExceeded
+from services.gateway.core.tenancy import part_of
 
 WINDOW_MS = 60_000
 # When running requests hold all of the quota, room comes as they end; nobody knows when.
@@ -26,14 +27,24 @@ class Account:
 
 @dataclass(slots=True)
 class QuotaBook:
-    """The accounts of all tenants of one model."""
+    """The accounts of all tenants of one model.
+
+    Attributes:
+        accounts: By tenant.
+        booked: The nonces of bookings, and until when each is remembered.
+        gateways: How many share what tenants may take while each counts for itself: it lets its part through.
+        began: When some minute began.
+    """
 
     accounts: dict[str, Account] = field(default_factory=dict)
+    booked: dict[str, float] = field(default_factory=dict)
+    gateways: int = 1
+    began: float = 0.0
 
     def account(self, tenant: str, now: float) -> Account:
         """The tenant's account, in the window of now."""
         account = self.accounts.setdefault(tenant, Account())
-        window = round(now * 1000) // WINDOW_MS
+        window = self._ms(now) // WINDOW_MS
         if account.window != window:
             account.window, account.used_tokens = window, 0
         return account
@@ -46,8 +57,9 @@ class QuotaBook:
         """
         account = self.account(tenant, now)
         taken = account.used_tokens + account.reserved_tokens
-        if limit is not None and taken + tokens > limit:
-            raise quota_exceeded(tokens, taken, limit, window_left_s(now))
+        part = part_of(limit, self.gateways)
+        if limit is not None and part is not None and taken + tokens > part:
+            raise quota_exceeded(tokens, taken, part, self.left_s(now), whole=limit)
         account.reserved_tokens += tokens
 
     def settle(self, tenant: str, reserved_tokens: int, used_tokens: int, now: float) -> None:
@@ -56,22 +68,45 @@ class QuotaBook:
         account.reserved_tokens -= reserved_tokens
         account.used_tokens += used_tokens
 
+    def book(self, tenant: str, nonce: str, tokens: int, now: float, kept_until: float) -> None:
+        """Charges what was used elsewhere: once, however often it is said until then."""
+        self.booked = {known: until for known, until in self.booked.items() if until > now}
+        if nonce not in self.booked:
+            self.booked[nonce] = kept_until
+            self.account(tenant, now).used_tokens += tokens
 
-def window_age_s(now: float) -> float:
-    """Seconds since the window of `now` began."""
-    return round(now * 1000) % WINDOW_MS / 1000
+    def carry(self, tenant: str, taken_tokens: int, ends_at: float, now: float) -> None:
+        """Goes on with a minute that ends later, of which all gateways took so much, with this one's part.
+
+        What is reserved here is among what they took.
+        """
+        self.began = ends_at - WINDOW_MS / 1000
+        account = self.account(tenant, now)
+        account.used_tokens = max(0, -(-taken_tokens // self.gateways) - account.reserved_tokens)
+
+    def age_s(self, now: float) -> float:
+        """Seconds since the window of `now` began."""
+        return self._ms(now) % WINDOW_MS / 1000
+
+    def left_s(self, now: float) -> float:
+        """Seconds until the window of `now` ends."""
+        return (WINDOW_MS - self._ms(now) % WINDOW_MS) / 1000
+
+    def _ms(self, now: float) -> int:
+        return round((now - self.began) * 1000)
 
 
-def window_left_s(now: float) -> float:
-    """Seconds until the window of `now` ends."""
-    return (WINDOW_MS - round(now * 1000) % WINDOW_MS) / 1000
+def quota_exceeded(
+    tokens: int, taken: int, limit: int, left_s: float, *, whole: int | None = None
+) -> QuotaExceeded:
+    """The refusal with its numbers; one that no window could hold is not worth another try.
 
-
-def quota_exceeded(tokens: int, taken: int, limit: int, left_s: float) -> QuotaExceeded:
-    """The refusal with its numbers; one that no window could hold is not worth another try."""
-    if tokens > limit:
+    `limit` may be one gateway's part of the `whole`, all of which counts again once the store is back.
+    """
+    whole = limit if whole is None else whole
+    if tokens > whole:
         error = QuotaExceeded(
-            f"The request may take {tokens} tokens; the limit is {limit} a minute. Ask for fewer max_tokens."
+            f"The request may take {tokens} tokens; the limit is {whole} a minute. Ask for fewer max_tokens."
         )
         error.retryable = False
         return error

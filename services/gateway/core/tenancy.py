@@ -48,6 +48,11 @@ class TenantBounds:
         )
 
 
+def part_of(bound: int | None, gateways: int) -> int | None:
+    """One of several gateways' part of a bound, at least 1; none of what is not bounded."""
+    return None if bound is None else max(1, bound // gateways)
+
+
 def _least(asked: int | None, most: int | None) -> int | None:
     """The smaller one of two bounds of which either may be missing; what may be told where there is one."""
     return min((min(bound, LIMIT_MAX) for bound in (asked, most) if bound is not None), default=None)

@@ -233,7 +233,7 @@ local function finish_job(job, outcome, used_tokens)
   redis.call('ZREM', PREFIX .. 'lease', job.id)
   redis.call('HDEL', PREFIX .. 'owned:' .. job.owner, job.id)
   redis.call('DEL', PREFIX .. 'job:' .. job.id, PREFIX .. 'payload:' .. job.id)
-  redis.call('HSET', PREFIX .. 'job:' .. job.id, 'state', outcome, 'submission', job.submission, 'used', used)
+  store_job({ id = job.id, state = outcome, submission = job.submission, used = used, stopped_by = job.stopped_by })
   redis.call('PEXPIRE', PREFIX .. 'job:' .. job.id, RECORD_MS)
   if job.keep_ms then keep_log(job) end
 end
