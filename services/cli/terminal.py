@@ -44,8 +44,8 @@ class Terminal:
                 self._took_s[notice.id] = notice.took_s
                 _say(f"  {notice.id:<14} ready after {notice.took_s:5.1f} s   {notice.address}")
             case ModelRead():
-                amount = f"{notice.read_bytes / 1e9:.1f} of {notice.size_bytes / 1e9:.1f} GB"
-                _say(f"  {notice.id:<14} reads the model: {amount}")
+                share = notice.read_bytes / max(notice.size_bytes, 1)
+                _say(f"  {notice.id:<14} reads the model: {share:.0%} of {notice.size_bytes / 1e9:.1f} GB")
             case MeshReady():
                 self._ready = True
                 self._tell_ready(notice.state)

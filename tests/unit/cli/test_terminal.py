@@ -52,4 +52,4 @@ def test_who_waits_for_a_large_model_sees_how_far_it_is(
 ) -> None:
     """A line under the controller's name."""
     Terminal(home, 0.0).tell(ModelRead("controller-1", 12_340_000_000, 140_000_000_000))
-    assert capsys.readouterr().out == "  controller-1   reads the model: 12.3 of 140.0 GB\n"
+    assert capsys.readouterr().out == "  controller-1   reads the model: 9% of 140.0 GB\n"
