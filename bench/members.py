@@ -37,7 +37,7 @@ from rich.console import Console
 
 from services.common.credential import mesh_metadata
 from services.common.tokens import mint
-from services.local import redis_server
+from services.local import probes, redis_server
 from tests.fixtures.tiny_tokenizer import write_tokenizer
 
 MODEL, SECOND = "bench-members", "second"
@@ -232,6 +232,8 @@ async def measure(workers: int) -> dict[str, Any]:
         controller = stack.enter_context(process((sys.executable, "-m", "services.controller"), environment))
         with console.status("The controller starts"):
             address = await asyncio.to_thread(announced, file, controller)
+            # It listens before it leads, and refuses whoever attaches meanwhile.
+            await asyncio.wait_for(probes.until(lambda: probes.serving(address)), LIMIT_S)
         async with AsyncExitStack() as channels:
             stubs = [
                 ControllerServiceStub(

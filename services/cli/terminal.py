@@ -13,7 +13,7 @@ from pathlib import Path
 
 from services.local.child import Exited, NotStarted, Started
 from services.local.home import DEFAULT, Home
-from services.local.mesh import PartReady
+from services.local.mesh import ModelRead, PartReady
 from services.local.session import MeshReady, Notice, Stopping
 from services.local.state import MeshState
 
@@ -43,6 +43,9 @@ class Terminal:
             case PartReady():
                 self._took_s[notice.id] = notice.took_s
                 _say(f"  {notice.id:<14} ready after {notice.took_s:5.1f} s   {notice.address}")
+            case ModelRead():
+                share = notice.read_bytes / max(notice.size_bytes, 1)
+                _say(f"  {notice.id:<14} reads the model: {share:.0%} of {notice.size_bytes / 1e9:.1f} GB")
             case MeshReady():
                 self._ready = True
                 self._tell_ready(notice.state)

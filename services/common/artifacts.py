@@ -18,7 +18,7 @@ import stat
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from services.common.errors import ArtifactInvalid, InternalError
 from services.common.known_digests import KnownDigests
@@ -59,6 +59,8 @@ CONFIG_BYTES_MAX = 4 << 20
 
 # How often a process looks whether another one has finished the same download.
 LOCK_POLL_S = 0.1
+# As hashlib reads a file.
+_READ_BYTES = 1 << 18
 
 # A plain name: no separator, no leading dot, nothing that a shell or a URL would read otherwise.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]*")
@@ -86,10 +88,14 @@ class FileDigest:
     sha256: str
 
 
-def describe(directory: Path) -> tuple[FileDigest, ...]:
+def describe(directory: Path, on_progress: Progress = lambda _done, _total: None) -> tuple[FileDigest, ...]:
     """Returns the files of a model in `directory` with their digests, sorted by path. Blocks; reads all.
 
     Hidden entries and kinds that nothing loads (a README, a picture) are left out.
+
+    Args:
+        directory: Where the model lies.
+        on_progress: Is told in this thread how many bytes were read, of how many: with 0 at first.
 
     Raises:
         ArtifactInvalid: The directory cannot be read, or an entry breaks a rule.
@@ -99,7 +105,15 @@ def describe(directory: Path) -> tuple[FileDigest, ...]:
     except OSError:
         raise ArtifactInvalid("The model's directory does not exist or cannot be read.") from None
     names = [entry.name for entry in entries if _belongs(entry, directory)]
-    files = tuple(_describe_file(directory / name) for name in names)
+    size_bytes, done_bytes = sum(_size_bytes(directory / name) for name in names), 0
+
+    def read(more_bytes: int) -> None:
+        nonlocal done_bytes
+        done_bytes += more_bytes
+        on_progress(done_bytes, size_bytes)
+
+    on_progress(0, size_bytes)
+    files = tuple(_describe_file(directory / name, read) for name in names)
     check_files(files)
     for file in files:
         if file.path.endswith("config.json"):
@@ -291,7 +305,14 @@ def _stays_inside(link: Path, directory: Path) -> bool:
         return False
 
 
-def _describe_file(path: Path) -> FileDigest:
+def _size_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        raise ArtifactInvalid(f"{path.name!a}: cannot be read.") from None
+
+
+def _describe_file(path: Path, on_read: Callable[[int], None]) -> FileDigest:
     _check_name(path.name)
     try:
         with path.open("rb") as stream:
@@ -300,10 +321,19 @@ def _describe_file(path: Path) -> FileDigest:
                 raise ArtifactInvalid(f"{path.name}: not a regular file.")
             if facts.st_size > _bytes_max(path.name):
                 raise ArtifactInvalid(f"{path.name}: {facts.st_size} bytes; at most {_bytes_max(path.name)}.")
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            return FileDigest(path.name, stream.tell(), digest)
+            return FileDigest(path.name, *_read_digest(stream, on_read))
     except OSError:
         raise ArtifactInvalid(f"{path.name}: cannot be read.") from None
+
+
+def _read_digest(stream: IO[bytes], on_read: Callable[[int], None]) -> tuple[int, str]:
+    """How many bytes there are, and their digest."""
+    hashed, size_bytes = hashlib.sha256(), 0
+    while piece := stream.read(_READ_BYTES):
+        hashed.update(piece)
+        size_bytes += len(piece)
+        on_read(len(piece))
+    return size_bytes, hashed.hexdigest()
 
 
 def _check_name(path: str) -> None:

@@ -21,7 +21,7 @@ from services.controller import http_servicer, servicer
 from services.controller.adapters.artifact_home import ArtifactHome
 from services.controller.adapters.artifact_store import ArtifactStore
 from services.controller.adapters.file_rollouts import FileRolloutRecords
-from services.controller.adapters.local_revisions import read_revision
+from services.controller.adapters.first_revision import FirstRevision
 from services.controller.adapters.mirrored_rollouts import MirroredRolloutRecords
 from services.controller.adapters.prometheus_controller import ControllerCollector
 from services.controller.adapters.redis_breakers import RedisBreakerFleet
@@ -68,7 +68,6 @@ async def run(
     redis = redis_client.connect(settings.redis_url.get_secret_value())
     try:
         tokens = trust.build(settings, clock, redis if store is None else None)
-        first = await _first_revision(settings, clock)
         world = _World(
             store or RedisRouteStore(redis),
             lead
@@ -79,7 +78,7 @@ async def run(
             clock,
             home,
         )
-        await _serve(settings, first, world, tokens, wait)
+        await _serve(settings, world, tokens, wait)
     finally:
         await redis.close()
 
@@ -99,24 +98,6 @@ def _home(settings: ControllerConfig) -> ArtifactHome | None:
     """Where uploaded revisions are kept, if not on this machine alone."""
     url = settings.artifacts_url.get_secret_value()
     return ArtifactHome(ArtifactStore(url), settings.model_name) if url else None
-
-
-async def _first_revision(settings: ControllerConfig, clock: Clock) -> Revision:
-    """The revision that the mesh is started with; every byte of it is read, once."""
-    revision = await asyncio.to_thread(
-        read_revision,
-        settings.model_path,
-        model=settings.model_name,
-        quantization=settings.quantization,
-        compute_dtype=settings.compute_dtype,
-        context_tokens=settings.context_tokens,
-        now_s=clock.now(),
-    )
-    manifest = revision.manifest
-    logs.get_logger().info(
-        "revision.registered", model=manifest.model, revision=manifest.revision, files=len(manifest.files)
-    )
-    return revision
 
 
 async def _begin(
@@ -155,21 +136,27 @@ async def _begin(
     return servicer.ControllerTerm(coordinator, catalog, uploads.files, uploads, records)
 
 
-async def _serve(
-    settings: ControllerConfig, first: Revision, world: _World, tokens: Trust, wait: server.Wait
-) -> None:
+async def _lead(leadership: Leadership[servicer.ControllerTerm], first: FirstRevision) -> None:
+    """Leads whenever it may. Before it knows its model the lead would be of no use to anybody."""
+    await first.read()
+    await leadership.run()
+
+
+async def _serve(settings: ControllerConfig, world: _World, tokens: Trust, wait: server.Wait) -> None:
     await tokens.load()
     mesh_only = MeshOnly(settings.mesh_token.get_secret_value(), servicer.MESH_METHODS)
     serving = server.create(
         (servicer.SERVICE, http_servicer.SERVICE), world.clock, interceptors=[mesh_only, *tokens.interceptors]
     )
+    first = FirstRevision(settings, world.clock)
     leadership = Leadership(
         world.lead,
-        lambda tenure: _begin(settings, first, world, tenure),
+        lambda tenure: _begin(settings, first.revision, world, tenure),
         world.clock,
         ttl_s=settings.lead_ttl_s,
         on_change=serving.set_serving,
     )
+    leadership.refuse("The controller reads its model and does not lead yet; ask again.")
     service = servicer.ControllerServicer(
         leadership, tokens.verifier, world.clock, tokens.revocations, world.breakers
     )
@@ -183,7 +170,7 @@ async def _serve(
     exposition = metrics.expose(settings.metrics_bind, numbers)
     announce.write(settings.announce_file, id=settings.id, address=address, metrics=exposition.address)
     logs.get_logger().info("process.started", address=address)
-    leading = asyncio.create_task(leadership.run(), name="controller.leadership")
+    leading = asyncio.create_task(_lead(leadership, first), name="controller.leadership")
     trusting = asyncio.create_task(tokens.run(), name="controller.trust")
 
     async def drain() -> None:
@@ -195,7 +182,8 @@ async def _serve(
     waiting = asyncio.ensure_future(wait(drain))
     tasks: tuple[asyncio.Future[None], ...] = (waiting, leading, trusting)
     try:
-        # A leadership that ends by itself has a defect; the process ends with it and is started again.
+        # A leadership that ends by itself has a defect, or a model that cannot be served: the process ends
+        # with it and is started again.
         await asyncio.wait({waiting, leading}, return_when=asyncio.FIRST_COMPLETED)
         if leading.done() and not leading.cancelled():
             leading.result()

@@ -1,7 +1,8 @@
 """The mesh on one machine. Owns: which processes there are, the order of their start and end, and the state.
 
-Everything depends on the store, members on the controller, Envoy on the gateways' addresses. Members
-start together, for loading a model takes longest and nothing of it needs the others.
+Everything depends on the store, members on the controller's address, Envoy on the gateways'. Members start
+together, and while the controller reads the model: that and loading it take longest, and what comes before
+them needs nobody else.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 from deploy.envoy.parameters import Endpoint, Parameters
@@ -26,6 +26,7 @@ from services.local.parts import MeshPlan, ServicePart
 from services.local.ports import Ports
 from services.local.state import MeshState, Part
 from services.local.supervisor import PartFailed, StopStage, Supervisor, failed
+from services.local.waits import together, unless_failed
 
 LOOPBACK = "127.0.0.1"
 
@@ -33,6 +34,8 @@ LOOPBACK = "127.0.0.1"
 _START_TIMEOUT_S = 60.0
 # The controller gives a preparation 600 s; what it says then is better than what we could.
 _WORKER_TIMEOUT_S = 660.0
+# The controller reads the model whole before it leads; a worker does so as well, and has as long for it.
+_LEAD_TIMEOUT_S = 660.0
 # Each look is a line in the controller's log.
 _LIST_INTERVAL_S = 0.5
 # How long a restarted process may take to say where it listens before the state file keeps the old word.
@@ -60,6 +63,21 @@ class PartReady:
     took_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class ModelRead:
+    """A controller reads the model, and cannot lead before it has.
+
+    Attributes:
+        id: Its name.
+        read_bytes: How much it has read.
+        size_bytes: Of how much.
+    """
+
+    id: str
+    read_bytes: int
+    size_bytes: int
+
+
 class LocalMesh:
     """One mesh: its processes, from the first start to the last end.
 
@@ -78,7 +96,7 @@ class LocalMesh:
         plan: MeshPlan,
         ports: Ports,
         clock: Clock,
-        tell: Callable[[Event | PartReady], None],
+        tell: Callable[[Event | PartReady | ModelRead], None],
         *,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
@@ -104,8 +122,10 @@ class LocalMesh:
         self._started_s = self._clock.monotonic()
         redis = await self._start_redis()
         controllers = await self._start_controllers()
-        workers, gateways = await self._start_members(json.dumps([part.address for part in controllers]))
-        envoy, admin = await self._start_envoy(gateways, controllers)
+        # One whose model cannot be served ends while it reads it.
+        workers, gateways, envoy, admin = await unless_failed(
+            self._start_others(controllers), [self._ended(part) for part in controllers]
+        )
         await self._all_serving(workers, gateways, envoy, controllers)
         self._state = MeshState(
             http=f"http://{envoy.address}",
@@ -163,7 +183,7 @@ class LocalMesh:
         return self._tell_ready(Part("redis", self._redis_url, child.pid or 0))
 
     async def _start_controllers(self) -> tuple[Part, ...]:
-        """Starts them one after the other, so that the first one leads."""
+        """Starts them one after the other; whichever has read the model first leads, mostly the first one."""
         return tuple(
             [
                 await self._start_service(
@@ -172,6 +192,13 @@ class LocalMesh:
                 for number, port in enumerate(self._ports.controllers, 1)
             ]
         )
+
+    async def _start_others(
+        self, controllers: tuple[Part, ...]
+    ) -> tuple[tuple[Part, ...], tuple[Part, ...], Part, str]:
+        """Starts members and Envoy; returns them, and Envoy's admin address."""
+        workers, gateways = await self._start_members(json.dumps([part.address for part in controllers]))
+        return workers, gateways, *await self._start_envoy(gateways, controllers)
 
     async def _start_members(self, controllers: str) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
         shared = self._shared()
@@ -189,7 +216,7 @@ class LocalMesh:
         async def start(id_: str) -> None:
             listening[id_] = await self._start_service(found[id_])
 
-        await _together(*(start(id_) for id_ in found))
+        await together(*(start(id_) for id_ in found))
         return tuple(listening[part.id] for part in workers), tuple(listening[part.id] for part in gateways)
 
     async def _start_service(self, service: ServicePart) -> Part:
@@ -232,24 +259,29 @@ class LocalMesh:
         controllers: tuple[Part, ...],
     ) -> None:
         """Waits until every member says SERVING, and a request could pass through Envoy."""
+        ended = [self._ended(part) for part in (*workers, *gateways)]
+        # The members' time begins when somebody can tell them what to prepare.
+        await unless_failed(self._led(controllers), ended)
         token = owner_token(self._home, _WORKER_TIMEOUT_S)
         # Whichever leads lists the workers; the others refuse.
         listed = [self._worker_failure(part, told, token) for part in workers for told in controllers]
-        serving = _together(
-            self._led(controllers),
+        serving = together(
             *(self._member_serving(part, controllers) for part in workers),
             # A gateway serves when it has the tokenizer, which the first worker's revision decides.
             *(self._member_serving(part, controllers) for part in gateways),
         )
-        await _unless_failed(serving, listed)
+        await unless_failed(serving, listed)
         passes = probes.until(lambda: probes.http_ok(envoy.address, "/readyz"))
         await self._supervisor.ready(self._children["envoy"], passes, _START_TIMEOUT_S)
         self._tell_ready(envoy)
 
     async def _led(self, controllers: tuple[Part, ...]) -> None:
         """Waits until one controller leads; the others say NOT_SERVING, and are ready for that."""
+        told: dict[str, tuple[int, int]] = {}
 
         async def leader() -> Part | None:
+            for part in controllers:
+                self._tell_read(part, told)
             found = await asyncio.gather(
                 *(probes.serving(part.address) for part in controllers), return_exceptions=True
             )
@@ -258,10 +290,24 @@ class LocalMesh:
             )
 
         leading = await self._supervisor.ready(
-            self._children[controllers[0].id], probes.until(leader), _START_TIMEOUT_S
+            self._children[controllers[0].id], probes.until(leader), _LEAD_TIMEOUT_S
         )
         for part in (leading, *(part for part in controllers if part is not leading)):
             self._tell_ready(part)
+
+    def _tell_read(self, part: Part, told: dict[str, tuple[int, int]]) -> None:
+        """Tells how much of the model a controller has read, where its log has something new."""
+        child = self._children[part.id]
+        read = revision_log.model_read(child.log, child.log_start_bytes)
+        if read is not None and read != told.get(part.id):
+            told[part.id] = read
+            self._tell(ModelRead(part.id, *read))
+
+    async def _ended(self, part: Part) -> None:
+        """Raises PartFailed when the process has ended without being asked to; else never ends."""
+        child = self._children[part.id]
+        await child.crashed()
+        raise failed(child, "ended at its start")
 
     async def _member_serving(self, part: Part, controllers: tuple[Part, ...]) -> None:
         """Waits until it serves; a member that lives but could not prepare the model is an error at once."""
@@ -330,30 +376,6 @@ class LocalMesh:
 
     def _ids(self, service: str) -> tuple[str, ...]:
         return tuple(part.id for part in self._services.values() if part.service == service)
-
-
-async def _together(*waits: Coroutine[Any, Any, None]) -> None:
-    """Waits for all; the first failure ends the others and is raised as it is."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for wait in waits:
-                group.create_task(wait)
-    except* PartFailed as failures:
-        raise failures.exceptions[0] from None
-
-
-async def _unless_failed(wanted: Coroutine[Any, Any, None], watches: list[Coroutine[Any, Any, None]]) -> None:
-    """Waits for `wanted`, unless one of the watches raises first."""
-    main = asyncio.ensure_future(wanted)
-    watching = [asyncio.ensure_future(watch) for watch in watches]
-    try:
-        done, _ = await asyncio.wait({main, *watching}, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in (main, *watching):
-            task.cancel()
-        await asyncio.gather(main, *watching, return_exceptions=True)
 
 
 def _without_secrets(url: str) -> str:

@@ -13,7 +13,7 @@ from services.common.clock import Clock
 from services.common.end_signals import end_signals
 from services.local.child import Event
 from services.local.home import Home, HomeUnusable
-from services.local.mesh import LocalMesh, PartReady
+from services.local.mesh import LocalMesh, ModelRead, PartReady
 from services.local.owner_token import TOKEN_TTL_S, owner_token, renewed_token
 from services.local.parts import MeshPlan
 from services.local.ports import Ports
@@ -37,7 +37,7 @@ class Stopping:
     """Somebody asked for the end."""
 
 
-Notice = Event | PartReady | MeshReady | Stopping
+Notice = Event | PartReady | ModelRead | MeshReady | Stopping
 
 
 async def run(home: Home, plan: MeshPlan, ports: Ports, clock: Clock, tell: Callable[[Notice], None]) -> None:

@@ -27,6 +27,7 @@ from services.common.errors import (
 from services.common.status import read_error
 from tests.fakes.controller_ports import MemoryRouteStore
 from tests.fakes.controller_process import LEASE_TTL_S, WEIGHTS, Controller, bearer, started
+from tests.fixtures.waiting import until
 
 WORKER, GATEWAY = pb.MEMBER_KIND_WORKER, pb.MEMBER_KIND_GATEWAY
 
@@ -278,6 +279,7 @@ async def test_health_follows_the_store(tmp_path: Path, store: MemoryRouteStore)
     async with started(tmp_path, store) as controller, controller.member() as worker:
         response = await controller.health.Check(health_pb2.HealthCheckRequest())
         assert response.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await until(lambda: store.calls)
         await worker.hello(WORKER, "w", "1")
         error = await worker.end()
         assert error is not None
@@ -315,5 +317,5 @@ async def test_restart_keeps_the_route(tmp_path: Path, store: MemoryRouteStore) 
 async def test_model_that_cannot_be_served(tmp_path: Path, store: MemoryRouteStore) -> None:
     """A start with settings that the model cannot meet ends with the reason."""
     with pytest.raises(ArtifactInvalid, match="at most 64"):
-        async with started(tmp_path, store, context_tokens=65):
-            pass
+        async with started(tmp_path, store, context_tokens=65) as controller:
+            await controller.serving()

@@ -19,7 +19,7 @@ from interlock.v1 import controller_service_pb2 as pb
 
 from services.common import channel
 from tests.fakes.controller_ports import FakeMember
-from tests.fakes.controller_process import JWT_SECRET, MESH_TOKEN, write_model
+from tests.fakes.controller_process import JWT_SECRET, MESH_TOKEN, WEIGHTS, write_model
 from tests.fixtures.redis_server import RedisServer
 
 # Starting Python and importing grpc on a busy machine.
@@ -101,6 +101,28 @@ async def test_taken_port_is_named(tmp_path: Path, redis_server: RedisServer) ->
             assert second.returncode == 2
             assert f"Port {address.rpartition(':')[2]} " in told.decode()
             assert "Traceback" not in told.decode()
+
+
+async def test_a_process_whose_model_cannot_be_read_yet_listens_and_ends(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    """A file that never comes holds up neither the port nor the end at SIGTERM."""
+    model = write_model(tmp_path / "slow")
+    (model / "tokenizer.json").unlink()
+    os.mkfifo(model / "tokenizer.json")
+    async with process(tmp_path, redis_server.url, MODEL_PATH=str(model)) as controller:
+        line = await logged(controller, "hashing.started")
+        assert (line["service"], line["instance"]) == ("controller", "c-1")
+        assert line["size_bytes"] > len(WEIGHTS)
+        announced = json.loads((tmp_path / "announce.json").read_text())
+        async with channel.connect(announced["address"]) as connection:
+            stub: Any = health_pb2_grpc.HealthStub(connection)
+            response = await stub.Check(health_pb2.HealthCheckRequest())
+            assert response.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        controller.send_signal(signal.SIGTERM)
+        _, told = await asyncio.wait_for(controller.communicate(), START_TIMEOUT_S)
+        assert b"process.stopped" in told
+        assert controller.returncode == 0
 
 
 async def test_unusable_model_is_told(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import IO
 
-from services.common.artifacts import describe, tokenizer_digest
+from services.common.artifacts import Progress, describe, tokenizer_digest
 from services.common.errors import ArgumentInvalid, ArtifactInvalid
 from services.controller.core.catalog import Catalog, Manifest, ModelFile, Revision
 
@@ -30,6 +30,7 @@ def read_revision(
     compute_dtype: str,
     context_tokens: int,
     now_s: float,
+    on_progress: Progress = lambda _done, _total: None,
 ) -> Revision:
     """Describes the model in `directory`; reads every byte of it, so call it in a thread.
 
@@ -40,11 +41,12 @@ def read_revision(
         compute_dtype: The format of activations; `auto`: the worker's device decides.
         context_tokens: Most tokens of prompt and output; 0: as many as the model was made for.
         now_s: Seconds since the epoch; a file from the future is as old as this.
+        on_progress: See `describe`.
 
     Raises:
         ArtifactInvalid: The directory is no model, or a file of it breaks a rule.
     """
-    files = describe(directory)
+    files = describe(directory, on_progress)
     names = {file.path for file in files}
     if "config.json" not in names:
         raise ArtifactInvalid("The model's directory has no config.json.")

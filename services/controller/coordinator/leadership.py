@@ -90,7 +90,7 @@ class Leadership(Generic[T]):
         """Asks for the lead and leads, again and again, until it is cancelled."""
         while True:
             tenure = Tenure(self._lead, await self._elected(), self._clock, ttl_s=self._ttl_s)
-            self._refuse("The controller begins to lead; ask again.")
+            self.refuse("The controller begins to lead; ask again.")
             async with _renewed(tenure):
                 used = await self._lead_once(tenure)
             if not used and not tenure.lost:
@@ -98,6 +98,10 @@ class Leadership(Generic[T]):
                 await self.leave()
                 # Another one may have a disk that answers.
                 await asyncio.sleep(2 * self._ttl_s)
+
+    def refuse(self, why: str) -> None:
+        """Members and operators hear this from now on, until there is something else to say."""
+        self._refusal = NotLeader.at_the_door(why, retry_after_s=TICK_S)
 
     async def leave(self) -> None:
         """Lets the lead go, so that the next controller need not wait for the lease to end.
@@ -119,7 +123,7 @@ class Leadership(Generic[T]):
                 if standing.fence:
                     logs.get_logger().info("controller.elected", fence=standing.fence)
                     return standing.fence
-                self._refuse(_leader_of(standing.leader_id))
+                self.refuse(_leader_of(standing.leader_id))
                 if told != standing.leader_id:
                     told = standing.leader_id
                     logs.get_logger().info("controller.standing_by", leader=told or "nobody")
@@ -151,7 +155,7 @@ class Leadership(Generic[T]):
             return await self._serve(term)
         finally:
             self._term = None
-            self._refuse("This controller does not lead any more; ask another one.")
+            self.refuse("This controller does not lead any more; ask another one.")
             term.coordinator.close("The controller does not lead any more.")
             term.close()
 
@@ -177,9 +181,6 @@ class Leadership(Generic[T]):
                 task.cancel()
             await asyncio.gather(leading, beginning, deposed, return_exceptions=True)
             await self._on_change(False)
-
-    def _refuse(self, why: str) -> None:
-        self._refusal = NotLeader.at_the_door(why, retry_after_s=TICK_S)
 
 
 @contextlib.asynccontextmanager

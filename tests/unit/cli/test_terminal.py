@@ -11,6 +11,7 @@ import pytest
 from services.cli.terminal import Terminal
 from services.local.child import Exited, NotStarted
 from services.local.home import Home
+from services.local.mesh import ModelRead
 
 
 class _FullOnce(io.TextIOWrapper):
@@ -44,3 +45,11 @@ def test_a_closed_output_is_no_failure(home: Home, tmp_path: Path, monkeypatch: 
     with (tmp_path / "up.log").open("w") as file:
         monkeypatch.setattr("sys.stdout", file)
     Terminal(home, 0.0).tell(Exited("worker-1", 1, 0.2))
+
+
+def test_who_waits_for_a_large_model_sees_how_far_it_is(
+    home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line under the controller's name."""
+    Terminal(home, 0.0).tell(ModelRead("controller-1", 12_340_000_000, 140_000_000_000))
+    assert capsys.readouterr().out == "  controller-1   reads the model: 9% of 140.0 GB\n"

@@ -101,6 +101,14 @@ def test_describe(tmp_path: Path) -> None:
     assert describe(tmp_path) == (digest("chat.jinja", b"x"), *FILES)
 
 
+def test_describing_is_followed(tmp_path: Path) -> None:
+    """Whoever waits hears how much there is, then how much was read, and no more."""
+    seen: list[tuple[int, int]] = []
+    describe(write(tmp_path, README_md=b"hello", chat_jinja=b""), lambda *told: seen.append(told))
+    total = sum(file.size_bytes for file in FILES)
+    assert seen == [(0, total), (2, total), (total, total)]
+
+
 def test_describe_nothing(tmp_path: Path) -> None:
     """A directory that does not exist is told without its path."""
     with pytest.raises(ArtifactInvalid) as caught:

@@ -53,6 +53,15 @@ def test_a_failed_revision_is_found_in_the_log_of_this_run(tmp_path: Path) -> No
     assert revision_log.failure(tmp_path / "absent.log", 0, "gateway-1") is None
 
 
+def test_how_far_a_model_is_read_is_found_in_the_log_of_this_run(tmp_path: Path) -> None:
+    """The last word counts, and none of an earlier run."""
+    log = tmp_path / "controller-1.log"
+    lines = [{"event": "hashing.advanced", "read_bytes": read, "size_bytes": 9} for read in (3, 6)]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "rpc.finished"}\n')
+    assert revision_log.model_read(log, 0) == (6, 9)
+    assert revision_log.model_read(log, size_bytes(log)) is None
+
+
 def test_the_tail_leaves_out_an_earlier_run(tmp_path: Path) -> None:
     """Only what was written since counts; a log that was begun anew counts whole."""
     log = tmp_path / "part.log"
