@@ -212,11 +212,9 @@ class Chronicle:
             logs.get_logger().error("chronicle.crashed", request_id=self._job.request_id, exc_info=True)
             await asyncio.sleep(RETRY_LAST_S)
             return
-        if is_known:
-            self._silent_since_s = None
-        elif self._is_away(began_s):
+        if not is_known and self._is_away(began_s):
             self._outrun(grant)
-        else:
+        elif not is_known:
             await self._rest()
 
     def _is_away(self, began_s: float) -> bool:
@@ -239,7 +237,7 @@ class Chronicle:
         self._pause_s = min(2 * self._pause_s, RETRY_LAST_S)
 
     async def _append(self, grant: Grant) -> bool:
-        """Writes what comes next; returns whether the store knows of the job at all."""
+        """Writes what comes next; returns whether the store knows the job, or has just been told of it."""
         position = self._written
         entries = self._said[position : position + EVENTS_AT_ONCE_MAX]
         job, used_tokens = self._job, self._text.charged_tokens()
@@ -258,31 +256,33 @@ class Chronicle:
                 self.pause()
                 self._author.overflow()
             case AppendOutcome.STALE:
-                await self._judge(grant)
+                self._silent_since_s = None
+                if await self._judge(grant):
+                    await self._rest()
             case AppendOutcome.LOST:
-                # It was emptied, and for a gateway with a queue of its own it is not back yet.
-                await self._judge(grant)
-                return False
+                return not await self._judge(grant)
         return True
 
     def _note_known(self) -> None:
         """The store knows the slot: its next trouble is a new one."""
         self._pause_s = RETRY_FIRST_S
-        self._disputed = None
+        self._disputed = self._silent_since_s = None
 
-    async def _judge(self, grant: Grant) -> None:
-        """Was the slot returned meanwhile, or is the job another gateway's?"""
+    async def _judge(self, grant: Grant) -> bool:
+        """Was the slot returned meanwhile, is the job another gateway's, or is the store to be told of it?
+
+        Returns whether the queue has confirmed the slot before, to no effect: it is the gateway's own, and a
+        store that came back empty has not been told yet.
+        """
         if self._sealed or self._grant is not grant:
-            return
+            return False
         if self._closing:
             # The call that gives the slot back finds out, and carries the tail.
             self.pause()
-            return
+            return False
         await self._author.dispute(grant)
-        if self._disputed is grant:
-            # The gateway's own queue confirms what a store that came back empty has not been told yet.
-            await self._rest()
-        self._disputed = grant
+        is_again, self._disputed = self._disputed is grant, grant
+        return is_again
 
     def _note_written(self, end: int) -> None:
         self._written = max(self._written, end)

@@ -89,7 +89,7 @@ async def test_a_store_that_came_back_empty_keeps_no_stream_waiting(world: World
     stream = await world.dispatcher.submit(job(resumable=True))
     assert isinstance(await anext(stream), Started)
     world.logs.entries.clear()
-    world.logs.answers = [Appended(AppendOutcome.LOST)]
+    world.logs.answers = [Appended(AppendOutcome.LOST)] * 100
     (attempt,) = world.workers.attempts
     attempt.sink.output(Output(0, ids("ab")))
     assert await anext(stream) == Chunk(0, "ab", ids("ab"))
