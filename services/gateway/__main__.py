@@ -24,6 +24,7 @@ from services.gateway.adapters.controller_link import ControllerLink, Membership
 from services.gateway.adapters.counted_workers import CountedWorkerPool
 from services.gateway.adapters.fallback_queue import FallbackJobQueue
 from services.gateway.adapters.grpc_worker import GrpcWorkerPool
+from services.gateway.adapters.guarded_directory import GuardedRequestDirectory
 from services.gateway.adapters.guarded_workers import GuardedWorkerPool
 from services.gateway.adapters.prometheus_meter import GatewayCollector, PrometheusMeter
 from services.gateway.adapters.redis_directory import RedisRequestDirectory
@@ -99,7 +100,8 @@ async def run(
     redis_log = RedisGenerationLog(store, settings.id, limits)
     fallback = FallbackJobQueue(redis_queue, standby, breakers.store, clock)
     fleet = RedisFleet(store, settings.id, lambda: catalog.models, standby, breakers)
-    outside = _Store(fallback, redis_log, RedisRequestDirectory(store), fleet)
+    directory = GuardedRequestDirectory(RedisRequestDirectory(store), breakers.store)
+    outside = _Store(fallback, redis_log, directory, fleet)
     try:
         await redis_queue.start()
         await _serve(settings, outside, trust.build(settings, clock, store), catalog, breakers, clock, wait)

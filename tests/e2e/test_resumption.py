@@ -50,13 +50,13 @@ def pair(model_path: Path) -> Iterator[Mesh]:
         yield mesh
 
 
-def request(number: int, max_tokens: int = TOKENS) -> pb.GenerateRequest:
+def request(number: int, max_tokens: int = TOKENS, *, resumable: bool = False) -> pb.GenerateRequest:
     """Every other one is seeded, the rest are greedy."""
     sampling = generation_pb2.SamplingParams()
     if number % 2:
         sampling = generation_pb2.SamplingParams(temperature=0.9, seed=number)
     text = f"Tell me a long story about the number {number}."
-    return pb.GenerateRequest(text=text, max_tokens=max_tokens, sampling=sampling)
+    return pb.GenerateRequest(text=text, max_tokens=max_tokens, sampling=sampling, resumable=resumable)
 
 
 def bearer(mesh: Mesh) -> tuple[tuple[str, str], ...]:
@@ -164,12 +164,14 @@ def test_the_example_prints_a_resumable_answer(pair: Mesh) -> None:
 
 
 def test_the_death_of_the_store_under_load_ends_no_stream_and_heals(pair: Mesh) -> None:
-    """Running streams end whole, new ones are all served, degraded for a while, and soon none is any more."""
+    """Running streams end whole, of both kinds, new ones are all served, some degraded, and soon none is."""
     with grpc.insecure_channel(pair.address) as channel, ThreadPoolExecutor(LOADING) as pool:
         stub: Any = gateway_service_pb2_grpc.GatewayServiceStub(channel)  # type: ignore[arg-type]
 
         def begin() -> list[Future[str]]:
-            calls = [stub.Generate(request(number, 96), metadata=bearer(pair)) for number in range(LOADING)]
+            # Two of four go through the store to their clients.
+            asked = [request(number, 96, resumable=number % 4 < 2) for number in range(LOADING)]
+            calls = [stub.Generate(one, metadata=bearer(pair)) for one in asked]
             begun = threading.Semaphore(0)
             texts = [pool.submit(text_of, call, begun) for call in calls]
             for _ in texts:

@@ -39,6 +39,10 @@ WORD = "é"
 HEALTH_USUAL_S = 0.1
 HEALTH_LIMIT_S = 0.6
 HEAL_LIMIT_S = 10.0
+# A call to a store that does not answer takes a second or two.
+NAMED_LIMIT_S = 0.7
+# Tokens of the streams that are begun before Redis fails, and meanwhile.
+BEFORE, ACROSS = 300, 400
 
 
 @dataclass
@@ -49,14 +53,24 @@ class World:
     worker: ScriptedWorker
     channel: grpc.aio.Channel
 
-    def generate(self, tokens: int = 60) -> Any:
-        """Begins a call that takes `tokens` / 100 seconds."""
-        stub: Any = gateway_service_pb2_grpc.GatewayServiceStub(self.channel)
-        return stub.Generate(pb.GenerateRequest(text="hi", max_tokens=tokens), metadata=bearer())
+    @property
+    def stub(self) -> Any:
+        """A client of the gateway."""
+        return gateway_service_pb2_grpc.GatewayServiceStub(self.channel)
 
-    async def ask(self, tokens: int = 4) -> list[pb.GenerateResponse]:
+    def generate(self, tokens: int = 60, **fields: Any) -> Any:
+        """Begins a call that takes `tokens` / 100 seconds."""
+        request = pb.GenerateRequest(text="hi", max_tokens=tokens, **fields)
+        return self.stub.Generate(request, metadata=bearer())
+
+    async def ask(self, tokens: int = 4, **fields: Any) -> list[pb.GenerateResponse]:
         """All events of a short call."""
-        return [event async for event in self.generate(tokens)]
+        return [event async for event in self.generate(tokens, **fields)]
+
+    async def follow(self, request_id: str) -> list[Any]:
+        """What the log of a resumable request holds."""
+        request = pb.ResumeGenerationRequest(request_id=request_id)
+        return [event async for event in self.stub.ResumeGeneration(request, metadata=bearer())]
 
     async def write_records(self) -> None:
         """Writes route and worker as a controller does each second."""
@@ -64,7 +78,7 @@ class World:
         routes = RedisRouteStore(store)
         epoch = time.time_ns() // 1_000_000
         record = WorkerRecord(
-            "w1", self.worker.address, "i1", 4, draining=False, ready=frozenset({REVISION}), lease_ttl_s=600.0
+            "w1", self.worker.address, "i1", 8, draining=False, ready=frozenset({REVISION}), lease_ttl_s=600.0
         )
         await routes.write_worker(MODEL, record, 1)
         await routes.write_route(MODEL, epoch, 1, {REVISION: 1})
@@ -87,6 +101,39 @@ class World:
             delays.append(time.monotonic() - asked_s)
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
             await asyncio.sleep(0.02)
+
+
+class Stream:
+    """A call that is read as it comes.
+
+    Attributes:
+        events: What has come.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self.events: list[Any] = []
+        self._read = asyncio.create_task(self._read_all(call))
+
+    @property
+    def tokens(self) -> int:
+        """How many have come."""
+        return sum(len(event.chunk.token_ids) for event in self.events)
+
+    async def until(self, tokens: int) -> None:
+        """Returns once so many tokens have come."""
+        async with asyncio.timeout(10):
+            while self.tokens < tokens:  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0.01)
+
+    async def whole(self) -> list[Any]:
+        """All of it but places in the queue, once it has ended well."""
+        await self._read
+        assert self.events[-1].HasField("finished")
+        return [event for event in self.events if not event.HasField("queued")]
+
+    async def _read_all(self, call: Any) -> None:
+        while (event := await call.read()) is not grpc.aio.EOF:
+            self.events.append(event)
 
 
 async def until_serving(channel: grpc.aio.Channel) -> None:
@@ -189,38 +236,48 @@ async def make_room(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "heal", "lasts_s"),
+    ("harm", "heal", "lasts_s", "tokens"),
     [
-        pytest.param(kill, restart, 1.5, id="killed"),
-        pytest.param(sleep, wake, 5.0, id="stopped-for-5-s"),
-        pytest.param(only_read, write_again, 1.5, id="read-only"),
-        pytest.param(fill, make_room, 1.5, id="out-of-memory"),
+        pytest.param(kill, restart, 1.5, 60, id="killed"),
+        # All of it, which is more than the worker's credit.
+        pytest.param(sleep, wake, 5.0, BEFORE, id="stopped-for-5-s"),
+        pytest.param(only_read, write_again, 1.5, 60, id="read-only"),
+        pytest.param(fill, make_room, 1.5, 60, id="out-of-memory"),
     ],
 )
 async def test_redis_fails_and_nobody_is_turned_away(
-    world: World, harm: Any, heal: Any, lasts_s: float
+    world: World, harm: Any, heal: Any, lasts_s: float, tokens: int
 ) -> None:
-    """A stream begun before ends whole, new ones are degraded, health answers, and soon all is as it was."""
+    """Streams go on, resumable or not, new ones are degraded, health answers, and soon all is as it was."""
     delays: list[float] = []
-    before = world.generate(300)
-    first = await before.read()
+    before = [Stream(world.generate(BEFORE, resumable=kept)) for kept in (False, True)]
+    for stream in before:
+        await stream.until(1)
     watching = asyncio.create_task(world.watch_health(delays))
     harm(world)
     harmed_s = time.monotonic()
     during = await world.ask()
     assert degraded(during)
     assert joined(during) == WORD * 2
-    across = world.generate(400)
-    begun = [await across.read()]
+    assert sorted([await named_s(world, number) for number in range(3)])[1] < NAMED_LIMIT_S
+    across = [Stream(world.generate(ACROSS, resumable=kept)) for kept in (False, True)]
+    for stream in across:
+        await stream.until(1)
+    for stream in before:
+        await stream.until(tokens)
     await asyncio.sleep(max(0.0, lasts_s - (time.monotonic() - harmed_s)))
     await heal(world)
     assert await world.until_normal() < HEAL_LIMIT_S
-    for call, events in ((before, [first]), (across, begun)):
-        while (event := await call.read()) is not grpc.aio.EOF:
-            events.append(event)
-        text = joined(events)
-        assert set(text) == {WORD}
-        assert events[-1].HasField("finished")
+    for stream in before:
+        assert joined(await stream.whole()) == WORD * (BEFORE // 2)
+    for stream in across:
+        assert joined(await stream.whole()) == WORD * (ACROSS // 2)
+    if harm is not kill:
+        told = await before[1].whole()
+        again = await world.follow(told[0].started.request_id)
+        assert [(event.cursor, event.chunk) for event in again] == [
+            (event.cursor, event.chunk) for event in told
+        ]
     # An assertion in it would show here.
     assert not watching.done()
     watching.cancel()
@@ -232,6 +289,13 @@ async def test_redis_fails_and_nobody_is_turned_away(
         async with asyncio.timeout(HEAL_LIMIT_S):
             while client.hlen(ModelKeys(MODEL).running("w1")):  # noqa: ASYNC110 - Redis tells nobody
                 await asyncio.sleep(0.05)
+
+
+async def named_s(world: World, number: int) -> float:
+    """How long a short call takes whose id the caller chose."""
+    asked_s = time.monotonic()
+    assert degraded(await world.ask(request_id=f"named-{number}"))
+    return time.monotonic() - asked_s
 
 
 @pytest.mark.parametrize("noticed", [True, False], ids=["noticed", "unnoticed"])

@@ -16,7 +16,7 @@ from services.gateway.adapters.redis_log import RedisGenerationLog
 from services.gateway.adapters.redis_queue import RedisJobQueue
 from services.gateway.core.events import Chunk, Finished, FinishReason
 from services.gateway.core.jobs import Grant, Outcome
-from services.gateway.core.log import Claim, Entry, LogTail, log_bounds
+from services.gateway.core.log import AppendOutcome, Claim, Entry, LogTail, log_bounds
 from services.gateway.core.queue_limits import QueueLimits
 from tests.fixtures.queue_world import KEYS, MODEL, QueueWorld, make_job
 from tests.fixtures.redis_server import RedisServer
@@ -294,6 +294,20 @@ async def test_a_silent_redis_is_given_up_after_its_timeout(redis_server: RedisS
     assert time.monotonic() - began < 4
     await queue.close()
     await store.close()
+
+
+async def test_a_log_whose_job_is_lost_is_told_from_another_gateways(world: QueueWorld) -> None:
+    """An emptied store is as good as away; who has lost a job to another one is to say nothing more."""
+    grant = await world.gateway().enqueue(replace(make_job("a"), digest="d", payload="p"))
+    assert isinstance(grant, Grant)
+    log, entry = RedisGenerationLog(world.store, "g1"), Entry(Chunk(0, "a", (7,)))
+    bounds = log_bounds(100, None)
+    for job_id, nonce, outcome in (
+        ("a", grant.nonce, AppendOutcome.WRITTEN),
+        ("a", "another", AppendOutcome.STALE),
+        ("b", grant.nonce, AppendOutcome.LOST),
+    ):
+        assert (await log.append(MODEL, job_id, nonce, 0, (entry,), bounds)).outcome is outcome
 
 
 async def test_the_subscription_comes_back_with_redis(redis_server: RedisServer) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from dataclasses import replace
 
 import pytest
+from structlog.testing import capture_logs
 
+from services.common.queue_keys import gateway_channel
 from services.gateway.core.jobs import Grant, Waiting
 from tests.fixtures.queue_audit import audit
 from tests.fixtures.queue_world import KEYS, MODEL, REVISION, QueueWorld, make_job
@@ -291,6 +294,25 @@ async def test_a_grant_for_another_gateway_reaches_it_by_message(world: QueueWor
     renewal = await listener.renew(MODEL, {}, frozenset("b"))
     assert renewal.granted == tuple(world.received["g2"])
     assert world.received["g1"] == []
+
+
+async def test_a_message_that_cannot_be_read_ends_no_subscription(world: QueueWorld) -> None:
+    """Of a gateway that is newer, or of nobody's: what comes behind it is heard, and it is logged."""
+    heard = asyncio.Event()
+    listener = world.gateway("g2")
+    listener.on_grant(lambda _: heard.set())
+    await listener.start()
+    await listener.wait_subscribed()
+    newer = json.dumps({"kind": "new", "job_id": "a", "prefix": KEYS.prefix})
+    with capture_logs() as lines:
+        for message in (newer, newer, "no JSON", "[]"):
+            assert world.client.publish(gateway_channel("g2"), message) == 1
+        running = await world.grant("a")
+        await world.wait("b", gateway="g2")
+        await world.finish(running)
+        await asyncio.wait_for(heard.wait(), 5)
+    dropped = [line["kind"] for line in lines if line["event"] == "message.dropped"]
+    assert dropped == ["ValueError", "JSONDecodeError", "TypeError"]
 
 
 async def test_one_call_grants_many_slots(empty_world: QueueWorld) -> None:

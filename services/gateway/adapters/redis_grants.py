@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import Callable
 
 from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
+from services.common import logs
 from services.common.queue_keys import gateway_channel, model_of
 from services.common.redis_client import RedisStore
 from services.gateway.core.jobs import Grant
@@ -22,6 +22,9 @@ _RESUBSCRIBE_MIN_S = 0.1
 _RESUBSCRIBE_MAX_S = 2.0
 # Closing a connection takes less.
 _CANCEL_AGAIN_S = 0.5
+# How a connection ends. LookupError: a cluster whose topology is not settled. RuntimeError: uvloop's word
+# for a reset.
+_BROKEN = (RedisError, OSError, TimeoutError, LookupError, RuntimeError)
 
 
 class GrantListener:
@@ -40,6 +43,7 @@ class GrantListener:
         self._receive = receive
         self._notice = notice
         self._task: asyncio.Task[None] | None = None
+        self._logged: set[str] = set()
 
     def start(self) -> None:
         """Begins to listen; without effect on one that does."""
@@ -61,12 +65,15 @@ class GrantListener:
         """Receives for ever; a lost connection is made again, with growing pauses."""
         pause_s = _RESUBSCRIBE_MIN_S
         while True:
-            # LookupError: a cluster whose topology is not settled. RuntimeError: uvloop's word for a reset.
-            with contextlib.suppress(RedisError, OSError, TimeoutError, LookupError, RuntimeError):
+            try:
                 async with await self._store.open_pubsub() as pubsub:
                     await pubsub.subscribe(self._channel)
                     pause_s = _RESUBSCRIBE_MIN_S
                     await self._receive_messages(pubsub)
+            except _BROKEN:
+                pass
+            except Exception as error:  # noqa: BLE001 - logged; else renewals alone would bring grants
+                self._log_once(error)
             self.subscribed.clear()
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _RESUBSCRIBE_MAX_S)
@@ -79,7 +86,21 @@ class GrantListener:
             if message["type"] == "subscribe":
                 self.subscribed.set()
             elif message["type"] == "message":
-                self._read(message["data"])
+                self._hear(message["data"])
+
+    def _hear(self, text: str) -> None:
+        """Passes a message on. What cannot be read is left: a newer gateway may say what is new."""
+        try:
+            self._read(text)
+        except Exception as error:  # noqa: BLE001 - logged; the next message is another one
+            self._log_once(error)
+
+    def _log_once(self, error: Exception) -> None:
+        """Logs an error of a kind that was not there before: who sends one such message sends many."""
+        kind = type(error).__name__
+        if kind not in self._logged:
+            self._logged.add(kind)
+            logs.get_logger().error("message.dropped", kind=kind, exc_info=error)
 
     def _read(self, text: str) -> None:
         fields = json.loads(text)

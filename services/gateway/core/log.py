@@ -93,12 +93,14 @@ class AppendOutcome(StrEnum):
     """What became of events that were to be appended.
 
     WRITTEN: they stand in the log. GAP: the log ends before them; it was lost. STALE: the attempt is not
-    current; the log is another gateway's, or the store lost the job. FULL: the log is at its bound.
+    current; the log is another gateway's. LOST: the store knows of no such job, as one that was emptied.
+    FULL: the log is at its bound.
     """
 
     WRITTEN = "written"
     GAP = "gap"
     STALE = "stale"
+    LOST = "lost"
     FULL = "full"
 
 

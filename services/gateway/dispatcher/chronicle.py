@@ -2,7 +2,8 @@
 
 It is the reader of the request's outbox: one append is under way at a time, and all that comes meanwhile goes
 into the next one. Only what is written reaches a client, and only what is written renews the worker's credit.
-What comes of a slot that was lent without the store is told at once, and written when the store is back.
+While the store is away it is the other way round: what comes is told at once, and written when a renewal has
+found that the store knows the slot.
 Must not know: clients, or how the queue names slots.
 """
 
@@ -27,9 +28,15 @@ from services.gateway.dispatcher.outbox import Outbox
 
 # After the store lost a log it is written again in calls of this size.
 EVENTS_AT_ONCE_MAX = 256
-# While the store is away the events wait: soon after its return they go on, and the tries are no load.
+# What is not answered is tried again: soon after a short trouble events go on, and the tries are no load.
 RETRY_FIRST_S = 0.05
 RETRY_LAST_S = 1.0
+# Clients wait for so long before they are told what the store has not. A call may take longer: one that was
+# not answered is enough. What refuses at once may be a restart that is over before a client notices.
+SILENCE_MAX_S = 0.7
+# A call has given up by then. What took longer was cut short as this process woke from standing still: it
+# says nothing of the store, and another gateway may have the request by now. No shorter stop ends a lease.
+STOOD_STILL_S = 3.0
 
 
 class ChronicleText(Protocol):
@@ -99,21 +106,24 @@ class Chronicle:
         self._sealed = False
         self._pause_s = RETRY_FIRST_S
         self._disputed: Grant | None = None
+        self._silent_since_s: float | None = None
+        self._taken_up = False
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"chronicle-{job.request_id}")
 
     def restore(self, entries: Sequence[Entry]) -> None:
         """Goes on behind what another gateway wrote."""
+        self._taken_up = True
         self._said.extend(entries)
         self._written = len(entries)
         self.journal.extend(entries)
 
     def grant(self, grant: Grant) -> None:
         """The request has a slot, in whose name it is written."""
-        self._grant = grant
+        self._grant, self._silent_since_s = grant, None
         self._outbox.wake()
 
     def confirm(self) -> None:
-        """The store knows the slot, also if it was lent without it: the log is written from now on."""
+        """The store knows the slot, also one lent or told of without it: the log is written from now on."""
         if self._grant is not None and self._grant.degraded:
             self.grant(replace(self._grant, degraded=False))
 
@@ -150,6 +160,11 @@ class Chronicle:
         return len(self._said)
 
     @property
+    def is_taken_up(self) -> bool:
+        """Whether another gateway began the log, which may have told more than it could write."""
+        return self._taken_up
+
+    @property
     def is_torn(self) -> bool:
         """Whether more was told than the log has.
 
@@ -180,7 +195,7 @@ class Chronicle:
             self._collect()
             grant = self._grant
             if grant is not None and grant.degraded and len(self.journal.entries) < len(self._said):
-                # The client was told that it cannot resume: it need not wait for the store.
+                # A text that stands still is worse than one that, for a while, cannot be resumed.
                 self._tell(len(self._said))
             elif grant is None or grant.degraded or self._written == len(self._said):
                 await self._outbox.wait()
@@ -188,19 +203,41 @@ class Chronicle:
                 await self._guarded(grant)
 
     async def _guarded(self, grant: Grant) -> None:
+        began_s = self._clock.monotonic()
         try:
-            await self._append(grant)
+            is_known = await self._append(grant)
         except StoreUnavailable:
-            await self._rest()
+            is_known = False
         except Exception:  # noqa: BLE001 - logged; a defect must not leave the request's clients without an end
             logs.get_logger().error("chronicle.crashed", request_id=self._job.request_id, exc_info=True)
             await asyncio.sleep(RETRY_LAST_S)
+            return
+        if not is_known and self._is_away(began_s):
+            self._outrun(grant)
+        elif not is_known:
+            await self._rest()
+
+    def _is_away(self, began_s: float) -> bool:
+        """Whether the store has been of no use for too long, at last to a call that began at `began_s`."""
+        now_s = self._clock.monotonic()
+        if now_s - began_s >= STOOD_STILL_S:
+            self._silent_since_s = None
+            return False
+        self._silent_since_s = began_s if self._silent_since_s is None else self._silent_since_s
+        return now_s - self._silent_since_s >= SILENCE_MAX_S
+
+    def _outrun(self, grant: Grant) -> None:
+        """Tells what the log has not, until the store confirms the slot: clients do not wait for it."""
+        if self._grant is grant:
+            logs.get_logger().warning("log.outrun", request_id=self._job.request_id, events=self._written)
+            self.grant(replace(grant, degraded=True))
 
     async def _rest(self) -> None:
         await asyncio.sleep(self._pause_s)
         self._pause_s = min(2 * self._pause_s, RETRY_LAST_S)
 
-    async def _append(self, grant: Grant) -> None:
+    async def _append(self, grant: Grant) -> bool:
+        """Writes what comes next; returns whether the store knows the job, or has just been told of it."""
         position = self._written
         entries = self._said[position : position + EVENTS_AT_ONCE_MAX]
         job, used_tokens = self._job, self._text.charged_tokens()
@@ -219,26 +256,33 @@ class Chronicle:
                 self.pause()
                 self._author.overflow()
             case AppendOutcome.STALE:
-                await self._judge(grant)
+                self._silent_since_s = None
+                if await self._judge(grant):
+                    await self._rest()
+            case AppendOutcome.LOST:
+                return not await self._judge(grant)
+        return True
 
     def _note_known(self) -> None:
         """The store knows the slot: its next trouble is a new one."""
         self._pause_s = RETRY_FIRST_S
-        self._disputed = None
+        self._disputed = self._silent_since_s = None
 
-    async def _judge(self, grant: Grant) -> None:
-        """Was the slot returned meanwhile, or is the job another gateway's?"""
+    async def _judge(self, grant: Grant) -> bool:
+        """Was the slot returned meanwhile, is the job another gateway's, or is the store to be told of it?
+
+        Returns whether the queue has confirmed the slot before, to no effect: it is the gateway's own, and a
+        store that came back empty has not been told yet.
+        """
         if self._sealed or self._grant is not grant:
-            return
+            return False
         if self._closing:
             # The call that gives the slot back finds out, and carries the tail.
             self.pause()
-            return
+            return False
         await self._author.dispute(grant)
-        if self._disputed is grant:
-            # The gateway's own queue confirms what a store that came back empty has not been told yet.
-            await self._rest()
-        self._disputed = grant
+        is_again, self._disputed = self._disputed is grant, grant
+        return is_again
 
     def _note_written(self, end: int) -> None:
         self._written = max(self._written, end)

@@ -1,7 +1,7 @@
 """A log at hand. Owns: what stands in the log of a request that runs here, for the clients that follow it.
 
 Must not know: the store. An entry comes in only when the store has it, so that nobody here reads what another
-gateway may yet say differently.
+gateway may yet say differently; while the store is away, as soon as it is there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Journal:
         return self.moved or self.error is not None or bool(self.entries and self.entries[-1].is_last)
 
     def extend(self, entries: Iterable[Entry]) -> None:
-        """Adds what the store has."""
+        """Adds what is told now: what the store has, unless it is away."""
         for entry in entries:
             self.entries.append(entry)
             if isinstance(entry.event, Started):

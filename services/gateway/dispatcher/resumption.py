@@ -168,12 +168,15 @@ class Resumption:
         Raises:
             ArgumentInvalid: The log is shorter than `cursor`, also with what is on its way there.
             QueueFull: See `check_room`.
-            WorkerLost: See `note_moved`.
+            WorkerLost: So is the log of a request that was taken up here: the gateway before told more of it
+                than it could write. And see `note_moved`.
         """
         assert generation.chronicle is not None
         self._check_torn(generation.job.job_id, cursor)
         journal = generation.chronicle.journal
         if cursor > generation.chronicle.said:
+            if generation.chronicle.is_taken_up:
+                raise lost_log()
             raise ArgumentInvalid(f"cursor: the log has {len(journal.entries)} events.")
         attendance = generation.attendance
 

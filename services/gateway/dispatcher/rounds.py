@@ -279,7 +279,7 @@ class Rounds:
                 generation.placed(place)
 
     def _confirm(self, running: Mapping[str, str]) -> None:
-        """Lets logs be written of requests that were lent their slots while the store was away."""
+        """Lets logs be written of requests that began or went on while the store was away."""
         for job_id, nonce in running.items():
             generation = self._register.live.get(job_id)
             if generation is None or generation.chronicle is None or generation.grant is None:

@@ -29,6 +29,12 @@ async def world() -> AsyncIterator[World]:
         yield made
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call that fails is enough."""
+    monkeypatch.setattr(chronicle, "SILENCE_MAX_S", 0.0)
+
+
 def said(entries: tuple[Entry, ...] | list[Entry]) -> str:
     """The text of some entries."""
     return "".join(entry.event.text for entry in entries if isinstance(entry.event, Chunk))
@@ -52,6 +58,68 @@ async def test_what_comes_without_the_store_is_told_at_once_and_written_when_it_
     assert isinstance((await rest(stream))[-1], Finished)
     assert said(world.logs.entries["j"]) == "abcde"
     assert world.logs.entries["j"][-1].is_last
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_store_that_goes_away_keeps_no_stream_waiting(world: World) -> None:
+    """The worker has new credit for all that is told; the log has the same events when the store is back."""
+    stream = await world.dispatcher.submit(job(resumable=True))
+    told = [await anext(stream)]
+    (attempt,) = world.workers.attempts
+    world.logs.down = True
+    for at in range(0, 24, 2):
+        attempt.sink.output(Output(at, ids("ab")))
+        told.append(await anext(stream))
+    assert attempt.credit_tokens == 8 + 24
+    world.logs.down = False
+    # The store may answer, and yet know nothing of the slot: a renewal says.
+    attempt.sink.output(Output(24, ids("c")))
+    told.append(await anext(stream))
+    assert len(world.logs.entries["j"]) == 1
+    await world.dispatcher.renew()
+    attempt.sink.output(Output(25, ids("d"), FinishReason.STOP))
+    told += await rest(stream)
+    assert [entry.event for entry in world.logs.entries["j"]] == told
+    assert said(world.logs.entries["j"]) == "ab" * 12 + "cd"
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_store_that_came_back_empty_keeps_no_stream_waiting(world: World) -> None:
+    """The gateway's own queue says that all is well, and goes home once the controller has written."""
+    stream = await world.dispatcher.submit(job(resumable=True))
+    assert isinstance(await anext(stream), Started)
+    world.logs.entries.clear()
+    world.logs.answers = [Appended(AppendOutcome.LOST)] * 100
+    (attempt,) = world.workers.attempts
+    attempt.sink.output(Output(0, ids("ab")))
+    assert await anext(stream) == Chunk(0, "ab", ids("ab"))
+    assert ("register", "n1") in world.queue.calls
+    world.logs.answers = [Appended(AppendOutcome.GAP, 0)]
+    await world.dispatcher.renew()
+    attempt.sink.output(Output(2, ids("c"), FinishReason.STOP))
+    assert isinstance((await rest(stream))[-1], Finished)
+    assert said(world.logs.entries["j"]) == "abc"
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_gateway_that_stood_still_asks_once_more_before_it_tells(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its call had no time to be answered, and another gateway has the request: clients go on there."""
+    monkeypatch.setattr(chronicle, "STOOD_STILL_S", 0.0)
+    monkeypatch.setattr(chronicle, "RETRY_FIRST_S", 0.001)
+    stream = await world.dispatcher.submit(job(resumable=True, digest="d"))
+    assert isinstance(await anext(stream), Started)
+    world.logs.down = True
+    world.workers.attempts[0].sink.output(Output(0, ids("ab")))
+    following = asyncio.create_task(rest(stream))
+    await asyncio.sleep(0.02)
+    other: list[Chunk | Finished] = [Chunk(0, "abc", ids("abc")), Finished(FinishReason.STOP)]
+    world.logs.entries["j"] += map(Entry, other)
+    world.logs.answers = [Appended(AppendOutcome.STALE)]
+    world.queue.registers = False
+    world.logs.down = False
+    assert await following == other
 
 
 async def test_the_store_is_told_with_the_text_what_it_costs(world: World) -> None:
@@ -150,22 +218,31 @@ async def test_a_slot_that_the_store_knows_again_is_written_for(
     await stream.aclose()
 
 
-async def cut_off(world: World) -> AnswerStream:
-    """A client was told "ab" without the store, and another gateway wrote "abcd" in pieces of its own."""
-    world.queue.answer = replace(grant("n1"), degraded=True)
+async def cut_off(world: World, *, degraded: bool = True) -> AnswerStream:
+    """A client was told "ab" without the store, and another gateway wrote "abcd" in pieces of its own.
+
+    The store was away before the slot was lent, or after that.
+    """
+    world.queue.answer = replace(grant("n1"), degraded=degraded)
     stream = await world.dispatcher.submit(job(resumable=True, digest="d"))
-    world.workers.attempts[0].sink.output(Output(0, ids("ab")))
     assert isinstance(await anext(stream), Started)
+    world.logs.down = True
+    world.workers.attempts[0].sink.output(Output(0, ids("ab")))
     assert await anext(stream) == Chunk(0, "ab", ids("ab"))
+    world.logs.down = False
     pieces = [Chunk(at, text, ids(text)) for at, text in enumerate("abcd")]
     begun, ended = Started("r", "m", "r1", "w2", 1, 0.0), Finished(FinishReason.STOP)
     world.logs.entries["j"] = [Entry(begun), *map(Entry, pieces), Entry(ended)]
     return stream
 
 
-async def test_text_that_the_log_has_not_is_not_gone_on_with_from_another_gateways_log(world: World) -> None:
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("degraded", [True, False], ids=["before", "after"])
+async def test_text_that_the_log_has_not_is_not_gone_on_with_from_another_gateways_log(
+    world: World, *, degraded: bool
+) -> None:
     """Neither by clients that have heard it nor by those that come back with its position, now or later."""
-    stream = await cut_off(world)
+    stream = await cut_off(world, degraded=degraded)
     world.queue.registers = False
     world.queue.renewal = Renewal(lost=frozenset("j"))
     await world.dispatcher.renew()

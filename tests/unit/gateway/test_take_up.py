@@ -117,6 +117,16 @@ async def test_a_grant_for_what_has_moved_away_and_come_back_is_taken_up(world: 
     await stream.aclose()
 
 
+async def test_a_position_that_the_gateway_before_told_and_could_not_write_is_lost(world: World) -> None:
+    """The store was away from it: what stands there now is not what its client has seen."""
+    said = Started("r", "m", "r1", "w1", 1, 0.0), Chunk(0, "ab", (7, 8))
+    world.queue.taken["a"] = left(grant("n1", "a"), *said)
+    world.queue.renewal = Renewal(unknown=frozenset("a"))
+    await world.dispatcher.renew()
+    with pytest.raises(WorkerLost):
+        await world.dispatcher.resume("alice", "a", 5)
+
+
 async def test_a_gateway_that_leaves_hands_on_what_comes_to_it(world: World) -> None:
     """By a notice, as unknown or with a grant: it takes nothing up and ends nothing."""
     await world.dispatcher.drain(0)

@@ -2,14 +2,15 @@
 -- Writes events of a resumable job behind the first `position` ones of its log. Refused unless the attempt is
 -- current: a gateway that slept cannot speak once another one has taken its job. What the job has used so far is
 -- noted: its gateway may not live to tell.
--- Returns {'written' | 'gap', end}, where a gap means that the log ends before `position`; {'stale'}; or
--- {'full'}.
+-- Returns {'written' | 'gap', end}, where a gap means that the log ends before `position`; {'stale'};
+-- {'lost'}, where no such job is known; or {'full'}.
 
 local id, nonce, position = ARGV[6], ARGV[7], tonumber(ARGV[8])
 local events_max, bytes_max, used_tokens = tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11])
 
 -- Not the whole record: this runs for every few tokens.
 local job = read_job(id, 'state', 'nonce', 'deadline', 'keep_ms', 'log_bytes', 'used')
+if not job.state then return { 'lost' } end
 if not is_current(job, nonce) or not job.keep_ms then return { 'stale' } end
 
 local before = redis.call('LLEN', PREFIX .. 'log:' .. id)
