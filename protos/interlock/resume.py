@@ -64,7 +64,7 @@ class _Progress:
     cursor: int = 0
     failures: int = 0
     calls: int = 0
-    broken: bool = False
+    begun: bool = False
     indices: dict[int, int] = field(default_factory=dict)
 
     def begin(self, stubs: Sequence[Any], metadata: Metadata) -> Any:
@@ -81,6 +81,7 @@ class _Progress:
     def take(self, message: Any) -> GenerateResponse | None:
         """Returns an event that is new; None for one that was seen."""
         event = _as_event(message)
+        self.begun = True
         if event.HasField("queued"):
             return event
         if event.cursor <= self.cursor:
@@ -109,9 +110,10 @@ class _Progress:
         metadata = dict(error.trailing_metadata() or ())
         reason = metadata.get("interlock-reason")
         if error.code() in _BROKEN if reason is None else reason in _PASSING:
-            self.broken = True
+            # A gateway that leaves and has said nothing else has taken nothing in.
+            self.begun = self.begun or reason != "ERROR_REASON_DRAINING"
             return 0.0
-        if not self.broken or reason not in _LATER:
+        if not self.begun or reason not in _LATER:
             return None
         if self.cursor and reason == "ERROR_REASON_NO_WORKER":
             # Whoever goes on behind a cursor asks for no worker: so the request itself has ended.

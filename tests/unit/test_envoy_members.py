@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import signal
 import socket
 import subprocess
@@ -295,6 +297,59 @@ def test_draining_does_not_wait_for_ever(edge: Edge) -> None:
         assert subprocess.run(command, check=False, timeout=10).returncode == 1
         held.set()
         assert running.result() == b"x"
+
+
+def _answer_one_active(connection: socket.socket) -> None:
+    """Answers the admin interface's client that one call runs."""
+    with connection, connection.makefile("rb") as asked:
+        # Read to its end: else the client would find the connection reset.
+        while asked.readline().strip():
+            pass
+        connection.sendall(b"http.interlock.downstream_rq_active: 1\n")
+
+
+@contextlib.contextmanager
+def _admin(answers: int) -> Iterator[int]:
+    """An admin interface that answers a few times, and is mute then: its port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        held: list[socket.socket] = []
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                for number in itertools.count():
+                    connection, _ = server.accept()
+                    held.append(connection)
+                    if number < answers:
+                        _answer_one_active(connection)
+
+        serving = threading.Thread(target=serve)
+        serving.start()
+        try:
+            yield server.getsockname()[1]
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            serving.join()
+            for connection in held:
+                connection.close()
+
+
+def test_draining_keeps_its_time_with_an_envoy_that_grows_mute() -> None:
+    """It may be busy with the streams that are to end, so they get their time, and no more."""
+    with _admin(answers=3) as port:
+        script = subprocess.run([str(DRAIN), str(port), "1", "0"], check=False, timeout=20)
+    assert script.returncode == 1
+
+
+def test_draining_ends_with_its_envoy(free_tcp_port: int) -> None:
+    """One that dies meanwhile has no streams, so nobody waits for their end."""
+    command = [str(DRAIN), str(free_tcp_port), "40", "0"]
+    server = socket.create_server(("127.0.0.1", free_tcp_port))
+    server.settimeout(20)
+    with server, subprocess.Popen(command, stderr=subprocess.DEVNULL) as script:
+        for _ in range(3):
+            _answer_one_active(server.accept()[0])
+        server.close()
+        assert script.wait(20) == 1
 
 
 def test_an_envoy_that_is_told_to_end_drains_first(tmp_path: Path, free_tcp_port: int) -> None:

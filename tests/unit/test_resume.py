@@ -12,14 +12,15 @@ import pytest
 from interlock import resume
 from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import gateway_service_pb2_grpc
-from interlock.v1.generation_pb2 import Chunk, Finished, Started
+from interlock.v1.generation_pb2 import Chunk, Finished, Queued, Started
 
 from services.common import status
-from services.common.errors import InterlockError, NoWorker, QueueFull
+from services.common.errors import Draining, InterlockError, NoWorker, QueueFull
 
 # No connection, as by Envoy: nothing of ours says why.
 BROKEN = object()
 DELAY_S = 0.3
+WAITS = pb.GenerateResponse(queued=Queued(position=1))
 STARTED = pb.GenerateResponse(cursor=1, started=Started(request_id="r"))
 REST = (
     pb.GenerateResponse(cursor=2, chunk=Chunk(text="a", token_ids=[1])),
@@ -97,8 +98,13 @@ def full(delay_s: float | None = DELAY_S) -> InterlockError:
 
 @pytest.mark.parametrize(
     ("begun", "refusal"),
-    [((BROKEN,), no_worker()), ((BROKEN,), full()), ((STARTED, BROKEN), full())],
-    ids=["no worker", "full", "full behind a cursor"],
+    [
+        ((BROKEN,), no_worker()),
+        ((BROKEN,), full()),
+        ((STARTED, BROKEN), full()),
+        ((WAITS, Draining("It leaves.")), full()),
+    ],
+    ids=["no worker", "full", "full behind a cursor", "full after one that left it waiting"],
 )
 async def test_a_refusal_that_passes_ends_no_request_that_may_live_on(
     begun: tuple[Any, ...], refusal: InterlockError
@@ -106,7 +112,7 @@ async def test_a_refusal_that_passes_ends_no_request_that_may_live_on(
     """Whoever lost its gateway comes to another one too early, or with too many others: it asks later."""
     rest = REST if begun[0] is STARTED else (STARTED, *REST)
     async with serving(begun, (refusal,), (refusal,), rest) as (gateway, channel):
-        assert await heard(channel) == [1, 2, 3]
+        assert [cursor for cursor in await heard(channel) if cursor] == [1, 2, 3]
     assert gateway.cursors == [None, *[1 if begun[0] is STARTED else None] * 3]
     assert min(gateway.came_s[2] - gateway.came_s[1], gateway.came_s[3] - gateway.came_s[2]) >= DELAY_S
 
@@ -119,8 +125,12 @@ async def test_a_refusal_that_passes_ends_no_request_that_may_live_on(
         [(BROKEN,), (full(None),)],
         [(BROKEN,), (full(resume.BACKOFF_MAX_S + 1),)],
         [(STARTED, BROKEN), (no_worker(),)],
+        [(Draining.at_the_door(retry_after_s=DELAY_S),), (full(),)],
     ],
-    ids=["full at first", "no worker at first", "no delay", "a long delay", "how the request ended"],
+    ids=[
+        *("full at first", "no worker at first", "no delay", "a long delay", "how the request ended"),
+        "full after one that leaves",
+    ],
 )
 async def test_a_refusal_is_final_where_nothing_may_live_on_or_nothing_passes(
     answers: list[tuple[Any, ...]],

@@ -107,7 +107,7 @@ class TorchLoader:
             tensors.pop("lm_head.weight", None)
         way = _way(spec, config, self._settings)
         bits = _BITS.get(way.quantization, 8 * way.dtype.itemsize)
-        # Bytes are weights that were quantized before they came here; nothing makes more of them.
+        # A byte may be a weight that was quantized before it came here, and stays what it is.
         return sum(one.elements * min(bits, 8 if one.is_byte else bits) for one in tensors.values()) // 8
 
     def load(self, directory: Path, spec: RevisionSpec, watch: LoadWatch = unwatched) -> TorchRunner:

@@ -105,9 +105,11 @@ class WeightSource:
             path = self._obtain(lambda directory: module_weights.store(self.module(), directory))
             if path is None:
                 break
-            # As with tensors; the library says so with an error of its own, or of the system.
-            with contextlib.suppress(OSError):
+            try:
                 return module_weights.read_stored(path, self._config, self.way.module, progress)
+            except OSError:
+                # Removed by another worker, as tensors may be, or unreadable where no header tells.
+                self.discard()
         return self.module()
 
     def tensors(self, make: Callable[[], lean_weights.Named]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -371,3 +372,23 @@ def test_a_modules_form_that_another_worker_removes_is_made_again(
     times[0] = 9
     assert torch.equal(logits(load(model, forms)), expected)
     assert times == [7]
+
+
+def test_a_modules_form_that_cannot_be_read_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no header tells of the damage, the disk does; later starts map what was made then."""
+    directory, spec = made(tmp_path / "model")
+    model, forms = (directory, replace(spec, quantization=Quantization.NF4)), tmp_path / "forms"
+    expected, read = logits(load(model, forms)), module_weights.read_stored
+    (form,) = (path for path in forms.iterdir() if path.is_dir())
+    damaged = form.stat().st_ino
+
+    def on_a_bad_disk(path: Path, *rest: Any) -> Any:
+        if path.stat().st_ino == damaged:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path, *rest)
+
+    monkeypatch.setattr(module_weights, "read_stored", on_a_bad_disk)
+    assert torch.equal(logits(load(model, forms)), expected)
+    assert form.stat().st_ino != damaged
