@@ -139,7 +139,17 @@ async def _upload(
     advance: Callable[[int], None],
 ) -> model_pb2.Revision:
     """Sends what is missing, for as long as it takes: only silence has a bound."""
-    clock = asyncio.get_running_loop()
+    clock, task = asyncio.get_running_loop(), asyncio.current_task()
+    failures: list[Exception] = []
+
+    async def kept(parts: AsyncIterator[pb.UploadRevisionRequest]) -> AsyncIterator[pb.UploadRevisionRequest]:
+        try:
+            async for part in parts:
+                yield part
+        except Exception as error:
+            failures.append(error)
+            raise
+
     try:
         async with asyncio.timeout(SILENCE_MAX_S) as silence:
 
@@ -148,8 +158,13 @@ async def _upload(
                     silence.reschedule(clock.time() + SILENCE_MAX_S)
                 advance(count)
 
-            parts = _parts(directory, manifest, missing, went)
+            parts = kept(_parts(directory, manifest, missing, went))
             reply = await stub.UploadRevision(parts, metadata=metadata)
+    except asyncio.CancelledError:
+        # gRPC cancels a call whose parts cannot be made, and keeps the reason to itself.
+        if not failures or (task is not None and task.cancelling()):
+            raise
+        raise failures[0] from None
     except TimeoutError:
         raise CommandFailed(f"the mesh took nothing for {SILENCE_MAX_S:.0f} s. {_GOES_ON}") from None
     return reply.revision
@@ -165,14 +180,23 @@ async def _parts(
     paths = {file.sha256: directory / file.path for file in manifest.files}
     for blob in missing:
         offset = blob.offset
-        with await asyncio.to_thread(paths[blob.sha256].open, "rb") as stream:
+        async for data in _pieces(paths[blob.sha256], offset):
+            yield pb.UploadRevisionRequest(chunk=pb.BlobChunk(sha256=blob.sha256, offset=offset, data=data))
+            offset += len(data)
+            advance(len(data))
+
+
+async def _pieces(file: Path, offset: int) -> AsyncIterator[bytes]:
+    """What a file holds from a byte on."""
+    try:
+        with await asyncio.to_thread(file.open, "rb") as stream:
             stream.seek(offset)
             while data := await asyncio.to_thread(stream.read, CHUNK_BYTES):
-                yield pb.UploadRevisionRequest(
-                    chunk=pb.BlobChunk(sha256=blob.sha256, offset=offset, data=data)
-                )
-                offset += len(data)
-                advance(len(data))
+                yield data
+    except OSError as error:
+        raise CommandFailed(
+            f"{file} cannot be read any more: {error.strerror or error}. See to that first. {_GOES_ON}"
+        ) from None
 
 
 async def _remove(model: str, revision: str) -> None:

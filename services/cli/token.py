@@ -14,6 +14,7 @@ from services.common.token_keys import SecretWeak
 from services.common.token_mint import KeyUnusable, SigningKey, mint, read_signing_key
 from services.local.home import Home, HomeUnusable
 
+_SECRET = "INTERLOCK_JWT_SECRET"  # noqa: S105 - the name of a variable
 # By claim: the variable that tells services what it must be.
 _NAMES = {"iss": "INTERLOCK_JWT_ISSUER", "aud": "INTERLOCK_JWT_AUDIENCE"}
 
@@ -45,9 +46,11 @@ def key_set(arguments: argparse.Namespace) -> int:
 
 
 def _secret() -> str:
+    given = os.environ.get(_SECRET)
+    if given:
+        return given
     home = Home.of_environment(os.environ)
-    if not os.environ.get("INTERLOCK_JWT_SECRET"):
-        home.require()
+    home.require()
     return home.jwt_secret
 
 
@@ -64,9 +67,9 @@ def _names(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _is_elsewhere() -> bool:
-    """Whether the secret is the environment's, and no mesh runs in the home, whose secret it would be."""
-    given = bool(os.environ.get("INTERLOCK_JWT_SECRET"))
-    return given and Home.of_environment(os.environ).holder() is None
+    """Whether the secret is the environment's, and not that of a mesh that runs in the home."""
+    home = Home.of_environment(os.environ)
+    return bool(os.environ.get(_SECRET)) and (home.holder() is None or home.is_secret_elsewhere())
 
 
 def _signing_key(path: str) -> SigningKey:

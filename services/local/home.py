@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import hmac
 import os
 import re
 import secrets
@@ -32,11 +33,12 @@ _MARKER_TEXT = "This directory belongs to a local Interlock mesh: its secrets, l
 _SECRETS = ("jwt_secret", "mesh_token")
 _JWT_SECRET = "INTERLOCK_JWT_SECRET"  # noqa: S105 - the name of a variable
 _GIVEN = "jwt_secret-given"
+_GIVEN_TEXT = b"interlock-home"
 _DIRECTORIES = ("run", "logs", "models", "cache")
 
 # What a mesh makes in `run`: Envoy's files, sockets, a mark, announcements and their temporary names.
 _RUN_NAMES = re.compile(
-    r"envoy\.yaml|envoy-admin-address|redis\.sock|envoy-admin\.sock|jwt_secret-given"
+    r"envoy\.yaml|envoy-admin-address|redis\.sock|envoy-admin\.sock|jwt_secret-given|\.jwt_secret-given\.\d+\.new"
     r"|(controller|gateway|worker)-\d+\.json|\.(controller|gateway|worker)-\d+\.json\.\d+"
 )
 
@@ -111,15 +113,32 @@ class Home:
         """The secret that tokens are signed with; drawn once.
 
         Raises:
-            SecretElsewhere: The mesh that runs here was given another one.
+            SecretElsewhere: The mesh that runs here believes another one.
         """
-        given = self._environ.get(_JWT_SECRET)
-        if not given and self._given_file.exists() and self.holder() is not None:
+        if self.is_secret_elsewhere():
             raise SecretElsewhere(
-                f"The mesh in {self.path} was started with {_JWT_SECRET} in its environment, and believes "
-                "what is signed with that secret alone. Set it here to the same value."
+                f"The mesh in {self.path} was started with another secret than the one here, and believes "
+                f"what is signed with that alone. Set {_JWT_SECRET} here as it was there, or unset it if it "
+                "was not set there."
             )
-        return given or self._secret("jwt_secret")
+        return self._chosen_secret()
+
+    def is_secret_elsewhere(self) -> bool:
+        """Whether a mesh runs here that believes another secret than the environment's, or the home's own."""
+        if self.holder() is None:
+            return False
+        try:
+            mark = self._given_file.read_text()
+        except FileNotFoundError:
+            # Of an earlier version, and it may be the same secret; or the mesh has just ended.
+            return False
+        given = self._environ.get(_JWT_SECRET)
+        if not mark:
+            # Of an earlier version as well: it was given one, and does not say which.
+            return not given
+        own = self.path / "jwt_secret"
+        # One that is not there is not drawn: nobody would believe it.
+        return mark != _mark_of(given or (own.read_text().strip() if own.exists() else ""))
 
     @property
     def mesh_token(self) -> str:
@@ -170,8 +189,7 @@ class Home:
         file = self._lock()
         try:
             self._clean()
-            if self._environ.get(_JWT_SECRET):
-                self._given_file.touch(mode=0o600)
+            _write_private(self._given_file, _mark_of(self._chosen_secret()))
             yield
         finally:
             self._clean()
@@ -203,7 +221,7 @@ class Home:
 
     @property
     def _given_file(self) -> Path:
-        """Says of a mesh that runs that it was given its secret; nothing of the secret is in it."""
+        """Tells the secret of the mesh that runs from others, and not what it is."""
         return self.run / _GIVEN
 
     @property
@@ -288,6 +306,9 @@ class Home:
             raise HomeUnusable(f"{path} can be read by others; remove it.")
         return path
 
+    def _chosen_secret(self) -> str:
+        return self._environ.get(_JWT_SECRET) or self._secret("jwt_secret")
+
     def _secret(self, name: str) -> str:
         path = self.path / name
         self._claim()
@@ -299,6 +320,10 @@ class Home:
                 path.hardlink_to(temporary)
             temporary.unlink()
         return path.read_text().strip()
+
+
+def _mark_of(secret: str) -> str:
+    return hmac.digest(os.fsencode(secret), _GIVEN_TEXT, "sha256").hex()
 
 
 def _living(text: bytes) -> int | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -111,3 +114,37 @@ def test_a_push_that_was_cut_says_that_it_goes_on(
     told = capsys.readouterr().err
     assert error.message in told
     assert told.count("push again, and it goes on") == hints
+
+
+class _BrokenFile(io.FileIO):
+    """A file on a disk that has gone bad after its first two bytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Reads, or fails."""
+        if self.tell():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().read(size)
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.EIO], ids=["gone", "broken"])
+def test_a_file_that_cannot_be_read_any_more_is_named(
+    code: int, mesh: FakeMesh, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Whether it went away before its turn or its disk broke within it; what to do is said too."""
+    misses(mesh, model)
+    monkeypatch.setattr(push, "CHUNK_BYTES", 2)
+    weights, sent = model / "model.safetensors", push._parts
+
+    async def spoiled(*arguments: Any) -> AsyncIterator[UploadRevisionRequest]:
+        if code == errno.ENOENT:
+            weights.unlink()
+        else:
+            monkeypatch.setattr(Path, "open", lambda file, _: _BrokenFile(file))
+        async for part in sent(*arguments):
+            yield part
+
+    monkeypatch.setattr(push, "_parts", spoiled)
+    assert main(["models", "push", str(model), "--name", "tiny"]) == 1
+    told = capsys.readouterr().err
+    assert f"{weights} cannot be read any more: {os.strerror(code)}." in told
+    assert "push again, and it goes on" in told

@@ -108,7 +108,6 @@ def test_a_token_names_issuer_and_audience_of_services_elsewhere(
     assert not home.path.exists()
 
 
-@pytest.mark.usefixtures("mesh")
 @pytest.mark.parametrize("secret", ["", "x" * 64], ids=["of the home", "of the environment"])
 def test_a_token_for_the_mesh_of_the_home_has_the_usual_names(
     home: Home, secret: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
@@ -117,8 +116,27 @@ def test_a_token_for_the_mesh_of_the_home_has_the_usual_names(
     for name in ("ISSUER", "AUDIENCE"):
         monkeypatch.setenv(f"INTERLOCK_JWT_{name}", "elsewhere")
     monkeypatch.setenv("INTERLOCK_JWT_SECRET", secret)
-    assert main(["token"]) == 0
-    assert TokenVerifier(secret or home.jwt_secret).verify(capsys.readouterr().out.strip()).subject == "local"
+    with cli_mesh.running(Home(home.path, {"INTERLOCK_JWT_SECRET": secret})):
+        assert main(["token"]) == 0
+    verifier = TokenVerifier(secret or home.jwt_secret)
+    assert verifier.verify(capsys.readouterr().out.strip()).subject == "local"
+
+
+@pytest.mark.parametrize("believed", ["", "y" * 64], ids=["of the home", "of another environment"])
+def test_a_secret_that_is_not_the_mesh_s_is_that_of_services_elsewhere(
+    home: Home, believed: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Its token has their names, whoever runs in the home; commands that enter that mesh say so."""
+    for name in ("ISSUER", "AUDIENCE"):
+        monkeypatch.setenv(f"INTERLOCK_JWT_{name}", "elsewhere")
+    monkeypatch.setenv("INTERLOCK_JWT_SECRET", "x" * 64)
+    with cli_mesh.running(Home(home.path, {"INTERLOCK_JWT_SECRET": believed})):
+        assert main(["token"]) == 0
+        verifier = TokenVerifier("x" * 64, issuer="elsewhere", audience="elsewhere")
+        assert verifier.verify(capsys.readouterr().out.strip()).subject == "local"
+        assert main(["models", "list"]) == 1
+        assert "INTERLOCK_JWT_SECRET" in capsys.readouterr().err
+        assert not home.token_file.exists()
 
 
 @pytest.mark.parametrize("arguments", [["token", "--key"], ["token", "jwks"]], ids=["sign", "publish"])

@@ -98,6 +98,7 @@ def test_cleaning_removes_only_what_a_mesh_makes(tmp_path: Path) -> None:
     (home.run / "notes.json").write_text("mine")
     (home.run / "envoy.yaml").write_text("")
     (home.run / ".worker-1.json.77").write_text("")
+    (home.run / ".jwt_secret-given.77.new").write_text("")
     (home.run / "worker-1.json").mkdir()
     with home.locked():
         pass
@@ -216,7 +217,7 @@ def test_a_dead_mesh_is_cleaned_up(tmp_path: Path) -> None:
     assert home.holder() is None
     with home.locked():
         assert not home.state_file.exists()
-        assert [path.name for path in home.run.iterdir()] == ["lock"]
+        assert {path.name for path in home.run.iterdir()} == {"lock", "jwt_secret-given"}
 
 
 def test_a_deep_home_gets_a_short_socket(tmp_path: Path) -> None:
@@ -266,28 +267,60 @@ def test_the_owner_token_is_believed_by_the_services(tmp_path: Path) -> None:
     assert json.dumps(claims.subject) == '"local"'
 
 
-def test_a_mesh_that_was_given_its_secret_believes_no_other(tmp_path: Path) -> None:
-    """Whoever looks without that secret draws none beside it, and is told what to set; nothing holds it."""
-    given, bare = Home(tmp_path / "home", {"INTERLOCK_JWT_SECRET": "s" * 40}), _home(tmp_path)
-    with given.locked():
-        assert given.jwt_secret == "s" * 40
-        with pytest.raises(SecretElsewhere, match="Set it here"):
-            assert bare.jwt_secret
-        assert not (bare.path / "jwt_secret").exists()
-        assert not [path for path in bare.path.rglob("*") if path.is_file() and b"sss" in path.read_bytes()]
-    assert len(bare.jwt_secret) == 64
-    with bare.locked():
-        assert len(bare.jwt_secret) == 64
+def _with_secret(tmp_path: Path, secret: str) -> Home:
+    return Home(tmp_path / "home", {"INTERLOCK_JWT_SECRET": secret} if secret else {})
 
 
-def test_a_token_near_its_end_outlives_a_secret_that_is_elsewhere(tmp_path: Path) -> None:
+# What a mesh was started with, and whoever comes; empty: the home's own.
+_TWO_SECRETS = pytest.mark.parametrize(
+    ("believed", "other"),
+    [("s" * 40, ""), ("", "t" * 40), ("s" * 40, "t" * 40)],
+    ids=["given to the mesh", "given to others", "two"],
+)
+
+
+@_TWO_SECRETS
+def test_a_mesh_believes_one_secret(tmp_path: Path, believed: str, other: str) -> None:
+    """Whoever comes with another one draws none beside it, and is told what to set; nothing shows it."""
+    home, stranger = _with_secret(tmp_path, believed), _with_secret(tmp_path, other)
+    with home.locked():
+        secret = home.jwt_secret
+        assert not home.is_secret_elsewhere()
+        assert stranger.is_secret_elsewhere()
+        with pytest.raises(SecretElsewhere, match="Set INTERLOCK_JWT_SECRET here as it was there"):
+            assert stranger.jwt_secret
+        shown = [path for path in home.run.iterdir() if secret in path.read_text()]
+        assert (shown, _mode(home.run / "jwt_secret-given")) == ([], 0o600)
+        assert (home.path / "jwt_secret").exists() == (not believed)
+    assert stranger.jwt_secret == (other or _home(tmp_path).jwt_secret)
+    with stranger.locked():
+        assert stranger.jwt_secret
+
+
+@_TWO_SECRETS
+def test_a_token_near_its_end_outlives_a_secret_that_is_elsewhere(
+    tmp_path: Path, believed: str, other: str
+) -> None:
     """The mesh writes the next one; a token that is over opens nothing, which is told."""
-    given, bare = Home(tmp_path / "home", {"INTERLOCK_JWT_SECRET": "s" * 40}), _home(tmp_path)
-    with given.locked():
-        ending = owner_token(given, 600)
-        given.write_token(ending)
-        assert renewed_token(bare) == ending
-        assert renewed_token(given) != ending
-        given.write_token(owner_token(given, -1))
-        with pytest.raises(SecretElsewhere):
-            renewed_token(bare)
+    home, stranger = _with_secret(tmp_path, believed), _with_secret(tmp_path, other)
+    with home.locked():
+        ending = owner_token(home, 600)
+        home.write_token(ending)
+        assert renewed_token(stranger) == ending
+        assert renewed_token(home) != ending
+        for token in (owner_token(home, -1), None):
+            home.token_file.unlink() if token is None else home.write_token(token)
+            with pytest.raises(SecretElsewhere):
+                renewed_token(stranger)
+        assert not home.token_file.exists()
+
+
+@pytest.mark.parametrize("mark", ["", None], ids=["given", "unknown"])
+def test_a_mesh_of_an_earlier_version_is_asked_as_before(tmp_path: Path, mark: str | None) -> None:
+    """It told only that it was given its secret, or nothing: what somebody brings may be the right one."""
+    home, bare = _with_secret(tmp_path, "s" * 40), _home(tmp_path)
+    with home.locked():
+        file = home.run / "jwt_secret-given"
+        file.unlink() if mark is None else file.write_text(mark)
+        assert home.jwt_secret == "s" * 40
+        assert bare.is_secret_elsewhere() is (mark is not None)
