@@ -140,7 +140,7 @@ class HttpParts(_Wrapping):
 
 
 class MeshOnly(Interceptor):
-    """Refuses callers without the mesh credential on the named services or methods.
+    """Refuses callers without the mesh credential on the named services or methods, their messages unread.
 
     Args:
         token: The join token of the mesh.
@@ -161,7 +161,7 @@ class MeshOnly(Interceptor):
         try:
             check_mesh_token(tuple(handler_call_details.invocation_metadata or ()), self._token)
         except MeshCredentialInvalid as error:
-            return _rebuilt(handler, _refusing(handler, error), handler.request_deserializer)
+            return _rebuilt(handler, _refusing(handler, error), None)
         return handler
 
 
@@ -171,7 +171,7 @@ class TokenFirst(_Wrapping):
     Their handler is given an empty one. It refuses them before it looks at it, in the words of its API.
 
     Args:
-        believes: Whether the metadata of a call has a good token: `TokenVerifier.believes`.
+        believes: Whether the metadata of a call has a token that is good enough: `TokenVerifier.believes`.
         prefixes: Method paths or their beginnings, of handlers that ask who calls before anything else, or
             nothing of the message at all.
     """

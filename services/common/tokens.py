@@ -92,10 +92,15 @@ class TokenVerifier:
             raise TokenRevoked("The token was revoked; ask for a new one.")
         return claims
 
-    def believes(self, metadata: Sequence[tuple[str, str | bytes]]) -> bool:
-        """Whether a call's metadata has a good token; what is wrong with another one, `verify` says."""
+    def believes(self, metadata: Sequence[tuple[str, str | bytes]], *scopes: str) -> bool:
+        """Whether a call's metadata has a good token, with one of `scopes` where some are named.
+
+        What is wrong with another one, `verify` and `Claims.require` say.
+        """
         try:
-            self.verify(bearer_token(metadata))
+            claims = self.verify(bearer_token(metadata))
+            if scopes:
+                claims.require(*scopes)
         except InterlockError:
             return False
         return True

@@ -13,7 +13,7 @@ from services.common import announce, config, heap, logs, metrics, redis_client,
 from services.common.clock import Clock
 from services.common.errors import ArtifactInvalid, NotLeader
 from services.common.ids import new_incarnation
-from services.common.interceptors import MeshOnly
+from services.common.interceptors import MeshOnly, TokenFirst
 from services.common.system_clock import SystemClock
 from services.common.tokens import SecretWeak
 from services.common.trust import Trust
@@ -145,8 +145,14 @@ async def _lead(leadership: Leadership[servicer.ControllerTerm], first: FirstRev
 async def _serve(settings: ControllerConfig, world: _World, tokens: Trust, wait: server.Wait) -> None:
     await tokens.load()
     mesh_only = MeshOnly(settings.mesh_token.get_secret_value(), servicer.MESH_METHODS)
+    token_first = TokenFirst(
+        lambda metadata: tokens.verifier.believes(metadata, "admin"),
+        (*servicer.ADMIN_METHODS, f"/{http_servicer.SERVICE}/"),
+    )
     serving = server.create(
-        (servicer.SERVICE, http_servicer.SERVICE), world.clock, interceptors=[mesh_only, *tokens.interceptors]
+        (servicer.SERVICE, http_servicer.SERVICE),
+        world.clock,
+        interceptors=[mesh_only, *tokens.interceptors, token_first],
     )
     first = FirstRevision(settings, world.clock)
     leadership = Leadership(

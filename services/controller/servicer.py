@@ -41,6 +41,12 @@ SERVICE = "interlock.v1.ControllerService"
 
 # These carry the mesh credential; everything else carries a token with the scope `admin`.
 MESH_METHODS = (f"/{SERVICE}/Attach", f"/{SERVICE}/DownloadRevision")
+# Their messages are read for that scope alone. ListModels answers others as well; its message has no field.
+ADMIN_METHODS = tuple(
+    path
+    for method in pb.DESCRIPTOR.services_by_name["ControllerService"].methods
+    if (path := f"/{SERVICE}/{method.name}") not in MESH_METHODS
+)
 
 # A member speaks at once, and so does who uploads; who connects and says nothing is none.
 HELLO_TIMEOUT_S = 10.0

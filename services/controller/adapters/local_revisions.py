@@ -5,7 +5,6 @@ Must not know who asks for the files, or why.
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import IO
 
 from services.common.artifacts import Progress, describe, tokenizer_digest
 from services.common.errors import ArgumentInvalid, ArtifactInvalid
+from services.common.threads import in_thread
 from services.controller.core.catalog import Catalog, Manifest, ModelFile, Revision
 
 # The contract's bound of a chunk.
@@ -128,13 +128,15 @@ async def read_file(path: Path, size_bytes: int, offset: int) -> AsyncIterator[b
         ArtifactInvalid: It is gone.
     """
     left = size_bytes - offset
-    stream = await asyncio.to_thread(_open_at, path, offset)
+    stream = await in_thread(_open_at, path, offset)
     try:
-        while left and (chunk := await asyncio.to_thread(stream.read, min(left, CHUNK_BYTES_MAX))):
+        # Whoever is cancelled waits here for the thread: closing waits for it as well, and whoever calls it.
+        while left and (chunk := await in_thread(stream.read, min(left, CHUNK_BYTES_MAX))):
             left -= len(chunk)
             yield chunk
     finally:
-        stream.close()
+        # Of a file that was deleted meanwhile this frees the room, which a slow disk takes its time for.
+        await in_thread(stream.close)
 
 
 def _open_at(path: Path, offset: int) -> IO[bytes]:

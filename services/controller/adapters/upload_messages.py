@@ -9,6 +9,7 @@ from google.protobuf.message import DecodeError
 from interlock.v1 import controller_service_pb2 as pb
 from interlock.v1 import model_pb2
 
+from services.common.artifacts import FILES_MAX
 from services.common.errors import ArgumentInvalid
 from services.controller.adapters.blob_intake import Chunk
 from services.controller.adapters.member_messages import DTYPES, QUANTIZATIONS
@@ -38,6 +39,9 @@ def read_manifest(message: model_pb2.Manifest) -> Manifest:
         raise ArgumentInvalid("manifest: quantization or compute_dtype is not one that is known.")
     if not 1 <= message.context_tokens <= CONTEXT_TOKENS_MAX:
         raise ArgumentInvalid(f"manifest.context_tokens: must be 1 to {CONTEXT_TOKENS_MAX}.")
+    # Counted before one is read: a message has room for two million, and reading those takes seconds.
+    if len(message.files) > FILES_MAX:
+        raise ArgumentInvalid(f"manifest.files: more than {FILES_MAX}.")
     if len(message.golden_prompts) > GOLDEN_PROMPTS_MAX:
         raise ArgumentInvalid(f"manifest.golden_prompts: more than {GOLDEN_PROMPTS_MAX}.")
     return Manifest(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from interlock.v1 import model_pb2 as pb
 
+from services.common.artifacts import FILES_MAX
 from services.common.errors import ArgumentInvalid
 from services.controller.adapters.member_messages import manifest_message
 from services.controller.adapters.upload_messages import read_manifest
@@ -59,3 +60,12 @@ def test_what_is_refused(prompts: list[dict[str, Any]], field: str) -> None:
     """The refusal names the field."""
     with pytest.raises(ArgumentInvalid, match=field):
         read_manifest(manifest(*prompts))
+
+
+def test_files_are_counted_before_they_are_read() -> None:
+    """A message holds two million of them; reading these one by one would hold up the leader for seconds."""
+    most = pb.Manifest(model="m", context_tokens=64, files=[pb.ArtifactFile()] * FILES_MAX)
+    assert len(read_manifest(most).files) == FILES_MAX
+    most.files.add()
+    with pytest.raises(ArgumentInvalid, match=f"manifest.files: more than {FILES_MAX}"):
+        read_manifest(most)
