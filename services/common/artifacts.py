@@ -18,12 +18,12 @@ import stat
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from services.common.errors import ArtifactInvalid, InternalError
-from services.common.known_digests import KnownDigests
+from services.common.known_digests import KnownDigests, read_digest
 from services.common.partial_file import NAME_BYTES_MAX, PartialFile, directory_descriptor
-from services.common.threads import in_thread
+from services.common.threads import in_haltable_thread, in_thread
 
 # Data formats only: none of these can run code when it is read.
 ALLOWED_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")
@@ -59,8 +59,6 @@ CONFIG_BYTES_MAX = 4 << 20
 
 # How often a process looks whether another one has finished the same download.
 LOCK_POLL_S = 0.1
-# As hashlib reads a file.
-_READ_BYTES = 1 << 18
 
 # A plain name: no separator, no leading dot, nothing that a shell or a URL would read otherwise.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]*")
@@ -180,7 +178,7 @@ async def find(
     if not local_path:
         return None
     local = Path(local_path)
-    if not await asyncio.to_thread(_has_all, local, wanted, known):
+    if not await in_haltable_thread(lambda on_read: _has_all(local, wanted, known, on_read), "digests"):
         return None
     total = sum(file.size_bytes for file in wanted)
     on_progress(total, total)
@@ -242,11 +240,11 @@ async def _fetch_file(
     report: Callable[[int], None],
     known: KnownDigests,
 ) -> None:
-    if await asyncio.to_thread(known.matches, directory / file.path, file.size_bytes, file.sha256):
+    if await in_haltable_thread(lambda on_read: _has_all(directory, (file,), known, on_read), "digests"):
         return
     partial = PartialFile(directory / file.path, file.size_bytes, file.sha256)
     try:
-        offset = await asyncio.to_thread(partial.open)
+        offset = await in_haltable_thread(partial.open, "digests")
         report(offset)
         chunks = download(file.path, offset)
         try:
@@ -321,19 +319,9 @@ def _describe_file(path: Path, on_read: Callable[[int], None]) -> FileDigest:
                 raise ArtifactInvalid(f"{path.name}: not a regular file.")
             if facts.st_size > _bytes_max(path.name):
                 raise ArtifactInvalid(f"{path.name}: {facts.st_size} bytes; at most {_bytes_max(path.name)}.")
-            return FileDigest(path.name, *_read_digest(stream, on_read))
+            return FileDigest(path.name, *read_digest(stream, on_read))
     except OSError:
         raise ArtifactInvalid(f"{path.name}: cannot be read.") from None
-
-
-def _read_digest(stream: IO[bytes], on_read: Callable[[int], None]) -> tuple[int, str]:
-    """How many bytes there are, and their digest."""
-    hashed, size_bytes = hashlib.sha256(), 0
-    while piece := stream.read(_READ_BYTES):
-        hashed.update(piece)
-        size_bytes += len(piece)
-        on_read(len(piece))
-    return size_bytes, hashed.hexdigest()
 
 
 def _check_name(path: str) -> None:
@@ -371,7 +359,9 @@ def refuse_code(path: Path) -> None:
             pending.extend(value)
 
 
-def _has_all(directory: Path, files: tuple[FileDigest, ...], known: KnownDigests) -> bool:
+def _has_all(
+    directory: Path, files: tuple[FileDigest, ...], known: KnownDigests, on_read: Callable[[int], None]
+) -> bool:
     return directory.is_dir() and all(
-        known.matches(directory / file.path, file.size_bytes, file.sha256) for file in files
+        known.matches(directory / file.path, file.size_bytes, file.sha256, on_read) for file in files
     )

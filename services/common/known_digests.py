@@ -10,11 +10,14 @@ import hashlib
 import os
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 # Some revisions of the largest public checkpoints, which have a few hundred files.
 FILES_KNOWN_MAX = 4_096
+# As hashlib reads a file.
+_READ_BYTES = 1 << 18
 
 
 class _Identity(NamedTuple):
@@ -34,8 +37,21 @@ class KnownDigests:
         self._digests: dict[_Identity, str] = {}
         self._guard = threading.Lock()
 
-    def matches(self, path: Path, size_bytes: int, sha256: str) -> bool:
-        """Whether `path` is a regular file of this size and content; it is read where that is not known."""
+    def matches(
+        self,
+        path: Path,
+        size_bytes: int,
+        sha256: str,
+        on_read: Callable[[int], None] = lambda _more_bytes: None,
+    ) -> bool:
+        """Whether `path` is a regular file of this size and content; it is read where that is not known.
+
+        Args:
+            path: The file.
+            size_bytes: How long it must be.
+            sha256: What its digest must be, in lower-case hexadecimal.
+            on_read: Is told of each piece how many bytes were read; what it raises passes through.
+        """
         try:
             with path.open("rb") as stream:
                 facts = os.fstat(stream.fileno())
@@ -44,7 +60,7 @@ class KnownDigests:
                 before = _identity(facts)
                 digest = self._digests.get(before)
                 if digest is None:
-                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                    digest = read_digest(stream, on_read)[1]
                     if _identity(os.fstat(stream.fileno())) == before:
                         self._keep(before, digest)
                 return digest == sha256
@@ -60,6 +76,16 @@ class KnownDigests:
             self._digests[identity] = digest
             while len(self._digests) > FILES_KNOWN_MAX:
                 del self._digests[next(iter(self._digests))]
+
+
+def read_digest(stream: IO[bytes], on_read: Callable[[int], None]) -> tuple[int, str]:
+    """How many bytes there are, and their digest; tells of each piece how many were read."""
+    hashed, size_bytes = hashlib.sha256(), 0
+    while piece := stream.read(_READ_BYTES):
+        hashed.update(piece)
+        size_bytes += len(piece)
+        on_read(len(piece))
+    return size_bytes, hashed.hexdigest()
 
 
 def _identity(facts: os.stat_result) -> _Identity:

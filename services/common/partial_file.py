@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -43,8 +43,12 @@ class PartialFile:
         self._digest = hashlib.sha256()
         self._size_bytes = 0
 
-    def open(self) -> int:
+    def open(self, on_read: Callable[[int], None] = lambda _more_bytes: None) -> int:
         """Begins, or goes on where an earlier attempt ended; returns the number of bytes that are there.
+
+        Args:
+            on_read: Is told of each piece of what is there how many bytes were read; what it raises passes
+                through, and then there is nothing left but to close.
 
         Raises:
             UploadConflict: Somebody takes the file over at this moment.
@@ -59,6 +63,7 @@ class PartialFile:
         while block := self._stream.read(READ_BYTES):
             self._digest.update(block)
             self._size_bytes += len(block)
+            on_read(len(block))
         return self._size_bytes
 
     def append(self, chunk: bytes) -> int:

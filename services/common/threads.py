@@ -20,6 +20,20 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# A tenth of a core beside a thread of ordinary priority that never rests; all of it where there is none.
+NICENESS = 10
+
+
+class Halted(Exception):
+    """Work ends in the middle: whoever wanted it was cancelled."""
+
+
+def give_way() -> None:
+    """This thread, and what it begins, comes after others that want the same cores, for good."""
+    # Linux counts threads where others count processes, and refuse.
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
 
 def let_helpers_give_way() -> None:
     """No thread of this process but the main one interrupts another thread, of whichever process, any more.
@@ -69,8 +83,37 @@ def begin_in_thread(work: Callable[[], T], on_end: Callable[[], None]) -> Awaita
     return asyncio.shield(begun)
 
 
-async def to_its_end(work: Awaitable[T]) -> T:
-    """Waits for `work` to its end, however often the caller is cancelled meanwhile; obeys only then."""
+async def in_haltable_thread(work: Callable[[Callable[[int], None]], T], name: str) -> T:
+    """Calls `work` in a thread of its own, which gives way; a cancellation ends it at its next piece.
+
+    It is obeyed when the thread has ended. Where that hangs, the end of the process does not wait for it, as
+    it would for the pool that asyncio keeps.
+
+    Args:
+        work: What is called there. It tells of each piece what it has read of it, in bytes, by what it is
+            given: that raises `Halted` when nobody waits any more.
+        name: The thread's name.
+    """
+    halt = threading.Event()
+
+    def on_read(_more_bytes: int) -> None:
+        if halt.is_set():
+            raise Halted
+
+    def body() -> T:
+        give_way()
+        return work(on_read)
+
+    return await to_its_end(begin_in_daemon(body, name), halt.set)
+
+
+async def to_its_end(work: Awaitable[T], on_cancel: Callable[[], object] = lambda: None) -> T:
+    """Waits for `work` to its end, however often the caller is cancelled meanwhile; obeys only then.
+
+    Args:
+        work: What is waited for.
+        on_cancel: Is called at each cancellation, so that the end may come sooner.
+    """
     task = asyncio.ensure_future(work)
     cancelled = False
     while not task.done():
@@ -78,6 +121,7 @@ async def to_its_end(work: Awaitable[T]) -> T:
             await asyncio.wait({task})
         except asyncio.CancelledError:
             cancelled = True
+            on_cancel()
     if cancelled:
         if not task.cancelled():
             # Looked at, so that nobody is told of an error that was never fetched.

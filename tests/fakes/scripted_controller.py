@@ -26,6 +26,8 @@ class ScriptedController(controller_service_pb2_grpc.ControllerServiceServicer):
         heard: Everything that the gateway said, reports left out.
         tallies: The counts of its latest report.
         downloads: Paths that were downloaded.
+        attached_by: The ends of connections over which somebody attached.
+        downloaded_by: The ends of those over which files were asked for.
         commands: What else to say to whoever is attached.
     """
 
@@ -34,6 +36,8 @@ class ScriptedController(controller_service_pb2_grpc.ControllerServiceServicer):
         self.heard: list[pb.AttachRequest] = []
         self.tallies: list[pb.RevisionTally] = []
         self.downloads: list[str] = []
+        self.attached_by: set[str] = set()
+        self.downloaded_by: set[str] = set()
         self.commands: asyncio.Queue[pb.AttachResponse | None] = asyncio.Queue()
         self.changed = asyncio.Condition()
         self._directory = directory
@@ -65,6 +69,7 @@ class ScriptedController(controller_service_pb2_grpc.ControllerServiceServicer):
     ) -> AsyncIterator[pb.AttachResponse]:
         """Lease, Prepare, and Activate once it is ready; then whatever the test says."""
         check_mesh_token(tuple(context.invocation_metadata() or ()), MESH_TOKEN)
+        self.attached_by.add(context.peer())
         listening = asyncio.create_task(self._listen(request_iterator))
         try:
             await self.wait_heard("hello")
@@ -82,6 +87,7 @@ class ScriptedController(controller_service_pb2_grpc.ControllerServiceServicer):
         """The file, in two parts."""
         check_mesh_token(tuple(context.invocation_metadata() or ()), MESH_TOKEN)
         self.downloads.append(request.path)
+        self.downloaded_by.add(context.peer())
         data = (self._directory / request.path).read_bytes()[request.offset :]
         yield pb.DownloadRevisionResponse(data=data[: len(data) // 2])
         yield pb.DownloadRevisionResponse(data=data[len(data) // 2 :])

@@ -249,6 +249,13 @@ async def two(
         yield first, second, (first_at, second_at)
 
 
+def assert_apart(controller: ScriptedController) -> None:
+    """Files came over other connections than leases, which would wait behind them on a slow line."""
+    assert controller.attached_by
+    assert controller.downloaded_by
+    assert controller.attached_by.isdisjoint(controller.downloaded_by)
+
+
 class Deaf:
     """A `RevisionHandshake` of a worker whose revision is being fetched already."""
 
@@ -272,7 +279,7 @@ class Deaf:
 
 
 async def test_a_worker_fetches_on_over_a_takeover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its link closes the channel in the middle of a file, and finds the next controller."""
+    """Its link closes the connection of a file in the middle of it, and finds the next controller."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "model.safetensors").write_bytes(DATA)
@@ -296,6 +303,8 @@ async def test_a_worker_fetches_on_over_a_takeover(tmp_path: Path, monkeypatch: 
         assert second.downloads == ["model.safetensors"]
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+        for controller in (first, second):
+            assert_apart(controller)
 
 
 async def test_a_gateway_fetches_on_over_a_takeover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +322,8 @@ async def test_a_gateway_fetches_on_over_a_takeover(tmp_path: Path, monkeypatch:
         assert [message.WhichOneof("event") for message in first.heard] == ["hello"]
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+        for controller in (first, second):
+            assert_apart(controller)
 
 
 async def test_revisions_with_one_tokenizer_share_it(tmp_path: Path) -> None:

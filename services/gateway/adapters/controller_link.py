@@ -163,12 +163,12 @@ class ControllerLink:
         self._attached_once = True
         self._fence = max(self._fence, lease.fence)
 
-    async def prepare(self, manifest: model_pb2.Manifest, connection: grpc.aio.Channel) -> Request:
-        """Loads the tokenizer of a revision; returns Ready or Failed."""
+    async def prepare(self, manifest: model_pb2.Manifest, downloads: grpc.aio.Channel) -> Request:
+        """Loads the tokenizer of a revision, whose files come from there; returns Ready or Failed."""
         if self._secondary and self._catalog.is_own(manifest.model):
             return _failed(manifest.revision, "the gateway serves a model of this name for its own mesh")
         try:
-            entry = await self._load(manifest, connection)
+            entry = await self._load(manifest, downloads)
         except InterlockError as error:
             return _failed(manifest.revision, error.message)
         except Exception:  # noqa: BLE001 - a defect here must reach the rollout, not end the membership
@@ -197,7 +197,7 @@ class ControllerLink:
         for own in self._models & {model} if model else self._models:
             self._catalog.drop(revision, own)
 
-    async def _load(self, manifest: model_pb2.Manifest, connection: grpc.aio.Channel) -> CatalogEntry:
+    async def _load(self, manifest: model_pb2.Manifest, downloads: grpc.aio.Channel) -> CatalogEntry:
         files = [artifacts.FileDigest(file.path, file.size_bytes, file.sha256) for file in manifest.files]
         wanted = artifacts.tokenizer_files(files)
         if not any(file.path == "tokenizer.json" for file in wanted):
@@ -205,7 +205,7 @@ class ControllerLink:
 
         async def connected() -> grpc.aio.Channel:
             # Another controller asks for the revision anew, and what came is on disk.
-            return connection
+            return downloads
 
         download = RevisionDownload(manifest.model, manifest.revision, self._membership.mesh_token, connected)
         # The digest, not the name: two revisions with one tokenizer share it, and no name is a path.
@@ -253,20 +253,23 @@ class _Attachment:
 
     async def run(self) -> str:
         """Speaks with the controller until one side ends it; returns why."""
-        connection, cause = channel.connect(self._address), "the stream ended"
+        cause = "the stream ended"
+        # Files have a connection of their own, which opens when one is asked for: on a slow line the lease
+        # would wait behind them for longer than it holds.
+        connection, downloads = channel.connect(self._address, light=True), channel.connect(self._address)
         try:
             stub = controller_service_pb2_grpc.ControllerServiceStub(connection)
             call = stub.Attach(metadata=mesh_metadata(self._link.mesh_token))
-            await self._converse(call, connection)
+            await self._converse(call, downloads)
         except* grpc.RpcError as group:
             cause = _cause(group)
         except* (TimeoutError, asyncio.QueueFull, asyncio.InvalidStateError):
             cause = _SILENCE
         finally:
-            await connection.close()
+            await asyncio.gather(connection.close(), downloads.close())
         return cause
 
-    async def _converse(self, call: Any, connection: grpc.aio.Channel) -> None:
+    async def _converse(self, call: Any, downloads: grpc.aio.Channel) -> None:
         async with asyncio.TaskGroup() as tasks:
             self._help(tasks, self._write(call))
             self._help(tasks, self._report())
@@ -274,7 +277,7 @@ class _Attachment:
                 # The connection to a process that was stopped stays open.
                 async with asyncio.timeout(HELLO_TIMEOUT_S) as patience:
                     async for command in call:
-                        self._obey(command, connection, tasks)
+                        self._obey(command, downloads, tasks)
                         patience.reschedule(asyncio.get_running_loop().time() + self._silence_s)
             finally:
                 for helper in tuple(self._helpers):
@@ -296,7 +299,7 @@ class _Attachment:
             await asyncio.sleep(REPORT_S)
             self._say(self._link.report())
 
-    def _obey(self, command: Command, connection: grpc.aio.Channel, tasks: asyncio.TaskGroup) -> None:
+    def _obey(self, command: Command, downloads: grpc.aio.Channel, tasks: asyncio.TaskGroup) -> None:
         match command.WhichOneof("command"):
             case "lease":
                 self.leased = True
@@ -304,7 +307,7 @@ class _Attachment:
                 self._silence_s = command.lease.ttl.ToTimedelta().total_seconds() or math.inf
                 self._link.leased(command.lease)
             case "prepare":
-                self._help(tasks, self._prepare(command.prepare.manifest, connection))
+                self._help(tasks, self._prepare(command.prepare.manifest, downloads))
             case "activate":
                 self._say(self._link.activate(command.activate))
             case "retire":
@@ -314,8 +317,8 @@ class _Attachment:
             case "abort":
                 self._link.drop("", command.abort.revision)
 
-    async def _prepare(self, manifest: model_pb2.Manifest, connection: grpc.aio.Channel) -> None:
-        self._say(await self._link.prepare(manifest, connection))
+    async def _prepare(self, manifest: model_pb2.Manifest, downloads: grpc.aio.Channel) -> None:
+        self._say(await self._link.prepare(manifest, downloads))
 
     def _say(self, request: Request) -> None:
         """Puts a message behind those that wait; a controller that reads none of them is given up."""

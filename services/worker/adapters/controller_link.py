@@ -90,12 +90,12 @@ class ControllerLink:
         self._wake = asyncio.Event()
         self._load_at_s = 0.0
         self._attached = False
-        self._channel: grpc.aio.Channel | None = None
+        self._downloads: grpc.aio.Channel | None = None
         self._leased = asyncio.Event()
 
     async def connected(self) -> grpc.aio.Channel:
-        """The channel to the controller that granted a lease; waits while there is none."""
-        while (channel := self._channel) is None:
+        """Where files come from: the controller that granted a lease; waits while there is none."""
+        while (channel := self._downloads) is None:
             await self._leased.wait()
         return channel
 
@@ -135,7 +135,9 @@ class ControllerLink:
 
     async def _attach(self, address: str, handshake: RevisionHandshake) -> bool:
         """One attachment, to its end; returns whether a lease was granted."""
-        channel = connect(address)
+        # Files have a connection of their own, which opens when one is asked for: on a slow line the lease
+        # would wait behind them for longer than it holds.
+        channel, downloads = connect(address, light=True), connect(address)
         leased = False
         try:
             stub = controller_service_pb2_grpc.ControllerServiceStub(channel)
@@ -148,16 +150,16 @@ class ControllerLink:
                 first = await call.read()
             lease = self._accept(first)
             if lease is not None:
-                leased, self._channel = True, channel
+                leased, self._downloads = True, downloads
                 self._leased.set()
                 await self._serve(call, handshake, _silence_s(lease))
         except (grpc.aio.AioRpcError, TimeoutError, asyncio.InvalidStateError) as error:
             code = error.code().name if isinstance(error, grpc.aio.AioRpcError) else type(error).__name__
             logs.get_logger().debug("controller.lost", code=code)
         finally:
-            self._attached, self._channel = False, None
+            self._attached, self._downloads = False, None
             self._leased.clear()
-            await channel.close()
+            await asyncio.gather(channel.close(), downloads.close())
         if leased:
             logs.get_logger().warning("controller.detached")
         return leased

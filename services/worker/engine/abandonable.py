@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from services.common.threads import begin_in_daemon
+from services.common.threads import begin_in_daemon, give_way
 
 T = TypeVar("T")
-
-# A tenth of a core beside a thread of ordinary priority that never rests; all of it where there is none.
-NICENESS = 10
 
 
 async def in_thread(work: Callable[[], T], name: str) -> T:
@@ -25,9 +19,7 @@ async def in_thread(work: Callable[[], T], name: str) -> T:
     """
 
     def body() -> T:
-        # Linux counts threads where others count processes, and refuse.
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        give_way()
         return work()
 
     return await begin_in_daemon(body, name)

@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import os
-import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,6 @@ from services.common.artifacts import (
     tokenizer_files,
 )
 from services.common.errors import ArtifactInvalid, InternalError
-from services.common.partial_file import PartialFile
 
 WEIGHTS = os.urandom(50_000)
 # One bit off, of the same length.
@@ -371,29 +369,3 @@ async def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(InternalError, match="disk is full"):
         await fetched(FakeSource(), tmp_path)
     assert names(tmp_path) == []
-
-
-async def test_a_fetch_that_is_cancelled_leaves_no_thread_at_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It ends when the write has ended, so that the next one finds a file that nobody else writes to."""
-    begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
-    append = PartialFile.append
-
-    def slow(file: PartialFile, chunk: bytes) -> int:
-        begun.set()
-        may_end.wait()
-        size = append(file, chunk)
-        ended.set()
-        return size
-
-    monkeypatch.setattr(PartialFile, "append", slow)
-    fetching = asyncio.create_task(fetched(FakeSource(), tmp_path))
-    await asyncio.to_thread(begun.wait)
-    fetching.cancel()
-    await asyncio.sleep(0)
-    assert not fetching.done()
-    may_end.set()
-    with pytest.raises(asyncio.CancelledError):
-        await fetching
-    assert ended.is_set()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -19,13 +21,13 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for each file that is read whole."""
     read: list[str] = []
-    digest = hashlib.file_digest
+    read_digest = known_digests.read_digest
 
-    def counted(stream: object, name: str) -> object:
-        read.append(name)
-        return digest(stream, name)  # type: ignore[arg-type] # as it was given
+    def counted(stream: IO[bytes], on_read: Callable[[int], None]) -> tuple[int, str]:
+        read.append(stream.name)
+        return read_digest(stream, on_read)
 
-    monkeypatch.setattr(hashlib, "file_digest", counted)
+    monkeypatch.setattr(known_digests, "read_digest", counted)
     return read
 
 

@@ -6,10 +6,18 @@ import asyncio
 import os
 import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 
-from services.common.threads import MayHang, begin_in_thread, in_thread, to_its_end
+from services.common.threads import (
+    NICENESS,
+    MayHang,
+    begin_in_thread,
+    in_haltable_thread,
+    in_thread,
+    to_its_end,
+)
 
 
 async def test_a_result_and_an_error_come_back() -> None:
@@ -41,6 +49,40 @@ async def test_cancelling_waits_for_the_thread(fails: bool) -> None:  # noqa: FB
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert ended.is_set()
+
+
+async def test_whoever_is_cancelled_halts_a_thread_at_its_next_piece() -> None:
+    """It ends with the thread, which is none of the pool that a process waits for at its end."""
+    begun, may_go_on, pieces = threading.Event(), threading.Event(), list[int]()
+
+    def work(on_read: Callable[[int], None]) -> None:
+        assert threading.current_thread().daemon
+        begun.set()
+        may_go_on.wait()
+        for piece in range(10):
+            pieces.append(piece)
+            on_read(1)
+
+    waiting = asyncio.create_task(in_haltable_thread(work, "test"))
+    await asyncio.to_thread(begun.wait)
+    waiting.cancel()
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    may_go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert pieces == [0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere priorities belong to processes")
+async def test_a_thread_that_can_be_halted_gives_way() -> None:
+    """And says what it found."""
+
+    def niceness(on_read: Callable[[int], None]) -> int:
+        on_read(1)
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    assert await in_haltable_thread(niceness, "test") == NICENESS
 
 
 async def test_a_thread_that_cannot_begin_has_ended() -> None:

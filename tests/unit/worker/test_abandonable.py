@@ -8,7 +8,8 @@ import threading
 
 import pytest
 
-from services.worker.engine.abandonable import NICENESS, in_thread
+from services.common.threads import NICENESS
+from services.worker.engine.abandonable import in_thread
 
 
 def _niceness() -> int:
