@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from dataclasses import replace
 
@@ -302,6 +303,21 @@ async def test_a_job_is_entered_again_where_its_id_cannot_be(world: QueueWorld) 
     await world.finish(grant)
     assert isinstance(await gateway.enqueue(replace(job, submission="b", waited_s=1.0)), Grant)
     world.client.delete(request_key("a"))
+
+
+async def test_a_job_that_is_to_end_is_so_under_its_new_attempt_as_well(world: QueueWorld) -> None:
+    """Its gateway had another slot for it, and has not heard that its subject stopped it."""
+    grant, other = await world.grant("a"), world.gateway("g2")
+    other._scripts._calls = itertools.count(99, 0)
+    assert await other.stop(MODEL, "a")
+    own = replace(grant, nonce="own")
+    assert await world.gateway().register(replace(make_job("a"), waited_s=1.0), own, instead=True)
+    renewal = await world.gateway().renew(MODEL, {"a": "own"}, frozenset())
+    assert renewal.cancelled == {"a"}
+    assert not renewal.lost
+    await world.finish(own)
+    # A call that the connection sent twice still says that it stopped the job.
+    assert await other.stop(MODEL, "a")
 
 
 async def test_without_redis_every_call_says_so_at_once(redis_server: RedisServer) -> None:
