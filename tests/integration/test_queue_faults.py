@@ -320,6 +320,18 @@ async def test_a_job_that_is_to_end_is_so_under_its_new_attempt_as_well(world: Q
     assert await other.stop(MODEL, "a")
 
 
+async def test_no_log_is_lost_before_the_route_is_back(world: QueueWorld) -> None:
+    """Whoever has it can write it again only then. Of what was never there nothing is lost."""
+    log = RedisGenerationLog(world.store, "g1", None, lambda model: model == MODEL)
+    world.client.flushall()
+    with pytest.raises(StoreUnavailable):
+        await log.read(MODEL, "a", 0, known=True)
+    assert await log.read(MODEL, "a", 0) is None
+    assert await log.read("another", "a", 0, known=True) is None
+    await world.set_route()
+    assert await log.read(MODEL, "a", 0, known=True) is None
+
+
 async def test_without_redis_every_call_says_so_at_once(redis_server: RedisServer) -> None:
     """StoreUnavailable, not a hang; and the same object works when Redis is back."""
     store = connect(redis_server.url)
