@@ -97,7 +97,7 @@ async def run(
     )
     standby = Standby(clock, limits, catalog.activated, breakers.opened)
     redis_queue = RedisJobQueue(store, settings.id, limits, standby.serves)
-    redis_log = RedisGenerationLog(store, settings.id, limits)
+    redis_log = RedisGenerationLog(store, settings.id, limits, standby.serves)
     fallback = FallbackJobQueue(redis_queue, standby, breakers.store, clock)
     fleet = RedisFleet(store, settings.id, lambda: catalog.models, standby, breakers)
     directory = GuardedRequestDirectory(RedisRequestDirectory(store), breakers.store)

@@ -32,6 +32,7 @@ class FakeLogs:
         appends: Positions and sizes of the appends.
         used: What the appends told of used tokens.
         down: Whether every call raises StoreUnavailable.
+        emptied: Whether it knows nothing, and cannot be told of it again yet.
         mute: Whether an append does so, and has written all the same.
         unattended: What `unattended_s` answers.
         outcomes: How jobs ended whose logs do not say so.
@@ -43,6 +44,7 @@ class FakeLogs:
     appends: list[tuple[str, int, int]] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
     down: bool = False
+    emptied: bool = False
     mute: bool = False
     unattended: float | None = None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
@@ -73,17 +75,19 @@ class FakeLogs:
             raise StoreUnavailable("no reply")
         return Appended(AppendOutcome.WRITTEN, end)
 
-    async def read(self, model: str, job_id: str, after: int) -> LogPage | None:
+    async def read(self, model: str, job_id: str, after: int, *, known: bool = False) -> LogPage | None:
         """See `GenerationLog.read`."""
         self._check()
-        known = self.entries.get(job_id)
-        if known is None:
+        if known and self.emptied:
+            raise StoreUnavailable("emptied")
+        entries = self.entries.get(job_id)
+        if entries is None:
             return None
         outcome = self.outcomes.get(job_id)
-        if known and known[-1].is_last:
-            outcome = Outcome.FAILED if isinstance(known[-1].event, Failed) else Outcome.FINISHED
+        if entries and entries[-1].is_last:
+            outcome = Outcome.FAILED if isinstance(entries[-1].event, Failed) else Outcome.FINISHED
         claim = self.claims.get(job_id)
-        return LogPage(claim.digest if claim else "", len(known), tuple(known[after:]), outcome)
+        return LogPage(claim.digest if claim else "", len(entries), tuple(entries[after:]), outcome)
 
     async def unattended_s(self, model: str, job_id: str) -> float | None:
         """See `GenerationLog.unattended_s`."""

@@ -20,12 +20,13 @@ from interlock.v1 import gateway_service_pb2 as pb
 from interlock.v1 import gateway_service_pb2_grpc
 from pydantic import SecretStr
 
-from services.common.queue_keys import BREAKER_HOLDS, ModelKeys, breakers_of
+from services.common.queue_keys import BREAKER_HOLDS, ModelKeys, breakers_of, request_key
 from services.common.redis_client import connect
 from services.controller.adapters.redis_route import RedisRouteStore
 from services.controller.core.records import WorkerRecord
 from services.gateway import __main__ as gateway_main
 from services.gateway.config import GatewayConfig
+from services.gateway.dispatcher.reception import job_id
 from tests.fakes.scripted_controller import manifest_of, scripted_controller
 from tests.fakes.scripted_worker import MESH_TOKEN, ScriptedWorker, scripted_worker
 from tests.fixtures.gateway_world import SECRET, bearer, fail, joined, reason_of
@@ -71,6 +72,13 @@ class World:
         """What the log of a resumable request holds."""
         request = pb.ResumeGenerationRequest(request_id=request_id)
         return [event async for event in self.stub.ResumeGeneration(request, metadata=bearer())]
+
+    async def refused_resumption(self) -> str:
+        """Why a request by the id `r` cannot be resumed."""
+        stub: Any = gateway_service_pb2_grpc.GatewayServiceStub(self.channel)
+        asked = pb.ResumeGenerationRequest(request_id="r", cursor=1)
+        error, _ = await fail(stub.ResumeGeneration(asked, metadata=bearer()))
+        return reason_of(error)
 
     async def write_records(self) -> None:
         """Writes route and worker as a controller does each second."""
@@ -302,11 +310,17 @@ async def named_s(world: World, number: int) -> float:
 async def test_an_emptied_redis_lends_nothing_before_the_controller_has_written(
     world: World, *, noticed: bool
 ) -> None:
-    """A restarted Redis knows no worker: until it does, the gateway lends the slots that it knows of."""
+    """A restarted Redis knows no worker: until it does, the gateway lends the slots that it knows of.
+
+    And no log is lost: another gateway may write it again by then.
+    """
     world.redis.stop()
     if noticed:
         assert degraded(await world.ask())
     world.redis.start()
+    with world.redis.client() as client:
+        client.set(request_key(job_id("alice", "r")), f"digest {MODEL}")
+    assert await world.refused_resumption() == "STORE_UNAVAILABLE"
     # Longer than the breaker around the store sleeps, so that the way back is looked for.
     until_s = time.monotonic() + 2.5
     while time.monotonic() < until_s:
@@ -315,6 +329,7 @@ async def test_an_emptied_redis_lends_nothing_before_the_controller_has_written(
         assert all(map(degraded, answers))
     await world.write_records()
     assert await world.until_normal() < HEAL_LIMIT_S
+    assert await world.refused_resumption() == "REQUEST_UNKNOWN"
 
 
 async def test_an_operator_holds_a_worker_and_the_store(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from dataclasses import replace
 
@@ -261,6 +262,74 @@ async def test_what_redis_lost_is_entered_again_with_its_id(
     limits = QueueLimits()
     kept_s = limits.resume_ttl_s if payload else limits.record_ttl_s
     assert 0 <= 100.0 + kept_s - world.client.ttl(request_key("a")) < 10
+
+
+@pytest.mark.parametrize("state", ["waiting", "running"])
+async def test_no_end_overtakes_the_call_that_enters_a_job_again(world: QueueWorld, state: str) -> None:
+    """Also where its id is entered with it: else it would stay, with its slot, until its lease has passed."""
+    job = replace(make_job("a"), digest="d")
+    gateway, again = world.gateway(), replace(job, waited_s=1.0)
+    grant = await gateway.enqueue(job)
+    assert isinstance(grant, Grant)
+    # Redis shall know the scripts: what it does not know it is told in a second call.
+    assert await gateway.register(job, grant)
+    world.client.flushall()
+    await world.set_route()
+    await world.add_worker()
+    if state == "running":
+        settled = gateway.settle(MODEL, "a", grant.nonce, Outcome.FINISHED, 1)
+        assert list(await asyncio.gather(gateway.register(again, grant), settled)) == [True, True]
+    else:
+        await asyncio.gather(gateway.enqueue(again), gateway.cancel(MODEL, "a", job.submission))
+    assert world.running() == set()
+    assert world.client.hget(KEYS.job("a"), "state") in {"finished", "cancelled"}
+    assert await RedisRequestDirectory(world.store).find("a") == Claim(MODEL, "d")
+
+
+async def test_a_job_is_entered_again_where_its_id_cannot_be(world: QueueWorld) -> None:
+    """In a cluster the id may be a node's that is away, and keeps no gateway from the others."""
+    job = replace(make_job("a"), digest="d")
+    gateway = world.gateway()
+    grant = await gateway.enqueue(job)
+    assert isinstance(grant, Grant)
+    world.client.flushall()
+    await world.add_worker()
+    await world.set_route()
+    # Every call that names it fails.
+    world.client.rpush(request_key("a"), "of another type")
+    with pytest.raises(StoreUnavailable):
+        await RedisRequestDirectory(world.store).find("a")
+    assert await gateway.register(replace(job, waited_s=1.0), grant)
+    await world.finish(grant)
+    assert isinstance(await gateway.enqueue(replace(job, submission="b", waited_s=1.0)), Grant)
+    world.client.delete(request_key("a"))
+
+
+async def test_a_job_that_is_to_end_is_so_under_its_new_attempt_as_well(world: QueueWorld) -> None:
+    """Its gateway had another slot for it, and has not heard that its subject stopped it."""
+    grant, other = await world.grant("a"), world.gateway("g2")
+    other._scripts._calls = itertools.count(99, 0)
+    assert await other.stop(MODEL, "a")
+    own = replace(grant, nonce="own")
+    assert await world.gateway().register(replace(make_job("a"), waited_s=1.0), own, instead=True)
+    renewal = await world.gateway().renew(MODEL, {"a": "own"}, frozenset())
+    assert renewal.cancelled == {"a"}
+    assert not renewal.lost
+    await world.finish(own)
+    # A call that the connection sent twice still says that it stopped the job.
+    assert await other.stop(MODEL, "a")
+
+
+async def test_no_log_is_lost_before_the_route_is_back(world: QueueWorld) -> None:
+    """Whoever has it can write it again only then. Of what was never there nothing is lost."""
+    log = RedisGenerationLog(world.store, "g1", None, lambda model: model == MODEL)
+    world.client.flushall()
+    with pytest.raises(StoreUnavailable):
+        await log.read(MODEL, "a", 0, known=True)
+    assert await log.read(MODEL, "a", 0) is None
+    assert await log.read("another", "a", 0, known=True) is None
+    await world.set_route()
+    assert await log.read(MODEL, "a", 0, known=True) is None
 
 
 async def test_without_redis_every_call_says_so_at_once(redis_server: RedisServer) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from services.common.redis_client import RedisStore
 from services.gateway.adapters.log_entries import read_entry, write_entry
+from services.gateway.adapters.queue_replies import emptied
 from services.gateway.adapters.queue_scripts import QueueScripts
 from services.gateway.core.jobs import Outcome
 from services.gateway.core.log import Appended, AppendOutcome, Entry, LogBounds, LogPage
@@ -18,9 +19,24 @@ _LIVE = frozenset({"waiting", "running"})
 
 
 class RedisGenerationLog:
-    """`GenerationLog` in Redis, beside the queue."""
+    """`GenerationLog` in Redis, beside the queue.
 
-    def __init__(self, store: RedisStore, gateway_id: str, limits: QueueLimits | None = None) -> None:
+    Args:
+        store: Redis.
+        gateway_id: This gateway.
+        limits: The queue's bounds.
+        expects_route: See `RedisJobQueue`. Where the route is gone, no log is lost yet: whoever has it writes
+            it again once the route is back.
+    """
+
+    def __init__(
+        self,
+        store: RedisStore,
+        gateway_id: str,
+        limits: QueueLimits | None = None,
+        expects_route: Callable[[str], bool] = lambda _: False,
+    ) -> None:
+        self._expects_route = expects_route
         operations = ("append", "attended", "follow")
         self._scripts = QueueScripts(store, gateway_id, limits or QueueLimits(), operations)
 
@@ -42,9 +58,12 @@ class RedisGenerationLog:
         )
         return Appended(AppendOutcome(outcome), *rest)
 
-    async def read(self, model: str, job_id: str, after: int) -> LogPage | None:
+    async def read(self, model: str, job_id: str, after: int, *, known: bool = False) -> LogPage | None:
         """See `GenerationLog.read`."""
-        state, *rest = await self._scripts.run("follow", model, job_id, after, PAGE_EVENTS_MAX)
+        expects = int(known and self._expects_route(model))
+        state, *rest = await self._scripts.run("follow", model, job_id, after, PAGE_EVENTS_MAX, expects)
+        if state == "emptied":
+            raise emptied()
         if state == "unknown":
             return None
         digest, end, texts = rest

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -120,24 +121,23 @@ class RedisJobQueue:
         """See `JobQueue.enqueue`."""
         limits = self._limits
         with self._calling(job.job_id):
-            if job.waited_s > 0:
-                await self._claim_again(job)
-            reply = await self._run(
-                "enqueue",
-                job.model,
-                *fields(job),
-                job.limits.weight,
-                bound(job.limits.concurrency),
-                bound(job.limits.tokens_per_minute),
-                limits.waiting_jobs_max,
-                limits.tenant_waiting_jobs_max,
-                ms(limits.aging_s),
-                *self._kept(job),
-                int(self._expects_route(job.model)),
-                job.slots,
-                job.used_tokens,
-                *self._pinned(job),
-            )
+            async with self._claiming(job) if job.waited_s > 0 else contextlib.nullcontext():
+                reply = await self._run(
+                    "enqueue",
+                    job.model,
+                    *fields(job),
+                    job.limits.weight,
+                    bound(job.limits.concurrency),
+                    bound(job.limits.tokens_per_minute),
+                    limits.waiting_jobs_max,
+                    limits.tenant_waiting_jobs_max,
+                    ms(limits.aging_s),
+                    *self._kept(job),
+                    int(self._expects_route(job.model)),
+                    job.slots,
+                    job.used_tokens,
+                    *self._pinned(job),
+                )
         grants = reply[3] if len(reply) > 3 else []
         own = self._deliver(grants, besides=job.job_id)
         allowance = read_account(job, reply[4] if len(reply) > 4 else [])
@@ -218,26 +218,26 @@ class RedisJobQueue:
     async def register(self, job: QueuedJob, grant: Grant, *, instead: bool = False) -> bool:
         """See `JobQueue.register`."""
         with self._calling(job.job_id):
-            await self._claim_again(job)
-            current = await self._run(
-                "register",
-                job.model,
-                *fields(job),
-                grant.nonce,
-                grant.attempt,
-                grant.worker_id,
-                grant.worker_address,
-                grant.revision,
-                grant.epoch,
-                job.limits.weight,
-                bound(job.limits.concurrency),
-                ms(self._limits.aging_s),
-                *self._kept(job),
-                job.slots,
-                job.used_tokens,
-                int(instead),
-                *self._pinned(job),
-            )
+            async with self._claiming(job):
+                current = await self._run(
+                    "register",
+                    job.model,
+                    *fields(job),
+                    grant.nonce,
+                    grant.attempt,
+                    grant.worker_id,
+                    grant.worker_address,
+                    grant.revision,
+                    grant.epoch,
+                    job.limits.weight,
+                    bound(job.limits.concurrency),
+                    ms(self._limits.aging_s),
+                    *self._kept(job),
+                    job.slots,
+                    job.used_tokens,
+                    int(instead),
+                    *self._pinned(job),
+                )
         return bool(current)
 
     async def cancel(
@@ -325,14 +325,12 @@ class RedisJobQueue:
     async def _run(self, name: str, model: str, *args: str | float) -> Any:
         return await self._scripts.run(name, model, *args)
 
-    async def _claim_again(self, job: QueuedJob) -> None:
-        """Lets the id of a job that Redis may have lost stand for it: that was lost as well, or never told.
-
-        First: a job that is known again is not told once more.
-        """
-        if job.digest:
-            kept_s = self._limits.resume_ttl_s if job.payload else self._limits.record_ttl_s
-            await self._directory.claim(job.job_id, Claim(job.model, job.digest), job.timeout_s + kept_s)
+    def _claiming(self, job: QueuedJob) -> AbstractAsyncContextManager[None]:
+        """Lets the id of a job that Redis may have lost stand for it: it was lost as well, or never told."""
+        if not job.digest:
+            return contextlib.nullcontext()
+        kept_s = self._limits.resume_ttl_s if job.payload else self._limits.record_ttl_s
+        return self._directory.claiming(job.job_id, Claim(job.model, job.digest), job.timeout_s + kept_s)
 
     def _kept(self, job: QueuedJob) -> tuple[str, str, int]:
         """What a record says of the job's body, and of the log that may outlive it."""

@@ -199,10 +199,11 @@ class GenerationLog(Protocol):
         """
         ...
 
-    async def read(self, model: str, job_id: str, after: int) -> LogPage | None:
+    async def read(self, model: str, job_id: str, after: int, *, known: bool = False) -> LogPage | None:
         """Reads behind the first `after` events; the caller gets a notice of later ones for a while.
 
-        Returns None where there is no such job, or it is not resumable.
+        Returns None where there is no such job, or it is not resumable. Of one that is `known` to have been
+        there a store that was emptied says nothing before it can be told of it again: it counts as away.
         """
         ...
 

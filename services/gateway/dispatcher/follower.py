@@ -34,9 +34,11 @@ from services.gateway.dispatcher.streams import HangUp
 
 # A notice that was lost is made good within this.
 LOOK_AGAIN_S = 1.0
-# How long a follower waits for a store that is away, or for a log that was lost and may be written again.
+# How long a follower waits for a store that is away.
 PATIENCE_S = 30.0
-LOST_LOG_WAIT_S = 5.0
+# And for a log that was lost and may be written again, once the store has a route: workers come back to the
+# controller within 2 s, whoever has the log finds its way back within 2 s more, and writes within 1 s.
+LOST_LOG_WAIT_S = 10.0
 
 
 class Follower:
@@ -322,7 +324,8 @@ class Follower:
         """
         known = self._last if self._doubted else None
         after = self._read if known is None else self._read - 1
-        page = await self._log.read(self._model, self.job_id, after)
+        was_there = self._lives or self._read > 0
+        page = await self._log.read(self._model, self.job_id, after, known=was_there)
         if page is None:
             return None
         self._lives = page.outcome is None

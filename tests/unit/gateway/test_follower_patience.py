@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
 
-from services.common.errors import StoreUnavailable, WorkerLost
+from services.common.errors import RequestUnknown, StoreUnavailable, WorkerLost
+from services.gateway.adapters.breakers import STORE_LIMITS
 from services.gateway.core.events import Chunk, Event, Started
 from services.gateway.core.log import Entry
+from services.gateway.dispatcher import chronicle
+from services.gateway.dispatcher.dispatch import RENEW_S
 from services.gateway.dispatcher.follower import LOST_LOG_WAIT_S, PATIENCE_S, Follower
 from services.gateway.dispatcher.journal import Journal
+from services.worker.adapters.controller_link import RETRY_MAX_S
 from tests.fakes.gateway_logs import FakeLogs
 from tests.fakes.turned_clock import TurnedClock
 
@@ -44,17 +48,17 @@ class Scene:
 
 
 @asynccontextmanager
-async def followed(journal: Journal | None = None) -> AsyncIterator[Scene]:
+async def followed(journal: Journal | None = None, first: Sequence[Entry] = FIRST) -> AsyncIterator[Scene]:
     """A request that runs elsewhere; with a journal it ran here before."""
     logs, clock = FakeLogs(), TurnedClock()
-    logs.entries["j"] = list(FIRST)
+    logs.entries["j"] = list(first)
     follower = Follower("m", "j", 0, logs, clock, 30.0, lambda _: None)
     if journal is None:
         await follower.read_store()
     else:
-        journal.extend(FIRST)
+        journal.extend(first)
         follower.read_journal(journal, lambda: None)
-    assert [await anext(follower) for _ in FIRST] == [entry.event for entry in FIRST]
+    assert [await anext(follower) for _ in first] == [entry.event for entry in first]
     scene = Scene(logs, clock, follower, asyncio.create_task(_next(follower)))
     await scene.look()
     try:
@@ -80,6 +84,31 @@ async def test_a_log_that_was_lost_is_read_on_when_it_is_written_again() -> None
         scene.logs.entries["j"] = [*FIRST, NEXT]
         await scene.look()
         assert scene.asked.result() == NEXT.event
+
+
+@pytest.mark.parametrize("first", [FIRST, []], ids=["running", "waiting"])
+async def test_an_emptied_store_is_away_until_it_can_be_told_of_the_log_again(first: list[Entry]) -> None:
+    """Also of a request that has no event yet; whoever asks for it only then hears that it is not known."""
+    logs, clock = FakeLogs(), TurnedClock()
+    async with followed(first=first) as scene:
+        del scene.logs.entries["j"]
+        scene.logs.emptied = True
+        await scene.pass_s(PATIENCE_S - 0.1)
+        scene.logs.emptied = False
+        await scene.pass_s(LOST_LOG_WAIT_S - 0.1)
+        assert not scene.asked.done()
+        scene.logs.entries["j"] = [*first, NEXT]
+        await scene.look()
+        assert scene.asked.result() == NEXT.event
+    logs.emptied = True
+    with pytest.raises(RequestUnknown):
+        await Follower("m", "j", 0, logs, clock, 30.0, lambda _: None).read_store()
+
+
+def test_a_lost_log_is_waited_for_longer_than_the_way_back_takes() -> None:
+    """A worker comes to the controller, the gateway looks for the store and writes: twice that."""
+    way_back_s = RETRY_MAX_S + STORE_LIMITS.sleep_s + RENEW_S + chronicle.RETRY_LAST_S
+    assert 2 * way_back_s <= LOST_LOG_WAIT_S < PATIENCE_S
 
 
 async def test_nobody_waits_for_a_lost_log_for_ever() -> None:

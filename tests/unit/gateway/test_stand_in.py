@@ -93,8 +93,8 @@ async def test_an_id_that_another_model_is_about_to_take_is_left_to_it(
     world.logs.claims["j"] = Claim(OTHER, "d")
     read = world.logs.read
 
-    async def read_early(model: str, job_id: str, after: int) -> LogPage | None:
-        page = await read(model, job_id, after)
+    async def read_early(model: str, job_id: str, after: int, *, known: bool = False) -> LogPage | None:
+        page = await read(model, job_id, after, known=known)
         world.logs.entries.setdefault("j", [Entry(Finished(FinishReason.STOP))])
         return page
 
@@ -128,9 +128,9 @@ async def test_a_log_is_followed_whichever_model_wrote_it(
     ]
     asked, read = [], world.logs.read
 
-    async def read_of(model: str, job_id: str, after: int) -> LogPage | None:
+    async def read_of(model: str, job_id: str, after: int, *, known: bool = False) -> LogPage | None:
         asked.append(model)
-        return await read(model, job_id, after)
+        return await read(model, job_id, after, known=known)
 
     monkeypatch.setattr(world.logs, "read", read_of)
     started, finished = await rest(await world.dispatcher.submit(named(resumable=True)))

@@ -42,6 +42,8 @@ local job = {
   worker = worker, address = address, revision = revision, epoch = epoch, granted_at = NOW, trial = '0',
   slots = ARGV[25] ~= '1' and ARGV[25] or nil,
   used = is_same and known.used or nil,
+  -- That its subject wants it ended, which its gateway may not have heard yet.
+  cancelled = is_same and known.cancelled or nil, stopped_by = is_same and known.stopped_by or nil,
 }
 note_used(job, tonumber(ARGV[26]))
 note_resumable(job, ARGV[22], ARGV[23], ARGV[24])
