@@ -86,8 +86,8 @@ def begin_in_thread(work: Callable[[], T], on_end: Callable[[], None]) -> Awaita
 async def in_haltable_thread(work: Callable[[Callable[[int], None]], T], name: str) -> T:
     """Calls `work` in a thread of its own, which gives way; a cancellation ends it at its next piece.
 
-    It is obeyed when the thread has ended. Where that hangs, the end of the process does not wait for it, as
-    it would for the pool that asyncio keeps.
+    It is obeyed when the thread has ended: who must not wait for a disk that hangs bounds the wait. The
+    end of the process does not wait for the thread, as it would for those of asyncio's pool.
 
     Args:
         work: What is called there. It tells of each piece what it has read of it, in bytes, by what it is

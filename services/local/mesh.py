@@ -259,7 +259,7 @@ class LocalMesh:
         controllers: tuple[Part, ...],
     ) -> None:
         """Waits until every member says SERVING, and a request could pass through Envoy."""
-        ended = [self._ended(part) for part in (*workers, *gateways)]
+        ended = [self._ended(part) for part in (*controllers, *workers, *gateways)]
         # The members' time begins when somebody can tell them what to prepare.
         await unless_failed(self._led(controllers), ended)
         token = owner_token(self._home, _WORKER_TIMEOUT_S)

@@ -69,8 +69,11 @@ class StoredForms:
         return path
 
     def discard(self, key: str) -> None:
-        """Removes a form that turned out to be wrong; it is made again when it is wanted."""
-        with contextlib.suppress(FileNotFoundError):
+        """Removes a form that turned out to be wrong; it is made again when it is wanted.
+
+        Where it cannot be removed it stays: a disk that gives nothing back may take nothing either.
+        """
+        with contextlib.suppress(OSError):
             (self._directory / key / _INDEX).unlink()
 
     def _make(self, path: Path, make: Make) -> None:

@@ -389,6 +389,14 @@ def test_a_modules_form_that_cannot_be_read_is_made_again(
             raise OSError(errno.EIO, "Input/output error")
         return read(path, *rest)
 
+    def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
     monkeypatch.setattr(module_weights, "read_stored", on_a_bad_disk)
+    with monkeypatch.context() as disk:
+        # Such a disk is taken out of use for writing; the revision is served all the same.
+        disk.setattr(Path, "unlink", read_only)
+        assert torch.equal(logits(load(model, forms)), expected)
+        assert form.stat().st_ino == damaged
     assert torch.equal(logits(load(model, forms)), expected)
     assert form.stat().st_ino != damaged
