@@ -13,6 +13,7 @@ import redis
 from interlock import resume
 from interlock.v1 import gateway_service_pb2 as pb
 
+from services.common.errors import StoreUnavailable
 from services.common.redis_client import RedisStore
 from services.controller.adapters.redis_route import RedisRouteStore
 from tests.fakes.scripted_worker import Script
@@ -67,6 +68,57 @@ async def test_an_emptied_redis_knows_again_what_can_be_resumed(
     assert joined(await there) == TEXT
     assert joined(await follow(g1, 0)) == joined([event async for event in begin(g2)]) == TEXT
     assert len(world.workers["w1"].starts) == 1
+    call.cancel()
+
+
+async def test_an_emptied_redis_ends_no_request_whose_client_is_elsewhere(
+    world: ResumptionWorld, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gateway asks who follows it when the store knows the request again, and not yet its followers."""
+    script = Script(answer=TEXT, interval_s=0.1)
+    await world.add_worker("w1", SLOW, draining=True)
+    await world.add_worker("w2", script)
+    g2, g3 = world.peers["g2"], await world.add_gateway("g3", detach_grace_s=0.3)
+    call = begin(g3)
+    await take(call, 1)
+    (job_id,) = g3.dispatcher._live
+    there = asyncio.create_task(follow(g2, 0))
+    await until_exists(redis_client, f"{KEYS.prefix}followers:{job_id}")
+    g2.store.awake.clear()
+    redis_client.flushall()
+    await RedisRouteStore(world.store).write_route(MODEL, 2, 1, {REVISION: 100})
+    await world.add_worker("w2", script)
+    await until_exists(redis_client, KEYS.job(job_id))
+    asked_for, log = asyncio.Event(), g3.dispatcher._resumption.log
+    ask = log.unattended_s
+
+    async def answered(model: str, job_id: str) -> float | None:
+        try:
+            return await ask(model, job_id)
+        finally:
+            asked_for.set()
+
+    monkeypatch.setattr(log, "unattended_s", answered)
+    call.cancel()
+    await asyncio.wait_for(asked_for.wait(), 5)
+    g2.store.awake.set()
+    script.interval_s = 0.005
+    assert joined(await there) == TEXT
+
+
+async def test_a_request_whose_id_could_not_be_claimed_is_resumed_by_it(
+    world: ResumptionWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node of its id was away for a moment, and the one of its queue was not."""
+    g1, g2 = world.peers["g1"], world.peers["g2"]
+
+    async def away(*_: object) -> None:
+        raise StoreUnavailable("The node is away.")
+
+    monkeypatch.setattr(g1.dispatcher._resumption._directory, "claim", away)
+    call = begin(g1)
+    await take(call, 2)
+    assert joined(await follow(g2, 0)) == TEXT
     call.cancel()
 
 

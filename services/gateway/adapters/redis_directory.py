@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import AsyncIterator
-
-from services.common.errors import StoreUnavailable
 from services.common.queue_keys import request_key
 from services.common.redis_client import RedisStore
 from services.gateway.adapters.queue_scripts import ms, read_single
@@ -25,20 +20,6 @@ class RedisRequestDirectory:
         known = await self._run(job_id, "claim", _write(claim), ms(ttl_s))
         return _read(known)
 
-    @contextlib.asynccontextmanager
-    async def claiming(self, job_id: str, claim: Claim, ttl_s: float) -> AsyncIterator[None]:
-        """Lets an id stand for `claim` beside the one call of its job that the block makes.
-
-        That call goes first, so that none that comes later overtakes it, and the claim travels with it. That
-        the claim alone fails nobody is told: in a cluster its key is another node's.
-        """
-        claiming = asyncio.create_task(self._claim_if_reached(job_id, claim, ttl_s), name="id-claim")
-        try:
-            yield
-            await claiming
-        finally:
-            claiming.cancel()
-
     async def find(self, job_id: str) -> Claim | None:
         """See `RequestDirectory.find`."""
         return _read(await self._store.fetch("GET", request_key(job_id)))
@@ -46,10 +27,6 @@ class RedisRequestDirectory:
     async def release(self, job_id: str, claim: Claim) -> None:
         """See `RequestDirectory.release`."""
         await self._run(job_id, "release", _write(claim))
-
-    async def _claim_if_reached(self, job_id: str, claim: Claim, ttl_s: float) -> None:
-        with contextlib.suppress(StoreUnavailable):
-            await self.claim(job_id, claim, ttl_s)
 
     async def _run(self, job_id: str, *args: str | int) -> str:
         return str(await self._store.run_script(self._script, [request_key(job_id)], args))

@@ -15,6 +15,8 @@ from services.gateway.core.queue_limits import QueueLimits
 # One page stays small for the loop that reads it and for Redis, and holds a second of a fast stream.
 PAGE_EVENTS_MAX = 256
 
+# That nobody has been heard of yet.
+_UNHEARD = -2
 _LIVE = frozenset({"waiting", "running"})
 
 
@@ -73,4 +75,6 @@ class RedisGenerationLog:
     async def unattended_s(self, model: str, job_id: str) -> float | None:
         """See `GenerationLog.unattended_s`."""
         ago_ms = await self._scripts.run("attended", model, job_id)
+        if ago_ms == _UNHEARD:
+            raise emptied()
         return None if ago_ms < 0 else ago_ms / 1000

@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Any
 
 from services.common.errors import InterlockError, RequestUnknown, StoreUnavailable
 from services.common.redis_client import RedisStore
+from services.gateway.adapters.job_claims import JobClaims
 from services.gateway.adapters.log_entries import read_entry
 from services.gateway.adapters.queue_replies import (
     bound,
@@ -30,7 +30,7 @@ from services.gateway.adapters.queue_scripts import QueueScripts, ms
 from services.gateway.adapters.redis_directory import RedisRequestDirectory
 from services.gateway.adapters.redis_grants import GrantListener, read_grant
 from services.gateway.core.jobs import Grant, Outcome, QueuedJob, Renewal, Waiting
-from services.gateway.core.log import Claim, LogTail, Notice, TakenUp
+from services.gateway.core.log import LogTail, Notice, TakenUp
 from services.gateway.core.queue_limits import QueueLimits
 from services.gateway.core.tenancy import TenantUsage
 
@@ -84,7 +84,7 @@ class RedisJobQueue:
         self._limits = limits or QueueLimits()
         self._expects_route = expects_route
         self._scripts = QueueScripts(store, gateway_id, self._limits, _OPERATIONS)
-        self._directory = RedisRequestDirectory(store)
+        self._claims = JobClaims(RedisRequestDirectory(store), self._limits)
         self._receive: Callable[[Grant], None] = _ignore
         self._notice: Callable[[Notice], None] = _ignore
         self._listener = GrantListener(store, gateway_id, self._hand_over, self._tell)
@@ -107,6 +107,7 @@ class RedisJobQueue:
         for look in looks:
             look.cancel()
         await asyncio.gather(*looks, return_exceptions=True)
+        await self._claims.close()
         await self._listener.close()
 
     def on_grant(self, receive: Callable[[Grant], None]) -> None:
@@ -121,7 +122,7 @@ class RedisJobQueue:
         """See `JobQueue.enqueue`."""
         limits = self._limits
         with self._calling(job.job_id):
-            async with self._claiming(job) if job.waited_s > 0 else contextlib.nullcontext():
+            async with self._claims.beside(job) if job.waited_s > 0 else contextlib.nullcontext():
                 reply = await self._run(
                     "enqueue",
                     job.model,
@@ -142,10 +143,14 @@ class RedisJobQueue:
         own = self._deliver(grants, besides=job.job_id)
         allowance = read_account(job, reply[4] if len(reply) > 4 else [])
         try:
-            return replace(own or read_place(job, reply), allowance=allowance)
+            answer = replace(own or read_place(job, reply), allowance=allowance)
         except InterlockError as error:
             error.allowance = allowance
             raise
+        if job.unclaimed and not job.waited_s:
+            # Not before: what is refused has no id.
+            self._claims.behind(job)
+        return answer
 
     async def renew(
         self,
@@ -218,7 +223,7 @@ class RedisJobQueue:
     async def register(self, job: QueuedJob, grant: Grant, *, instead: bool = False) -> bool:
         """See `JobQueue.register`."""
         with self._calling(job.job_id):
-            async with self._claiming(job):
+            async with self._claims.beside(job):
                 current = await self._run(
                     "register",
                     job.model,
@@ -324,13 +329,6 @@ class RedisJobQueue:
 
     async def _run(self, name: str, model: str, *args: str | float) -> Any:
         return await self._scripts.run(name, model, *args)
-
-    def _claiming(self, job: QueuedJob) -> AbstractAsyncContextManager[None]:
-        """Lets the id of a job that Redis may have lost stand for it: it was lost as well, or never told."""
-        if not job.digest:
-            return contextlib.nullcontext()
-        kept_s = self._limits.resume_ttl_s if job.payload else self._limits.record_ttl_s
-        return self._directory.claiming(job.job_id, Claim(job.model, job.digest), job.timeout_s + kept_s)
 
     def _kept(self, job: QueuedJob) -> tuple[str, str, int]:
         """What a record says of the job's body, and of the log that may outlive it."""

@@ -56,6 +56,7 @@ class QueuedJob:
         used_tokens: What it has used of them already, in attempts whose workers were lost: it is charged no
             less, however it ends.
         pin: The revision whose text it has, which alone may go on with it; empty: any may begin.
+        unclaimed: Whether its id was to stand for it before, and the store could not be told.
     """
 
     job_id: str
@@ -72,6 +73,7 @@ class QueuedJob:
     slots: int = 1
     used_tokens: int = 0
     pin: str = ""
+    unclaimed: bool = False
 
     def having_used(self, tokens: int) -> QueuedJob:
         """The job once it has used so much; what was noted before does not become less."""

@@ -197,6 +197,7 @@ class GenerationJob:
         digest: Digest of what was asked.
         resumable: Whether its events are logged, so that another gateway can go on with it.
         waited_s: Time since it arrived, where another process began with it; `timeout_s` counts from there.
+        unclaimed: Whether its id was to stand for it, and the store could not be told.
     """
 
     job_id: str
@@ -213,6 +214,7 @@ class GenerationJob:
     digest: str = ""
     resumable: bool = False
     waited_s: float = 0.0
+    unclaimed: bool = False
 
     @property
     def cost_tokens(self) -> int:

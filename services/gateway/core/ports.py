@@ -28,7 +28,8 @@ class JobQueue(Protocol):
     """The queue that all gateways share. Every method raises StoreUnavailable when it cannot be reached.
 
     A job is this gateway's from `enqueue` until `settle`, `cancel` or the loss of its lease. Where it is
-    entered again after a loss, the id that its client gave it stands for it again.
+    entered again after a loss, or is resumable and `unclaimed`, the id that its client gave it stands for it
+    from then on.
     """
 
     async def enqueue(self, job: QueuedJob) -> Grant | Waiting:
@@ -208,7 +209,10 @@ class GenerationLog(Protocol):
         ...
 
     async def unattended_s(self, model: str, job_id: str) -> float | None:
-        """How long ago a gateway read the log for a client; None: never, or not lately."""
+        """How long ago a gateway read the log for a client; None: never, or not lately.
+
+        A store that was emptied, and has not known the job again for long enough to say, counts as away.
+        """
         ...
 
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from services.common.clock import Clock
@@ -175,6 +175,8 @@ class Dispatcher:
         if model != job.model:
             # Another gateway has another model answer it, whose queue alone knows whether it has ended.
             raise in_use()
+        if claimed is Claimed.NOT and job.digest:
+            job = replace(job, unclaimed=True)
         if job.resumable:
             return await self._begin_resumable(job, claimed)
         return await self._begin_direct(job, claimed)

@@ -126,6 +126,7 @@ class Ticket:
             slots=job.params.n,
             used_tokens=self._text.charged_tokens(),
             pin=self._text.pin(),
+            unclaimed=job.unclaimed,
         )
 
     def do(self, errand: Errand) -> None:

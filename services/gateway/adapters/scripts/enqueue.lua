@@ -123,6 +123,7 @@ local job = {
   pin_until = NOW + pin_ms,
   -- Most jobs take one, and their records do not say so.
   slots = slots ~= '1' and slots or nil,
+  again_at = not is_new and NOW or nil,
 }
 note_used(job, used_tokens)
 note_resumable(job, digest, payload, keep_ms)

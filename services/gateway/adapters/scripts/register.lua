@@ -41,7 +41,7 @@ local job = {
   attempt = attempt, nonce = nonce, ended_nonce = '', pin = pin, pin_until = NOW + pin_ms, avoid = '',
   worker = worker, address = address, revision = revision, epoch = epoch, granted_at = NOW, trial = '0',
   slots = ARGV[25] ~= '1' and ARGV[25] or nil,
-  used = is_same and known.used or nil,
+  used = is_same and known.used or nil, again_at = NOW,
   -- That its subject wants it ended, which its gateway may not have heard yet.
   cancelled = is_same and known.cancelled or nil, stopped_by = is_same and known.stopped_by or nil,
 }
