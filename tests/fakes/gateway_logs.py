@@ -32,6 +32,7 @@ class FakeLogs:
         appends: Positions and sizes of the appends.
         used: What the appends told of used tokens.
         down: Whether every call raises StoreUnavailable.
+        waiting: Jobs that wait for a slot.
         emptied: Whether it knows nothing, and cannot be told of it again yet.
         mute: Whether an append does so, and has written all the same.
         unattended: What `unattended_s` answers.
@@ -43,6 +44,7 @@ class FakeLogs:
     answers: list[Appended] = field(default_factory=list)
     appends: list[tuple[str, int, int]] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
+    waiting: set[str] = field(default_factory=set)
     down: bool = False
     emptied: bool = False
     mute: bool = False
@@ -70,6 +72,8 @@ class FakeLogs:
         self.appends.append((nonce, position, len(entries)))
         if self.answers:
             return self.answers.pop(0)
+        if position > (before := len(self.entries.get(job_id, ()))):
+            return Appended(AppendOutcome.GAP, before)
         end = self._write(job_id, position, entries)
         if self.mute:
             raise StoreUnavailable("no reply")
@@ -87,7 +91,8 @@ class FakeLogs:
         if entries and entries[-1].is_last:
             outcome = Outcome.FAILED if isinstance(entries[-1].event, Failed) else Outcome.FINISHED
         claim = self.claims.get(job_id)
-        return LogPage(claim.digest if claim else "", len(entries), tuple(entries[after:]), outcome)
+        digest, waits = claim.digest if claim else "", job_id in self.waiting
+        return LogPage(digest, len(entries), tuple(entries[after:]), outcome, waits)
 
     async def unattended_s(self, model: str, job_id: str) -> float | None:
         """See `GenerationLog.unattended_s`."""

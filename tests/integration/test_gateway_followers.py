@@ -122,6 +122,28 @@ async def test_a_request_whose_id_could_not_be_claimed_is_resumed_by_it(
     call.cancel()
 
 
+async def test_the_log_of_a_silent_stream_is_there_again_before_its_next_word(
+    world: ResumptionWorld, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker may read a prompt for longer than clients elsewhere wait for a log that was lost."""
+    g1, worker = world.peers["g1"], world.workers["w1"]
+    call = begin(g1)
+    events = await take(call, 2)
+    monkeypatch.setattr(worker, "script", Script(answer=TEXT, interval_s=60.0))
+    (job_id,) = g1.dispatcher._live
+    log, before = f"{KEYS.prefix}log:{job_id}", -1
+    while before != (before := redis_client.llen(log)):  # noqa: ASYNC110 - Redis tells nobody
+        # What was sent before it fell silent is on its way.
+        await asyncio.sleep(0.3)
+    redis_client.flushall()
+    await RedisRouteStore(world.store).write_route(MODEL, 2, 1, {REVISION: 100})
+    async with asyncio.timeout(5):
+        while redis_client.llen(log) < before:  # noqa: ASYNC110 - Redis tells nobody
+            await asyncio.sleep(0.02)
+    assert before >= len([event for event in events if not event.HasField("queued")])
+    call.cancel()
+
+
 async def timed(events: AsyncIterator[Any]) -> list[tuple[float, Any]]:
     """The events of a log, and when they came."""
     return [(time.monotonic(), event) async for event in events if not event.HasField("queued")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ from services.common.errors import (
     StoreUnavailable,
     WorkerLost,
 )
+from services.gateway.adapters.redis_log import RedisGenerationLog
 from services.gateway.adapters.redis_queue import RedisJobQueue
 from services.gateway.core.jobs import Band, Grant, Outcome, Waiting
 from services.gateway.core.queue_limits import QueueLimits
@@ -370,3 +372,15 @@ async def test_models_do_not_touch_each_other(world: QueueWorld) -> None:
     assert await world.gateway().length("other") == 0
     keys = [key for key in world.client.scan_iter() if not key.startswith((KEYS.prefix, "{il:other}:"))]
     assert keys == []
+
+
+async def test_a_log_says_whether_its_job_waits_for_a_slot(world: QueueWorld) -> None:
+    """Until it has one there is nobody who may write."""
+    log, gateway = RedisGenerationLog(world.store, "g2"), world.gateway()
+    running, _ = [
+        await gateway.enqueue(replace(make_job(name), digest="d", payload="p")) for name in ("a", "b")
+    ]
+    pages = [await log.read(MODEL, name, 0) for name in ("a", "b")]
+    assert [page is not None and page.waits for page in pages] == [False, True]
+    assert isinstance(running, Grant)
+    await world.finish(running)

@@ -54,6 +54,7 @@ class FallbackJobQueue:
         self._minutes = TenantMinutes(clock)
         self._home = Homecoming(primary, self._book, self._minutes, clock)
         self._own: MemoryJobQueue | None = None
+        self._returns = 0
         self._returning = asyncio.Lock()
         self._receive: Callable[[Grant], None] = _ignore
         primary.on_grant(self._granted_by_primary)
@@ -103,7 +104,8 @@ class FallbackJobQueue:
             renewal = await queue.renew(model, running, waiting, places=places, leaving=leaving)
             heard = (self._hear(queue, grant) for grant in renewal.granted)
             granted = tuple(grant for grant in heard if grant is not None)
-            return replace(renewal, granted=granted, degraded=queue is not self._primary)
+            degraded = queue is not self._primary
+            return replace(renewal, granted=granted, degraded=degraded, returns=self._returns)
 
         return await self._either(model, renew)
 
@@ -369,6 +371,7 @@ class FallbackJobQueue:
                 if self._own is not None:
                     self._own.close()
                 self._own = None
+                self._returns += 1
                 logs.get_logger().warning("queue.returned", jobs=sum(1 for _ in self._book))
 
     async def _bring_all_home(self, model: str) -> None:

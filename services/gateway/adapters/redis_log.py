@@ -70,7 +70,7 @@ class RedisGenerationLog:
             return None
         digest, end, texts = rest
         outcome = None if state in _LIVE else Outcome(state)
-        return LogPage(digest, end, tuple(map(read_entry, texts)), outcome)
+        return LogPage(digest, end, tuple(map(read_entry, texts)), outcome, waits=state == "waiting")
 
     async def unattended_s(self, model: str, job_id: str) -> float | None:
         """See `GenerationLog.unattended_s`."""

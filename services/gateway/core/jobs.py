@@ -155,6 +155,7 @@ class Renewal:
         due: Workers that are not among them, since their breakers are open, but would be tried next.
         cancelled: Running jobs that their subject wants ended.
         degraded: Whether it was answered without the store that all gateways share.
+        returns: How often this gateway has come back to that store, which may have been emptied meanwhile.
     """
 
     granted: tuple[Grant, ...] = ()
@@ -165,3 +166,4 @@ class Renewal:
     due: int = 0
     cancelled: frozenset[str] = frozenset()
     degraded: bool = False
+    returns: int = 0

@@ -121,12 +121,14 @@ class LogPage:
         end: How many events stand in the log.
         entries: The next of them.
         outcome: How the job ended; None while it lives.
+        waits: Whether it waits for a slot, without which nothing can be written.
     """
 
     digest: str
     end: int
     entries: tuple[Entry, ...] = ()
     outcome: Outcome | None = None
+    waits: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,14 @@ def lost_log() -> WorkerLost:
     )
 
 
+def not_told_again() -> StoreUnavailable:
+    """The error for a request that the store may know again once its gateway has come back to it."""
+    return StoreUnavailable(
+        "The store of requests was away, and may not know this one yet. Try again in a moment.",
+        retry_after_s=1.0,
+    )
+
+
 def store_away() -> StoreUnavailable:
     """The error for an end that the store did not take."""
     return StoreUnavailable("The end of the request could not be written.", retry_after_s=1.0)

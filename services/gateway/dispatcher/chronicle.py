@@ -105,6 +105,8 @@ class Chronicle:
         self._closing = False
         self._sealed = False
         self._pause_s = RETRY_FIRST_S
+        # Whether the store may have lost what was written.
+        self._doubted = False
         self._disputed: Grant | None = None
         self._silent_since_s: float | None = None
         self._taken_up = False
@@ -126,6 +128,11 @@ class Chronicle:
         """The store knows the slot, also one lent or told of without it: the log is written from now on."""
         if self._grant is not None and self._grant.degraded:
             self.grant(replace(self._grant, degraded=False))
+
+    def doubt(self) -> None:
+        """The store may have lost the log: it is asked how far that goes, also where all is written."""
+        self._doubted = True
+        self._outbox.wake()
 
     def pause(self) -> None:
         """The slot is given back: what was said waits for the next one."""
@@ -197,10 +204,15 @@ class Chronicle:
             if grant is not None and grant.degraded and len(self.journal.entries) < len(self._said):
                 # A text that stands still is worse than one that, for a while, cannot be resumed.
                 self._tell(len(self._said))
-            elif grant is None or grant.degraded or self._written == len(self._said):
+            elif grant is None or grant.degraded or self._is_done:
                 await self._outbox.wait()
             else:
                 await self._guarded(grant)
+
+    @property
+    def _is_done(self) -> bool:
+        """Whether the store has all that was said, as far as is known."""
+        return self._written == len(self._said) and not self._doubted
 
     async def _guarded(self, grant: Grant) -> None:
         began_s = self._clock.monotonic()
@@ -267,6 +279,7 @@ class Chronicle:
         """The store knows the slot: its next trouble is a new one."""
         self._pause_s = RETRY_FIRST_S
         self._disputed = self._silent_since_s = None
+        self._doubted = False
 
     async def _judge(self, grant: Grant) -> bool:
         """Was the slot returned meanwhile, is the job another gateway's, or is the store to be told of it?

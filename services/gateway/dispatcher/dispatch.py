@@ -243,20 +243,23 @@ class Dispatcher:
             RequestUnknown: There is none of that id.
             ArgumentInvalid: The cursor lies behind its log.
             QueueFull: As many clients follow here as may, of all tenants or of this one.
-            StoreUnavailable: The logs cannot be reached.
+            StoreUnavailable: The logs cannot be reached, or may lack for a moment what they have lost.
             Draining: This gateway shuts down.
         """
         self._check_open()
         generation = self._live.get(job_id)
         if generation is not None and generation.chronicle is not None and not generation.moved:
             return self._resumption.follow_here(generation, cursor)
-        claim = None if generation is not None else await self._resumption.find(job_id)
-        if generation is not None and generation.moved:
+        models: Iterable[str] = ()
+        if generation is None:
+            claim = await self._resumption.find(job_id)
+            # What somebody has heard of was claimed: where that was lost the logs are asked themselves.
+            models = (claim.model,) if claim is not None else self._rounds.known_models() if cursor else ()
+        elif generation.moved:
             self._resumption.note_moved(generation)
-            return await self._resumption.follow(tenant, generation.job.model, job_id, cursor)
-        if claim is None:
-            raise RequestUnknown("No resumable request of that id is known for this subject.")
-        return await self._resumption.follow(tenant, claim.model, job_id, cursor)
+            models = (generation.job.model,)
+        may_come = bool(models and cursor) and self._rounds.shaken
+        return await self._resumption.follow_one_of(tenant, models, job_id, cursor, may_come=may_come)
 
     async def cancel(self, job_id: str) -> bool:
         """Ends a request, whichever gateway has it; returns False when it had ended before.

@@ -309,7 +309,9 @@ class Follower:
             return
         if page is None or page.end < self._read:
             # Whoever runs it may have its events still, and write them again; another one may write others.
-            self._lost_s, self._doubted = now_s if self._lost_s is None else self._lost_s, True
+            # What waits for a slot has none to write by: it has its time from when it is lent one.
+            since_s = now_s if self._lost_s is None or (page is not None and page.waits) else self._lost_s
+            self._lost_s, self._doubted = since_s, True
             await self._bear(lost_log(), now_s - self._lost_s, LOST_LOG_WAIT_S if self._lives else 0.0)
             return
         self._away_s = self._lost_s = None

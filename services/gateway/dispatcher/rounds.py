@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from services.gateway.core.params import GenerationJob, Words
 from services.gateway.core.payload import read_payload
 from services.gateway.core.ports import JobQueue
 from services.gateway.dispatcher.barred_waits import BarredWaits
+from services.gateway.dispatcher.follower import LOST_LOG_WAIT_S
 from services.gateway.dispatcher.generation import Generation
 
 # A worker that did not come back within its time is being mended by somebody.
@@ -89,6 +91,9 @@ class Rounds:
         self._is_own = is_own
         self._barred_waits = BarredWaits(worker_wait_s)
         self._taking: set[str] = set()
+        # As the last renewal told it; and when the store was last seen away, or emptied.
+        self._returns = 0
+        self._shaken_s = -math.inf
         self._hurried = asyncio.Event()
         self._told_leaving = asyncio.Event()
 
@@ -127,6 +132,16 @@ class Rounds:
         """A model's queue does not answer; whether another mesh's does decides nothing here."""
         if self._is_own(model):
             self._note_store(reachable=False)
+            self.note_shaken()
+
+    def note_shaken(self) -> None:
+        """The store was away, or is seen to have been emptied."""
+        self._shaken_s = self._clock.monotonic()
+
+    @property
+    def shaken(self) -> bool:
+        """Whether the store may yet be told of requests that it has lost."""
+        return self._clock.monotonic() - self._shaken_s < LOST_LOG_WAIT_S
 
     def deliver(self, grant: Grant) -> None:
         """Hands a grant on. One for nobody is found again, with its model, by the next renewal."""
@@ -258,6 +273,7 @@ class Rounds:
         # A place costs the queue more than a lease, and its client more still.
         places = frozenset(job_id for job_id in waiting if self._register.live[job_id].place_due)
         renewal = await self._queue.renew(model, running, waiting, places=places, leaving=leaving)
+        self._note_store_of(renewal)
         self._place(renewal)
         granted = {grant.job_id for grant in renewal.granted}
         self._judge_workers(model, renewal, waiting - renewal.lost - granted)
@@ -271,6 +287,17 @@ class Rounds:
             self.stop(job_id)
         for job_id in renewal.unknown:
             await self._take_up(model, job_id)
+
+    def _note_store_of(self, renewal: Renewal) -> None:
+        """Has the logs looked after that a store which was away may have lost, also of what is silent now."""
+        is_back, self._returns = renewal.returns != self._returns, renewal.returns
+        if renewal.degraded or is_back:
+            self.note_shaken()
+        if not is_back:
+            return
+        for generation in self._register.live.values():
+            if generation.chronicle is not None:
+                generation.chronicle.doubt()
 
     def _place(self, renewal: Renewal) -> None:
         for job_id, place in renewal.waiting.items():
@@ -327,6 +354,10 @@ class Rounds:
             generation.forgotten()
         elif not await self._queue.register(generation.queued_job(), grant):
             generation.lease_lost(grant.nonce)
+        else:
+            self.note_shaken()
+            if generation.chronicle is not None:
+                generation.chronicle.doubt()
 
 
 def cancelled() -> RequestCancelled:

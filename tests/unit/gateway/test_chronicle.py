@@ -274,3 +274,28 @@ async def test_text_that_the_log_has_is_gone_on_with_from_there(world: World) ->
     more, end = Chunk(2, "cd", ids("cd")), Finished(FinishReason.STOP)
     world.logs.entries["j"] += [Entry(more), Entry(end)]
     assert await rest(stream) == [more, end]
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["lost", "kept"])
+@pytest.mark.parametrize(
+    "found", [Renewal(lost=frozenset("j")), Renewal(returns=1)], ids=["registered", "came back"]
+)
+async def test_the_log_of_a_stream_that_is_silent_is_written_again(
+    world: World, found: Renewal, *, lost: bool
+) -> None:
+    """Its next word may be long in coming. A store that has lost nothing is asked once, and told nothing."""
+    stream = await world.dispatcher.submit(job(resumable=True))
+    world.workers.attempts[0].sink.output(Output(0, ids("ab")))
+    told = [await anext(stream), await anext(stream)]
+    world.logs.appends.clear()
+    if lost:
+        world.logs.entries.clear()
+    world.queue.renewal = found
+    for _ in range(2):
+        await world.dispatcher.renew()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        world.queue.renewal = replace(found, lost=frozenset())
+    assert [entry.event for entry in world.logs.entries["j"]] == told
+    assert world.logs.appends == [("n1", 2, 0), ("n1", 0, 2)][: 1 + lost]
+    await stream.aclose()

@@ -291,3 +291,17 @@ async def test_what_breakers_bar_is_barred_in_the_own_queue_from_the_beginning(w
         await world.queue.enqueue(job("a"))
     assert caught.value.retry_after_s == pytest.approx(3.0)
     assert not tuple(world.queue._book)
+
+
+async def test_each_return_to_the_store_is_told(world: World) -> None:
+    """Also where no renewal has found it away: a call had, and the next renewal finds it back."""
+    told = [(await world.queue.renew(MODEL, {}, frozenset())).returns]
+    await world.go_away()
+    told.append((await world.queue.renew(MODEL, {}, frozenset())).returns)
+    await world.come_back(empty=True)
+    told.append((await world.queue.renew(MODEL, {}, frozenset())).returns)
+    world.store.down = True
+    await world.granted("a")
+    await world.come_back(empty=True)
+    told.append((await world.queue.renew(MODEL, {}, frozenset())).returns)
+    assert told == [0, 0, 1, 2]

@@ -120,6 +120,21 @@ async def test_nobody_waits_for_a_lost_log_for_ever() -> None:
             scene.asked.result()
 
 
+async def test_the_log_of_what_waits_for_a_slot_is_waited_for_from_when_it_has_one() -> None:
+    """As after its worker was lost with the store: without a slot its gateway cannot write."""
+    async with followed() as scene:
+        scene.logs.entries["j"] = []
+        scene.logs.waiting.add("j")
+        await scene.pass_s(LOST_LOG_WAIT_S)
+        await scene.pass_s(LOST_LOG_WAIT_S - 0.1)
+        scene.logs.waiting.clear()
+        await scene.look()
+        assert not scene.asked.done()
+        scene.logs.entries["j"] = [*FIRST, NEXT]
+        await scene.look()
+        assert scene.asked.result() == NEXT.event
+
+
 async def test_a_lost_log_is_waited_for_from_when_the_store_answers() -> None:
     """However long it was away; and it is away for no longer because it answers in between."""
     async with followed() as scene:
