@@ -33,6 +33,7 @@ from services.gateway.dispatcher.limits import GenerationLimits
 from services.gateway.dispatcher.resumption import Claimed, Resumption
 from services.gateway.dispatcher.room import Room
 from services.gateway.dispatcher.rounds import Register, Rounds, cancelled
+from services.gateway.dispatcher.search import search
 from services.gateway.dispatcher.streams import AnswerStream, see_off
 
 # Grants whose message was lost are found within this time, and it is the gateway's sign of life.
@@ -250,16 +251,7 @@ class Dispatcher:
         generation = self._live.get(job_id)
         if generation is not None and generation.chronicle is not None and not generation.moved:
             return self._resumption.follow_here(generation, cursor)
-        models: Iterable[str] = ()
-        if generation is None:
-            claim = await self._resumption.find(job_id)
-            # What somebody has heard of was claimed: where that was lost the logs are asked themselves.
-            models = (claim.model,) if claim is not None else self._rounds.known_models() if cursor else ()
-        elif generation.moved:
-            self._resumption.note_moved(generation)
-            models = (generation.job.model,)
-        may_come = bool(models and cursor) and self._rounds.shaken
-        return await self._resumption.follow_one_of(tenant, models, job_id, cursor, may_come=may_come)
+        return await search(self._resumption, self._rounds, generation, tenant, job_id, cursor)
 
     async def cancel(self, job_id: str) -> bool:
         """Ends a request, whichever gateway has it; returns False when it had ended before.

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
@@ -23,7 +23,7 @@ from services.common.errors import (
     StoreUnavailable,
 )
 from services.gateway.core.log import Claim
-from services.gateway.core.log_errors import lost_log, not_told_again
+from services.gateway.core.log_errors import lost_log
 from services.gateway.core.params import GenerationJob, Words
 from services.gateway.core.ports import GenerationLog, RequestDirectory
 from services.gateway.core.queue_errors import exists_with_other_body
@@ -204,23 +204,6 @@ class Resumption:
             await follower.aclose()
             raise
         return follower
-
-    async def follow_one_of(
-        self, tenant: str, models: Iterable[str], job_id: str, cursor: int, *, may_come: bool
-    ) -> Follower:
-        """A client that comes back to a request of one of some models.
-
-        Raises:
-            RequestUnknown: None of their queues knows it.
-            StoreUnavailable: Nor that, but it `may_come`: they may be told of it again. And as any call.
-            ArgumentInvalid, QueueFull, WorkerLost: See `follow`.
-        """
-        for model in models:
-            with contextlib.suppress(RequestUnknown):
-                return await self.follow(tenant, model, job_id, cursor)
-        if may_come:
-            raise not_told_again()
-        raise RequestUnknown("No resumable request of that id is known for this subject.")
 
     async def follow_known(self, job: GenerationJob, model: str) -> Follower | None:
         """A client of what a resumable request's id stands for, by a model; None: nothing of it is left.

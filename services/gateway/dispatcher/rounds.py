@@ -351,6 +351,7 @@ class Rounds:
         if generation is None or not generation.in_step or generation.grant != grant:
             return
         if grant is None:
+            self.note_shaken()
             generation.forgotten()
         elif not await self._queue.register(generation.queued_job(), grant):
             generation.lease_lost(grant.nonce)

@@ -11,7 +11,7 @@ from services.common.errors import RequestUnknown, StoreUnavailable
 from services.gateway.core.events import Chunk, Finished, FinishReason, Started
 from services.gateway.core.jobs import Renewal
 from services.gateway.core.log import Claim, Entry
-from services.gateway.dispatcher.follower import LOST_LOG_WAIT_S
+from services.gateway.dispatcher.follower import LOST_LOG_WAIT_S, Follower
 from tests.fakes.turned_clock import TurnedClock
 from tests.fixtures.dispatcher_world import World, dispatcher_world, ids, job, rest
 
@@ -46,6 +46,9 @@ async def test_a_store_that_was_emptied_says_nothing_of_it(scene: Scene) -> None
     scene.world.logs.emptied = True
     assert await scene.refused() is StoreUnavailable
     scene.world.logs.emptied = False
+    # Its own gateway may come home after the one that is asked.
+    assert await scene.refused() is StoreUnavailable
+    scene.clock.turn(LOST_LOG_WAIT_S)
     assert await scene.refused() is RequestUnknown
 
 
@@ -86,3 +89,21 @@ async def test_a_request_is_found_of_which_the_id_alone_was_lost(scene: Scene) -
     )
     scene.world.logs.entries["x"] = [Entry(started), Entry(chunk), Entry(end)]
     assert await rest(await scene.world.dispatcher.resume("alice", "x", 1)) == [chunk, end]
+
+
+async def test_a_queue_that_is_away_hides_no_other(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what no id says whose it is, any model's queue may know."""
+    resumption, rounds = scene.world.dispatcher._resumption, scene.world.dispatcher._rounds
+    follow = resumption.follow
+
+    async def away(tenant: str, model: str, job_id: str, cursor: int) -> Follower:
+        if model == "away":
+            raise StoreUnavailable("Its node is away.")
+        return await follow(tenant, model, job_id, cursor)
+
+    monkeypatch.setattr(resumption, "follow", away)
+    monkeypatch.setattr(rounds, "known_models", lambda: ("away", "m"))
+    assert await scene.refused() is StoreUnavailable
+    scene.world.logs.entries["x"] = [Entry(Chunk(0, "ab", ids("ab"))), Entry(Finished(FinishReason.STOP))]
+    stream = await scene.world.dispatcher.resume("alice", "x", 1)
+    assert await rest(stream) == [Finished(FinishReason.STOP)]
