@@ -45,6 +45,12 @@ async def until_exists(client: redis.Redis, key: str) -> None:
             await asyncio.sleep(0.01)
 
 
+async def empty(world: ResumptionWorld, client: redis.Redis) -> None:
+    """Redis comes back without anything, and the controller has written the route; no worker is there yet."""
+    client.flushall()
+    await RedisRouteStore(world.store).write_route(MODEL, 2, 1, {REVISION: 100})
+
+
 async def test_an_emptied_redis_knows_again_what_can_be_resumed(
     world: ResumptionWorld, redis_client: redis.Redis
 ) -> None:
@@ -56,8 +62,7 @@ async def test_an_emptied_redis_knows_again_what_can_be_resumed(
     there = asyncio.create_task(follow(g2, 0))
     await until_exists(redis_client, f"{KEYS.prefix}followers:{job_id}")
     g1.store.awake.clear()
-    redis_client.flushall()
-    await RedisRouteStore(world.store).write_route(MODEL, 2, 1, {REVISION: 100})
+    await empty(world, redis_client)
     await world.add_worker("w1", SLOW)
     # It finds nothing at all, for the request's own gateway has not told yet what it knows.
     g2.dispatcher._resumption.notice(job_id)
@@ -85,8 +90,7 @@ async def test_an_emptied_redis_ends_no_request_whose_client_is_elsewhere(
     there = asyncio.create_task(follow(g2, 0))
     await until_exists(redis_client, f"{KEYS.prefix}followers:{job_id}")
     g2.store.awake.clear()
-    redis_client.flushall()
-    await RedisRouteStore(world.store).write_route(MODEL, 2, 1, {REVISION: 100})
+    await empty(world, redis_client)
     await world.add_worker("w2", script)
     await until_exists(redis_client, KEYS.job(job_id))
     asked_for, log = asyncio.Event(), g3.dispatcher._resumption.log
@@ -135,8 +139,7 @@ async def test_the_log_of_a_silent_stream_is_there_again_before_its_next_word(
     while before != (before := redis_client.llen(log)):  # noqa: ASYNC110 - Redis tells nobody
         # What was sent before it fell silent is on its way.
         await asyncio.sleep(0.3)
-    redis_client.flushall()
-    await RedisRouteStore(world.store).write_route(MODEL, 2, 1, {REVISION: 100})
+    await empty(world, redis_client)
     async with asyncio.timeout(5):
         while redis_client.llen(log) < before:  # noqa: ASYNC110 - Redis tells nobody
             await asyncio.sleep(0.02)

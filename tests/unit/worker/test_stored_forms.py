@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -329,46 +330,29 @@ def test_the_least_recently_used_forms_go_first(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"d"}
 
 
+@pytest.mark.parametrize(
+    ("reader", "name", "quantization"),
+    [(mapped_tensors, "read", Quantization.INT8), (module_weights, "read_stored", Quantization.NF4)],
+    ids=["lean", "module"],
+)
 def test_a_form_that_another_worker_removes_in_the_meantime_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reader: ModuleType, name: str, quantization: Quantization, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the look for it and its opening: the revision is not to blame for it."""
     directory, spec = made(tmp_path / "model")
-    model, forms = (directory, replace(spec, quantization=Quantization.INT8)), tmp_path / "forms"
-    expected, read, times = logits(load(model, forms)), mapped_tensors.read, [2]
-
-    def removed(path: Path, *rest: Any) -> dict[str, torch.Tensor]:
-        times[0] -= 1
-        if times[0] > 0:
-            shutil.rmtree(path.parent)
-        return read(path, *rest)
-
-    monkeypatch.setattr(mapped_tensors, "read", removed)
-    assert torch.equal(logits(load(model, forms)), expected)
-    assert times == [0]
-    # Where that happens again and again, nothing is mapped.
-    times[0] = 9
-    assert torch.equal(logits(load(model, forms)), expected)
-    assert times == [7]
-
-
-def test_a_modules_form_that_another_worker_removes_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As one of the lean forward."""
-    directory, spec = made(tmp_path / "model")
-    model, forms = (directory, replace(spec, quantization=Quantization.NF4)), tmp_path / "forms"
-    expected, read, times = logits(load(model, forms)), module_weights.read_stored, [2]
+    model, forms = (directory, replace(spec, quantization=quantization)), tmp_path / "forms"
+    expected, read, times = logits(load(model, forms)), getattr(reader, name), [2]
 
     def removed(path: Path, *rest: Any) -> Any:
         times[0] -= 1
         if times[0] > 0:
-            shutil.rmtree(path)
+            shutil.rmtree(path if path.is_dir() else path.parent)
         return read(path, *rest)
 
-    monkeypatch.setattr(module_weights, "read_stored", removed)
+    monkeypatch.setattr(reader, name, removed)
     assert torch.equal(logits(load(model, forms)), expected)
     assert times == [0]
+    # Where that happens again and again, nothing is mapped.
     times[0] = 9
     assert torch.equal(logits(load(model, forms)), expected)
     assert times == [7]
